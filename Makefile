@@ -1,0 +1,40 @@
+# Every target makes and fills .venv by itself; `make demo` and `make check test` are the two commands of the README.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: check test demo demo-classification golden clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
+	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
+	@echo "make golden  rewrite the golden files with peft 0.18.1"
+
+.venv/.base: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "torch==2.13.0"
+	$(PIP) --editable ".[train]"
+	@touch $@
+
+# peft 0.18.1 is the oracle of the tests: it lies beside the environment, never inside it.
+.venv/.dev: .venv/.base
+	$(PIP) --editable ".[train,dev]"
+	$(PIP) --no-deps "rxnmapper==0.4.3"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peft-0.18.1 "peft==0.18.1"
+	@touch $@
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+golden: .venv/.dev
+	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py
+
+clean:
+	rm -rf .venv .cache dist
