@@ -1,0 +1,91 @@
+"""The `flashbone` command: finds the subcommand, runs it, and turns expected failures into one line and an exit code."""
+
+import errno
+import importlib
+import sys
+
+from flashbone import __version__
+from flashbone.errors import FlashboneError
+
+# A command's module is imported only when it is asked for, so that help answers at once.
+COMMANDS = {
+    "train": ("flashbone.cli.train", "fine-tune a model as a YAML file says"),
+    "merge": ("flashbone.cli.merge", "write an adapter into a checkpoint's weights"),
+}
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns 0 when done, 1 when the input was wrong, 2 when the command line was."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args:
+        print(_help(), file=sys.stderr)
+        return 2
+    name, rest = args[0], args[1:]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"flashbone {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"flashbone: error: {_unknown(name)}", file=sys.stderr)
+        return 2
+    return _guarded(name, rest)
+
+
+def _guarded(name: str, args: list[str]) -> int:
+    """Run the command; what a user can put right is one line on stderr, anything else is our bug and propagates."""
+    try:
+        return importlib.import_module(COMMANDS[name][0]).run(args)
+    except FlashboneError as error:
+        return _fail(name, str(error))
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_THE_DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(name, f"{where}{_FAULTS_OF_THE_DISK[error.errno]}")
+    except SystemExit as stop:  # argparse and its kin: 0 after --help, 2 after a usage error
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print(f"flashbone {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+_FAULTS_OF_THE_DISK = {
+    errno.ENOSPC: "no space left on device; free some or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
+    errno.EACCES: "permission denied; write elsewhere or change the folder's permissions",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+}
+
+
+def _fail(name: str, message: str) -> int:
+    print(f"flashbone {name}: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    return f"unknown command {name!r}; {hint}"
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: flashbone COMMAND ...",
+            "",
+            "Bone-family adapters: fine-tune and merge.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`flashbone COMMAND --help` says what a command takes; `flashbone --version` prints the version.",
+        ]
+    )
