@@ -1,0 +1,102 @@
+"""What the active adapters do to one call of a layer: shift the input, the output, or the weight.
+
+All moves are linear in what they shift and refer to the pristine base, so that their order never matters:
+
+    y = base(x + sum z_i) + sum u_i + x (sum dW_i)^T
+
+Each variant adds its moves; the layer then makes one base call and adds the rest to its output.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.ops.bat_col import bat_col_linear
+from flashbone.ops.bat_row import shift_input
+from flashbone.ops.bone import add_factored
+
+
+class Moves:
+    """The sum of the moves of one layer call; `x` (..., in) is the pristine input."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.base_x = x
+        self._shared_factors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own_factors: list[tuple[Tensor, Tensor]] = []
+        self._tiles: dict[int, Tensor] = {}
+        self._weight_shifts: dict[int, tuple[Tensor, list[Tensor], list[float]]] = {}
+
+    def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
+        """bat-row: shifts the input by z, and the output by the tiled sum of z."""
+        self.base_x, z_sum = shift_input(self.base_x, x, D, scale)
+        self._add_tile(z_sum)
+
+    def add_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
+        """bone: shifts the output by `scale * S(x) B`. Adapters of one r that see the pristine x share one S(x)."""
+        r, B = B.shape[0], B if scale == 1 else B * scale
+        if x is not self.x:
+            self._own_factors.append((shards.shard_sum(x, r), B))
+        elif r in self._shared_factors:
+            s, other = self._shared_factors[r]
+            self._shared_factors[r] = s, other + B
+        else:
+            self._shared_factors[r] = shards.shard_sum(x, r), B
+
+    def add_tiled_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
+        """mini: shifts the output by `scale * S(x) B`, tiled along the output."""
+        s = shards.shard_sum(x, B.shape[0])
+        self._add_tile(s @ ((B if scale == 1 else B * scale).to(s.dtype)))
+
+    def add_weight_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
+        """bat-col: shifts the weight by `scale * (W D + D)`, as seen by x."""
+        _, blocks, scales = self._weight_shifts.setdefault(id(x), (x, [], []))
+        blocks.append(D)
+        scales.append(scale)
+
+    def _add_tile(self, t: Tensor) -> None:
+        width = t.shape[-1]
+        self._tiles[width] = self._tiles[width] + t if width in self._tiles else t
+
+    def run(
+        self,
+        base: Callable[[Tensor], Tensor],
+        weight: Callable[[], tuple[Tensor, Tensor | None]],
+    ) -> Tensor:
+        """The layer's output. `base(x)` calls the base layer, `weight()` gives its W (out, in) and bias.
+
+        `weight` is called only where a weight is shifted. One weight-shifted GEMM replaces the base call where nothing
+        shifts the input; else the shift of the weight acts on the pristine x, in a GEMM of its own.
+        """
+        shifts = dict(self._weight_shifts)
+        if not shifts:
+            return self._shift_output(base(self.base_x))
+        W, bias = weight()
+        fused = shifts.pop(id(self.x), None) if self.base_x is self.x else None
+        if fused is not None:
+            y = bat_col_linear(self._compute_input(self.x, W), W, bias, *fused[1:])
+        else:
+            y = base(self.base_x)
+        for x, blocks, scales in shifts.values():
+            y = y + bat_col_linear(x.to(y.dtype), W, None, blocks, scales, with_base=False)
+        return self._shift_output(y)
+
+    @staticmethod
+    def _compute_input(x: Tensor, W: Tensor) -> Tensor:
+        """x in the dtype that autocast would give to this GEMM."""
+        if torch.is_autocast_enabled(x.device.type) and W.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def _shift_output(self, y: Tensor) -> Tensor:
+        factors = [*self._shared_factors.values(), *self._own_factors]
+        if len(factors) == 1:
+            y = add_factored(y, *factors[0])
+        elif factors:
+            s, B = zip(*factors, strict=True)
+            y = add_factored(y, torch.cat(s, -1), torch.cat([b.to(y.dtype) for b in B]))
+        for t in self._tiles.values():
+            y = shards.add_tiled(y, t.to(y.dtype))
+        return y

@@ -1,0 +1,23 @@
+"""bat-col: one r x r block for each output shard. `delta[a,b] = W[a,b] D_a + D_a`; PEFT's `init_weights="bat"`."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.ops.bat_col import weight_delta
+from flashbone.ops.moves import Moves
+
+
+def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+    """(n_out, r, r)."""
+    return shards.count(out_features, r), r, r
+
+
+def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+    """`dW = W D + D`: does not factor on the activations, so the weight itself is shifted."""
+    moves.add_weight_shift(x, block, scale)
+
+
+def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "n_out r r"]) -> Float[Tensor, "out in"]:
+    """`W[a,b] D_a + D_a`, in W's dtype."""
+    return weight_delta(W, block)

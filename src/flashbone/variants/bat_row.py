@@ -1,0 +1,26 @@
+"""bat-row: one r x r block for each input shard. `delta[a,b] = W[a,b] D_b + D_b`; RWKV-PEFT's `mode: bat`."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.ops.moves import Moves
+
+
+def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+    """(n_in, r, r)."""
+    return shards.count(in_features, r), r, r
+
+
+def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+    """`z_b = x_b D_b^T` shifts the input, `tile(sum_b z_b)` the output; no weight is read."""
+    moves.add_input_shift(x, block, scale)
+
+
+def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "n_in r r"]) -> Float[Tensor, "out in"]:
+    """`W[a,b] D_b + D_b`, in W's dtype."""
+    D = block.to(W.dtype)
+    blocks = shards.split_weight(W, D.shape[-1])  # (n_out, r, n_in, r)
+    product = torch.einsum("aibk,bkj->aibj", blocks, D) + D.transpose(0, 1)
+    return shards.join_weight(product, *W.shape)

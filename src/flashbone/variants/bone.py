@@ -1,0 +1,22 @@
+"""bone: one (r, out) matrix, the same for every input shard. `delta[a,b] = B[:, a]^T`; rank at most r."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.ops.moves import Moves
+
+
+def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+    """(r, out)."""
+    return r, out_features
+
+
+def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+    """`u = S(x) B`."""
+    moves.add_factors(x, block, scale)
+
+
+def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "r out"]) -> Float[Tensor, "out in"]:
+    """`B^T` tiled along the input; of W only the sizes are used."""
+    return shards.tile(block.mT, W.shape[1])

@@ -1,0 +1,22 @@
+"""mini: bone with a (r, mini_r) matrix that is tiled along the output as well."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.ops.moves import Moves
+
+
+def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+    """(r, mini_r)."""
+    return r, mini_r
+
+
+def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+    """`u = tile(S(x) B)`: the product is as narrow as the block."""
+    moves.add_tiled_factors(x, block, scale)
+
+
+def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "r mini_r"]) -> Float[Tensor, "out in"]:
+    """`B^T` tiled along both axes; of W only the sizes are used."""
+    return shards.tile(shards.tile(block, W.shape[0]).mT, W.shape[1])

@@ -1,0 +1,18 @@
+"""Shared fixtures: shapes are checked at run time, models come from disk only, tolerances come from one table."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["flashbone.shards", "flashbone.variants", "flashbone.ops"], "beartype.beartype")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,52 @@
+"""The reshapes: views where the sizes allow it, zeros where they do not, and their own inverses."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashbone import shards
+from flashbone.errors import ShapeError
+
+
+@given(size=st.integers(1, 40), r=st.integers(1, 50))
+def test_join_inverts_split_and_shard_sum_adds_up(size, r):
+    x = torch.arange(2 * size, dtype=torch.float64).view(2, size) + 1
+    parts = shards.split(x, r)
+    assert parts.shape == (2, shards.count(size, r), r)
+    assert torch.equal(shards.join(parts, size), x)
+    assert torch.equal(shards.shard_sum(x, r), parts.sum(-2))
+    assert parts.sum() == x.sum()
+
+
+@given(out=st.integers(1, 20), in_=st.integers(1, 20), r=st.integers(1, 24))
+def test_blocks_of_a_weight_are_where_the_formula_says(out, in_, r):
+    W = torch.randn(out, in_)
+    blocks = shards.split_weight(W, r)
+    assert torch.equal(shards.join_weight(blocks, out, in_), W)
+    a, i, b, j = (out - 1) // r, (out - 1) % r, (in_ - 1) // r, (in_ - 1) % r
+    assert blocks[a, i, b, j] == W[-1, -1]
+    assert blocks.count_nonzero() == W.count_nonzero()
+
+
+@given(size=st.integers(1, 30), k=st.integers(1, 40))
+def test_tile_repeats_and_crops(size, k):
+    t, y = torch.randn(2, k), torch.randn(2, size)
+    want = t[:, torch.arange(size) % k]
+    assert torch.equal(shards.tile(t, size), want)
+    assert torch.equal(shards.add_tiled(y, t), y + want)
+
+
+def test_divisible_sizes_give_views():
+    x, W = torch.randn(3, 12), torch.randn(8, 12)
+    assert shards.split(x, 4).data_ptr() == x.data_ptr()
+    assert shards.split_weight(W, 4).data_ptr() == W.data_ptr()
+    whole, tail = shards.full_and_tail(x[:, :11], 4)
+    assert whole.data_ptr() == x.data_ptr()
+    assert tail.data_ptr() == x[:, 8:].data_ptr()
+
+
+@pytest.mark.parametrize(("size", "r"), [(0, 4), (4, 0), (4, -1)])
+def test_sizes_must_be_positive(size, r):
+    with pytest.raises(ShapeError, match="both must be positive"):
+        shards.count(size, r)
