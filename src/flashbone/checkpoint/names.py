@@ -1,0 +1,69 @@
+"""From the names of a live model to those of its checkpoint: base-model prefixes, tied weights, transposed layers."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+# transformers' Conv1D keeps its weight as (in, out). These are the model types that have it, and its layers in them.
+CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")
+
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tokens_embed", "shared", "embed_in", "tok_embeddings")
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_embeddings")
+
+
+def locate(wanted: Iterable[str], stored: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Find parameters of a live model among the tensors of a checkpoint.
+
+    A name is taken as it is; where that does not exist, one leading part (the base model's prefix, such as `bert.` or
+    `transformer.`) may be dropped or added, the same for all names.
+
+    Returns:
+        Parameter -> tensor for those found, and parameter -> reason for the others.
+    """
+    below: dict[str, list[str]] = {}
+    for name in stored:
+        below.setdefault(name.partition(".")[2], []).append(name)
+    found: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    shifted: dict[str, str] = {}
+    for name in wanted:
+        tail = name.partition(".")[2]
+        near = [*([tail] if tail.count(".") and tail in stored else []), *below.get(name, [])]
+        if name in stored:
+            found[name] = name
+        elif len(near) == 1:
+            found[name] = near[0]
+            shifted[name] = f"-{name.partition('.')[0]}" if near[0] == tail else f"+{near[0].partition('.')[0]}"
+        else:
+            lost[name] = f"could be any of {', '.join(sorted(near))}" if near else "not in the base"
+    if len(set(shifted.values())) > 1:
+        lost |= {name: f"could be {found.pop(name)}, but other names differ by another prefix" for name in shifted}
+    return found, lost
+
+
+def is_transposed(tensor: str, config: dict[str, Any]) -> bool | None:
+    """Whether the checkpoint keeps this weight as (in, out); None if the config does not say which model it is.
+
+    Decided by the model type and the layer's name, never by the shape: square layers look the same either way.
+    """
+    if tensor.split(".")[-2:-1] not in [[layer] for layer in CONV1D_LAYERS]:
+        return False
+    model_type = config.get("model_type")
+    if model_type is None:
+        return None
+    if model_type in CONV1D_TYPES:
+        return True
+    part = config.get(tensor.partition(".")[0])  # encoder and decoder of a composite model
+    return isinstance(part, dict) and part.get("model_type") in CONV1D_TYPES
+
+
+def has_tied_embeddings(config: dict[str, Any], stored: Collection[str]) -> bool:
+    """Whether loading the checkpoint makes one tensor of the input and output embeddings, as far as can be told."""
+    text = config.get("text_config")
+    flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+    return flag is True or (flag is None and not any(is_embedding(name, OUTPUT_EMBEDDINGS) for name in stored))
+
+
+def is_embedding(parameter: str, names: tuple[str, ...]) -> bool:
+    """Whether the parameter belongs to a module of one of these names."""
+    return parameter.split(".")[-2:-1] in [[name] for name in names]

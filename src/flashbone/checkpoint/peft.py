@@ -1,0 +1,203 @@
+"""Adapter folders of PEFT: BONE as PEFT 0.14 to 0.18 wrote it, and as flashbone writes it. Nothing of PEFT is imported.
+
+adapter_config.json          peft_type "BONE", r, variant (ours) or init_weights (PEFT's own), rank_pattern, bias, ...
+adapter_model.safetensors    or adapter_model.bin:
+    base_model.model.<module>.bone_block            the block of an adapted module
+    base_model.model.<module>[.base_layer].bias     a trained bias
+    base_model.model.<parameter>                    a parameter of a module to save
+"""
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flashbone import variants
+from flashbone.checkpoint import Adapter, same_values
+from flashbone.errors import FormatError
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+ROOT = "base_model.model."
+BLOCK = ".bone_block"
+# PEFT saves embeddings along with the adapter when they are targeted or were resized, listed nowhere.
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+
+
+def read(path: str | Path) -> Adapter:
+    """Read an adapter folder whole; tensors are on the CPU, in the file's dtypes.
+
+    Raises:
+        FormatError: something is missing, broken or unknown; all bad fields, or all bad keys, are named at once.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    variant = _variant(folder / CONFIG, config)
+    file, state = _read_state(folder)
+    blocks, replacements, problems = _sort_keys(state, config)
+    problems += [p for module, block in blocks.items() for p in _block_problems(module, block, variant, config)]
+    if not blocks and not problems:
+        problems.append("it holds no bone_block")
+    if problems:
+        raise FormatError(f"{file}: {'; '.join(problems)}")
+    return Adapter(variant.name, blocks, replacements, config, config.get("base_model_name_or_path") or None)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not folder.is_dir():
+        what = "is a file, wanted the adapter's folder" if folder.exists() else "no such adapter folder"
+        raise FormatError(f"{folder}: {what}")
+    if not file.is_file():
+        raise FormatError(f"{folder}: this folder is no adapter, it has no {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{file}: wanted a JSON object, got a {type(config).__name__}")
+    kind = config.get("peft_type")
+    if kind != "BONE":
+        raise FormatError(f"{file}: this is a {kind} adapter; flashbone merges BONE")
+    _check_fields(file, config)
+    return config
+
+
+def _check_fields(file: Path, config: dict[str, Any]) -> None:
+    config.setdefault("r", 64)
+    for name, default in {"rank_pattern": {}, "mini_r": 1, "bias": "none", "modules_to_save": []}.items():
+        if config.get(name) is None:
+            config[name] = default
+    problems = []
+
+    def check(ok: bool, name: str, wanted: str) -> None:
+        if not ok:
+            problems.append(f"{name}: got {config[name]!r}, wanted {wanted}")
+
+    check(_is_size(config["r"]), "r", "a positive integer")
+    check(_is_size(config["mini_r"]), "mini_r", "a positive integer")
+    check(config["bias"] in ("none", "all", "bone_only"), "bias", "'none', 'all' or 'bone_only'")
+    modules = config["modules_to_save"]
+    check(isinstance(modules, list) and all(isinstance(m, str) and m for m in modules), "modules_to_save", "names")
+    pattern = config["rank_pattern"]
+    check(
+        isinstance(pattern, dict) and all(_is_pattern(k) and _is_size(v) for k, v in pattern.items()),
+        "rank_pattern",
+        "regular expressions with positive integers",
+    )
+    if problems:
+        raise FormatError(f"{file}: {'; '.join(problems)}")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _variant(file: Path, config: dict[str, Any]) -> variants.Variant:
+    """Named by `variant`; PEFT 0.14 to 0.18 have no such field and mean bat-col by `init_weights="bat"`, else bone."""
+    name, is_bat = config.get("variant") or "bone", config.get("init_weights") == "bat"
+    if is_bat and name == "bone":
+        name = "bat-col"
+    if name not in variants.VARIANTS:
+        known = ", ".join(map(repr, variants.VARIANTS))
+        raise FormatError(f"{file}: variant: got {name!r}, wanted one of {known}; was it written by a newer flashbone?")
+    if is_bat and name != "bat-col":
+        raise FormatError(f"{file}: init_weights 'bat' means the variant 'bat-col', but variant is {name!r}")
+    return variants.get(name)
+
+
+def _read_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    file = folder / SAFETENSORS
+    if file.is_file():
+        try:
+            return file, load_file(file)
+        except (SafetensorError, ValueError) as error:
+            raise FormatError(
+                f"{file}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
+            ) from error
+    file = folder / PICKLE
+    if not file.is_file():
+        raise FormatError(f"{folder}: this adapter has no weights, wanted {SAFETENSORS} or {PICKLE}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{file}: refused, this pickle is broken or holds more than tensors (pickles can run code); convert it to"
+            f" {SAFETENSORS} where you trust it"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler stumbles over a damaged file in any way it likes
+        raise FormatError(f"{file}: cannot be read as a torch file; it may be truncated ({error})") from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise FormatError(f"{file}: wanted a mapping from names to tensors, it holds something else")
+    return file, {str(key): tensor for key, tensor in state.items()}
+
+
+def _sort_keys(
+    state: dict[str, Tensor], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Blocks by module, replacements by parameter, and what is wrong with the keys."""
+    blocks, replacements, problems = {}, {}, []
+    for key, tensor in state.items():
+        name = key.removeprefix(ROOT)
+        is_block = name.endswith(BLOCK)
+        parameter = _plain_name(name)
+        if name == key or not (is_block or _is_replacement(parameter, config)):
+            problems.append(f"unknown key {key!r}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{key}: got {tensor.dtype}, wanted floating point numbers")
+        elif is_block:
+            blocks[name.removesuffix(BLOCK)] = tensor
+        elif ".original_module." not in name:  # the frozen twin of a module to save, which `bias="all"` sweeps up
+            if parameter in replacements and not same_values(replacements[parameter], tensor):
+                problems.append(f"{key}: the file holds two different values of {parameter}")
+            replacements[parameter] = tensor
+    return blocks, replacements, problems
+
+
+def _plain_name(name: str) -> str:
+    """The parameter's name in the bare model: without the names of PEFT's wrappers."""
+    return re.sub(r"\.(base_layer|modules_to_save|original_module)(?=\.)", "", name)
+
+
+def _is_replacement(parameter: str, config: dict[str, Any]) -> bool:
+    module, _, leaf = parameter.rpartition(".")
+    if leaf == "bias" and config["bias"] != "none":
+        return True
+    if leaf in ("weight", "bias") and module.rpartition(".")[2] in EMBEDDINGS:
+        return True
+    parts = module.split(".")
+    prefixes = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    # PEFT wraps every module whose name ends in an entry, and saves all that is inside.
+    return bool(module) and any(p.endswith(tuple(config["modules_to_save"])) for p in prefixes)
+
+
+def _block_problems(module: str, block: Tensor, variant: variants.Variant, config: dict[str, Any]) -> list[str]:
+    where = f"{module}{BLOCK}"
+    wanted_dimensions = len(variant.block_shape(1, 1, 1, 1))
+    shape = tuple(block.shape)
+    if block.ndim != wanted_dimensions or not all(shape):
+        return [f"{where}: got shape {shape}, a {variant.name} block has {wanted_dimensions} axes, none of them empty"]
+    r = next((v for k, v in config["rank_pattern"].items() if re.match(rf"(.*\.)?({k})$", module)), config["r"])
+    problems = []
+    if shape[0 if wanted_dimensions == 2 else -1] != r or (wanted_dimensions == 3 and shape[-2] != r):
+        problems.append(f"{where}: got shape {shape}, but {CONFIG} says r={r}")
+    if variant.name == "mini" and shape[1] != config["mini_r"]:
+        problems.append(f"{where}: got shape {shape}, but {CONFIG} says mini_r={config['mini_r']}")
+    return problems

@@ -1,0 +1,147 @@
+"""The safetensors layout: find the tensors of a file, and write the file again with some of them changed.
+
+A file is 8 bytes with the length of the header (little endian), the header (JSON: name -> dtype, shape, offsets), and
+the data without gaps. As long as no dtype and no shape changes, the header of a changed file is that of its source,
+byte for byte, and the tensors can be streamed in the order of their offsets: one of them is in memory at a time.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from flashbone.errors import FormatError
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_CHUNK = 16 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; its bytes are [start, end) of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file: its raw header with the leading length, and its tensors in the order of their offsets."""
+
+    path: Path
+    header: bytes
+    entries: tuple[Entry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.entries[-1].end if self.entries else len(self.header)
+
+
+def scan(path: Path) -> TensorFile:
+    """Read a file's header and check it against the file's size; no tensor is read.
+
+    Raises:
+        FormatError: it is no safetensors file, or not a whole one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
+            raise FormatError(f"{path}: not a whole safetensors file; it may be truncated, copy or download it again")
+        text = file.read(length)
+    try:
+        table: dict[str, Any] = json.loads(text)
+        table.pop("__metadata__", None)
+        entries = [_entry(name, fields, 8 + length) for name, fields in table.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: its header is not that of a safetensors file ({error})") from error
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    end = 8 + length
+    for entry in entries:
+        if entry.start != end:
+            raise FormatError(f"{path}: tensor {entry.name} overlaps another, or leaves a gap; the file is damaged")
+        end = entry.end
+    if end != size:
+        raise FormatError(
+            f"{path}: its header promises {end} bytes, the file has {size}; it may be truncated, copy or download it"
+            " again"
+        )
+    return TensorFile(path, head + text, tuple(entries))
+
+
+def _entry(name: str, fields: dict[str, Any], data_start: int) -> Entry:
+    shape = tuple(int(n) for n in fields["shape"])
+    start, end = (int(n) for n in fields["data_offsets"])
+    entry = Entry(name, str(fields["dtype"]), shape, data_start + start, data_start + end)
+    if start < 0 or end < start or any(n < 0 for n in shape):
+        raise ValueError(f"tensor {name} has negative sizes")
+    if entry.dtype in FLOATS and end - start != math.prod(shape) * FLOATS[entry.dtype].itemsize:
+        raise ValueError(f"tensor {name}: {end - start} bytes are not {entry.dtype} of shape {shape}")
+    return entry
+
+
+def rewrite(
+    source: TensorFile,
+    target: Path,
+    edits: Mapping[str, Callable[[Tensor], Tensor]],
+    advance: Callable[[int], None],
+) -> None:
+    """Write `source` to the new file `target`; a tensor named in `edits` becomes what its function makes of it, in the
+    same dtype and shape, and all others are copied.
+
+    Args:
+        source: What to read.
+        target: Must not exist.
+        edits: Tensor name -> function of the tensor read, which it may overwrite.
+        advance: Called with the number of bytes after each piece that was written.
+
+    Raises:
+        FormatError: the source ends early.
+    """
+    with source.path.open("rb") as old, target.open("xb") as new:
+        new.write(source.header)
+        advance(len(source.header))
+        for entry in source.entries:
+            old.seek(entry.start)
+            if entry.name in edits:
+                new.write(_edited(old, entry, edits[entry.name]))
+                advance(entry.end - entry.start)
+            else:
+                _copy(old, new, entry.end - entry.start, advance)
+
+
+def _edited(file: BinaryIO, entry: Entry, edit: Callable[[Tensor], Tensor]) -> memoryview:
+    old = read(file, entry)
+    new = edit(old)
+    assert (new.dtype, new.shape) == (old.dtype, old.shape), f"the edit of {entry.name} changed its layout"
+    return new.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def read(file: BinaryIO, entry: Entry) -> Tensor:
+    """The tensor at the file's position, which must be the entry's start, in memory of its own."""
+    data = bytearray(entry.end - entry.start)
+    if file.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
+        raise FormatError(f"{file.name}: ended in the middle of {entry.name}; was it changed meanwhile?")
+    dtype = FLOATS[entry.dtype]
+    return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
+
+
+def _copy(old: BinaryIO, new: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
+    while size:
+        piece = old.read(min(size, _CHUNK))
+        if not piece:
+            raise FormatError(f"{old.name}: ended early; was it changed meanwhile?")
+        new.write(piece)
+        advance(len(piece))
+        size -= len(piece)

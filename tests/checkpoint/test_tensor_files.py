@@ -1,0 +1,137 @@
+"""The safetensors layout: our reader against the safetensors library, and files that are damaged."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from flashbone.checkpoint import tensors
+from flashbone.errors import FormatError
+
+
+@pytest.fixture
+def file(tmp_path):
+    state = {
+        "bf16": torch.randn(3, 5).bfloat16(),
+        "fp16": torch.randn(7).half(),
+        "fp32": torch.randn(2, 3, 4),
+        "fp64": torch.randn(4, 2, dtype=torch.float64),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "ids": torch.arange(9),
+        "flags": torch.tensor([True, False]),
+        "tiny": torch.randn(4).to(torch.float8_e4m3fn),
+    }
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+def test_tensors_read_as_the_library_reads_them(file):
+    want = load_file(file)
+    found = tensors.scan(file)
+    assert {e.name for e in found.entries} == set(want)
+    assert found.size == file.stat().st_size
+    with file.open("rb") as stream:
+        for entry in found.entries:
+            assert entry.shape == tuple(want[entry.name].shape)
+            if entry.dtype in tensors.FLOATS:
+                stream.seek(entry.start)
+                got = tensors.read(stream, entry)
+                assert got.dtype == want[entry.name].dtype
+                assert torch.equal(got, want[entry.name])
+
+
+def test_a_file_without_edits_is_copied_byte_for_byte(file, tmp_path):
+    sizes = []
+    tensors.rewrite(tensors.scan(file), tmp_path / "out", {}, sizes.append)
+    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    assert sum(sizes) == file.stat().st_size
+
+
+def test_edits_change_their_tensor_and_nothing_else(file, tmp_path):
+    edited = {
+        "bf16": lambda t: -t,
+        "fp64": lambda t: (t + 1).mT.contiguous().mT,
+        "scalar": lambda t: t * 2,
+        "empty": lambda t: t,
+    }
+    tensors.rewrite(tensors.scan(file), tmp_path / "out", edited, _ignore)
+    before, after = load_file(file), load_file(tmp_path / "out")
+    assert list(before) == list(after)
+    for name in before:
+        want = edited[name](before[name]) if name in edited else before[name]
+        assert torch.equal(after[name].view(-1).view(torch.uint8), want.contiguous().view(-1).view(torch.uint8)), name
+
+
+def test_an_existing_file_is_not_overwritten(file):
+    with pytest.raises(FileExistsError):
+        tensors.rewrite(tensors.scan(file), file, {}, _ignore)
+
+
+def test_a_file_cut_at_any_byte_is_refused(tmp_path):
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2)}, tmp_path / "whole")
+    whole, cut = (tmp_path / "whole").read_bytes(), tmp_path / "cut"
+    for size in range(len(whole)):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(FormatError, match=r"truncated|header"):
+            tensors.scan(cut)
+    cut.write_bytes(whole + b"x")
+    with pytest.raises(FormatError, match="promises"):
+        tensors.scan(cut)
+
+
+def _fields(start: int, end: int, dtype: str = "F32", shape=(1,)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": _fields(0, 4), "b": _fields(0, 4)},
+        {"a": _fields(4, 8)},
+        {"a": _fields(0, 4, shape=(2,))},
+        {"a": _fields(0, 4, shape=(-1, -1))},
+        {"a": _fields(-4, 0)},
+        {"a": {"dtype": "F32"}},
+        {"a": 3},
+        [],
+        3,
+    ],
+)
+def test_headers_that_contradict_themselves_are_refused(tmp_path, header):
+    text = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(FormatError):
+        tensors.scan(tmp_path / "file")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 140), byte=st.integers(0, 255))
+def test_a_damaged_byte_is_refused_or_leaves_a_readable_file(tmp_path, position, byte):
+    path = tmp_path / "damaged"
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] = byte
+    path.write_bytes(data)
+    try:
+        found = tensors.scan(path)
+    except FormatError:
+        return
+    assert found.size == len(data)
+    (tmp_path / "out").unlink(missing_ok=True)
+    tensors.rewrite(found, tmp_path / "out", {}, _ignore)
+    assert (tmp_path / "out").read_bytes() == bytes(data)
+
+
+def test_a_file_that_shrinks_meanwhile_is_an_error(file, tmp_path):
+    found = tensors.scan(file)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(FormatError, match="meanwhile"):
+        tensors.rewrite(found, tmp_path / "out", {}, _ignore)
