@@ -1,3 +1,46 @@
-"""The Bone family of block-affine adapters for PEFT, transformers and TRL."""
+"""The Bone family of block-affine adapters for PEFT, transformers and TRL.
+
+`import flashbone`, before or after peft, gives PEFT its BONE method back. The import itself is light: names are loaded
+on first use (PEP 562), and BONE is registered as soon as peft has been imported.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from flashbone.import_hook import when_imported
+
+if TYPE_CHECKING:
+    from flashbone.errors import FlashboneError as FlashboneError
+    from flashbone.tuner.config import BoneConfig as BoneConfig
+    from flashbone.tuner.layer import BoneLayer as BoneLayer
+    from flashbone.tuner.layer import BoneLinear as BoneLinear
+    from flashbone.tuner.model import BoneModel as BoneModel
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "BoneConfig": "flashbone.tuner.config",
+    "BoneLayer": "flashbone.tuner.layer",
+    "BoneLinear": "flashbone.tuner.layer",
+    "BoneModel": "flashbone.tuner.model",
+    "FlashboneError": "flashbone.errors",
+}
+__all__ = ["BoneConfig", "BoneLayer", "BoneLinear", "BoneModel", "FlashboneError"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'flashbone' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+def _register(peft: ModuleType) -> None:
+    import_module("flashbone.tuner.register").register(peft)
+
+
+when_imported("peft", _register)

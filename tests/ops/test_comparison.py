@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.blocks import VARIANT_NAMES, random_block
-from helpers.comparison import TOLERANCES, close
 
 from flashbone.ops import reference
+from helpers.blocks import VARIANT_NAMES, random_block
+from helpers.comparison import TOLERANCES, close
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers.blocks import SIZES, VARIANT_NAMES, adapted, random_block
-from helpers.comparison import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashbone import variants
 from flashbone.ops import reference
+from helpers.blocks import SIZES, VARIANT_NAMES, adapted, random_block
+from helpers.comparison import close
 
 
 def layer(out: int, in_: int, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,7 +18,7 @@ def layer(out: int, in_: int, dtype=torch.float64) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_output_and_gradients_equal_the_oracle(name, size):
-    out, in_, r = size
+    out, in_, _r = size
     W, bias = layer(out, in_)
     leaves = [torch.randn(2, 5, in_, dtype=torch.float64), W, bias, random_block(name, *size)]
     results = []

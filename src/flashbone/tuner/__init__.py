@@ -1,0 +1,1 @@
+"""PEFT's side of flashbone: configuration, layers, model, and their registration."""

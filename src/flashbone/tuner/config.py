@@ -1,0 +1,140 @@
+"""BoneConfig: the configuration of the Bone family, in the file format that PEFT 0.14 to 0.18 read and wrote."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from flashbone import variants
+from flashbone.errors import ConfigError
+
+
+class BoneType(str, enum.Enum):
+    """The PEFT type of the family. PEFT's own enum lost this member; a str member equals and hashes like its string,
+    which is all that PEFT's tables need."""
+
+    BONE = "BONE"
+
+
+@dataclass
+class BoneConfig(PeftConfig):
+    """How a model is adapted with the Bone family (arXiv 2409.15371).
+
+    Args:
+        r: Block size: rows of the shared matrix of `bone` and `mini`, edge of the square blocks of `bat-*`.
+        variant: "bone", "mini", "bat-col" or "bat-row"; the formulas are in docs/maths.md.
+        init_weights: True starts at zero (the model is unchanged), False at random (for tests). "bat" is PEFT's
+            spelling of `variant="bat-col"`.
+        dropout: Probability with which entries of the input are dropped before they enter the adapter (never the base).
+        mini_r: Columns of the block of `mini`, tiled along the output features.
+        target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None takes
+            PEFT's table for the model's type, and "all-linear" for models that it does not know.
+        exclude_modules: Names or a regular expression of modules that stay as they are.
+        layers_to_transform: Index or indices of the layers to adapt; the others stay as they are.
+        layers_pattern: Name of the list that holds the layers, used with `layers_to_transform`.
+        rank_pattern: Block sizes of single modules, by name or regular expression: {"mlp.down_proj": 32}.
+        bias: Which biases are trained along: "none", "all" or "bone_only" (those of adapted layers).
+        modules_to_save: Modules that are trained as a whole and saved with the adapter, such as a new classifier.
+
+    Raises:
+        ConfigError: a field is out of range or contradicts another.
+    """
+
+    r: int = field(default=64, metadata={"help": "Block size."})
+    variant: str = field(default="bone", metadata={"help": "bone, mini, bat-col or bat-row."})
+    init_weights: bool | Literal["bat"] = field(
+        default=True, metadata={"help": "True: start at zero. False: at random. 'bat': PEFT's name of bat-col."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    mini_r: int = field(default=1, metadata={"help": "Columns of the block of the variant mini."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of the modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Block sizes of single modules, by name or regular expression."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'bone_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train as a whole and to save with the adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # No fields, so never written. An adapter made from a config that was read from a folder waits for its weights;
+        # if they do not fit it is taken back, and the parameters named here are trained again.
+        self.awaits_weights: bool = False
+        self.trained_before: list[str] | None = None
+        self.peft_type = BoneType.BONE
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self.rank_pattern = self.rank_pattern or {}
+        if self.init_weights == "bat" and self.variant == "bone":
+            self.variant = "bat-col"
+        problems = self._problems()
+        if problems:
+            raise ConfigError("BoneConfig: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        problems = []
+
+        def check(ok: bool, message: str) -> None:
+            if not ok:
+                problems.append(message)
+
+        sizes = {"r": self.r, "mini_r": self.mini_r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        for name, size in sizes.items():
+            check(_is_positive(size), f"`{name}` should be a positive integer value but the value passed is {size!r}")
+        known = ", ".join(map(repr, variants.VARIANTS))
+        check(self.variant in variants.VARIANTS, f"variant: got {self.variant!r}, wanted one of {known}")
+        check(
+            self.init_weights in (True, False, "bat"),
+            f"init_weights: got {self.init_weights!r}, wanted True, False or 'bat' (variants are chosen by `variant`)",
+        )
+        check(
+            self.init_weights != "bat" or self.variant == "bat-col",
+            f"init_weights='bat' means variant='bat-col', but variant={self.variant!r} was asked for; leave one out",
+        )
+        check(
+            isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
+            f"dropout: got {self.dropout!r}, wanted a probability in [0, 1)",
+        )
+        check(
+            self.bias in ("none", "all", "bone_only"), f"bias: got {self.bias!r}, wanted 'none', 'all' or 'bone_only'"
+        )
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                check(getattr(self, name) is None, f"`{name}` cannot be used when `target_modules` is a str.")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary; bat-col is written as PEFT 0.14 to 0.18 expect it (`init_weights="bat"`)."""
+        fields = super().to_dict()
+        if self.variant == "bat-col":
+            fields["init_weights"] = "bat"
+        return fields
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Read `adapter_config.json` of a folder or hub id. Files of PEFT 0.14 to 0.18 name no variant: there
+        `init_weights="bat"` is bat-col, anything else bone."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        assert isinstance(config, cls)
+        config.awaits_weights = True
+        return config
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

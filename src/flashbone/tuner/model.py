@@ -1,0 +1,192 @@
+"""BoneModel: what PEFT calls to put adapters of the family into a model, to merge them, and to load them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.tuner import weighted
+from flashbone.tuner.config import BoneConfig
+from flashbone.tuner.layer import BoneLayer, BoneLinear, unsupported_reason
+from flashbone.tuner.loading import check_state_dict, take_back, trained_names
+from flashbone.tuner.targets import nearest_names
+
+
+class TargetError(ConfigError, NoMatchingPeftModuleError):
+    """No module of the model matches `target_modules`."""
+
+
+class BoneModel(BaseTuner):
+    """A model with adapters of the Bone family (arXiv 2409.15371); made by `peft.get_peft_model`.
+
+    Args:
+        model: The model to adapt, in place.
+        config: A `BoneConfig`, or a dict from adapter names to them.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Make the blocks on the meta device, for weights that are loaded next.
+    """
+
+    peft_config: dict[str, BoneConfig]
+    model: nn.Module
+    prefix: str = "bone_"
+    tuner_layer_cls = BoneLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter into the model; if anything fails, the model is as it was."""
+        config = self.peft_config[adapter_name]
+        trained = trained_names(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception as error:
+            take_back(model, adapter_name, trained)
+            if not isinstance(error, NoMatchingPeftModuleError):
+                raise
+            names = ", ".join(nearest_names(model, config.target_modules))
+            raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
+        if config.awaits_weights:
+            config.trained_before = trained
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            known = self.target_module_mapping.get(model_config["model_type"])
+            peft_config.target_modules = set(known) if isinstance(known, list) else known or "all-linear"
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        pattern = peft_config.rank_pattern
+        fields = {
+            "r": pattern.get(get_pattern_key(list(pattern), current_key), peft_config.r),
+            "init_weights": peft_config.init_weights,
+            "variant": peft_config.variant,
+            "dropout": peft_config.dropout,
+            "mini_r": peft_config.mini_r,
+        }
+        if isinstance(target, BoneLayer):
+            target.update_layer(adapter_name, **fields)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if (reason := unsupported_reason(base)) is not None:
+            raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
+        new_module = BoneLinear(target, adapter_name, **fields)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map a checkpoint's keys to the model's, and check every block before any of them is loaded. An adapter that
+        was made for these weights only is taken back if they do not fit."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        trained, config.awaits_weights, config.trained_before = config.trained_before, False, None
+        try:
+            check_state_dict(model, adapter_name, mapped)
+        except FlashboneError:
+            if trained is not None:
+                inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+                take_back(inner, adapter_name, trained)
+                model.peft_config.pop(adapter_name, None)
+            raise
+        return mapped
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (None: the active ones) into the base weights.
+
+        Raises:
+            ConfigError: an adapter of that name does not exist.
+            NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity; then no layer was changed.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Find out what would fail before the first layer is touched: a safe merge computes every weight twice."""
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(self.peft_config)}")
+        if not safe_merge:
+            return
+        for name, layer in self._bone_layers():
+            names = [*layer.merged_adapters, *(layer.active_adapters if adapter_names is None else adapter_names)]
+            try:
+                layer.merged_weight(names, must_be_finite=True)
+            except FlashboneError as error:
+                raise type(error)(f"{name}: {error}") from None
+
+    def _bone_layers(self) -> Iterator[tuple[str, BoneLinear]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, BoneLinear):
+                yield name, module
+
+    def keep_originals(self, keep: bool) -> None:
+        """Whether merging keeps the pristine weights in host memory (the default), for an unmerge that is bit-exact."""
+        for _, layer in self._bone_layers():
+            layer.keep_original = keep
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply what the adapter adds to the model by `scale`, until it is set again; 1 is the trained strength."""
+        if adapter not in self.peft_config:
+            raise ConfigError(f"set_scale: no adapter {adapter!r} in this model, which has {list(self.peft_config)}")
+        for _, layer in self._bone_layers():
+            layer.set_scale(adapter, scale)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Make a new adapter that is exactly the weighted sum of others.
+
+        `delta(new) = sum_i weights[i] * scale_i * delta(adapters[i])`, for adapters of one variant and block size;
+        `bone` and `mini` of different sizes combine as well. For anything else, activate the adapters together and
+        give each its `set_scale`.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: A factor, of any sign, for each.
+            adapter_name: Name of the new adapter. It is not active.
+            combination_type: "linear", the only one that is exact for the family.
+
+        Raises:
+            ConfigError: the adapters cannot be combined exactly; the model is as it was.
+        """
+        weighted.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise FlashboneError(
+                "adapter_names: batches that mix adapters are not supported by the Bone family yet; run one batch for"
+                " each adapter, with set_adapter"
+            )
+        yield

@@ -1,0 +1,46 @@
+"""Give PEFT its BONE method back: fill its tables and its namespace, whichever of the two is imported first."""
+
+import sys
+from types import ModuleType
+
+from flashbone.errors import FlashboneError
+
+MINIMUM_PEFT = (0, 20)
+
+
+class PeftTooOldError(FlashboneError, ImportError):
+    """The installed PEFT cannot carry flashbone."""
+
+
+def register(peft: ModuleType) -> None:
+    """Register BONE with an imported peft: `get_peft_model`, saving, loading, and the old import paths.
+
+    Raises:
+        PeftTooOldError: this PEFT is older than 0.20, whose quantisation backends flashbone needs.
+    """
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in peft.__version__.split(".")[:2])
+    if version < MINIMUM_PEFT:
+        wanted = ".".join(map(str, MINIMUM_PEFT))
+        raise PeftTooOldError(
+            f"flashbone needs peft >= {wanted}, but peft {peft.__version__} is installed; run `pip install -U peft`"
+        )
+    from peft import mapping
+
+    from flashbone.tuner import config, layer, model
+
+    kind = config.BoneType.BONE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config.BoneConfig  # pyright: ignore[reportArgumentType]
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = model.BoneModel  # pyright: ignore[reportArgumentType]
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = model.BoneModel.prefix  # pyright: ignore[reportArgumentType]
+
+    names = {c.__name__: c for c in (config.BoneConfig, layer.BoneLayer, layer.BoneLinear, model.BoneModel)}
+    bone = ModuleType("peft.tuners.bone", "PEFT's former module of the Bone method; the classes are flashbone's.")
+    bone.__path__ = []
+    bone.__dict__.update(names, __all__=list(names), config=config, layer=layer, model=model)
+    sys.modules.update(
+        {"peft.tuners.bone": bone}
+        | {f"peft.tuners.bone.{m.__name__.rpartition('.')[2]}": m for m in (config, layer, model)}
+    )
+    peft.tuners.bone = bone
+    for target in (peft, peft.tuners):
+        vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)

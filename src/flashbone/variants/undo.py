@@ -1,0 +1,48 @@
+"""Take adapters out of a merged weight by computation, for merges that kept no original. Exact up to rounding only."""
+
+from collections.abc import Iterable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.variants import Variant
+
+
+def undo(merged: Float[Tensor, "out in"], adapters: Iterable[tuple[Variant, Tensor, float]]) -> Float[Tensor, "out in"]:
+    """The W from which `variants.merged_weight(W, adapters)` came; fp32 (or fp64) inside, then merged's dtype.
+
+    Additive adapters are subtracted; at most one that depends on W (bat-*) is then solved for.
+    """
+    adapters = list(adapters)
+    dtype = shards.opmath_dtype(merged, *(block for _, block, _ in adapters))
+    W = merged.to(dtype)
+    solve_for = None
+    for variant, block, scale in adapters:
+        block = block.to(merged.device, dtype)
+        if variant.delta_depends_on_weight:
+            assert solve_for is None, "two adapters depend on the weight"
+            solve_for = variant.name, block * scale
+        else:
+            W = W - scale * variant.delta(W, block)
+    if solve_for is not None:
+        name, D = solve_for
+        W = _solve(W, D.unsqueeze(1) if name == "bat-col" else D.unsqueeze(0))
+    return W.to(merged.dtype)
+
+
+def _solve(merged: Float[Tensor, "out in"], D: Float[Tensor, "a b r r"]) -> Float[Tensor, "out in"]:
+    """`W[a,b] = (W'[a,b] - D) (I + D)^-1`; of a ragged tail shard only the columns that exist take part."""
+    r, tail = D.shape[-1], merged.shape[1] % D.shape[-1]
+    eye = torch.eye(r, dtype=D.dtype, device=D.device)
+    blocks = rearrange(shards.split_weight(merged, r), "a i b j -> a b i j").contiguous()
+    whole = slice(0, blocks.shape[1] - 1) if tail else slice(None)
+    D_whole = D[:, whole] if D.shape[1] > 1 or not tail else D
+    blocks[:, whole] = torch.linalg.solve(eye + D_whole, blocks[:, whole] - D_whole, left=False)
+    if tail:
+        D_tail, last = D[:, -1], blocks[:, -1]
+        system = (eye + D_tail)[..., :tail, :tail]
+        last[..., :tail] = torch.linalg.solve(system, last[..., :tail] - D_tail[..., :tail], left=False)
+    return shards.join_weight(rearrange(blocks, "a b i j -> a i b j"), *merged.shape)
