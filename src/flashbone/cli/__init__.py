@@ -1,7 +1,8 @@
-"""The `flashbone` command: finds the subcommand, runs it, and turns expected failures into one line and an exit code."""
+"""The `flashbone` command: finds the subcommand, runs it, and turns failures into one line and a code."""
 
 import errno
 import importlib
+import os
 import sys
 
 from flashbone import __version__
@@ -62,7 +63,9 @@ _FAULTS_OF_THE_DISK = {
 
 
 def _fail(name: str, message: str) -> int:
-    print(f"flashbone {name}: error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun launched
+    prefix = "" if rank == "0" else f"[process {rank}] "
+    print(f"{prefix}flashbone {name}: error: {message}", file=sys.stderr)
     return 1
 
 

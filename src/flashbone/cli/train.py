@@ -1,0 +1,95 @@
+"""`flashbone train CONFIG.yaml [--dotted.field value ...]`: fine-tune, then print what came of it."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+
+OPTIONS = ("--resume", "--json", "--help")
+
+EPILOG = """\
+CONFIG.yaml:
+  model: path-or-hub-id          # folder, hub id, or .gguf file
+  task: sft                      # sft | classification
+  data:
+    path: train.jsonl            # .json, .jsonl, .csv, .parquet, or a dataset's hub id
+    eval: 0.1                    # held out: a share, a number of rows, a file, or null
+    format: auto                 # text | prompt-completion | messages | alpaca | sharegpt | classification
+    columns: {prompt: query}     # our name: the data's name
+    split: train[:5000]
+  adapter: {variant: bone, r: 64, target_modules: all-linear}     # any field of BoneConfig
+  training: {max_steps: 200, learning_rate: 2.0e-4}               # any field of SFTConfig or TrainingArguments
+  output: runs/first             # adapter/, merged/, metrics.jsonl, summary.json, loss.png, checkpoint-*/
+  merge: true                    # also write the merged model
+  seed: 42
+
+Every field can be given on the command line too: --training.max_steps 20 --adapter.r 16 --output runs/second
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Parse, train, print the summary on stdout; notices and progress go to stderr."""
+    ours, overrides = _separate(argv)
+    options = _parser().parse_args(ours)
+    _set_up_output()
+
+    from flashbone.train.recipe import load_recipe
+
+    recipe = load_recipe(options.config, overrides)
+
+    from flashbone.report.training import plot_losses, print_summary
+    from flashbone.train.run import train
+
+    result = train(recipe, resume=options.resume)
+    if not result.is_main:
+        return 0
+    figure = plot_losses(result.folder.metrics, result.folder.path / "loss.png")
+    if options.json:
+        print(json.dumps(result.summary, indent=2))
+    else:
+        print_summary(result.summary, result.folder.path, figure)
+    return 0
+
+
+def _separate(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and the recipe's fields with their values, in whatever order they came."""
+    ours, fields = [], []
+    words = iter(argv)
+    for word in words:
+        if word in OPTIONS or not word.startswith("--"):
+            ours.append(word)
+        else:
+            fields.append(word)
+            if "=" not in word:
+                fields += [value] if (value := next(words, None)) is not None else []
+    return ours, fields
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashbone train",
+        description="Fine-tune a model with a Bone adapter as a YAML file says.",
+        usage="flashbone train CONFIG.yaml [--resume] [--json] [--dotted.field value ...]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    return parser
+
+
+def _set_up_output() -> None:
+    """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets)(\.|$)")
+    log = logging.getLogger("flashbone")
+    main = os.environ.get("RANK", "0") == "0"
+    log.setLevel(logging.INFO if main else logging.ERROR)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

@@ -1,0 +1,84 @@
+"""What came of a training run: the loss curve as a picture and the summary as a table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
+
+
+def plot_losses(metrics: Path, target: Path) -> Path:
+    """Draw training and held-out loss over the steps from a metrics.jsonl; returns the PNG's path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color=TRAIN_COLOUR, linewidth=1.5, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, marker="o", markersize=5, label="held out")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per token)" if _is_language_model(rows) else "loss (cross-entropy)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or held_out:
+        axes.legend(frameon=False)
+    partial = target.with_name(target.name + ".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(target)
+    return target
+
+
+def _is_language_model(rows: list[dict[str, Any]]) -> bool:
+    return not any("eval_accuracy" in row for row in rows)
+
+
+def print_summary(summary: dict[str, Any], folder: Path, figure: Path) -> None:
+    """Print the table of a run on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{summary['task']} with {summary['variant']}, block size {summary['block_size']}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _lines(summary):
+        table.add_row(Text(name), Text(value))
+    console = Console()
+    console.print(table)
+    for name, path in _files(folder, figure):
+        console.print(Text(f"{name:<8} {path}"), soft_wrap=True)
+
+
+def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table; figures that the run did not measure are left out."""
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    lines = [
+        ("trainable parameters", f"{trained:,} of {total:,} ({summary['trainable_percent']:.3g} %)"),
+        ("rows, training / held out", f"{summary['train_rows']:,} / {summary['eval_rows']:,}"),
+        ("steps (epochs)", f"{summary['steps']:,} ({summary['epochs']:.3g})"),
+    ]
+    if summary.get("train_loss") is not None:
+        lines.append(("training loss, last", f"{summary['train_loss']:.4f}"))
+    names = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_macro_f1": "held-out macro-F1"}
+    for key, name in names.items():
+        before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
+        if after is not None:
+            start = "?" if before is None else f"{before:.4f}"
+            lines.append((f"{name}, before -> after", f"{start} -> {after:.4f}"))
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary.get("tokens_per_s") else ""
+    lines.append(("training time", f"{summary['train_s']:,.1f} s{speed}"))
+    lines.append((f"peak {summary['peak_of']}", f"{summary['peak_mib']:,.0f} MiB on {summary['device']}"))
+    return lines
+
+
+def _files(folder: Path, figure: Path) -> list[tuple[str, Path]]:
+    found = [("adapter", folder / "adapter"), ("merged", folder / "merged"), ("metrics", folder / "metrics.jsonl")]
+    return [(name, path) for name, path in [*found, ("plot", figure)] if path.exists()]

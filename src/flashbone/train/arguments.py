@@ -1,0 +1,92 @@
+"""From a recipe to what the trainer and PEFT want: defaults for a first run, BoneConfig, precision."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flashbone.errors import ConfigError
+from flashbone.train.recipe import Recipe, arguments_class
+
+
+def trainer_arguments(recipe: Recipe) -> Any:
+    """SFTConfig (sft) or TrainingArguments (classification), with the recipe's `training` over our defaults.
+
+    Raises:
+        ConfigError: a value is out of range, or contradicts another.
+    """
+    given = dict(recipe.training)
+    if recipe.task == "classification":
+        given.pop("max_length", None)
+    given = _checkpointing(given, recipe)
+    fields = {**_defaults(recipe), **given, "output_dir": recipe.output, "seed": recipe.seed}
+    try:
+        return arguments_class(recipe.task)(**fields)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """What a new user should not have to say; everything else is the trainer's own default."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
+    given = recipe.training
+    half = {} if "fp16" in given else {"bf16": on_gpu and torch.cuda.is_bf16_supported()}
+    held_out = {"eval_strategy": "steps", "eval_steps": 0.25} if recipe.data.eval else {}
+    return {
+        **half,
+        **held_out,
+        "report_to": "none",
+        "learning_rate": 2e-4,
+        "logging_steps": 5,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a diverged run must say so
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def _checkpointing(given: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """`given` with activations kept unless it says otherwise; transformers 5.2x renamed gradient to activation."""
+    known = {item.name for item in dataclasses.fields(arguments_class(recipe.task))}
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    if new not in known:
+        return {old: False, **given}
+    renamed = {key.replace(old, new): value for key, value in given.items()}
+    return {new: False, **renamed}
+
+
+def model_dtype(args: Any) -> Any:
+    """The dtype of the frozen base: the training's half precision, or float32. The adapter stays in float32."""
+    import torch
+
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The recipe's BoneConfig; all linear layers when no target is given."""
+    from flashbone import BoneConfig
+
+    task_type = "CAUSAL_LM" if recipe.task == "sft" else "SEQ_CLS"
+    fields = {"target_modules": "all-linear", **recipe.adapter}
+    try:
+        return BoneConfig(**fields, task_type=task_type)
+    except TypeError as error:
+        raise ConfigError(f"adapter: {error}") from error
+
+
+def chat_template(path: str) -> str:
+    """The text of `training.chat_template_path`.
+
+    Raises:
+        ConfigError: it is no template file. TRL also takes another model's name there, which adds tokens that an
+            adapter of ours would not save.
+    """
+    file = Path(path)
+    if file.suffix not in (".jinja", ".j2") or not file.is_file():
+        raise ConfigError(f"training.chat_template_path {path}: no such file; a .jinja or .j2 file was wanted")
+    return file.read_text(encoding="utf-8")

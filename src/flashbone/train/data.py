@@ -1,0 +1,206 @@
+"""Training and held-out examples: read, checked with file and line, split, and brought into the trainer's form."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.formats import Example, answers, check_columns, converter, detect
+from flashbone.train.recipe import DataRecipe, Recipe
+from flashbone.train.rows import BadRow, Row, read_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+SHOWN_BAD_ROWS = 5
+CONVERSION = 1  # counts up when the same rows become other examples, so that cached ones are not reused
+
+
+@dataclass
+class Data:
+    """What a trainer needs: rows to learn from, rows held out (if any), and the classes (classification)."""
+
+    train: "Dataset"
+    eval: "Dataset | None"
+    labels: list[str]
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the rows need a chat template."""
+        return "prompt" in self.train.column_names and not isinstance(self.train[0]["prompt"], str)
+
+
+def load_data(recipe: Recipe) -> Data:
+    """Read, check and split the recipe's data.
+
+    Raises:
+        FormatError: rows are malformed; the message names the first few with file and line.
+        ConfigError: `data` asks for columns, splits or a held-out part that are not there.
+    """
+    examples = _load(recipe.data, recipe.task)
+    train, held_out = _split(examples, recipe)
+    labels: list[str] = []
+    if recipe.task == "classification":
+        labels = _labels(train, held_out, recipe.data.path)
+    if "messages" in train.column_names:
+        train = _cut_answers(train, recipe.data.turns)
+        held_out = held_out and _cut_answers(held_out, recipe.data.turns)
+    log.info("data: %d training rows, %d held out", len(train), len(held_out or ()))
+    return Data(train, held_out, labels)
+
+
+def _load(data: DataRecipe, task: str) -> "Dataset":
+    """All examples that `data` names, on disk in datasets' cache, so that they need not fit into memory."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.fingerprint import Hasher
+
+    path = Path(data.path)
+    local = path.suffix.lower() in FILES or path.is_file()
+    source = None if local else _hub(data)
+
+    def rows() -> Iterator[Row | BadRow]:
+        return read_rows(path) if source is None else _dataset_rows(source, data.path)
+
+    format, columns = _format(rows(), data, task)
+    log.info("data: %s is read as %s%s", data.path, format, f" with {columns}" if columns else "")
+
+    def generate() -> Iterator[Example]:
+        return _examples(rows(), format, columns, data.path)
+
+    stamp = _file_stamp(path) if source is None else source._fingerprint
+    key = Hasher.hash((CONVERSION, stamp, format, columns))
+    try:
+        examples = Dataset.from_generator(generate, fingerprint=key)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, FormatError | OSError):
+            raise cause from None
+        raise
+    assert isinstance(examples, Dataset)
+    return _slice(examples, data) if local else examples
+
+
+def _format(rows: Iterator[Row | BadRow], data: DataRecipe, task: str) -> tuple[str, dict[str, str]]:
+    """The format of the rows: as asked, or by the columns of the first one that can be read."""
+    if data.format != "auto" and (data.format == "classification") != (task == "classification"):
+        raise ConfigError(f"data.format {data.format} does not go with task {task}")
+    first = next((item[1] for item in rows if not isinstance(item, BadRow)), None)
+    if not isinstance(first, dict) or not first:  # reading on reports what is wrong
+        fallback = "classification" if task == "classification" else "text"
+        return (fallback if data.format == "auto" else data.format), data.columns
+    check_columns(list(first), data.columns, data.path)
+    if data.format == "auto":
+        return detect(list(first), data.columns, task, data.path)
+    return data.format, data.columns
+
+
+def _examples(rows: Iterator[Row | BadRow], format: str, columns: dict[str, str], where: str) -> Iterator[Example]:
+    """Every row as an example; at the end, one error for all the rows that were none."""
+    convert = converter(format, columns)
+    bad: list[str] = []
+    count = 0
+    for item in rows:
+        count += 1
+        if isinstance(item, BadRow):
+            bad.append(str(item))
+            continue
+        try:
+            yield convert(item[1])
+        except FormatError as error:
+            bad.append(f"{item[0]}: {error}")
+    if not count:
+        raise FormatError(f"{where}: no rows")
+    if bad:
+        more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
+        raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
+
+
+def _file_stamp(path: Path) -> tuple[str, int, int]:
+    """What changes when the file does."""
+    about = path.stat()
+    return str(path.resolve()), about.st_mtime_ns, about.st_size
+
+
+def _dataset_rows(dataset: Any, name: str) -> Iterator[Row]:
+    """Rows of a hub dataset; class numbers become the classes' names."""
+    named = {key: kind for key, kind in dataset.features.items() if hasattr(kind, "int2str")}
+    for number, row in enumerate(dataset, 1):
+        plain = {key: kind.int2str(row[key]) for key, kind in named.items() if row[key] is not None and row[key] >= 0}
+        yield f"{name}: row {number}", {**row, **plain}
+
+
+def _hub(data: DataRecipe) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(data.path, data.subset, split=data.split)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"data.path {data.path} ({data.split}): no such file, and no dataset of that id could be loaded: {reason}"
+        ) from None
+
+
+def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
+    """The rows that `split` names; a file has one split, called train."""
+    from datasets import ReadInstruction
+
+    if data.split == "train":
+        return examples
+    try:
+        parts = ReadInstruction.from_spec(data.split).to_absolute({"train": len(examples)})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"data.split {data.split}: {error}; a file has the split train, as in train[:100]") from None
+    rows = [i for part in parts for i in range(part.from_ or 0, len(examples) if part.to is None else part.to)]
+    if not rows:
+        raise ConfigError(f"data.split {data.split}: selects none of the {len(examples)} rows of {data.path}")
+    return examples.select(rows)
+
+
+def _split(examples: "Dataset", recipe: Recipe) -> "tuple[Dataset, Dataset | None]":
+    """Training rows and held-out rows; the draw depends on the seed only."""
+    held = recipe.data.eval
+    if isinstance(held, str):
+        return examples, _load(replace(recipe.data, path=held, split="train"), recipe.task)
+    if not held:
+        return examples, None
+    if held < 0 or (isinstance(held, float) and held >= 1 and not held.is_integer()):
+        raise ConfigError(f"data.eval is {held}; a share below 1, a number of rows, a file or null was wanted")
+    count = int(held) if held >= 1 else max(1, round(len(examples) * held))
+    if count >= len(examples):
+        raise ConfigError(
+            f"data.eval {held} holds out {count} of the {len(examples)} rows of {recipe.data.path}, "
+            "which leaves none to learn from; lower it, or set it to null"
+        )
+    seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    parts = examples.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _cut_answers(examples: "Dataset", turns: str) -> "Dataset":
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = list(itertools.chain.from_iterable(answers(messages, turns) for messages in batch["messages"]))
+        return {name: [row[name] for row in rows] for name in ("prompt", "completion")}
+
+    return examples.map(cut, batched=True, remove_columns=examples.column_names, desc="Cutting conversations")
+
+
+def _labels(train: "Dataset", held_out: "Dataset | None", where: str) -> list[str]:
+    """The classes in the training rows, sorted, as numbers where all are numbers."""
+    labels = sorted(train.unique("label"))
+    if all(label.lstrip("-").isdigit() for label in labels):
+        labels.sort(key=int)
+    if len(labels) < 2:
+        raise FormatError(f"{where}: all training rows have the label {labels[0]!r}; two or more classes were wanted")
+    strange = sorted(set(held_out.unique("label")) - set(labels)) if held_out else []
+    if strange:
+        raise FormatError(f"{where}: held-out rows have labels that no training row has: {', '.join(strange)}")
+    return labels

@@ -1,0 +1,200 @@
+"""The recipe of a training run: its fields, how YAML and command-line overrides fill them, and what is refused."""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flashbone.errors import ConfigError, FormatError
+
+Task = Literal["sft", "classification"]
+Format = Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "classification"]
+
+
+@dataclass
+class DataRecipe:
+    """Where the examples come from and how a row becomes one."""
+
+    path: str  # .json, .jsonl, .csv, .parquet, or a dataset's hub id or folder
+    eval: int | float | str | None = 0.1  # held out: a share, a number of rows, another file, or nothing
+    format: Format = "auto"
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name
+    split: str = "train"  # also slices: train[:5000]
+    subset: str | None = None  # configuration of a hub dataset
+    turns: Literal["all", "last"] = "all"  # which answers of a conversation are learned
+    seed: int | None = None  # of the held-out draw; the run's seed when not given
+
+
+@dataclass
+class Recipe:
+    """Everything that decides a run; `adapter` and `training` go to BoneConfig and to the trainer's arguments."""
+
+    model: str  # folder, hub id, or .gguf file
+    data: DataRecipe
+    output: str
+    task: Task = "sft"
+    adapter: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    merge: bool = False
+    seed: int = 42
+
+
+# Fields that exist in the classes behind `adapter` and `training` but are decided by the recipe itself.
+OURS = {
+    "adapter.task_type": "set `task` instead",
+    "adapter.peft_type": "it is always BONE",
+    "adapter.base_model_name_or_path": "set `model` instead",
+    "adapter.inference_mode": "a run always trains",
+    "training.output_dir": "set `output` instead",
+    "training.seed": "set `seed` instead",
+    "training.resume_from_checkpoint": "use --resume instead",
+}
+
+
+def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file with `--dotted.field value` overrides on top.
+
+    Raises:
+        ConfigError: a field is unknown (all of them are named), missing, or of the wrong type.
+        FormatError: the file is no YAML mapping; the message gives the line.
+    """
+    overrides = list(overrides or [])
+    given = _read_yaml(Path(config))
+    _refuse_unknown(_keys(given) + _flag_names(overrides), given.get("task"), str(config))
+    _require(given, overrides, str(config))
+    return _parse(given, overrides, str(config))
+
+
+def arguments_class(task: Any) -> type:
+    """The class that `training` is passed to."""
+    if task == "classification":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig
+
+
+def _field_names(cls: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(cls) if item.init]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; a YAML file was wanted") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "malformed"
+        raise FormatError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(given, dict):
+        got = "nothing" if given is None else type(given).__name__
+        raise FormatError(f"{path}: holds {got}; a mapping with model, data and output was wanted")
+    return given
+
+
+SECTIONS = ("data", "adapter", "training")
+
+
+def _keys(given: dict[str, Any]) -> list[str]:
+    """The dotted names in a YAML mapping, two levels deep: `model`, `data.path`, `training.max_steps`."""
+    names = []
+    for key, value in given.items():
+        nested = key in SECTIONS and isinstance(value, dict)
+        names += [f"{key}.{inner}" for inner in value] if nested else [str(key)]
+    return names
+
+
+def _flag_names(overrides: list[str]) -> list[str]:
+    """The dotted names behind the `--flags`, two levels deep: `--data.columns.prompt=q` is `data.columns`."""
+    flags = [flag[2:].split("=", 1)[0] for flag in overrides if flag.startswith("--")]
+    return [".".join(flag.split(".")[:2]) for flag in flags]
+
+
+def _refuse_unknown(names: list[str], task: Any, where: str) -> None:
+    """Raise one ConfigError that names every field which nothing would read, with the nearest that exist."""
+    import peft  # noqa: F401  # first, since BONE is registered when peft has been imported
+
+    from flashbone import BoneConfig
+
+    known = _field_names(Recipe)
+    known += [f"data.{name}" for name in _field_names(DataRecipe)]
+    known += [f"adapter.{name}" for name in _field_names(BoneConfig)]
+    known += [f"training.{name}" for name in _field_names(arguments_class(task))]
+    if task == "classification":
+        known.append("training.max_length")  # ours: transformers' arguments have none
+    known = [name for name in known if name not in OURS]
+    problems = []
+    for name in dict.fromkeys(names):
+        if name in OURS:
+            problems.append(f"{name} ({OURS[name]})")
+        elif name not in known:
+            problems.append(f"{name}{_hint(name, known)}")
+    if problems:
+        plural = "s" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: unknown field{plural}: {'; '.join(problems)}")
+
+
+def _hint(name: str, known: list[str]) -> str:
+    section = name.rsplit(".", 1)[0] + "." if "." in name else ""
+    rivals = [other for other in known if other.startswith(section)]
+    near = difflib.get_close_matches(name, rivals, n=2) or difflib.get_close_matches(name, known, n=1)
+    if not near:  # right name, wrong section: `max_steps` at the top
+        near = [other for other in known if other.rsplit(".", 1)[-1] == name]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _parse(given: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+    import argparse
+
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None)
+    try:
+        merged = parser.parse_args(overrides, namespace=parser.parse_object(_without_empty_sections(given)))
+        plain = parser.instantiate(merged)
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise ConfigError(f"{where}: {_one_line(str(error))}") from None
+    fields = {name: plain[name] for name in _field_names(Recipe)}
+    return Recipe(**{**fields, "adapter": _numbers(plain.adapter), "training": _numbers(plain.training)})
+
+
+def _without_empty_sections(given: dict[str, Any]) -> dict[str, Any]:
+    """`training:` with nothing below means its defaults."""
+    return {key: value for key, value in given.items() if value is not None or key not in SECTIONS}
+
+
+def _numbers(value: Any) -> Any:
+    """Numbers that YAML 1.1 leaves as strings, such as 2e-4, at any depth."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
+        return float(value) if re.search(r"[.eE]", value) else int(value)
+    return value
+
+
+def _require(given: dict[str, Any], overrides: list[str], where: str) -> None:
+    flags = _flag_names(overrides)
+    data = given.get("data")
+    missing = [name for name in ("model", "output") if given.get(name) is None and name not in flags]
+    if not (isinstance(data, dict) and data.get("path") is not None) and "data.path" not in flags:
+        missing.append("data.path")
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+
+
+def _one_line(message: str) -> str:
+    message = re.sub(r"<class '(\w+)'>", r"\1", message.replace('Parser key "', '"').replace("typing.", ""))
+    return " ".join(message.split())

@@ -1,0 +1,279 @@
+"""One training run from recipe to results on disk: prepare, train or resume, evaluate, save, sum up."""
+
+import contextlib
+import json
+import logging
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from flashbone import __version__
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.train import folder as outputs
+from flashbone.train.arguments import adapter_config, chat_template, model_dtype, trainer_arguments
+from flashbone.train.callbacks import MetricsLog, Progress, Recorder
+from flashbone.train.classify import MAX_LENGTH, classification_trainer
+from flashbone.train.data import Data, load_data
+from flashbone.train.folder import RunFolder
+from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
+from flashbone.train.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+SMALL_FILE_BYTES = 2**20
+
+
+@dataclass
+class Result:
+    """Where a run's files are and what `summary.json` holds; `is_main` is false in helper processes."""
+
+    folder: RunFolder
+    summary: dict[str, Any]
+    is_main: bool = True
+
+
+def train(recipe: Recipe, resume: bool = False) -> Result:
+    """Run the recipe; `resume` goes on from the last checkpoint in its output, to the same losses.
+
+    Raises:
+        FlashboneError: recipe, data, model or disk do not allow it; an earlier run in the output is left as it was.
+    """
+    folder = RunFolder(recipe.output)
+    summary = outputs.finished(recipe) if resume else None
+    if summary is not None:
+        log.info("resume: the run in %s is finished; nothing to do", folder.path)
+        return Result(folder, summary, _is_main())
+    args = trainer_arguments(recipe)
+    if recipe.merge and (args.fsdp or args.deepspeed):
+        raise ConfigError("merge: true needs the whole model in one process; train without it, then `flashbone merge`")
+    try:
+        if args.process_index == 0:
+            outputs.claim(recipe, resume)
+        with outputs.disk_errors(folder), _out_of_memory(), _bars_if_long(recipe):
+            return _train(recipe, folder, args)
+    except BaseException:
+        outputs.release(recipe)
+        raise
+
+
+def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
+    with args.main_process_first():
+        data = load_data(recipe)
+    trainer, data = _trainer(recipe, args, data)
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = folder.last_checkpoint()
+    metrics = MetricsLog(folder.metrics, _step_of(checkpoint) if checkpoint else None)
+    if args.process_index == 0:
+        metrics.rewrite()
+        outputs.record(recipe)
+    recorder = _install_callbacks(trainer, metrics)
+    if data.eval is not None and metrics.evaluation(0) is None and checkpoint is None:
+        trainer.evaluate()
+    if checkpoint is not None:
+        log.info("resume: going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if data.eval is not None and _missing_on_main(trainer, metrics, step):
+        trainer.evaluate()
+    summary = _summary(recipe, trainer, data, metrics, recorder)
+    _save(recipe, folder, trainer)
+    if args.process_index == 0:
+        outputs.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return Result(folder, summary, args.process_index == 0)
+
+
+def _trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Data]:
+    """The model, adapted, in the trainer of its task."""
+    transformers.set_seed(recipe.seed)
+    try:
+        if recipe.task == "classification":
+            tokenizer = load_tokenizer(recipe.model)
+            model = load_classifier(recipe.model, model_dtype(args), data.labels, tokenizer)
+            max_length = recipe.training.get("max_length") or MAX_LENGTH
+            return classification_trainer(model, adapter_config(recipe), args, data, tokenizer, max_length), data
+        return _sft_trainer(recipe, args, data), data
+    except FlashboneError:
+        raise
+    except (ValueError, TypeError) as error:  # PEFT's and TRL's word on a recipe that does not fit the model
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> Any:
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+    tokenizer = load_tokenizer(recipe.model, **trust)
+    if args.chat_template_path:
+        tokenizer.chat_template, args.chat_template_path = chat_template(args.chat_template_path), None
+    _check_tokenizer(recipe, tokenizer, data)
+    init = args.model_init_kwargs or {}
+    args.model_init_kwargs = None  # they are used here
+    model = load_causal_lm(recipe.model, model_dtype(args), **{**trust, **init})
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        peft_config=adapter_config(recipe),
+    )
+    if not args.packing:
+        _report_dropped(len(data.train), len(trainer.train_dataset), args.max_length)  # pyright: ignore[reportArgumentType]
+    return trainer
+
+
+def _check_tokenizer(recipe: Recipe, tokenizer: Any, data: Data) -> None:
+    if data.conversational and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{recipe.data.path} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
+            "give one with training.chat_template_path: template.jinja, or use prompt and completion columns"
+        )
+    if tokenizer.eos_token is None and recipe.training.get("eos_token") is None:
+        raise ConfigError(
+            f"the tokenizer of {recipe.model} has no end-of-text token, so answers could not be learned to stop; "
+            "name one of its tokens in training.eos_token"
+        )
+
+
+def _report_dropped(given: int, kept: int, max_length: int | None) -> None:
+    """TRL drops rows whose prompt alone fills max_length, without a word."""
+    if kept == 0:
+        raise ConfigError(
+            f"no training row has a token of its answer within training.max_length {max_length}; raise it"
+        )
+    if kept < given:
+        log.info(
+            "data: %d of %d rows dropped: their prompts fill training.max_length %s", given - kept, given, max_length
+        )
+
+
+def _install_callbacks(trainer: Any, metrics: MetricsLog) -> Recorder:
+    """Ours in place of transformers' progress and printer callbacks, which write to stdout."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Progress())
+    recorder = Recorder(metrics)
+    trainer.add_callback(recorder)
+    return recorder
+
+
+def _missing_on_main(trainer: Any, metrics: MetricsLog, step: int) -> bool:
+    """Whether the main process, which alone keeps the log, has no held-out loss at `step`; all agree on the answer."""
+    from accelerate.utils import broadcast_object_list
+
+    answer = [metrics.evaluation(step) is None]
+    return bool(broadcast_object_list(answer)[0]) if trainer.accelerator.num_processes > 1 else answer[0]
+
+
+def _save(recipe: Recipe, folder: RunFolder, trainer: Any) -> None:
+    """Adapter and tokenizer, and the merged model if asked for; each folder appears whole."""
+    main = trainer.accelerator.is_main_process
+    trainer.accelerator.wait_for_everyone()
+    with outputs.whole_folder(folder.adapter) if main else contextlib.nullcontext(folder.adapter) as partial:
+        trainer.save_model(str(partial))  # sharded models need every process here
+        if main:
+            trainer.processing_class.save_pretrained(partial)
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+    if recipe.merge and main:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        with outputs.whole_folder(folder.merged) as partial:
+            merged.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+
+
+def _summary(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, recorder: Recorder) -> dict[str, Any]:
+    """What the run did, for summary.json and the table."""
+    import peft
+
+    trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
+    step = trainer.state.global_step
+    before, after = metrics.evaluation(0) or {}, metrics.evaluation(step) or {}
+    held_out = {}
+    for key in ("eval_loss", "eval_accuracy", "eval_macro_f1"):
+        if key in after:
+            held_out |= {f"{key}_before": before.get(key), f"{key}_after": after[key]}
+    config = next(iter(trainer.model.peft_config.values())) if hasattr(trainer.model, "peft_config") else None
+    tokens = metrics.last("tokens", 0)
+    return {
+        "model": recipe.model,
+        "task": recipe.task,
+        "variant": getattr(config, "variant", recipe.adapter.get("variant", "bone")),
+        "block_size": getattr(config, "r", recipe.adapter.get("r")),
+        "train_rows": len(data.train),
+        "eval_rows": len(data.eval) if data.eval is not None else 0,
+        "labels": data.labels,
+        "steps": step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": round(100 * trainable / total, 4),
+        "train_loss": metrics.last("loss"),
+        **held_out,
+        "tokens": tokens,
+        "train_s": round(recorder.train_s, 3),
+        "tokens_per_s": round(tokens / recorder.train_s, 1) if recorder.train_s else None,
+        **_peak_memory(),
+        "device": str(trainer.args.device),
+        "processes": trainer.accelerator.num_processes,
+        "versions": {
+            "flashbone": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+    }
+
+
+def _peak_memory() -> dict[str, Any]:
+    """Peak of this process: allocated on the GPU, or resident on the CPU (loading included)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return {"peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1), "peak_of": "GPU memory allocated"}
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_mib": round(peak / 2**20, 1), "peak_of": "resident memory"}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _bars_if_long(recipe: Recipe):
+    """No bars of `datasets` where each would be gone in a blink."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    file = Path(recipe.data.path)
+    quiet = file.is_file() and file.stat().st_size < SMALL_FILE_BYTES and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _out_of_memory():
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise FlashboneError(
+            "the GPU is out of memory; lower training.per_device_train_batch_size (and raise "
+            f"training.gradient_accumulation_steps), or set training.gradient_checkpointing: true ({str(error)[:120]})"
+        ) from error
