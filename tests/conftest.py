@@ -12,6 +12,8 @@ install_import_hook(["flashbone.shards", "flashbone.variants", "flashbone.ops"],
 import pytest
 import torch
 
+import flashbone  # noqa: F401  (so that `from peft import BoneConfig` works in files whose imports are sorted)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -20,8 +20,10 @@ def when_imported(name: str, function: Callable[[ModuleType], None]) -> None:
 
 
 class _AfterImport:
-    """A finder of `sys.meta_path`. Finds one module, as the other finders would, with a loader that calls the function after it. Stays in place
-    until the module has been loaded: others look for specs without loading them, and an import may fail."""
+    """A finder of `sys.meta_path`: finds one module as the others would, with a loader that calls the function after it.
+
+    It stays in place until the module has been loaded, since others look for specs without loading, and imports fail.
+    """
 
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
         self.name, self.function = name, function

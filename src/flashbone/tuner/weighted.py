@@ -60,7 +60,8 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
     """Variant and block of the weighted sum of a layer's adapters.
 
     Linear in the blocks at equal variant and sizes. `bone` of block sizes r1 and r2 is `bone` of any common multiple:
-    its delta repeats along the input with period r, and `mini` repeats along the output as well.
+    its delta repeats along the input with period r (a whole input is a period, too), and that of `mini` along the
+    output as well.
 
     Raises:
         ConfigError: there is no such block.
@@ -71,10 +72,9 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
     if len(kinds) == 1 and len(shapes) == 1:
         return kinds.pop(), _weighted_sum(blocks, factors)
     if kinds <= {"bone", "mini"}:
-        r = math.lcm(*(block.shape[0] for block in blocks.values()))
-        if r <= layer.in_features:
-            wide = {n: shards.tile(shards.tile(b, layer.out_features).mT, r).mT for n, b in blocks.items()}
-            return "bone", _weighted_sum(wide, factors)
+        r = min(math.lcm(*(block.shape[0] for block in blocks.values())), layer.in_features)
+        wide = {n: shards.tile(shards.tile(b, layer.out_features).mT, r).mT for n, b in blocks.items()}
+        return "bone", _weighted_sum(wide, factors)
     got = ", ".join(f"{n!r} is {layer.bone_variant[n]} with r={layer.bone_r[n]}" for n in factors)
     raise ConfigError(
         f"{where}: {got}; no single adapter is their sum. Activate them together (set_adapter) with set_scale instead"
@@ -86,7 +86,7 @@ def _weighted_sum(blocks: dict[str, Tensor], factors: dict[str, float]) -> Tenso
         blocks[name].to(torch.promote_types(blocks[name].dtype, torch.float32)) * f for name, f in factors.items()
     )
     assert isinstance(total, Tensor)
-    return total.to(next(iter(blocks.values())).dtype)
+    return total.to(next(iter(blocks.values())).dtype).contiguous()
 
 
 def _block_size(block: Tensor) -> int:

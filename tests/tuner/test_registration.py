@@ -1,0 +1,91 @@
+"""`import flashbone`, before or after peft, registers BONE; it is light, and refuses a PEFT that is too old."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+import flashbone
+from flashbone.import_hook import when_imported
+from flashbone.tuner.register import PeftTooOldError, register
+
+USE = """
+from peft import BoneConfig, BoneModel, PeftConfig, get_peft_config
+from peft.tuners import BoneConfig as also
+from peft.tuners.bone import BoneConfig as old, BoneLayer, BoneLinear, BoneModel as old_model
+from peft.tuners.bone.layer import BoneLinear as deep
+import flashbone, flashbone.tuner.layer
+assert BoneConfig is old is also is flashbone.BoneConfig and BoneModel is old_model is flashbone.BoneModel
+assert BoneLinear is deep is flashbone.BoneLinear is flashbone.tuner.layer.BoneLinear
+assert type(get_peft_config({"peft_type": "BONE", "r": 8})) is BoneConfig
+"""
+
+
+FIRST = [
+    "import flashbone, peft",
+    "import peft, flashbone",
+    "from flashbone import BoneLinear",
+    "import flashbone.tuner.layer",
+]
+
+
+@pytest.mark.parametrize("order", FIRST)
+def test_bone_is_back_whichever_is_imported_first(order):
+    done = subprocess.run([sys.executable, "-c", order + "\n" + USE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_flashbone_is_light():
+    code = """
+import sys, time
+start = time.perf_counter()
+import flashbone
+seconds = time.perf_counter() - start
+assert not {"torch", "peft", "transformers", "numpy", "asyncio"} & set(sys.modules), "a heavy module was imported"
+assert flashbone.__version__ and "BoneConfig" in dir(flashbone)
+assert not hasattr(flashbone, "no_such_name")
+print(seconds)
+"""
+    run = [sys.executable, "-c", code]
+    seconds = [float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.9.0.dev0"])
+def test_an_old_peft_is_refused_in_one_sentence(version):
+    old = types.ModuleType("peft")
+    old.__version__ = version
+    with pytest.raises(
+        PeftTooOldError, match=rf"needs peft >= 0\.20, but peft {version} is installed; run `pip"
+    ) as raised:
+        register(old)
+    assert isinstance(raised.value, ImportError)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_import_hook_survives_spec_lookups_and_failed_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "hooked_module.py"
+    module.write_text("raise RuntimeError('half way')")
+    seen = []
+    when_imported("hooked_module", seen.append)
+    import importlib
+    import importlib.util
+
+    assert importlib.util.find_spec("hooked_module") is not None
+    with pytest.raises(RuntimeError, match="half way"):
+        importlib.import_module("hooked_module")
+    assert seen == []
+    module.write_text("value = 1  # now whole, and longer")
+    importlib.invalidate_caches()
+    loaded = importlib.import_module("hooked_module")
+    assert seen == [loaded]
+    when_imported("hooked_module", seen.append)
+    assert seen == [loaded, loaded]
+    assert not [finder for finder in sys.meta_path if getattr(finder, "name", None) == "hooked_module"]
+
+
+def test_every_public_name_can_be_imported():
+    for name in flashbone.__all__:
+        assert getattr(flashbone, name).__name__ == name
