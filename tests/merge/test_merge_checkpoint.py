@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AlbertForMaskedLM, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flashbone import BoneConfig
 from flashbone.merge import merge_checkpoint
 from flashbone.ops import reference
+from golden.cases import CASES as GOLDEN_CASES
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close
+from helpers.mlp import MLP
 
 # PEFT reads an attribute that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -239,6 +241,18 @@ def test_a_real_albert_with_shared_layers_merges_like_the_live_model(tmp_path):
     assert report.merged == 3
     _assert_equal(got, want)
     assert torch.equal(got(IDS).logits, want(IDS).logits)
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_adapters_of_peft_018_merge_to_its_own_merged_weights(tmp_path, name):
+    adapter = Path(__file__).parents[1] / "golden" / "peft-0.18.1" / name
+    (tmp_path / "base").mkdir()
+    save_file(MLP(GOLDEN_CASES[name][0]).state_dict(), tmp_path / "base" / "model.safetensors")
+    merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out")
+    got = _weights(tmp_path / "out")
+    for key, want in load_file(adapter / "expected.safetensors").items():
+        if key.startswith("merged:"):
+            assert close(got[key.removeprefix("merged:")], want)
 
 
 def test_a_merged_folder_takes_a_further_adapter_in_peft(tmp_path):

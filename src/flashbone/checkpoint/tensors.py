@@ -19,7 +19,7 @@ from flashbone.errors import FormatError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_CHUNK = 16 * 2**20  # bytes
+_CHUNK = 2**20  # bytes
 
 
 @dataclass(frozen=True)
