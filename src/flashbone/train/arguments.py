@@ -17,6 +17,8 @@ def trainer_arguments(recipe: Recipe) -> Any:
     given = dict(recipe.training)
     if recipe.task == "classification":
         given.pop("max_length", None)
+    # YAML 1.1 reads `no` as false; no strategy is a truth value.
+    given |= {key: "no" for key, value in given.items() if key.endswith("_strategy") and value is False}
     given = _checkpointing(given, recipe)
     fields = {**_defaults(recipe), **given, "output_dir": recipe.output, "seed": recipe.seed}
     try:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import logging
+import math
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -74,9 +76,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     recorder = _install_callbacks(trainer, metrics)
     if data.eval is not None and metrics.evaluation(0) is None and checkpoint is None:
         trainer.evaluate()
-    if checkpoint is not None:
-        log.info("resume: going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _fit(trainer, checkpoint)
     step = trainer.state.global_step
     if data.eval is not None and _missing_on_main(trainer, metrics, step):
         trainer.evaluate()
@@ -166,6 +166,32 @@ def _install_callbacks(trainer: Any, metrics: MetricsLog) -> Recorder:
     return recorder
 
 
+def _fit(trainer: Any, checkpoint: Path | None) -> None:
+    """Train to the last step, from the checkpoint if there is one."""
+    total = _total_steps(trainer)
+    for name in ("eval_steps", "save_steps", "logging_steps"):  # shares of the run, made whole as the Trainer does
+        every = getattr(trainer.args, name)
+        if every and every < 1:
+            setattr(trainer.args, name, math.ceil(total * every))
+    if checkpoint is None:
+        trainer.train()
+        return
+    log.info("resume: going on from %s", checkpoint)
+    if _step_of(checkpoint) < total:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:  # killed after the last step; the Trainer would take one more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _total_steps(trainer: Any) -> int:
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    steps_per_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
 def _missing_on_main(trainer: Any, metrics: MetricsLog, step: int) -> bool:
     """Whether the main process, which alone keeps the log, has no held-out loss at `step`; all agree on the answer."""
     from accelerate.utils import broadcast_object_list
@@ -247,8 +273,6 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _is_main() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

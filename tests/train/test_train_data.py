@@ -1,0 +1,178 @@
+"""Files of every kind are read, split and checked; malformed rows are named with file and line."""
+
+import csv
+import json
+
+import pytest
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data import load_data
+from flashbone.train.recipe import DataRecipe, Recipe
+
+PAIRS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]
+
+
+def load(path, task="sft", **data):
+    return load_data(Recipe(model="m", output="o", task=task, data=DataRecipe(path=str(path), **data)))
+
+
+def write(path, rows):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
+    rows = [*PAIRS, {"prompt": 'with "quotes", a comma\nand a line', "completion": "é 漢"}]
+    data = load(write(tmp_path / f"d.{kind}", rows), eval=None)
+    assert data.train.to_list() == rows
+    assert data.eval is None
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write(tmp_path / "d.jsonl", PAIRS)
+    assert len(load(path, eval=None).train) == 20
+    write(path, PAIRS[:7])
+    assert len(load(path, eval=None).train) == 7
+
+
+def test_the_held_out_draw_depends_on_the_seed_alone(tmp_path):
+    path = write(tmp_path / "d.jsonl", PAIRS)
+    first, again, other = load(path, eval=0.2), load(path, eval=4), load(path, eval=0.2, seed=7)
+    assert first.eval.to_list() == again.eval.to_list() != other.eval.to_list()
+    together = [*first.train.to_list(), *first.eval.to_list()]
+    assert sorted(row["prompt"] for row in together) == sorted(row["prompt"] for row in PAIRS)
+
+
+def test_a_file_can_be_the_held_out_part(tmp_path):
+    held = write(tmp_path / "e.csv", PAIRS[:3])
+    data = load(write(tmp_path / "d.jsonl", PAIRS), eval=str(held), split="train[:10]")
+    assert (len(data.train), data.eval.to_list()) == (10, PAIRS[:3])
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"), [("train[:5]", PAIRS[:5]), ("train[50%:]", PAIRS[10:]), ("train[-2:]", PAIRS[-2:])]
+)
+def test_splits_cut_files_as_they_cut_hub_datasets(tmp_path, split, rows):
+    assert load(write(tmp_path / "d.jsonl", PAIRS), eval=None, split=split).train.to_list() == rows
+
+
+@pytest.mark.parametrize("split", ["test", "train[a:]", "train[5:5]"])
+def test_a_split_that_is_not_there_is_refused(tmp_path, split):
+    with pytest.raises(ConfigError, match=r"data\.split"):
+        load(write(tmp_path / "d.jsonl", PAIRS), split=split)
+
+
+@pytest.mark.parametrize("share", [20, 0.999, -1, 1.5])
+def test_a_held_out_part_that_leaves_nothing_is_refused(tmp_path, share):
+    with pytest.raises(ConfigError, match=r"data\.eval"):
+        load(write(tmp_path / "d.jsonl", PAIRS), eval=share)
+
+
+def test_a_folder_is_loaded_as_a_dataset(tmp_path):
+    write(tmp_path / "train.jsonl", PAIRS)
+    assert load(tmp_path, eval=None, split="train[:5]").train.to_list() == PAIRS[:5]
+
+
+def test_conversations_are_split_before_they_are_cut_into_answers(tmp_path):
+    talk = [{"role": r, "content": "x"} for r in ("user", "assistant") * 3]
+    data = load(write(tmp_path / "d.jsonl", [{"messages": talk}] * 10), eval=2)
+    assert (len(data.train), len(data.eval)) == (24, 6)
+    assert data.conversational
+    assert len(load(tmp_path / "d.jsonl", eval=2, turns="last").train) == 8
+
+
+def test_malformed_rows_are_named_with_file_and_line(jsonl):
+    path = jsonl([PAIRS[0], "{broken", {}, "", {"prompt": "a", "completion": 3}, "[1]", PAIRS[1]])
+    with pytest.raises(FormatError) as error:
+        load(path)
+    message = str(error.value)
+    for expected in (
+        "rows.jsonl:2: not valid JSON: Expecting property name",
+        "rows.jsonl:3: no 'prompt' and no 'completion'",
+        "rows.jsonl:5: 'completion' is a int (3)",
+        "rows.jsonl:6: holds a list",
+    ):
+        assert expected in message
+    assert "\n" not in message
+    assert "more" not in message
+
+
+def test_of_many_malformed_rows_the_first_few_are_shown_and_the_rest_counted(jsonl):
+    with pytest.raises(FormatError, match=r"rows\.jsonl:5: .*; and 5 more$") as error:
+        load(jsonl(["{"] * 10))
+    assert "rows.jsonl:6" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_an_empty_file_is_refused(tmp_path, kind):
+    (tmp_path / f"d.{kind}").write_text("")
+    with pytest.raises(FormatError, match=f"d.{kind}: no rows"):
+        load(tmp_path / f"d.{kind}")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(FormatError, match=r"none\.jsonl: no such data file"):
+        load(tmp_path / "none.jsonl")
+
+
+def test_a_csv_row_of_another_width_is_named_with_its_line(tmp_path):
+    (tmp_path / "d.csv").write_text('prompt,completion\na,b\n"two\nlines",d\ne\nf,g,h\n')
+    with pytest.raises(FormatError) as error:
+        load(tmp_path / "d.csv")
+    assert "d.csv:5: fewer cells than the 2 columns" in str(error.value)
+    assert "d.csv:6: more cells than the 2 columns" in str(error.value)
+
+
+def test_other_encodings_and_kinds_are_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(FormatError, match="not UTF-8"):
+        load(tmp_path / "d.jsonl")
+    (tmp_path / "d.xlsx").write_text("x")
+    with pytest.raises(FormatError, match="unknown kind of file"):
+        load(tmp_path / "d.xlsx")
+    (tmp_path / "d.parquet").write_text("x")
+    with pytest.raises(FormatError, match="not a valid parquet file"):
+        load(tmp_path / "d.parquet")
+
+
+def test_an_unknown_hub_id_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"data\.path nobody/nothing .*no dataset of that id") as error:
+        load("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sorted_labels"), [((10, 9, 2), ["2", "9", "10"]), (("b", "a", "c"), ["a", "b", "c"])]
+)
+def test_classes_are_sorted_by_number_or_name(tmp_path, labels, sorted_labels):
+    rows = [{"text": f"t{i}", "label": labels[i % 3]} for i in range(30)]
+    assert load(write(tmp_path / "d.jsonl", rows), task="classification").labels == sorted_labels
+
+
+def test_one_class_or_an_unseen_held_out_class_is_refused(tmp_path):
+    rows = [{"text": "t", "label": "a"}] * 5
+    with pytest.raises(FormatError, match="all training rows have the label 'a'"):
+        load(write(tmp_path / "d.jsonl", rows), task="classification")
+    write(tmp_path / "d.jsonl", [*rows, {"text": "t", "label": "b"}])
+    held = write(tmp_path / "e.jsonl", [{"text": "t", "label": "z"}])
+    with pytest.raises(FormatError, match="labels that no training row has: z"):
+        load(tmp_path / "d.jsonl", task="classification", eval=str(held))
+
+
+def test_a_format_of_the_other_task_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.format text does not go with task classification"):
+        load(write(tmp_path / "d.jsonl", PAIRS), task="classification", format="text")

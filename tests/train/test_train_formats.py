@@ -1,0 +1,98 @@
+"""Rows of every format become the examples they should, and what is wrong in a row is said."""
+
+import pytest
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.formats import ALPACA, answers, check_columns, converter, detect
+
+
+@pytest.mark.parametrize(
+    ("names", "task", "format"),
+    [
+        (["text"], "sft", "text"),
+        (["text", "label"], "sft", "text"),
+        (["text", "label"], "classification", "classification"),
+        (["prompt", "completion", "id"], "sft", "prompt-completion"),
+        (["messages"], "sft", "messages"),
+        (["instruction", "input", "output"], "sft", "alpaca"),
+        (["instruction", "output"], "sft", "alpaca"),
+        (["id", "conversations"], "sft", "sharegpt"),
+        (["query", "response"], "sft", "prompt-completion"),
+        (["question", "answer"], "sft", "prompt-completion"),
+    ],
+)
+def test_the_format_is_found_by_the_columns(names, task, format):
+    assert detect(names, {}, task, "d")[0] == format
+
+
+def test_mapped_columns_decide_the_format_and_fill_it():
+    format, columns = detect(["q", "a"], {"prompt": "q", "completion": "a"}, "sft", "d")
+    assert format == "prompt-completion"
+    assert converter(format, columns)({"q": "one", "a": "two"}) == {"prompt": "one", "completion": "two"}
+
+
+def test_columns_that_fit_nothing_are_listed_with_the_remedy():
+    with pytest.raises(FormatError, match=r"d: columns foo, bar fit no format of task sft; .*data\.columns: {prompt"):
+        detect(["foo", "bar"], {}, "sft", "d")
+
+
+def test_a_mapping_onto_a_column_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="no column 'q' in d, which has query, response"):
+        check_columns(["query", "response"], {"prompt": "q"}, "d")
+    with pytest.raises(ConfigError, match="'promt' is no name of ours"):
+        check_columns(["query"], {"promt": "query"}, "d")
+
+
+def test_alpaca_rows_become_the_prompt_of_the_paper():
+    convert = converter("alpaca", {"instruction": "query", "output": "response"})
+    row = convert({"query": "Add 1 and 2.", "response": "3"})
+    assert row == {"prompt": ALPACA.format(instruction="Add 1 and 2."), "completion": "3"}
+    assert row["prompt"].endswith("### Instruction:\nAdd 1 and 2.\n\n### Response:")
+    with_input = converter("alpaca", {})({"instruction": "Add.", "input": "1 and 2", "output": "3"})
+    assert "### Input:\n1 and 2\n\n### Response:" in with_input["prompt"]
+
+
+def test_sharegpt_rows_become_conversations():
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
+    messages = converter("sharegpt", {})({"conversations": turns})["messages"]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+    assert [m["content"] for m in messages] == ["s", "h", "g"]
+
+
+def test_every_answer_of_a_conversation_is_learned_once_in_its_context():
+    talk = [{"role": role, "content": str(i)} for i, role in enumerate(["user", "assistant", "user", "assistant"])]
+    assert answers(talk, "all") == [
+        {"prompt": talk[:1], "completion": [talk[1]]},
+        {"prompt": talk[:3], "completion": [talk[3]]},
+    ]
+    assert answers(talk, "last") == answers(talk, "all")[1:]
+
+
+def test_an_opening_line_of_the_assistant_is_context_only():
+    talk = [{"role": role, "content": "x"} for role in ["assistant", "user", "assistant"]]
+    assert [len(row["prompt"]) for row in answers(talk, "all")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [
+        ("text", [], "holds a list; an object with named columns was wanted"),
+        ("text", {"txt": "a"}, "no 'text'; it has txt"),
+        ("text", {}, "no 'text'; it has none"),
+        ("text", {"text": "  "}, "'text' is blank; text was wanted"),
+        ("text", {"text": 5}, r"'text' is a int \(5\); text was wanted"),
+        ("prompt-completion", {"prompt": "a"}, "no 'completion'"),
+        ("prompt-completion", {"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "'input' is a int"),
+        ("messages", {"messages": []}, "the conversation is empty"),
+        ("messages", {"messages": [{"role": "user"}]}, "turn 1 needs 'role' and 'content'"),
+        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "turn 1: unknown role 'bot'"),
+        ("messages", {"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant's answer"),
+        ("messages", {"messages": [{"role": "user", "content": None}]}, "turn 1: 'content' is empty"),
+        ("classification", {"text": "a", "label": 1.5}, "'label' is a float"),
+        ("classification", {"text": "a"}, "no 'label'"),
+    ],
+)
+def test_what_is_wrong_in_a_row_is_said(format, row, message):
+    with pytest.raises(FormatError, match=message):
+        converter(format, {})(row)

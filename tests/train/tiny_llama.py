@@ -1,0 +1,68 @@
+"""A Llama of 0.1M parameters with a tokenizer of its own, made on the spot: small enough to train in seconds."""
+
+from pathlib import Path
+
+WORDS = "the cat dog sat ran on under a mat tree what did do where is was it red blue big small ? . , : yes no"
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def write_tiny_llama(folder: Path, chat_template: str | None = CHAT) -> Path:
+    """Save the model and its tokenizer into `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(chat_template)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=72,  # no multiple of the block sizes used in the tests
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT):
+    """One token a word; unlike Llama's it adds none of its own."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = word_tokenizer([*special, *WORDS.split()], *special[:4], enclose=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[4:]})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def word_tokenizer(words: list[str], pad: str, begin: str, end: str, unknown: str, enclose: bool = True):
+    """A tokenizer of whole words; `enclose` puts the begin and end tokens around each text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(words)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if enclose:
+        ends = [(token, vocabulary[token]) for token in (begin, end)]
+        raw.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}", special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=pad, bos_token=begin, eos_token=end, unk_token=unknown
+    )
+
+
+def questions(count: int) -> list[dict[str, str]]:
+    """Prompts and completions that a model can learn: where an animal sat."""
+    rows = []
+    for i in range(count):
+        animal, place = ("cat", "mat") if i % 2 else ("dog", "tree")
+        size = ("big", "small", "red", "blue")[i % 4]
+        rows.append({"prompt": f"where was the {size} {animal} ?", "completion": f" on the {place} . yes it sat"})
+    return rows
