@@ -337,6 +337,18 @@ def test_gpt2_with_its_default_targets_and_conv1d_layers(variant, tmp_path):
     assert not torch.allclose(want, gpt2()(tokens).logits)
 
 
+def test_a_container_can_be_saved_with_the_adapter_and_unloaded():
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    base = BertModel(BertConfig(vocab_size=31, **sizes)).eval()
+    tokens = torch.arange(8).view(1, 8)
+    model = get_peft_model(base, BoneConfig(r=4, target_modules=["query", "dense"], modules_to_save=["pooler"]))
+    fill_blocks(model)
+    want = model(tokens).pooler_output
+    assert close(model.merge_and_unload()(tokens).pooler_output, want)
+
+
 def test_an_unknown_model_type_defaults_to_all_linear_layers():
     model = get_peft_model(MLP(SIZES), BoneConfig(r=4))
     assert set(model.base_model.targeted_module_names) == {"lin0", "lin1"}

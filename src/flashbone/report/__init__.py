@@ -1,0 +1,1 @@
+"""Reports: data first, then tables and plots."""
