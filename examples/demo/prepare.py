@@ -14,7 +14,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Left out: tech_support repeats a few scripts a thousand times, coding is textbook definitions, and the other two
 # are dialogues, in which a later line answers the line before it instead of the first one.
 NO_SMALL_TALK = ("tech_support", "coding", "conversations", "health")
-HELD_OUT_QUESTIONS = 0.15
+HELD_OUT_QUESTIONS = 0.08
 
 
 def prepare_model(folder: Path) -> None:

@@ -124,6 +124,22 @@ def test_no_question_of_the_chat_data_is_in_both_splits(small_talk, tmp_path):
     assert len(rows) == len(set(rows)) == 957
 
 
+def test_the_demo_asks_what_it_did_not_train_on(small_talk, tmp_path):
+    from examples.demo.demo import QUESTIONS
+
+    chat.prepare_chat(tmp_path)
+    learned = {chat.same_question(row["messages"][0]["content"]) for row in read_jsonl(tmp_path / "train.jsonl")}
+    assert learned.isdisjoint(map(chat.same_question, QUESTIONS))
+
+
+@pytest.mark.parametrize("file", ["demo/demo.yaml", "classification/classify.yaml"])
+def test_the_recipes_are_accepted(file):
+    from flashbone.train.recipe import load_recipe
+
+    recipe = load_recipe(Path(__file__).parents[2] / "examples" / file)
+    assert recipe.output.startswith("runs/")
+
+
 def test_articles_that_differ_in_spaces_only_count_once(bbc):
     files = list(bbc.glob("*/*.txt"))
     assert len(files) == 2225
