@@ -27,7 +27,8 @@ class Moves:
         self._shared_factors: dict[int, tuple[Tensor, Tensor]] = {}
         self._own_factors: list[tuple[Tensor, Tensor]] = []
         self._tiles: dict[int, Tensor] = {}
-        self._weight_shifts: dict[int, tuple[Tensor, list[Tensor], list[float]]] = {}
+        self._fused_shift: tuple[list[Tensor], list[float]] = [], []
+        self._own_shifts: list[tuple[Tensor, Tensor, float]] = []
 
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
@@ -51,10 +52,12 @@ class Moves:
         self._add_tile(s @ ((B if scale == 1 else B * scale).to(s.dtype)))
 
     def add_weight_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
-        """bat-col: shifts the weight by `scale * (W D + D)`, as seen by x."""
-        _, blocks, scales = self._weight_shifts.setdefault(id(x), (x, [], []))
-        blocks.append(D)
-        scales.append(scale)
+        """bat-col: shifts the weight that x sees by `scale (W D + D)`; adapters that see the pristine x share a W'."""
+        if x is self.x:
+            self._fused_shift[0].append(D)
+            self._fused_shift[1].append(scale)
+        else:
+            self._own_shifts.append((x, D, scale))
 
     def _add_tile(self, t: Tensor) -> None:
         width = t.shape[-1]
@@ -70,17 +73,18 @@ class Moves:
         `weight` is called only where a weight is shifted. One weight-shifted GEMM replaces the base call where nothing
         shifts the input; else the shift of the weight acts on the pristine x, in a GEMM of its own.
         """
-        shifts = dict(self._weight_shifts)
-        if not shifts:
+        blocks, scales = self._fused_shift
+        if not blocks and not self._own_shifts:
             return self._shift_output(base(self.base_x))
         W, bias = weight()
-        fused = shifts.pop(id(self.x), None) if self.base_x is self.x else None
-        if fused is not None:
-            y = bat_col_linear(self._compute_input(self.x, W), W, bias, *fused[1:])
+        if blocks and self.base_x is self.x:
+            y = bat_col_linear(self._compute_input(self.x, W), W, bias, blocks, scales)
         else:
             y = base(self.base_x)
-        for x, blocks, scales in shifts.values():
-            y = y + bat_col_linear(x.to(y.dtype), W, None, blocks, scales, with_base=False)
+            if blocks:
+                y = y + bat_col_linear(self.x.to(y.dtype), W, None, blocks, scales, with_base=False)
+        for x, D, scale in self._own_shifts:
+            y = y + bat_col_linear(x.to(y.dtype), W, None, [D], [scale], with_base=False)
         return self._shift_output(y)
 
     @staticmethod
