@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _set_up_output() -> None:
     """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets)(\.|$)")
+    warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf", category=UserWarning)
     log = logging.getLogger("flashbone")
     main = os.environ.get("RANK", "0") == "0"
     log.setLevel(logging.INFO if main else logging.ERROR)

@@ -67,6 +67,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._since is not None:
             self.train_s += time.perf_counter() - self._since
+        if state.global_step >= state.max_steps:  # the last figures belong in the log whatever logging_steps is
+            control.should_log = True
         self._log_at_saves(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

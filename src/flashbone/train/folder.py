@@ -188,5 +188,6 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def _says_disk_full(error: BaseException) -> bool:
-    signs = ("No space left on device", "PytorchStreamWriter failed")
+    # The last two are torch's zip writer, which finds its file shorter than what it wrote.
+    signs = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in signs)

@@ -5,8 +5,6 @@ import json
 import logging
 import math
 import os
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from flashbone import __version__
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.train import folder as outputs
 from flashbone.train.arguments import adapter_config, chat_template, model_dtype, trainer_arguments
@@ -24,6 +21,7 @@ from flashbone.train.data import Data, load_data
 from flashbone.train.folder import RunFolder
 from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
 from flashbone.train.recipe import Recipe
+from flashbone.train.summary import summarise
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +78,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     step = trainer.state.global_step
     if data.eval is not None and _missing_on_main(trainer, metrics, step):
         trainer.evaluate()
-    summary = _summary(recipe, trainer, data, metrics, recorder)
+    summary = summarise(recipe, trainer, data, metrics, recorder)
     _save(recipe, folder, trainer)
     if args.process_index == 0:
         outputs.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
@@ -214,58 +212,6 @@ def _save(recipe: Recipe, folder: RunFolder, trainer: Any) -> None:
         with outputs.whole_folder(folder.merged) as partial:
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
-
-
-def _summary(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, recorder: Recorder) -> dict[str, Any]:
-    """What the run did, for summary.json and the table."""
-    import peft
-
-    trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
-    step = trainer.state.global_step
-    before, after = metrics.evaluation(0) or {}, metrics.evaluation(step) or {}
-    held_out = {}
-    for key in ("eval_loss", "eval_accuracy", "eval_macro_f1"):
-        if key in after:
-            held_out |= {f"{key}_before": before.get(key), f"{key}_after": after[key]}
-    config = next(iter(trainer.model.peft_config.values())) if hasattr(trainer.model, "peft_config") else None
-    tokens = metrics.last("tokens", 0)
-    return {
-        "model": recipe.model,
-        "task": recipe.task,
-        "variant": getattr(config, "variant", recipe.adapter.get("variant", "bone")),
-        "block_size": getattr(config, "r", recipe.adapter.get("r")),
-        "train_rows": len(data.train),
-        "eval_rows": len(data.eval) if data.eval is not None else 0,
-        "labels": data.labels,
-        "steps": step,
-        "epochs": round(trainer.state.epoch or 0.0, 4),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "trainable_percent": round(100 * trainable / total, 4),
-        "train_loss": metrics.last("loss"),
-        **held_out,
-        "tokens": tokens,
-        "train_s": round(recorder.train_s, 3),
-        "tokens_per_s": round(tokens / recorder.train_s, 1) if recorder.train_s else None,
-        **_peak_memory(),
-        "device": str(trainer.args.device),
-        "processes": trainer.accelerator.num_processes,
-        "versions": {
-            "flashbone": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-    }
-
-
-def _peak_memory() -> dict[str, Any]:
-    """Peak of this process: allocated on the GPU, or resident on the CPU (loading included)."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return {"peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1), "peak_of": "GPU memory allocated"}
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_mib": round(peak / 2**20, 1), "peak_of": "resident memory"}
 
 
 def _step_of(checkpoint: Path) -> int:
