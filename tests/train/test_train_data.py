@@ -103,7 +103,7 @@ def test_malformed_rows_are_named_with_file_and_line(jsonl):
     for expected in (
         "rows.jsonl:2: not valid JSON: Expecting property name",
         "rows.jsonl:3: no 'prompt' and no 'completion'",
-        "rows.jsonl:5: 'completion' is a int (3)",
+        "rows.jsonl:5: 'completion' is of type int (3)",
         "rows.jsonl:6: holds a list",
     ):
         assert expected in message

@@ -177,7 +177,7 @@ def _string(row: dict[str, Any], name: str) -> str:
 def _kind(value: Any) -> str:
     if value is None or (isinstance(value, str | list) and not value):
         return "empty"
-    return "blank" if isinstance(value, str) else f"a {type(value).__name__} ({str(value)[:40]})"
+    return "blank" if isinstance(value, str) else f"of type {type(value).__name__} ({str(value)[:40]})"
 
 
 def _list(names: Any) -> str:
