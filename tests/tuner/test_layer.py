@@ -302,15 +302,3 @@ def test_what_does_not_fit_is_refused(build, message):
 def test_unmerging_an_unmerged_layer_warns():
     with pytest.warns(UserWarning, match="Already unmerged"):
         adapt(make_layer(), {"a": "bone"}).unmerge()
-
-
-@pytest.mark.parametrize("adapters", [*({"a": v} for v in VARIANT_NAMES), THREE])
-def test_torch_compile_takes_the_layer_as_one_graph_and_changes_nothing(adapters):
-    layer, x = adapt(make_layer(), adapters), torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
-    torch._dynamo.reset()
-    results = []
-    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        y = run(x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.bone_block.values()])])
-    for got, want in zip(*results, strict=True):
-        assert close(got, want)
