@@ -32,6 +32,8 @@ __all__ = ["BoneConfig", "BoneLayer", "BoneLinear", "BoneModel", "FlashboneError
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'flashbone' has no attribute {name!r}")
+    if _PUBLIC[name].startswith("flashbone.tuner"):
+        import_module("peft")  # before flashbone.tuner, whatever thread comes first: its import loads that package
     return getattr(import_module(_PUBLIC[name]), name)
 
 

@@ -6,6 +6,7 @@ take less than 50 ms.
 
 import importlib.util
 import sys
+from _thread import get_ident
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,16 +28,16 @@ class _AfterImport:
 
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
         self.name, self.function = name, function
-        self._searching = False
+        self._searching: set[int] = set()  # threads that are asking the other finders
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname != self.name or self._searching:
+        if fullname != self.name or get_ident() in self._searching:
             return None
-        self._searching = True
+        self._searching.add(get_ident())
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self._searching = False
+            self._searching.discard(get_ident())
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 

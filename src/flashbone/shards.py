@@ -45,15 +45,15 @@ def full_and_tail(
 
 
 def shard_sum(x: Float[Tensor, "*batch size"], r: int) -> Float[Tensor, "*batch r"]:
-    """S(x): the sum of all shards, in x's dtype (torch accumulates half types in fp32).
+    """S(x): the sum of all shards, in x's dtype; torch accumulates bf16 in fp32 and rounds a few times at most. fp16
+    comes as fp32, since a sum of a hundred shards may exceed its range.
 
     The ragged tail is added to the front of the sum, so that no padded copy of x is made. Autograd keeps nothing of x.
     """
     whole, tail = full_and_tail(x, r)
-    if not tail.shape[-1]:
-        return whole.sum(-2)
-    padded_tail = F.pad(tail, (0, r - tail.shape[-1]))
-    return whole.sum(-2) + padded_tail if whole.shape[-2] else padded_tail
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    total = whole.sum(-2, dtype=dtype)
+    return total + F.pad(tail, (0, r - tail.shape[-1])) if tail.shape[-1] else total
 
 
 def tile(t: Float[Tensor, "*batch k"], size: int) -> Float[Tensor, "*batch size"]:

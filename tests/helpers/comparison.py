@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# RMS error over RMS of the wanted values. tests/test_comparison.py shows for each that wrong answers fail.
+# RMS error over RMS of the wanted values. tests/ops/test_comparison.py shows for each that wrong answers fail.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 

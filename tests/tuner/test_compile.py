@@ -1,4 +1,4 @@
-"""torch.compile takes an adapted layer as one graph. In a process of its own: the tests' shape checks do not compile."""
+"""torch.compile takes an adapted layer as one graph. In its own process: the tests' shape checks do not compile."""
 
 import subprocess
 import sys

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_weighted_adapters_of_other_layers_and_their_files(tmp_path):
             (["0", "1"], [1, 1], "s"),
             r"lin0: '0' is bat-col with r=4, '1' is bat-col with r=3; no",
         ),
-        (("bone", "bat-row"), (["0", "1"], [1, 1], "s"), "no single adapter is their sum. Activate them together"),
+        (("bone", "bat-row"), (["0", "1"], [1, 1], "s"), "no single adapter is their sum; activate them together"),
         (("bone", "bone"), (["0", "9"], [1, 1], "s"), r"adapters: no \['9'\] in this model, which has \['0', '1'\]"),
         (("bone", "bone"), (["0", "1"], [1], "s"), "weights: got 1 for 2 adapters"),
         (("bone", "bone"), (["0", "1"], [1, 1], "1"), "adapter_name: '1' exists already"),
@@ -397,6 +398,7 @@ def test_a_real_pretrained_albert_with_shared_layers(variant, tmp_path):
         ({"init_weights": "bat", "variant": "bat-row"}, ["means variant='bat-col', but variant='bat-row'"]),
         ({"dropout": 1.0, "bias": "some"}, ["dropout: got 1.0, wanted a probability in", "bias: got 'some'"]),
         ({"rank_pattern": {"lin1": 0}}, ["rank_pattern['lin1']"]),
+        ({"rank_pattern": ["lin1"], "variant": ["bone"]}, ["rank_pattern: got ['lin1']", "variant: got ['bone']"]),
         ({"target_modules": "lin.*", "layers_to_transform": 1}, ["`layers_to_transform` cannot be used"]),
     ],
 )
@@ -456,6 +458,12 @@ def broken(folder: Path, change) -> Path:
     return folder
 
 
+def corrupt(folder: Path) -> Path:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    return folder
+
+
 def drop(tensors):
     del tensors["base_model.model.lin1.bone_block"]
 
@@ -472,7 +480,7 @@ def rename(tensors):
 MISFITS = [
     (drop, ["lin1: the checkpoint has no block for it"]),
     (resize, ["lin0: bone adapter has a block of shape (4, 9) but the checkpoint holds (2, 9); was r", "lin1: bone"]),
-    (rename, ["lin7.bone_block: the model has no adapted module of that name", "lin0: the checkpoint has no block"]),
+    (rename, ["lin7.bone_block: the model has no such tensor", "lin0: the checkpoint has no block"]),
 ]
 
 
@@ -502,6 +510,164 @@ def test_loading_into_an_adapted_model_that_does_not_fit_changes_nothing(change,
         assert all(message in str(raised.value) for message in messages)
         assert_unchanged(model, before)
         assert set(model.peft_config) == {"0", "1"}
+
+
+def spoil_saved_module(tensors):
+    tensors["base_model.model.lin1.weight"] = tensors["base_model.model.lin1.weight"][:2]
+
+
+def spoil_bias(tensors):
+    tensors["base_model.model.lin1.bias"] = tensors["base_model.model.lin1.bias"][:2]
+
+
+def drop_saved_module(tensors):
+    del tensors["base_model.model.lin1.weight"]
+
+
+def add_stranger(tensors):
+    tensors["base_model.model.lin9.weight"] = torch.ones(2, 2)
+
+
+OTHER_MISFITS = [
+    ({"modules_to_save": ["lin1"]}, spoil_saved_module, r"lin1.*: the model has a tensor of shape \(6, 9\) but the"),
+    ({"modules_to_save": ["lin1"]}, drop_saved_module, r"its weights lack .*lin1.weight"),
+    ({"modules_to_save": ["lin1"]}, add_stranger, "lin9.weight: the model has no such tensor"),
+    ({"bias": "all"}, spoil_bias, r"lin1.bias: the model has a tensor of shape \(6,\)"),
+    ({}, add_stranger, "lin9.weight: the model has no such tensor"),
+    ({}, None, "its weights cannot be read: .* is the file whole"),
+]
+
+
+@pytest.mark.parametrize(("fields", "change", "message"), OTHER_MISFITS)
+def test_loading_anything_that_does_not_fit_or_is_corrupt_leaves_no_trace(fields, change, message, tmp_path):
+    model = adapted("bone", target_modules=["lin0"], **fields)
+    model.save_pretrained(tmp_path)
+    folder = broken(tmp_path / "0", change) if change else corrupt(tmp_path / "0")
+    base = MLP(SIZES)
+    before = snapshot(base)
+    with pytest.raises(FlashboneError, match=message):
+        PeftModel.from_pretrained(base, folder, is_trainable=True)
+    assert_unchanged(base, before)
+    assert not hasattr(base, "peft_config")
+    if "bias" in fields:  # PEFT takes one adapter with biases at most
+        return
+    before, want = snapshot(model), model(inputs())
+    with pytest.raises(FlashboneError, match=message):
+        model.load_adapter(folder, "new")
+    assert_unchanged(model, before)
+    assert set(model.peft_config) == {"0"}
+    assert torch.equal(model(inputs()), want)
+    model(inputs()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_failed_load_never_deletes_a_trained_adapter_nor_a_standing_merge(tmp_path):
+    adapted("bone").save_pretrained(tmp_path)
+    settings = BoneConfig.from_pretrained(tmp_path / "0")
+    model = get_peft_model(MLP(SIZES), settings)
+    fill_blocks(model)
+    model.merge_adapter()
+    before = snapshot(model)
+    folder = broken(tmp_path / "0", resize)
+    for name in ("default", "new"):
+        load = partial(model.load_adapter, folder, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Adapter cannot be set when the model is merged")  # it is merged again
+            with pytest.raises(ShapeError, match="adapter has a block of shape"):
+                load()
+        assert_unchanged(model, before)
+        assert model.base_model.model.lin0.merged_adapters == ["default"]
+
+
+def test_mismatched_sizes_are_ignored_where_asked_for(tmp_path):
+    adapted("bone").save_pretrained(tmp_path)
+    model = adapted("bone")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+        model.load_adapter(broken(tmp_path / "0", resize), "0", ignore_mismatched_sizes=True)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_failed_injection_leaves_no_config_behind():
+    model = inject_adapter_in_model(config(), MLP(SIZES), "a")
+    with (
+        pytest.warns(UserWarning, match="Already found a `peft_config`"),
+        pytest.raises(ConfigError, match="not found in the base model"),
+    ):
+        inject_adapter_in_model(config(target_modules=["typo"]), model, "b")
+    assert set(model.peft_config) == {"a"}
+
+
+def test_weights_shared_by_two_adapted_layers_are_not_merged():
+    base = MLP((8, 8, 8))
+    base.lin1.weight = base.lin0.weight
+    model = get_peft_model(base, config())
+    fill_blocks(model)
+    before = snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError, match="lin0 and lin1 share one weight and are both adapted"):
+            merge()
+        assert_unchanged(model, before)
+
+
+def test_a_merge_that_could_not_be_taken_back_touches_no_layer():
+    model = get_peft_model(MLP(SIZES), config("bat-col"), adapter_name="0")
+    model.add_adapter("1", config("bat-row", target_modules=["lin1"]))
+    fill_blocks(model)
+    model.base_model.set_adapter(["0", "1"])
+    model.base_model.keep_originals(False)
+    model.add_adapter("2", config(r=2))
+    before = snapshot(model)
+    with pytest.raises(FlashboneError, match="lin1: without the original weight this merge could not be taken back"):
+        model.merge_adapter()
+    assert_unchanged(model, before)
+    assert not any(layer.keep_original for _, layer in model.base_model._bone_layers())
+
+
+def test_sums_over_different_layers_take_one_variant_or_are_refused(tmp_path):
+    model = get_peft_model(MLP((8, 8, 8)), config("bat-row", target_modules=["lin0"]), adapter_name="0")
+    model.add_adapter("1", config("bat-col", target_modules=["lin1"]))
+    with pytest.raises(ConfigError, match=r"more than one variant.*\(lin0 is bat-row; lin1 is bat-col\)"):
+        model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "s")
+    model = get_peft_model(MLP((8, 8, 8)), config("mini", target_modules=["lin0"]), adapter_name="0")
+    model.add_adapter("1", config("mini", mini_r=3, target_modules=["lin1"]))
+    fill_blocks(model)
+    model.add_weighted_adapter(["0", "1"], [1.0, 2.0], "s")
+    model.base_model.set_adapter(["0", "1"])
+    model.base_model.set_scale("1", 2.0)
+    want = model(inputs()[:, :8])
+    model.set_adapter("s")
+    assert close(model(inputs()[:, :8]), want)
+    model.save_pretrained(tmp_path, selected_adapters=["s"])
+    again = PeftModel.from_pretrained(MLP((8, 8, 8)), tmp_path / "s")
+    assert close(again(inputs()[:, :8]), want)
+
+
+class Nested(nn.Module):
+    """Two layers of which one's name ends in the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.sub = nn.Linear(12, 12), nn.ModuleDict({"lin0": nn.Linear(12, 12)})
+        for i, parameter in enumerate(self.parameters()):
+            parameter.data.copy_(torch.linspace(-1, 1 + i, parameter.numel()).view(parameter.shape))
+
+    def forward(self, x):
+        return self.sub["lin0"](torch.tanh(self.lin0(x)))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_sums_are_saved_for_exactly_the_layers_that_they_cover(both, tmp_path):
+    exact = {"rank_pattern": {r"\Alin0": 3}} if both else {}
+    model = get_peft_model(Nested(), config(target_modules="lin0|sub.lin0" if both else "lin0", **exact))
+    fill_blocks(model)
+    model.add_weighted_adapter(["default"], [0.5], "s")
+    model.set_adapter("s")
+    x = torch.linspace(-1, 1, 24).view(2, 12)
+    model.save_pretrained(tmp_path, selected_adapters=["s"])
+    again = PeftModel.from_pretrained(Nested(), tmp_path / "s")
+    assert torch.equal(again(x), model(x))
+    assert set(again.base_model.targeted_module_names) == ({"lin0", "sub.lin0"} if both else {"lin0"})
 
 
 def test_bat_col_and_bat_row_are_not_confused_on_square_layers(tmp_path):

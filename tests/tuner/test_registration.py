@@ -18,6 +18,8 @@ from peft.tuners.bone.layer import BoneLinear as deep
 import flashbone, flashbone.tuner.layer
 assert BoneConfig is old is also is flashbone.BoneConfig and BoneModel is old_model is flashbone.BoneModel
 assert BoneLinear is deep is flashbone.BoneLinear is flashbone.tuner.layer.BoneLinear
+import importlib.util, peft
+assert importlib.util.find_spec("peft.tuners.bone") is not None and {"BoneConfig", "BoneModel"} <= set(peft.__all__)
 assert type(get_peft_config({"peft_type": "BONE", "r": 8})) is BoneConfig
 """
 
@@ -33,6 +35,26 @@ FIRST = [
 @pytest.mark.parametrize("order", FIRST)
 def test_bone_is_back_whichever_is_imported_first(order):
     done = subprocess.run([sys.executable, "-c", order + "\n" + USE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_threads_may_import_it_first():
+    code = """
+import threading, time
+failures = []
+def run(delay, code):
+    time.sleep(delay)
+    try:
+        exec(code)
+    except BaseException as error:
+        failures.append(error)
+import flashbone
+jobs = [(0, "from peft import BoneConfig"), (0.3, "from flashbone import BoneConfig"), (0.6, "import peft.tuners.bone")]
+threads = [threading.Thread(target=run, args=job) for job in jobs]
+[t.start() for t in threads], [t.join() for t in threads]
+assert not failures, failures
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

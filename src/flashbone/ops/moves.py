@@ -37,19 +37,21 @@ class Moves:
 
     def add_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
         """bone: shifts the output by `scale * S(x) B`. Adapters of one r that see the pristine x share one S(x)."""
-        r, B = B.shape[0], B if scale == 1 else B * scale
-        if x is not self.x:
-            self._own_factors.append((shards.shard_sum(x, r), B))
-        elif r in self._shared_factors:
+        r = B.shape[0]
+        if x is self.x and r in self._shared_factors:
             s, other = self._shared_factors[r]
-            self._shared_factors[r] = s, other + B
+            self._shared_factors[r] = s, other + _times(B, scale * _unit(x, r))
+            return
+        factors = _bounded_sum(x, r), _times(B, scale * _unit(x, r))
+        if x is self.x:
+            self._shared_factors[r] = factors
         else:
-            self._shared_factors[r] = shards.shard_sum(x, r), B
+            self._own_factors.append(factors)
 
     def add_tiled_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
         """mini: shifts the output by `scale * S(x) B`, tiled along the output."""
-        s = shards.shard_sum(x, B.shape[0])
-        self._add_tile(s @ ((B if scale == 1 else B * scale).to(s.dtype)))
+        s = _bounded_sum(x, B.shape[0])
+        self._add_tile(s @ _times(B, scale * _unit(x, B.shape[0])).to(s.dtype))
 
     def add_weight_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-col: shifts the weight that x sees by `scale (W D + D)`; adapters that see the pristine x share a W'."""
@@ -67,17 +69,19 @@ class Moves:
         self,
         base: Callable[[Tensor], Tensor],
         weight: Callable[[], tuple[Tensor, Tensor | None]],
+        is_plain_base: Callable[[], bool] = lambda: True,
     ) -> Tensor:
         """The layer's output. `base(x)` calls the base layer, `weight()` gives its W (out, in) and bias.
 
-        `weight` is called only where a weight is shifted. One weight-shifted GEMM replaces the base call where nothing
-        shifts the input; else the shift of the weight acts on the pristine x, in a GEMM of its own.
+        `weight` is called only where a weight is shifted. One weight-shifted GEMM replaces the base call where the base
+        is nothing but `x W^T + bias` (`is_plain_base()`) and nothing shifts the input; else the shift of the weight
+        acts on the pristine x, in a GEMM of its own.
         """
         blocks, scales = self._fused_shift
         if not blocks and not self._own_shifts:
             return self._shift_output(base(self.base_x))
         W, bias = weight()
-        if blocks and self.base_x is self.x:
+        if blocks and self.base_x is self.x and is_plain_base():
             y = bat_col_linear(self._compute_input(self.x, W), W, bias, blocks, scales)
         else:
             y = base(self.base_x)
@@ -104,3 +108,18 @@ class Moves:
         for t in self._tiles.values():
             y = shards.add_tiled(y, t.to(y.dtype))
         return y
+
+
+def _times(B: Tensor, factor: float) -> Tensor:
+    return B if factor == 1 else B * factor
+
+
+def _unit(x: Tensor, r: int) -> int:
+    """What S(x) is divided by, and B multiplied with: in fp16 a power of two of at least the number of shards, so that
+    the sum stays in range; a power of two rounds nothing."""
+    return 1 << (shards.count(x.shape[-1], r) - 1).bit_length() if x.dtype == torch.float16 else 1
+
+
+def _bounded_sum(x: Tensor, r: int) -> Tensor:
+    s, unit = shards.shard_sum(x, r), _unit(x, r)
+    return (s / unit).to(x.dtype) if unit > 1 else s.to(x.dtype)

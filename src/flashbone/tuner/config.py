@@ -1,9 +1,13 @@
-"""BoneConfig: the configuration of the Bone family, in the file format that PEFT 0.14 to 0.18 read and wrote."""
+"""BoneConfig: the configuration of the Bone family, in the file format that PEFT 0.14 to 0.18 read and wrote.
+
+Their files name no variant: there `init_weights="bat"` is bat-col, and anything else is bone.
+"""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -72,10 +76,6 @@ class BoneConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # No fields, so never written. An adapter made from a config that was read from a folder waits for its weights;
-        # if they do not fit it is taken back, and the parameters named here are trained again.
-        self.awaits_weights: bool = False
-        self.trained_before: list[str] | None = None
         self.peft_type = BoneType.BONE
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -83,6 +83,8 @@ class BoneConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         if self.init_weights == "bat" and self.variant == "bone":
             self.variant = "bat-col"
+        elif self.init_weights is True and self.variant == "bat-col":
+            self.init_weights = "bat"
         problems = self._problems()
         if problems:
             raise ConfigError("BoneConfig: " + "; ".join(problems))
@@ -94,11 +96,15 @@ class BoneConfig(PeftConfig):
             if not ok:
                 problems.append(message)
 
-        sizes = {"r": self.r, "mini_r": self.mini_r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        sizes = {"r": self.r, "mini_r": self.mini_r}
+        if isinstance(self.rank_pattern, dict):
+            sizes |= {f"rank_pattern[{name!r}]": size for name, size in self.rank_pattern.items()}
+        else:
+            problems.append(f"rank_pattern: got {self.rank_pattern!r}, wanted a dictionary of names and block sizes")
         for name, size in sizes.items():
             check(_is_positive(size), f"`{name}` should be a positive integer value but the value passed is {size!r}")
         known = ", ".join(map(repr, variants.VARIANTS))
-        check(self.variant in variants.VARIANTS, f"variant: got {self.variant!r}, wanted one of {known}")
+        check(self.variant in list(variants.VARIANTS), f"variant: got {self.variant!r}, wanted one of {known}")
         check(
             self.init_weights in (True, False, "bat"),
             f"init_weights: got {self.init_weights!r}, wanted True, False or 'bat' (variants are chosen by `variant`)",
@@ -120,21 +126,13 @@ class BoneConfig(PeftConfig):
         return problems
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary; bat-col is written as PEFT 0.14 to 0.18 expect it (`init_weights="bat"`)."""
+        """The fields as a dictionary; bat-col is written as PEFT 0.14 to 0.18 expect it: `init_weights="bat"`, also for
+        a random start, which a file does not need any more."""
         fields = super().to_dict()
         if self.variant == "bat-col":
             fields["init_weights"] = "bat"
         return fields
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Read `adapter_config.json` of a folder or hub id. Files of PEFT 0.14 to 0.18 name no variant: there
-        `init_weights="bat"` is bat-col, anything else bone."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        assert isinstance(config, cls)
-        config.awaits_weights = True
-        return config
-
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

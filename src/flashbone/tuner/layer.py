@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flashbone import shards, variants
-from flashbone.errors import ConfigError, FlashboneError
+from flashbone.errors import ConfigError
 from flashbone.ops.moves import Moves
-from flashbone.variants.undo import undo
+from flashbone.variants.undo import check_undoable, undo
 
 
 def unsupported_reason(base_layer: nn.Module) -> str | None:
@@ -55,6 +55,8 @@ class BoneLayer(BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.keep_original = True
         self._original_weight: Tensor | None = None
+        # What stands merged, as it was merged: blocks and scales may change while a merge stands.
+        self._merged_as: dict[str, tuple[str, Tensor, float]] = {}
         self.kwargs = kwargs
 
         base: Any = self.get_base_layer()
@@ -164,16 +166,18 @@ class BoneLayer(BaseTunerLayer):
             weight = self._unmerged_by_subtraction()
         return weight.mT if self._transposed else weight
 
-    def _adapters(self, names: list[str]) -> list[tuple[variants.Variant, Tensor, float]]:
-        # Sorted by name: the sum is then the same to the last bit, in whatever order the adapters were given.
-        return [
-            (variants.get(self.bone_variant[n]), self.bone_block[n].detach(), self.bone_scale[n]) for n in sorted(names)
-        ]
+    def _as_now(self, names: list[str]) -> dict[str, tuple[str, Tensor, float]]:
+        return {n: (self.bone_variant[n], self.bone_block[n].detach(), self.bone_scale[n]) for n in names}
 
     def _unmerged_by_subtraction(self) -> Tensor:
         weight = self._base_weight().data
-        restored = undo(weight.mT if self._transposed else weight, self._adapters(self.merged_adapters))
+        restored = undo(weight.mT if self._transposed else weight, _terms(self._merged_as))
         return restored.mT.contiguous() if self._transposed else restored
+
+
+def _terms(adapters: dict[str, tuple[str, Tensor, float]]) -> list[tuple[variants.Variant, Tensor, float]]:
+    # Sorted by name: the sum is then the same to the last bit, in whatever order the adapters were given.
+    return [(variants.get(kind), block, scale) for _, (kind, block, scale) in sorted(adapters.items())]
 
 
 class BoneLinear(nn.Module, BoneLayer):
@@ -199,23 +203,73 @@ class BoneLinear(nn.Module, BoneLayer):
             dropout = self.bone_dropout[name]
             seen = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else x
             variants.get(self.bone_variant[name]).move(moves, seen, self.bone_block[name], self.bone_scale[name])
-        return moves.run(lambda base_x: self.base_layer(base_x, *args, **kwargs), self._weight_and_bias)
+        return moves.run(
+            lambda base_x: self.base_layer(base_x, *args, **kwargs), self._weight_and_bias, self._is_plain_base
+        )
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
         return (base.weight.mT if self._transposed else base.weight), base.bias
 
+    def _is_plain_base(self) -> bool:
+        """Whether calling the base is its matrix product and nothing else: no other forward, no hooks, no adapter."""
+        base = self.base_layer
+        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return type(base).forward in (nn.Linear.forward, Conv1D.forward) and not hooks and "forward" not in vars(base)
+
     def merged_weight(self, adapter_names: list[str], must_be_finite: bool = False) -> Tensor:
         """The base weight, in its own layout and dtype, with exactly the named adapters in it; nothing is changed.
 
+        Adapters that stand merged are taken as they were merged, the others as they are now.
+
         Raises:
             NonFiniteError: `must_be_finite`, and it would hold NaN or infinity.
+            ConfigError: the weight is computed by a parametrisation, so that it cannot be set.
         """
-        names = [n for n in adapter_names if n in self.bone_block]
+        self._check_weight_can_be_set()
+        names = [n for n in dict.fromkeys(adapter_names) if n in self.bone_block]
+        terms = _terms(self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as})
         where = f"adapter {', '.join(map(repr, names))}"
-        merged = variants.merged_weight(self._pristine_weight(), self._adapters(names), where, must_be_finite)
+        merged = variants.merged_weight(self._pristine_weight(), terms, where, must_be_finite)
         return merged.mT.contiguous() if self._transposed else merged
 
+    def _check_weight_can_be_set(self) -> None:
+        if "weight" not in self.get_base_layer()._parameters:
+            raise ConfigError(
+                "the base weight is computed by a parametrisation, such as weight_norm, and cannot be merged into;"
+                " remove the parametrisation first"
+            )
+
+    def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
+        """Find out, without changing anything, whether these adapters can be merged: to finite values, and so that
+        the pristine weight could be computed back.
+
+        Raises:
+            FlashboneError: as `merge` does.
+        """
+        names = self._to_merge(adapter_names)
+        if names and (must_be_finite or undoable):
+            self._prepare_merge(names, must_be_finite, undoable)
+        elif names:
+            self._check_weight_can_be_set()
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [n for n in dict.fromkeys(names) if n in self.bone_block and n not in self._merged_as]
+
+    def _prepare_merge(self, names: list[str], must_be_finite: bool, undoable: bool) -> Tensor:
+        """The merged weight, checked as asked for."""
+        merged = self.merged_weight([*self.merged_adapters, *names], must_be_finite)
+        if undoable:
+            check_undoable(
+                self._pristine_weight(),
+                merged.mT if self._transposed else merged,
+                _terms(self._as_now(names) | self._merged_as),
+            )
+        return merged
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base weight.
 
@@ -227,30 +281,29 @@ class BoneLinear(nn.Module, BoneLayer):
 
         Raises:
             NonFiniteError: see `safe_merge`.
-            FlashboneError: `keep_original` is off, and two adapters to merge depend on the weight (bat-*).
+            ConfigError: the base weight cannot be set.
+            FlashboneError: `keep_original` is off, and the pristine weight could not be computed back.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.bone_block]
+        check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
+        names = self._to_merge(adapter_names)
         if not names:
             return
-        everything = [*self.merged_adapters, *names]
-        if not self.keep_original:
-            self._check_can_be_undone(everything)
-        merged = self.merged_weight(everything, must_be_finite=safe_merge)
-        base: Any = self.get_base_layer()
+        merged = self._prepare_merge(names, must_be_finite=safe_merge, undoable=not self.keep_original)
+        weight = self._base_weight()
         if self.keep_original and self._original_weight is None:
             # On the CPU this is the weight's own storage: no copy is made, the merged weight is the new one.
-            self._original_weight = base.weight.data.to("cpu")
-        base.weight.data = merged
+            self._original_weight = self._pristine_storage()
+        weight.data = merged
+        self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
         self.merged_adapters.extend(names)
 
-    def _check_can_be_undone(self, names: list[str]) -> None:
-        dependent = [n for n in names if variants.get(self.bone_variant[n]).delta_depends_on_weight]
-        if len(dependent) > 1:
-            raise FlashboneError(
-                f"adapters {', '.join(map(repr, dependent))} all depend on the base weight and could not be unmerged"
-                " again without it; leave keep_original on, or merge one of them"
-            )
+    def _pristine_storage(self) -> Tensor:
+        """What to keep: the weight itself, or, where a merge stands that kept none, the weight computed back."""
+        weight = self._unmerged_by_subtraction() if self.merged else self._base_weight().data
+        return weight.to("cpu")
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again: bit for bit where the original was kept."""
         if not self.merged:
@@ -262,18 +315,21 @@ class BoneLinear(nn.Module, BoneLayer):
         else:
             weight.data = self._unmerged_by_subtraction()
         self._original_weight = None
+        self._merged_as = {}
         self.merged_adapters = []
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The bare base layer, with the adapters merged into it if asked for; no original is kept."""
-        base: Any = self.get_base_layer()
         if merge:
-            names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.bone_block]
-            if names:
-                base.weight.data = self.merged_weight([*self.merged_adapters, *names], must_be_finite=safe_merge)
-        return base
+            check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
+            if names := self._to_merge(adapter_names):
+                weight = self._base_weight()
+                weight.data = self.merged_weight([*self.merged_adapters, *names], must_be_finite=safe_merge)
+        return self.get_base_layer()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n]} r={r}" for n, r in self.bone_r.items())

@@ -1,42 +1,67 @@
-"""Check adapter weights before they are loaded, and take an adapter out of a model again without a trace."""
+"""Loading that leaves no trace when it fails: weights are checked before any is loaded, new adapters are taken back."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flashbone.errors import ShapeError
+from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner.layer import BoneLayer
+
+_WRAPPED_BY_HOSTS = ("_fsdp_wrapped_module.", "_orig_mod.")
+_ignore_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Compare the blocks of a checkpoint, whose keys were already mapped to the model's, with the model's own.
+    """Compare a checkpoint, whose keys were already mapped to the model's, with the model.
 
     Raises:
-        ShapeError: a block has another shape, is missing, or belongs to no module; all of them are named.
+        ShapeError: a block is missing, or a tensor has another shape or belongs to nothing; all of them are named.
     """
     suffix = f".bone_block.{adapter_name}"
     layers = {
-        name.removeprefix("_fsdp_wrapped_module."): module
+        _plain(name): module
         for name, module in model.named_modules()
         if isinstance(module, BoneLayer) and adapter_name in module.bone_block
     }
-    problems = []
-    for name, layer in layers.items():
-        block, where = layer.bone_block[adapter_name], name.removeprefix("base_model.model.")
-        wanted = tuple(getattr(block, "ds_shape", block.shape))
-        if (loaded := state_dict.get(name + suffix)) is None:
-            problems.append(f"{where}: the checkpoint has no block for it")
-        elif tuple(loaded.shape) != wanted:
-            problems.append(
-                f"{where}: {layer.bone_variant[adapter_name]} adapter has a block of shape {wanted} but the checkpoint"
-                f" holds {tuple(loaded.shape)}; was r or the variant changed?"
-            )
-    for key in state_dict:
-        if ".bone_block" in key and key.removesuffix(suffix) not in layers:
-            problems.append(f"{key}: the model has no adapted module of that name")
+    problems = [
+        f"{_short(name)}: the checkpoint has no block for it" for name in layers if name + suffix not in state_dict
+    ]
+    sharded = any(marker in name for name, _ in model.named_modules() for marker in _WRAPPED_BY_HOSTS[:1])
+    tensors = {_plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for key, loaded in state_dict.items():
+        own = tensors.get(_plain(key), tensors.get(_plain(key).removeprefix("base_model.model.")))
+        if own is None:
+            problems.append(f"{_short(key)}: the model has no such tensor")
+            continue
+        wanted, got = tuple(getattr(own, "ds_shape", own.shape)), tuple(loaded.shape)
+        if wanted == got or sharded or _ignore_sizes.get():
+            continue
+        layer = layers.get(key.removesuffix(suffix))
+        what = f"{layer.bone_variant[adapter_name]} adapter has a block" if layer else "the model has a tensor"
+        problems.append(
+            f"{_short(key.removesuffix(suffix))}: {what} of shape {wanted} but the checkpoint holds {got};"
+            " was r or the variant changed?"
+        )
     if problems:
         raise ShapeError(f"adapter {adapter_name!r} does not fit this model: " + "; ".join(problems))
+
+
+def _plain(name: str) -> str:
+    for marker in _WRAPPED_BY_HOSTS:
+        name = name.replace(marker, "")
+    return name
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -54,13 +79,80 @@ def take_back(model: nn.Module, adapter_name: str, trained: list[str]) -> None:
             if not module.bone_block:
                 _replace(model, name, module.base_layer)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-            module.delete_adapter(adapter_name, new_active_adapters=[])
+            remaining = [other for other in module.active_adapters if other != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=remaining)
             if not module._adapters:
                 _replace(model, name, module.original_module)
+    kept = set(trained)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in trained
+        parameter.requires_grad = name in kept
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _adapters_in(model: nn.Module) -> set[str]:
+    return {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
+
+
+@contextmanager
+def _no_trace(model: nn.Module, adapter_name: str, source: object) -> Iterator[None]:
+    """If the block fails, `model` (the bare one, without PeftModel around it) is as it was before: without the adapter
+    if that is new, merged as it was, and with the same parameters trained. Unreadable files get an error of ours."""
+    is_new, trained = adapter_name not in _adapters_in(model), trained_names(model)
+    had_config = hasattr(model, "peft_config")
+    merged = {module: list(module.merged_adapters) for module in model.modules() if isinstance(module, BoneLayer)}
+    try:
+        yield
+    except Exception as error:
+        if adapter_name not in _adapters_in(model):
+            raise
+        if is_new:
+            take_back(model, adapter_name, trained)
+            getattr(model, "peft_config", {}).pop(adapter_name, None)
+            if not had_config and hasattr(model, "peft_config"):
+                del model.peft_config
+            for layer, names in merged.items():
+                if names and not layer.merged:
+                    layer.merge(adapter_names=names)
+        if isinstance(error, SafetensorError):
+            raise FormatError(f"adapter {source}: its weights cannot be read: {error}; is the file whole?") from error
+        if isinstance(error, KeyError):
+            raise FormatError(f"adapter {source}: its weights lack {error}, which its config names") from error
+        raise
+
+
+def clean_up_after_failed_loads(peft_model: Any) -> None:
+    """Wrap `PeftModel.from_pretrained` and `load_adapter` so that a BONE adapter that cannot be loaded leaves no trace.
+
+    PEFT adds the adapter first and reads its weights afterwards, and its tuners learn of neither; other methods'
+    adapters pass through untouched.
+    """
+    peft_model.load_adapter = _clean_load_adapter(peft_model.load_adapter)
+    peft_model.from_pretrained = classmethod(_clean_from_pretrained(peft_model.from_pretrained.__func__))
+
+
+def _clean_load_adapter(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        token = _ignore_sizes.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
+        try:
+            with _no_trace(self.get_base_model(), adapter_name, model_id):
+                return original(self, model_id, adapter_name, *args, **kwargs)
+        finally:
+            _ignore_sizes.reset(token)
+
+    return load_adapter
+
+
+def _clean_from_pretrained(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: Any, model: nn.Module, model_id: Any, adapter_name: str = "default", *a: Any, **k: Any
+    ) -> Any:
+        with _no_trace(model, adapter_name, model_id):
+            return original(cls, model, model_id, adapter_name, *a, **k)
+
+    return from_pretrained

@@ -39,6 +39,7 @@ class BoneModel(BaseTuner):
     model: nn.Module
     prefix: str = "bone_"
     tuner_layer_cls = BoneLayer
+    _keeps_originals = True
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -49,12 +50,11 @@ class BoneModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception as error:
             take_back(model, adapter_name, trained)
+            self.peft_config.pop(adapter_name, None)
             if not isinstance(error, NoMatchingPeftModuleError):
                 raise
             names = ", ".join(nearest_names(model, config.target_modules))
             raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
-        if config.awaits_weights:
-            config.trained_before = trained
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
@@ -87,6 +87,7 @@ class BoneModel(BaseTuner):
         if (reason := unsupported_reason(base)) is not None:
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
         new_module = BoneLinear(target, adapter_name, **fields)
+        new_module.keep_original = self._keeps_originals
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -103,26 +104,19 @@ class BoneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map a checkpoint's keys to the model's, and check every block before any of them is loaded. An adapter that
-        was made for these weights only is taken back if they do not fit."""
+        """Map a checkpoint's keys to the model's, and check every one of them before any tensor is loaded."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        trained, config.awaits_weights, config.trained_before = config.trained_before, False, None
-        try:
-            check_state_dict(model, adapter_name, mapped)
-        except FlashboneError:
-            if trained is not None:
-                inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-                take_back(inner, adapter_name, trained)
-                model.peft_config.pop(adapter_name, None)
-            raise
+        check_state_dict(model, adapter_name, mapped)
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (None: the active ones) into the base weights.
+        """Merge adapters (None: the active ones) into the base weights; if it fails, no layer was changed.
 
         Raises:
-            ConfigError: an adapter of that name does not exist.
-            NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity; then no layer was changed.
+            ConfigError: an adapter of that name does not exist, or a weight is shared by two adapted layers or computed
+                by a parametrisation.
+            NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity.
+            FlashboneError: originals are not kept, and a merge could not be taken back.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names)
@@ -135,20 +129,28 @@ class BoneModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_merge(adapter_names, safe_merge)
+            self._check_merge(adapter_names, safe_merge, unload=True)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
         """Find out what would fail before the first layer is touched: a safe merge computes every weight twice."""
-        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
-        if unknown:
-            raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(self.peft_config)}")
-        if not safe_merge:
-            return
+        if not isinstance(adapter_names, str):  # else PEFT says what was wanted
+            unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+            if unknown:
+                raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(self.peft_config)}")
+        owners: dict[int, str] = {}
         for name, layer in self._bone_layers():
+            first = owners.setdefault(id(layer.weight), name)
+            if first != name:
+                raise ConfigError(
+                    f"{first} and {name} share one weight and are both adapted, so that no merged weight serves both;"
+                    " untie them, or leave one out of target_modules"
+                )
             names = [*layer.merged_adapters, *(layer.active_adapters if adapter_names is None else adapter_names)]
             try:
-                layer.merged_weight(names, must_be_finite=True)
+                layer.check_merge(names, must_be_finite=safe_merge, undoable=not (unload or layer.keep_original))
             except FlashboneError as error:
                 raise type(error)(f"{name}: {error}") from None
 
@@ -159,6 +161,7 @@ class BoneModel(BaseTuner):
 
     def keep_originals(self, keep: bool) -> None:
         """Whether merging keeps the pristine weights in host memory (the default), for an unmerge that is bit-exact."""
+        self._keeps_originals = keep
         for _, layer in self._bone_layers():
             layer.keep_original = keep
 

@@ -1,6 +1,8 @@
 """Give PEFT its BONE method back: fill its tables and its namespace, whichever of the two is imported first."""
 
 import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from flashbone.errors import FlashboneError
@@ -24,9 +26,9 @@ def register(peft: ModuleType) -> None:
         raise PeftTooOldError(
             f"flashbone needs peft >= {wanted}, but peft {peft.__version__} is installed; run `pip install -U peft`"
         )
-    from peft import mapping
+    from flashbone.tuner import config, layer, loading, model
 
-    from flashbone.tuner import config, layer, model
+    mapping, tuners = import_module("peft.mapping"), import_module("peft.tuners")
 
     kind = config.BoneType.BONE
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config.BoneConfig  # pyright: ignore[reportArgumentType]
@@ -41,6 +43,9 @@ def register(peft: ModuleType) -> None:
         {"peft.tuners.bone": bone}
         | {f"peft.tuners.bone.{m.__name__.rpartition('.')[2]}": m for m in (config, layer, model)}
     )
-    peft.tuners.bone = bone
-    for target in (peft, peft.tuners):
+    bone.__spec__ = ModuleSpec("peft.tuners.bone", None, is_package=True)
+    vars(tuners)["bone"] = bone
+    for target in (peft, tuners):
         vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
+        vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
+    loading.clean_up_after_failed_loads(peft.PeftModel)

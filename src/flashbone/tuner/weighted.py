@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,20 +29,25 @@ def add_weighted_adapter(
         present = {n: factor * layer.bone_scale[n] for n, factor in factors.items() if n in layer.bone_block}
         if present:
             combined[name] = combine(name, layer, present)
-    kinds = {variant for variant, _ in combined.values()}
-    if "bone" in kinds and "mini" in kinds:  # one adapter is of one variant: widen the mini blocks to bone
+    if _layouts(combined) > 1:  # one adapter has one variant and one mini_r: mini is bone with repeated columns
         for name, layer in model._bone_layers():
-            if name in combined:
+            if combined.get(name, ("",))[0] == "mini":
                 combined[name] = "bone", shards.tile(combined[name][1], layer.out_features)
+    if _layouts(combined) > 1:
+        kinds = "; ".join(f"{name} is {variant}" for name, (variant, _) in combined.items())
+        raise ConfigError(
+            f"add_weighted_adapter: the sum has more than one variant, which one adapter cannot have ({kinds});"
+            " activate the adapters together (set_adapter) with set_scale instead"
+        )
 
     config = copy.deepcopy(model.peft_config[adapters[0]])
     variant, first = next(iter(combined.values()))
     config.variant, config.init_weights = variant, "bat" if variant == "bat-col" else True
-    config.target_modules, config.exclude_modules = set(combined), None
+    config.target_modules, config.exclude_modules = _exactly(model, set(combined)), None
     config.layers_to_transform = config.layers_pattern = None
     sizes = {name: _block_size(block) for name, (_, block) in combined.items()}
     config.r = _block_size(first)
-    config.rank_pattern = {name: r for name, r in sizes.items() if r != config.r}
+    config.rank_pattern = {rf"\A{re.escape(name)}": r for name, r in sizes.items() if r != config.r}
     config.mini_r = first.shape[1] if variant == "mini" else 1
     config.dropout, config.bias, config.modules_to_save = 0.0, "none", None
     config.inference_mode = True
@@ -54,6 +60,19 @@ def add_weighted_adapter(
     for name, layer in model._bone_layers():
         if name in combined:
             layer.bone_block[adapter_name].data = combined[name][1]
+
+
+def _layouts(combined: dict[str, tuple[str, Tensor]]) -> int:
+    """How many different adapters it would take to hold these blocks."""
+    return len({(variant, block.shape[1] if variant == "mini" else 0) for variant, block in combined.values()})
+
+
+def _exactly(model: BoneModel, names: set[str]) -> set[str] | str:
+    """`target_modules` that match these modules and no others: names or, where others end in them, a pattern."""
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) and name not in names for name, _ in model.model.named_modules()):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return names
 
 
 def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[str, Tensor]:
@@ -77,7 +96,7 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
         return "bone", _weighted_sum(wide, factors)
     got = ", ".join(f"{n!r} is {layer.bone_variant[n]} with r={layer.bone_r[n]}" for n in factors)
     raise ConfigError(
-        f"{where}: {got}; no single adapter is their sum. Activate them together (set_adapter) with set_scale instead"
+        f"{where}: {got}; no single adapter is their sum; activate them together (set_adapter) with set_scale instead"
     )
 
 
@@ -107,8 +126,8 @@ def _check_request(
         problems.append(f"adapters: got {adapters}, wanted one or more different names")
     if len(adapters) != len(weights):
         problems.append(f"weights: got {len(weights)} for {len(adapters)} adapters")
-    saved = [n for n in adapters if n in model.peft_config and model.peft_config[n].modules_to_save]
-    if saved:
-        problems.append(f"adapters: {saved} have modules_to_save, of which there is no weighted sum")
+    configs = {name: model.peft_config[name] for name in adapters if name in model.peft_config}
+    if saved := [name for name, config in configs.items() if config.modules_to_save or config.bias != "none"]:
+        problems.append(f"adapters: {saved} train modules or biases as a whole, of which there is no weighted sum")
     if problems:
         raise ConfigError("add_weighted_adapter: " + "; ".join(problems))

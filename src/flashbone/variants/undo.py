@@ -8,7 +8,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashbone import shards
+from flashbone.errors import FlashboneError
 from flashbone.variants import Variant
+
+# Relative error up to which a weight counts as computed back: far above fp32 rounding, far below any damage.
+UNDO_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+UNDO_TOLERANCE_FP32 = 1e-4
+
+
+def check_undoable(
+    pristine: Float[Tensor, "out in"],
+    merged: Float[Tensor, "out in"],
+    adapters: Iterable[tuple[Variant, Tensor, float]],
+) -> None:
+    """Check that `undo(merged, adapters)` gives the pristine weight back, by doing it.
+
+    Raises:
+        FlashboneError: two adapters depend on the weight, or `I + D` of one is singular or nearly so.
+    """
+    adapters = list(adapters)
+    problem = "two of these adapters depend on the base weight (bat-*)"
+    if sum(variant.delta_depends_on_weight for variant, _, _ in adapters) < 2:
+        problem = "I + D is nearly singular"
+        try:
+            error = (undo(merged, adapters).double() - pristine.double()).norm() / pristine.double().norm()
+        except RuntimeError:  # torch's LinAlgError: singular
+            error = torch.tensor(torch.nan)
+        if error <= UNDO_TOLERANCE.get(pristine.dtype, UNDO_TOLERANCE_FP32) or not pristine.count_nonzero():
+            return
+    raise FlashboneError(
+        f"without the original weight this merge could not be taken back: {problem}; leave keep_original on"
+    )
 
 
 def undo(merged: Float[Tensor, "out in"], adapters: Iterable[tuple[Variant, Tensor, float]]) -> Float[Tensor, "out in"]:
