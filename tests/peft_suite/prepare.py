@@ -15,12 +15,12 @@ from pathlib import Path
 FILES = ["test_custom_models.py", "testing_common.py", "testing_utils.py", "test_config.py"]
 RENAMED = {"MissConfig": "BoneConfig", "miss_": "bone_", "MiSS": "Bone", '"miss"': '"bone"'}
 HEADER = re.compile(r"    ########\n    # Bone #\n    ########\n")
-ROWS = """    ("{variant} 1 Bone", "MLP", BoneConfig, {{"target_modules": "lin0", "r": 2, {fields}}}),
-    ("{variant} 2 Bone", "MLP", BoneConfig, {{"target_modules": ["lin0", "lin1"], "r": 4, {fields}}}),
-    ("{variant} 3 Bone", "MLP", BoneConfig, {{"target_modules": "lin0", "modules_to_save": ["lin1"], "r": 3, {fields}}}),
-    ("{variant} 4 Bone", "EmbConv1D", BoneConfig, {{"target_modules": ["conv1d"], "r": 2, {fields}}}),
+ROWS = """    ("{variant} 1 Bone", "MLP", BoneConfig, {{"target_modules": "lin0", {fields}}}),
+    ("{variant} 2 Bone", "MLP", BoneConfig, {{"target_modules": ["lin0", "lin1"], {fields}}}),
+    ("{variant} 3 Bone", "MLP", BoneConfig, {{"target_modules": "lin0", "modules_to_save": ["lin1"], {fields}}}),
+    ("{variant} 4 Bone", "EmbConv1D", BoneConfig, {{"target_modules": ["conv1d"], {fields}}}),
 """
-VARIANTS = {name: f'"variant": "{name}", "mini_r": 2' for name in ("bone", "mini", "bat-col", "bat-row")}
+VARIANTS = {name: f'"variant": "{name}", "r": 3, "mini_r": 2' for name in ("bone", "mini", "bat-col", "bat-row")}
 
 
 def fetch(folder: Path) -> Path:

@@ -164,8 +164,9 @@ def test_biases_are_trained_saved_and_loaded(bias, tmp_path):
     assert torch.equal(PeftModel.from_pretrained(MLP(SIZES), tmp_path)(inputs()), model(inputs()))
 
 
-def test_modules_to_save_are_trained_saved_and_loaded(tmp_path):
-    model = get_peft_model(MLP(SIZES), config(target_modules=["lin0"], modules_to_save=["lin1"]))
+@pytest.mark.parametrize("bias", ["none", "all", "bone_only"])
+def test_modules_to_save_are_trained_saved_and_loaded(bias, tmp_path):
+    model = get_peft_model(MLP(SIZES), config(target_modules=["lin0"], modules_to_save=["lin1"], bias=bias))
     fill_blocks(model)
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:

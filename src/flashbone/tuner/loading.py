@@ -37,7 +37,9 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     sharded = any(marker in name for name, _ in model.named_modules() for marker in _WRAPPED_BY_HOSTS[:1])
     tensors = {_plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     for key, loaded in state_dict.items():
-        own = tensors.get(_plain(key), tensors.get(_plain(key).removeprefix("base_model.model.")))
+        # With bias="all", PEFT also writes biases of saved modules, without the adapter's name; nothing reads those.
+        name = _plain(key).replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
+        own = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
         if own is None:
             problems.append(f"{_short(key)}: the model has no such tensor")
             continue
