@@ -72,9 +72,9 @@ def raising(error):
             "flashbone train: error: runs/x: no space left on device; free some or write elsewhere\n",
         ),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            PermissionError(errno.EACCES, "Permission denied", "/locked"),
             1,
-            "flashbone train: error: /root/x: permission denied; write elsewhere or change the folder's permissions\n",
+            "flashbone train: error: /locked: permission denied; write elsewhere or change the folder's permissions\n",
         ),
         (KeyboardInterrupt(), 130, "flashbone train: interrupted\n"),
         (SystemExit(2), 2, ""),

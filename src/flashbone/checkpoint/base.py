@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashbone.checkpoint import peft, tensors
+from flashbone.checkpoint import peft, read_json, tensors
 from flashbone.errors import FormatError
 
 SINGLE = "model.safetensors"
@@ -67,7 +67,7 @@ def open_base(folder: Path) -> BaseModel:
         raise FormatError(f"{folder}: {_why_not_a_folder(folder)}")
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such base model folder")
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     _refuse_quantised(folder, config)
     single = (folder / SINGLE).is_file()
     weight_map = {} if single else _weight_map(folder)
@@ -115,7 +115,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         raise FormatError(f"{folder}: {_why_no_weights(folder)}")
     where = folder / INDEX
-    weight_map = _read_json(where).get("weight_map")
+    weight_map = read_json(where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{where}: it has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
@@ -138,16 +138,6 @@ def _why_no_weights(folder: Path) -> str:
             way_out = _why_not_a_folder(Path(found[0])) if suffix == ".gguf" else _RESAVE
             return f"has {', '.join(found)} but neither {SINGLE} nor {INDEX}; {way_out}"
     return f"holds no model, wanted {SINGLE} or {INDEX}"
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{file}: wanted a JSON object, got a {type(content).__name__}")
-    return content
 
 
 def _companions(folder: Path, single: bool) -> list[Path]:

@@ -7,7 +7,6 @@ adapter_model.safetensors    or adapter_model.bin:
     base_model.model.<parameter>                    a parameter of a module to save
 """
 
-import json
 import pickle
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashbone import variants
-from flashbone.checkpoint import Adapter, same_values
+from flashbone.checkpoint import Adapter, read_json, same_values
 from flashbone.errors import FormatError
 
 CONFIG = "adapter_config.json"
@@ -57,12 +56,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder}: {what}")
     if not file.is_file():
         raise FormatError(f"{folder}: this folder is no adapter, it has no {CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{file}: wanted a JSON object, got a {type(config).__name__}")
+    config = read_json(file)
     kind = config.get("peft_type")
     if kind != "BONE":
         raise FormatError(f"{file}: this is a {kind} adapter; flashbone merges BONE")

@@ -52,11 +52,7 @@ def add_weighted_adapter(
     config.dropout, config.bias, config.modules_to_save = 0.0, "none", None
     config.inference_mode = True
     model.peft_config[adapter_name] = config
-    try:
-        model.inject_adapter(model.model, adapter_name)
-    except Exception:
-        del model.peft_config[adapter_name]
-        raise
+    model.inject_adapter(model.model, adapter_name)
     for name, layer in model._bone_layers():
         if name in combined:
             layer.bone_block[adapter_name].data = combined[name][1]
