@@ -1,11 +1,14 @@
 """`flashbone train CONFIG.yaml [--dotted.field value ...]`: fine-tune, then print what came of it."""
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
 import sys
 import warnings
+
+from flashbone.errors import ConfigError
 
 OPTIONS = ("--resume", "--json", "--help")
 
@@ -33,6 +36,7 @@ def run(argv: list[str]) -> int:
     """Parse, train, print the summary on stdout; notices and progress go to stderr."""
     ours, overrides = _separate(argv)
     options = _parser().parse_args(ours)
+    _check_extra()
     _set_up_output()
 
     from flashbone.train.recipe import load_recipe
@@ -51,6 +55,13 @@ def run(argv: list[str]) -> int:
     else:
         print_summary(result.summary, result.folder.path, figure)
     return 0
+
+
+def _check_extra() -> None:
+    """Refuse to start without the packages that training alone needs."""
+    missing = [name for name in ("trl", "datasets", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"training needs {', '.join(missing)}, not installed; run: pip install 'flashbone[train]'")
 
 
 def _separate(argv: list[str]) -> tuple[list[str], list[str]]:
