@@ -51,6 +51,17 @@ def once(folder: Path, make: Callable[[Path], None]) -> None:
     print(f"wrote {folder}")
 
 
+def prepare_all(parts: dict[Path, Callable[[Path], None]]) -> int:
+    """Fill every folder that is not there yet; 0 if all are there at the end, 1 (and a line) if a package lacks."""
+    try:
+        for folder, make in parts.items():
+            once(folder, make)
+    except MissingPackage as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """One JSON object a line, in UTF-8."""
     with path.open("w", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from examples.offline import MissingPackage, once, package_folder, write_jsonl
+from examples.offline import package_folder, prepare_all, write_jsonl
 
 CACHE = Path(".cache/classification")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -63,14 +63,8 @@ def prepare_news(folder: Path) -> None:
 
 
 def main() -> int:
-    """Prepare whatever is not there yet; 0 if all is there at the end, 1 with one line if a package is missing."""
-    try:
-        once(CACHE / "minilm", prepare_model)
-        once(CACHE / "news", prepare_news)
-    except MissingPackage as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    """Prepare whatever is not there yet; the exit code."""
+    return prepare_all({CACHE / "minilm": prepare_model, CACHE / "news": prepare_news})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 # The examples are run from the root of the repository: python -m examples.demo.prepare
-from examples.offline import MissingPackage, once, package_folder, write_jsonl
+from examples.offline import package_folder, prepare_all, write_jsonl
 
 CACHE = Path(".cache/demo")
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -83,14 +83,8 @@ def prepare_chat(folder: Path) -> None:
 
 
 def main() -> int:
-    """Prepare whatever is not there yet; 0 if all is there at the end, 1 with one line if a package is missing."""
-    try:
-        once(CACHE / "smollm2", prepare_model)
-        once(CACHE / "chat", prepare_chat)
-    except MissingPackage as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    """Prepare whatever is not there yet; the exit code."""
+    return prepare_all({CACHE / "smollm2": prepare_model, CACHE / "chat": prepare_chat})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import BoneConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import BoneConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -587,6 +587,24 @@ def test_mismatched_sizes_are_ignored_where_asked_for(tmp_path):
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
         model.load_adapter(broken(tmp_path / "0", resize), "0", ignore_mismatched_sizes=True)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_loading_other_methods_is_as_it_was_without_flashbone(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False)
+    model = get_peft_model(MLP(SIZES), lora)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MLP(SIZES), tmp_path)
+    again.load_adapter(tmp_path, "second")
+    assert torch.equal(again(inputs()), model(inputs()))
+    before = snapshot(again)
+    with pytest.raises(RuntimeError, match="Error\\(s\\) in loading state_dict") as raised:
+        again.load_adapter(lora_of_another_size(tmp_path), "default")
+    assert not isinstance(raised.value, FlashboneError)
+    assert_unchanged(again, before)
+
+
+def lora_of_another_size(folder: Path) -> Path:
+    return broken(folder, lambda tensors: tensors.update({k: torch.cat([v, v]) for k, v in tensors.items()}))
 
 
 def test_a_failed_injection_leaves_no_config_behind():
