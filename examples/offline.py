@@ -52,7 +52,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def prepare_all(parts: dict[Path, Callable[[Path], None]]) -> int:
-    """Fill every folder that is not there yet; 0 if all are there at the end, 1 (and a line) if a package lacks."""
+    """Fill every folder that is not there yet; 0 if all are there then, 1 (and a line) if a package is missing."""
     try:
         for folder, make in parts.items():
             once(folder, make)
