@@ -1,0 +1,36 @@
+"""Peak memory of a few training steps, each method in a process of its own; growth with tokens, r and adapters."""
+
+from __future__ import annotations
+
+from benchmarks.cases import Setting
+from benchmarks.commands.layer import GROWING
+from benchmarks.methods import METHODS, TRAINED
+from benchmarks.rows import Row
+from benchmarks.run import Run
+
+# AdamW's state exists after the first step; the peak is that of the later ones.
+STEPS = 3
+BATCHES, BATCH = (1, 2, 4), 2
+ADAPTERS = (1, 4, 10)
+
+
+def measure(run: Run) -> list[Row]:
+    """The rows of a part."""
+    sizes, r = ((4, 8, 16), 16) if run.options.quick else ((16, 64, 128), 64)
+    growing = run.options.pick(GROWING)
+    if run.part == "main":
+        names = run.options.pick([name for name in TRAINED if name != "frozen"])
+        return _peak(run, BATCH, [Setting(name, r) for name in names])
+    if run.part == "tokens":
+        settings = [Setting(name, r) for name in run.options.pick([*GROWING, "miss-bat"])]
+        return [row for batch in BATCHES for row in _peak(run, batch, settings)]
+    if run.part == "r":
+        return _peak(run, BATCH, [Setting(name, size) for size in sizes for name in growing])
+    settings = [Setting(n, r, count) for n in growing for count in (ADAPTERS if METHODS[n].several else ADAPTERS[:1])]
+    return _peak(run, BATCH, settings)
+
+
+def _peak(run: Run, batch: int, settings: list[Setting]) -> list[Row]:
+    seq = 16 if run.options.quick else 256
+    case = run.case("memory", {"model": run.options.model, "batch": batch, "seq": seq}, calls=STEPS)
+    return run.measure(case, settings, own_process=True)

@@ -1,0 +1,16 @@
+"""A whole training step of a language model, all linear layers adapted."""
+
+from __future__ import annotations
+
+from benchmarks.cases import Setting
+from benchmarks.methods import TRAINED
+from benchmarks.rows import Row
+from benchmarks.run import Run
+
+
+def measure(run: Run) -> list[Row]:
+    """The rows of a part."""
+    r, seq = (16, 16) if run.options.quick else (64, 256)
+    names = run.options.pick([name for name in TRAINED if name != "frozen"])
+    case = run.case("step", {"model": run.options.model, "batch": 2, "seq": seq})
+    return run.measure(case, [Setting(name, r) for name in names])

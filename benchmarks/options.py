@@ -1,0 +1,132 @@
+"""The command line: `python -m benchmarks BENCHMARK [options]`, and what it means for a run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.cases import SMOLLM2
+from benchmarks.errors import UsageError
+from benchmarks.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a benchmark offers.
+
+    Attributes:
+        help: One line.
+        parts: Its parts, in order.
+        rounds, warmup: How often, unless asked otherwise.
+        dtypes: The dtypes of a run that names none.
+        needs_model: Whether it runs on a language model.
+    """
+
+    help: str
+    parts: tuple[str, ...]
+    rounds: int
+    warmup: int = 2
+    dtypes: tuple[str, ...] = ("float32",)
+    needs_model: bool = True
+
+
+SPECS = {
+    "layer": Spec(
+        "one linear layer, forward and backward", ("shapes", "tokens", "r", "adapters"), 20, needs_model=False
+    ),
+    "step": Spec("a training step of SmolLM2-135M", ("main",), 10),
+    "memory": Spec("peak memory of training steps", ("main", "tokens", "r", "adapters"), 3, warmup=0),
+    "decode": Spec("one layer, one token", ("main",), 30, dtypes=("float32", "bfloat16"), needs_model=False),
+    "load": Spec("importing the packages, loading an adapter", ("import", "adapter"), 10, warmup=1),
+    "merge": Spec("merging into a live model and into files", ("live", "command"), 10, warmup=1),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for; `quick` sizes are only good for tests of the benchmarks themselves."""
+
+    benchmark: str
+    parts: tuple[str, ...]
+    methods: tuple[str, ...] | None
+    rounds: int
+    warmup: int
+    threads: int
+    dtypes: tuple[str, ...]
+    device: str
+    model: str
+    quick: bool
+    out: Path | None
+
+    def pick(self, names: tuple[str, ...] | list[str]) -> list[str]:
+        """Those of `names` that were asked for."""
+        return [name for name in names if self.methods is None or name in self.methods]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = _Parser(prog="python -m benchmarks", description="Time and memory of the methods, measured side by side.")
+    commands = top.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, spec in SPECS.items():
+        command = commands.add_parser(name, help=spec.help, description=spec.help)
+        command.add_argument("--part", choices=[*spec.parts, "all"], default="all", help="measure only this part")
+        command.add_argument("--methods", type=_methods, help=f"a,b,c of: {', '.join(METHODS)}")
+        command.add_argument("--rounds", type=_positive, help=f"counted rounds (default: {spec.rounds})")
+        command.add_argument("--threads", type=_positive, default=2, help="CPU threads (default: 2)")
+        command.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the base (default: float32)")
+        command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        command.add_argument("--out", type=Path, help="write the rows here, not into benchmarks/results")
+        command.add_argument("--quick", action="store_true", help="tiny sizes, few rounds, no op tests, no results")
+        if spec.needs_model:
+            command.add_argument("--model", choices=["smollm2", "tiny"], help="tiny: made on the spot, for tests")
+    tables = commands.add_parser("tables", help="rewrite docs/benchmarks.md and its plots from the results")
+    tables.add_argument("--check", action="store_true", help="exit with 1 if the page is not what the results give")
+    return top
+
+
+def options_of(parsed: argparse.Namespace) -> Options:
+    """The options of a benchmark.
+
+    Raises:
+        UsageError: the model is not there.
+    """
+    spec, given = SPECS[parsed.benchmark], vars(parsed)
+    model = given.get("model") or ("tiny" if parsed.quick else "smollm2")
+    if spec.needs_model and model == "smollm2" and not SMOLLM2.is_dir():
+        prepare = "`make .venv/.demo` and `python -m examples.demo.prepare`"
+        raise UsageError(f"the model of the benchmarks is not there yet: run {prepare} first")
+    return Options(
+        benchmark=parsed.benchmark,
+        parts=spec.parts if parsed.part == "all" else (parsed.part,),
+        methods=parsed.methods,
+        rounds=parsed.rounds or (2 if parsed.quick else spec.rounds),
+        warmup=min(spec.warmup, 1) if parsed.quick else spec.warmup,
+        threads=parsed.threads,
+        dtypes=(parsed.dtype,) if parsed.dtype else spec.dtypes,
+        device=parsed.device,
+        model=model,
+        quick=parsed.quick,
+        out=parsed.out,
+    )
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, text.split(",")))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, wanted some of {', '.join(METHODS)}")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,134 @@
+"""One run of a benchmark: the op tests first, then part after part, each saved as soon as it is measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.cases import FROZEN, ROOT, Case, Setting
+from benchmarks.errors import BenchmarkError, UsageError
+from benchmarks.methods import CURRENT
+from benchmarks.options import Options
+from benchmarks.rounds import Plan, Sample, in_processes, in_workers, rows_of
+from benchmarks.rows import Row
+from benchmarks.workers import Pool
+
+
+@dataclass
+class Run:
+    """What the parts of a benchmark measure with."""
+
+    options: Options
+    pool: Pool
+    part: str
+    commit: str
+    date: str
+
+    @property
+    def plan(self) -> Plan:
+        """How often every case is measured."""
+        return Plan(self.options.rounds, self.options.warmup)
+
+    def case(self, kind: str, shape: dict[str, Any], dtype: str | None = None, **fields: Any) -> Case:
+        """A case on the run's device, in its first dtype unless another is given."""
+        return Case(kind, shape, dtype or self.options.dtypes[0], self.options.device, **fields)
+
+    def measure(
+        self, case: Case, settings: list[Setting], floor: Setting = FROZEN, own_process: bool = False
+    ) -> list[Row]:
+        """The rows of settings on a case; none where there is nothing beside the floor."""
+        if not settings:
+            return []
+        measured = (in_processes if own_process else in_workers)(self.pool, case, settings, floor, self.plan)
+        return self.rows(measured, case, floor.method)
+
+    def about(self, case: Case) -> dict[str, Any]:
+        """Device and versions, for what is not measured in a worker."""
+        (worker,) = self.pool.get(CURRENT)
+        return {"versions": worker.versions, **worker.ask("device", device=case.device)}
+
+    def prepare(self, case: Case, setting: Setting) -> dict[str, Any]:
+        """Have a worker make the files of a case; device and versions."""
+        (worker,) = self.pool.get(CURRENT)
+        worker.ask("open", case=case.to_dict())
+        worker.ask("prepare", setting.label, setting=vars(setting))
+        return self.about(case)
+
+    def rows(self, samples: list[Sample], case: Case, floor: str) -> list[Row]:
+        """Samples as rows of this run."""
+        common = {
+            "benchmark": self.options.benchmark,
+            "part": self.part,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "commit": self.commit,
+            "date": self.date,
+        }
+        threads = self.options.threads
+        return rows_of(samples, floor, common, f", {threads} thread{'s' if threads > 1 else ''}")
+
+
+def run(options: Options, pool: Pool) -> list[Row]:
+    """Measure, save and print; the rows.
+
+    Raises:
+        BenchmarkError: the op tests fail, or a measurement.
+    """
+    if not options.quick:
+        check_ops()
+    command = import_module(f"benchmarks.commands.{options.benchmark}")
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    target = options.out
+    if target is None and not options.quick and options.model != "tiny":
+        target = rows.RESULTS / f"{options.benchmark}.jsonl"
+    measured: list[Row] = []
+    for part in options.parts:
+        found = command.measure(Run(options, pool, part, rows.current_commit(), now))
+        if target is not None and found:
+            rows.save(target, found)
+        print_rows(part, found)
+        measured += found
+    if not measured:
+        raise UsageError(f"{options.benchmark}: none of the methods asked for is measured here")
+    return measured
+
+
+def check_ops() -> None:
+    """Numbers only after the op tests pass: a fast wrong answer is no figure.
+
+    Raises:
+        BenchmarkError: they fail.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "tests/ops"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
+        raise BenchmarkError(f"nothing is measured: the op tests fail ({last.strip('= ')}); run pytest -q tests/ops")
+
+
+def print_rows(part: str, found: list[Row]) -> None:
+    """A part's rows as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not found:
+        return
+    first = found[0]
+    table = Table(title=f"{first.benchmark} {part}: {first.device}, commit {first.commit}", title_justify="left")
+    for name in ("method", "r", "adapters", "shape", "dtype", "metric"):
+        table.add_column(name)
+    for name in ("median", "q1", "q3", "n"):
+        table.add_column(name, justify="right")
+    for row in found:
+        shape = " ".join(str(value) for value in row.shape.values())
+        figures = [f"{value:.4g}" for value in (row.median, row.q1, row.q3)]
+        table.add_row(row.method, str(row.r), str(row.adapters), shape, row.dtype, row.metric, *figures, str(row.n))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)

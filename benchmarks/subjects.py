@@ -1,0 +1,202 @@
+"""What a worker does in one repetition of each kind of case; imported by workers only."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, Setting
+from benchmarks.methods import METHODS, adapted
+from benchmarks.models import LINEARS, OneLayer, bare, load_model, model_folder, twin
+
+Repetition = Callable[[], dict[str, float]]
+
+
+def timed_ms(call: Callable[[], Any], device: str, calls: int = 1) -> float:
+    """Milliseconds per call, without the collector of garbage; CUDA is waited for at both ends."""
+    gc.disable()
+    try:
+        _wait_for(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        _wait_for(device)
+        return (time.perf_counter() - start) * 1e3 / calls
+    finally:
+        gc.enable()
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name(device: str) -> str:
+    """The processor's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+class LayerSubject:
+    """Forward and backward of one linear layer, to the input and to the adapters."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        tokens, in_features, out_features = (case.shape[key] for key in ("tokens", "in", "out"))
+        dtype = getattr(torch, case.dtype)
+        self.case = case
+        self.base = OneLayer(in_features, out_features, dtype, case.device)
+        self.x = torch.randn(tokens, in_features, dtype=dtype, device=case.device)
+        self.gradient = torch.randn(tokens, out_features, dtype=dtype, device=case.device)
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """Forward and backward of the layer; the sums of gradients are let go before each."""
+        layer = bare(adapted(twin(self.base), setting, ["linear"])).linear
+        x = self.x.clone().requires_grad_()
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+        def forward_backward() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            layer(x).backward(self.gradient)
+
+        return lambda: {"time_ms": timed_ms(forward_backward, self.case.device, self.case.calls)}
+
+
+class DecodeSubject(LayerSubject):
+    """Forward of one linear layer for one token, as in generation."""
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """Forward in inference mode."""
+        # Merging changes the weight, which the others share otherwise.
+        base = copy.deepcopy(self.base) if METHODS[setting.method].merged else twin(self.base)
+        layer = bare(adapted(base, setting, ["linear"])).eval().linear
+
+        def repetition() -> dict[str, float]:
+            with torch.inference_mode():
+                return {"time_ms": timed_ms(lambda: layer(self.x), self.case.device, self.case.calls)}
+
+        return repetition
+
+
+class StepSubject:
+    """A training step of a model: forward, backward, AdamW, gradients cleared."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.base = load_model(case.shape["model"], case.dtype, case.device)
+        torch.manual_seed(0)
+        size = (case.shape["batch"], case.shape["seq"])
+        self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
+
+    def step(self, setting: Setting) -> Callable[[], None]:
+        """One step of a setting. The frozen base has nothing to train: there it is forward and backward to the output
+        of the embeddings, which every adapter in the first layer needs as well."""
+        model = adapted(twin(self.base), setting, LINEARS).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            model.enable_input_require_grads()
+        optimiser = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
+
+        def step() -> None:
+            model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+            if optimiser is not None:
+                optimiser.step()
+                optimiser.zero_grad()
+
+        return step
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """The time of a step."""
+        step = self.step(setting)
+        return lambda: {"time_ms": timed_ms(step, self.case.device, self.case.calls)}
+
+
+class MemorySubject(StepSubject):
+    """The peak of memory over a few training steps; one setting a process."""
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """The peak of `case.calls` steps: resident memory of the process, or what CUDA allocated."""
+        step = self.step(setting)
+
+        def repetition() -> dict[str, float]:
+            _reset_peak(self.case.device)
+            for _ in range(self.case.calls):
+                step()
+            return {"peak_mib": _peak_mib(self.case.device)}
+
+        return repetition
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+
+
+def _peak_mib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
+class LoadSubject:
+    """Loading an adapter from its folder into a model."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.base = load_model(case.shape["model"], case.dtype, case.device)
+        model_folder(case.shape["model"], Path(case.scratch))
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """Save an adapter as `scratch`/METHOD; a repetition loads it into a fresh twin of the model."""
+        from peft import PeftModel
+
+        folder = Path(self.case.scratch, setting.method)
+        adapted(twin(self.base), setting, LINEARS).save_pretrained(folder)
+
+        def repetition() -> dict[str, float]:
+            model = twin(self.base)
+            return {"load_ms": timed_ms(lambda: PeftModel.from_pretrained(model, folder), self.case.device)}
+
+        return repetition
+
+
+class MergeSubject:
+    """Merging an adapter into a live model, and taking it out again."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.base = load_model(case.shape["model"], case.dtype, case.device)
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """Both times. Every model has a base of its own: PEFT's methods merge in place, with rounding."""
+        model = adapted(copy.deepcopy(self.base), setting, LINEARS)
+
+        def repetition() -> dict[str, float]:
+            merge_ms = timed_ms(model.merge_adapter, self.case.device)
+            return {"merge_ms": merge_ms, "unmerge_ms": timed_ms(model.unmerge_adapter, self.case.device)}
+
+        return repetition
+
+
+SUBJECTS = {
+    "layer": LayerSubject,
+    "decode": DecodeSubject,
+    "step": StepSubject,
+    "memory": MemorySubject,
+    "load": LoadSubject,
+    "merge": MergeSubject,
+}
