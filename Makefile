@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-peft demo demo-classification golden clean help
+.PHONY: check test test-peft demo demo-classification golden benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
 	@echo "make test-peft   PEFT's own tests, for BONE"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
+	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
 .venv/.base: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -69,6 +70,17 @@ test-peft: .venv/.peft-suite
 
 golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py
+
+# Not in parallel, whatever -j says: one measurement at a time.
+BENCHMARKS := layer step memory decode load merge
+
+benchmarks: .venv/.dev .venv/.demo
+	$(BIN)/python -m examples.demo.prepare
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name; done
+	$(BIN)/python -m benchmarks tables
+
+benchmarks-quick: .venv/.dev
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name --quick; done
 
 clean:
 	rm -rf .venv .cache dist

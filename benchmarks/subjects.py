@@ -101,7 +101,7 @@ class StepSubject:
 
     def step(self, setting: Setting) -> Callable[[], None]:
         """One step of a setting. The frozen base has nothing to train: there it is forward and backward to the output
-        of the embeddings, which every adapter in the first layer needs as well."""
+        of the embeddings, so that gradients flow through every layer, as they do to adapters in all of them."""
         model = adapted(twin(self.base), setting, LINEARS).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:

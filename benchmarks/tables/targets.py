@@ -1,0 +1,112 @@
+"""The targets of the project, each held against the rows: paired ratios of two methods of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from benchmarks.rows import Row, paired_ratios, spread
+from benchmarks.tables.markdown import is_current, table
+
+WHERE = ("float32", "2 threads")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit for the ratio of two methods' figures.
+
+    Attributes:
+        claim: What is compared, in words.
+        limit: The largest median that meets it.
+        rows: Benchmark, part and metric that it is about.
+        method, adapters: What is measured.
+        against, against_adapters: What it is divided by, round by round.
+        shape: Entries of the shape that the rows must have.
+        within_spread: Met already if the first quartile is within the limit: for "costs nothing".
+    """
+
+    claim: str
+    limit: float
+    rows: tuple[str, str, str]
+    method: str
+    against: str
+    adapters: int = 1
+    against_adapters: int = 1
+    shape: dict[str, int] = field(default_factory=dict)
+    within_spread: bool = False
+
+
+STEP, MEMORY = ("step", "main", "time_ms"), ("memory", "main", "above_floor_mib")
+LAYER, DECODE = ("layer", "shapes", "time_ms"), ("decode", "main", "time_ms")
+WIDE = {"tokens": 512, "in": 4096, "out": 4096}
+SHAPES = (WIDE, {"tokens": 1024, "in": 1536, "out": 1536}, {"tokens": 512, "in": 576, "out": 1536})
+
+
+def _layer(method: str, limit: float) -> Target:
+    claim = f"layer 4096 x 4096, 512 tokens: {method} / frozen"
+    return Target(claim, limit, LAYER, method, "frozen", shape=WIDE, against_adapters=0)
+
+
+def _ten(shape: dict[str, int]) -> Target:
+    claim = f"layer {shape['in']} x {shape['out']}, {shape['tokens']} tokens: ten bone adapters / one"
+    return Target(claim, 1.3, LAYER, "bone", "bone", adapters=10, shape=shape)
+
+
+def _decode(method: str, limit: float, within_spread: bool = False) -> Target:
+    claim = f"decoding one token, 4096 x 4096: {method} / frozen"
+    return Target(claim, limit, DECODE, method, "frozen", against_adapters=0, within_spread=within_spread)
+
+
+TARGETS = (
+    Target("step: bone / MiSS", 0.95, STEP, "bone", "miss"),
+    Target("step: bone / LoRA", 0.95, STEP, "bone", "lora"),
+    Target("memory above the floor: bone / MiSS", 0.55, MEMORY, "bone", "miss"),
+    Target("memory above the floor: bone / LoRA", 0.35, MEMORY, "bone", "lora"),
+    Target("step: bat-col / MiSS bat", 0.90, STEP, "bat-col", "miss-bat"),
+    Target("memory above the floor: bat-col / MiSS bat", 0.20, MEMORY, "bat-col", "miss-bat"),
+    Target("step: bat-row / MiSS bat", 0.85, STEP, "bat-row", "miss-bat"),
+    Target("memory above the floor: bat-row / MiSS bat", 0.25, MEMORY, "bat-row", "miss-bat"),
+    Target("step: bat-row / bone", 1.12, STEP, "bat-row", "bone"),
+    _layer("bone", 1.05),
+    _layer("bat-row", 1.12),
+    _layer("bat-col", 2.1),
+    *(_ten(shape) for shape in SHAPES),
+    _decode("bone", 1.02),
+    _decode("bone-merged", 1.0, within_spread=True),
+    _decode("bone-unloaded", 1.0, within_spread=True),
+)
+
+
+def ratios(rows: list[Row], target: Target) -> list[float]:
+    """The target's ratio in each round of its latest run; empty if that was not measured."""
+    dtype, threads = WHERE
+    fitting = [
+        row
+        for row in rows
+        if (row.benchmark, row.part, row.metric) == target.rows
+        and (row.dtype, is_current(row)) == (dtype, True)
+        and row.device.endswith(f", {threads}")
+        and target.shape.items() <= row.shape.items()
+    ]
+    latest = max((row.date for row in fitting), default="")
+    found = {(row.method, row.adapters): row.per_round for row in fitting if row.date == latest}
+    above = found.get((target.method, target.adapters))
+    below = found.get((target.against, target.against_adapters))
+    return paired_ratios(above, below) if above and below else []
+
+
+def _lines(rows: list[Row]) -> Iterator[list[str]]:
+    for target in TARGETS:
+        limit = f"<= {target.limit:.2f}" + (" within the quartiles" if target.within_spread else "")
+        if not (values := ratios(rows, target)):
+            yield [target.claim, limit, "not measured", "", ""]
+            continue
+        found = spread(values)
+        met = (found["q1"] if target.within_spread else found["median"]) <= target.limit
+        quartiles = f"{found['q1']:.3f} to {found['q3']:.3f}"
+        yield [target.claim, limit, f"{found['median']:.3f}", quartiles, "yes" if met else "**no**"]
+
+
+def targets_table(rows: list[Row]) -> str:
+    """All targets with what was measured."""
+    return table(["target", "limit", "measured", "quartiles", "met"], _lines(rows))
