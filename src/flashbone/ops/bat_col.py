@@ -1,16 +1,17 @@
 """The weight shift of bat-col: `W' = W + W D + D` by blocks, one batched GEMM, rebuilt in backward instead of kept.
 
 `W.view(n_out, r * n_in, r)` needs no permutation: row (i, b) of matrix a is row i of block [a, b], and all of them are
-multiplied by the same D_a from the right. Derivation of the gradients: docs/maths.md.
+multiplied by the same D_a from the right. An operator of its own (`flashbone::bat_col_linear`): under torch.compile a
+traced one would keep W' from forward to backward, as a common subexpression. Gradients: docs/maths.md.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import linear
 
 from flashbone import shards
 
@@ -21,18 +22,37 @@ def weight_delta(W: Float[Tensor, "out in"], D: Float[Tensor, "n_out r r"]) -> F
 
 
 def shifted_weight(
-    W: Float[Tensor, "out in"], blocks: Sequence[Tensor], scales: Sequence[float], with_base: bool
+    W: Float[Tensor, "out in"], blocks: Sequence[Tensor], with_base: bool = True
 ) -> Float[Tensor, "out in"]:
-    """`sum_i scale_i (W D_i + D_i)`, plus W itself if `with_base`; a new tensor, in W's dtype."""
-    total = None
-    for D, scale in zip(blocks, scales, strict=True):
-        D = (D if scale == 1 else D * scale).to(W.dtype)
-        if total is None:
-            total = _shifted(W, D, with_base)
-        else:
-            total += _shifted(W, D, with_base=False)
-    assert total is not None, "called without a block"
+    """`sum_i (W D_i + D_i)`, plus W itself if `with_base`; a new tensor in W's dtype, which the blocks have, too."""
+    total = _shifted(W, blocks[0], with_base)
+    for D in blocks[1:]:
+        total += _shifted(W, D, with_base=False)
     return total
+
+
+def bat_col_linear(
+    x: Float[Tensor, "tokens in"],
+    W: Float[Tensor, "out in"],
+    bias: Float[Tensor, "out"] | None,
+    blocks: Sequence[Tensor],
+    with_base: bool = True,
+    composite: bool = False,
+) -> Float[Tensor, "tokens out"]:
+    """`x (W + sum_i (W D_i + D_i))^T + bias` in x's dtype; without W's own term if not `with_base`.
+
+    W' is built in W's dtype. Backward holds one layer's W' and dW' at a time.
+
+    Args:
+        x: The input.
+        W: The base's weight.
+        bias: The base's bias.
+        blocks: One D (n_out, r, r) or more, in W's dtype; they may differ in r.
+        with_base: Whether the base's own product is part of it.
+        composite: Plain torch operations instead of the operator, for torch.func's transforms; they keep W'.
+    """
+    run = _forward if composite else torch.ops.flashbone.bat_col_linear
+    return run(x, W, bias, list(blocks), with_base)
 
 
 def _shifted(W: Tensor, D: Tensor, with_base: bool) -> Tensor:
@@ -44,38 +64,27 @@ def _shifted(W: Tensor, D: Tensor, with_base: bool) -> Tensor:
     return shards.join_weight(product, *W.shape)
 
 
-class _BatColLinear(Function):
-    """`y = x W'^T + bias`; keeps x, W and the blocks, all of which exist anyway, and rebuilds W' in backward."""
+def _forward(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
+    return linear(x, shifted_weight(W, blocks, with_base).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, x, W, bias, with_base, scales, *blocks):
-        ctx.save_for_backward(x, W, *blocks)
-        ctx.with_base, ctx.scales = with_base, scales  # pyright: ignore[reportAttributeAccessIssue]
-        with torch.autocast(x.device.type, enabled=False):
-            shifted = shifted_weight(W, blocks, scales, with_base).to(x.dtype)
-            return torch.nn.functional.linear(x, shifted, None if bias is None else bias.to(x.dtype))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W, *blocks = ctx.saved_tensors
-        need_x, need_W, need_bias, _, _, *need_blocks = ctx.needs_input_grad
-        grad_x = grad_W = grad_bias = None
-        grad_blocks: list[Tensor | None] = [None] * len(blocks)
-        with torch.autocast(x.device.type, enabled=False):
-            if need_x:
-                grad_x = grad @ shifted_weight(W, blocks, ctx.scales, ctx.with_base).to(x.dtype)
-            flat_grad = grad.reshape(-1, grad.shape[-1])
-            if need_bias:
-                grad_bias = flat_grad.sum(0)
-            if need_W or any(need_blocks):
-                grad_shifted = (flat_grad.mT @ x.reshape(-1, x.shape[-1])).to(W.dtype)
-                if need_W:
-                    grad_W = _weight_grad(grad_shifted, blocks, ctx.scales, ctx.with_base)
-                for i, (D, scale) in enumerate(zip(blocks, ctx.scales, strict=True)):
-                    if need_blocks[i]:
-                        grad_blocks[i] = (scale * _block_grad(W, grad_shifted, D.shape[-1])).to(D.dtype)
-        return grad_x, grad_W, grad_bias, None, None, *grad_blocks
+def _backward(
+    grad: Tensor, x: Tensor, W: Tensor, blocks: Sequence[Tensor], with_base: bool, need: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of x, W, the bias and each block; empty where `need` does not ask for it."""
+    grads = [x.new_empty(0), W.new_empty(0), grad.new_empty(0), *(D.new_empty(0) for D in blocks)]
+    if need[0]:
+        grads[0] = grad @ shifted_weight(W, blocks, with_base).to(x.dtype)
+    if need[1] or any(need[3:]):
+        grad_shifted = (grad.mT @ x).to(W.dtype)
+        if need[1]:
+            grads[1] = _weight_grad(grad_shifted, blocks, with_base)
+        for i, D in enumerate(blocks, 3):
+            if need[i]:
+                grads[i] = _block_grad(W, grad_shifted, D.shape[-1])
+    if need[2]:
+        grads[2] = grad.sum(0)
+    return grads
 
 
 def _block_grad(W: Tensor, grad_shifted: Tensor, r: int) -> Tensor:
@@ -85,27 +94,60 @@ def _block_grad(W: Tensor, grad_shifted: Tensor, r: int) -> Tensor:
     return product + grad_blocks.sum(2)
 
 
-def _weight_grad(grad_shifted: Tensor, blocks: Sequence[Tensor], scales: Sequence[float], with_base: bool) -> Tensor:
+def _weight_grad(grad_shifted: Tensor, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
     """`dW[a,b] = dW'[a,b] (I + D_a^T)`, for a base weight that is trained along."""
     total = grad_shifted.clone() if with_base else torch.zeros_like(grad_shifted)
-    for D, scale in zip(blocks, scales, strict=True):
+    for D in blocks:
         grad_blocks = shards.split_weight(grad_shifted, D.shape[-1])
-        product = torch.bmm(grad_blocks.flatten(1, 2), (D * scale).to(grad_shifted.dtype).mT)
-        total += shards.join_weight(product.view(grad_blocks.shape), *grad_shifted.shape)
+        product = torch.bmm(grad_blocks.flatten(1, 2), D.mT)
+        total = total + shards.join_weight(product.view(grad_blocks.shape), *grad_shifted.shape)
     return total
 
 
-def bat_col_linear(
-    x: Float[Tensor, "*batch in"],
-    W: Float[Tensor, "out in"],
-    bias: Float[Tensor, "out"] | None,
-    blocks: Sequence[Tensor],
-    scales: Sequence[float],
-    with_base: bool = True,
-) -> Float[Tensor, "*batch out"]:
-    """`x (W + sum_i scale_i (W D_i + D_i))^T + bias` in x's dtype; without W's own term if not `with_base`.
+@torch.library.custom_op("flashbone::bat_col_linear", mutates_args=())
+def _bat_col_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(x, W, bias, blocks, with_base)
 
-    W' is built in W's dtype. Backward holds one layer's W' and dW' at a time; gradients of the blocks arrive in their
-    own dtype. The blocks may differ in r.
-    """
-    return _BatColLinear.apply(x, W, bias, with_base, tuple(scales), *blocks)
+
+@_bat_col_linear.register_fake
+def _(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
+    return x.new_empty(x.shape[0], W.shape[0])
+
+
+@torch.library.custom_op("flashbone::bat_col_linear_backward", mutates_args=())
+def _bat_col_linear_backward(
+    grad: Tensor, x: Tensor, W: Tensor, blocks: Sequence[Tensor], with_base: bool, need: Sequence[bool]
+) -> list[Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return _backward(grad, x, W, blocks, with_base, need)
+
+
+@_bat_col_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, W: Tensor, blocks: Sequence[Tensor], with_base: bool, need: Sequence[bool]
+) -> list[Tensor]:
+    like = [x, W, grad.new_empty(grad.shape[1]), *blocks]
+    return [t.new_empty(t.shape if needed else 0) for t, needed in zip(like, need, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, W, bias, blocks, ctx.with_base = inputs
+    ctx.save_for_backward(x, W, *blocks)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, W, *blocks = ctx.saved_tensors
+    need_x, need_W, need_bias, need_blocks, _ = ctx.needs_input_grad
+    need = [need_x, need_W, need_bias, *need_blocks]
+    # With create_graph the plain operations are called, which autograd can differentiate once more.
+    run = _backward if torch.is_grad_enabled() else torch.ops.flashbone.bat_col_linear_backward
+    got = run(grad, x, W, blocks, ctx.with_base, need)
+    grads = [g if needed else None for g, needed in zip(got, need, strict=True)]
+    if need_bias:
+        grads[2] = got[2].to(ctx.bias_dtype)
+    return grads[0], grads[1], grads[2], grads[3:], None
+
+
+_bat_col_linear.register_autograd(_autograd, setup_context=_setup_context)

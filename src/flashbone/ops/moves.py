@@ -4,122 +4,203 @@ All moves are linear in what they shift and refer to the pristine base, so that 
 
     y = base(x + sum z_i) + sum u_i + x (sum dW_i)^T
 
-Each variant adds its moves; the layer then makes one base call and adds the rest to its output.
+Each variant adds its moves. The layer then runs them: blocks of one size that see the same x are summed first, so that
+ten adapters cost one product; input shifts come before the one base call, output shifts are added in place after it.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from flashbone import shards
-from flashbone.ops.bat_col import bat_col_linear
+from flashbone.ops.bat_col import bat_col_linear, shifted_weight
 from flashbone.ops.bat_row import shift_input
-from flashbone.ops.bone import add_factored
+from flashbone.ops.bone import add_factored, bounded_sum
+from flashbone.ops.cache import Cache
+from flashbone.ops.tiles import add_tiles
+
+# In inference a shifted weight is kept for calls with fewer tokens than this times r: with more, rebuilding it is a
+# small part of the call, and evaluating in the middle of a training would double the memory of the weights.
+KEPT_BELOW_TOKENS_PER_R = 4
+
+_Terms = list[tuple[Tensor, float]]  # blocks of one shape, each with its scale
 
 
 class Moves:
-    """The sum of the moves of one layer call; `x` (..., in) is the pristine input."""
+    """The sum of the moves of one layer call; `x` (..., in) is the pristine input.
 
-    def __init__(self, x: Tensor) -> None:
+    Args:
+        x: The input.
+        cache: Keeps what is built from blocks and weights, for calls without grad; None builds it anew.
+    """
+
+    def __init__(self, x: Tensor, cache: Cache | None = None) -> None:
         self.x = x
-        self.base_x = x
-        self._shared_factors: dict[int, tuple[Tensor, Tensor]] = {}
-        self._own_factors: list[tuple[Tensor, Tensor]] = []
-        self._tiles: dict[int, Tensor] = {}
-        self._fused_shift: tuple[list[Tensor], list[float]] = [], []
-        self._own_shifts: list[tuple[Tensor, Tensor, float]] = []
+        self._cache = cache
+        # Of each kind: (identity of the x that it sees, sizes of the block) -> that x and the blocks.
+        self._input_shifts: dict[Any, tuple[Tensor, _Terms]] = {}
+        self._factors: dict[Any, tuple[Tensor, _Terms]] = {}
+        self._tiled_factors: dict[Any, tuple[Tensor, _Terms]] = {}
+        self._weight_shifts: dict[int, tuple[Tensor, dict[int, _Terms]]] = {}
+        # Both want operations without side effects, and torch.func's transforms plain ones as well.
+        self._transformed = torch._C._are_functorch_transforms_active()
+        self._functional = self._transformed or torch.compiler.is_compiling()
 
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
-        self.base_x, z_sum = shift_input(self.base_x, x, D, scale)
-        self._add_tile(z_sum)
+        self._input_shifts.setdefault((id(x), D.shape[-1]), (x, []))[1].append((D, scale))
 
     def add_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
-        """bone: shifts the output by `scale * S(x) B`. Adapters of one r that see the pristine x share one S(x)."""
-        r = B.shape[0]
-        if x is self.x and r in self._shared_factors:
-            s, other = self._shared_factors[r]
-            self._shared_factors[r] = s, other + _times(B, scale * _unit(x, r))
-            return
-        factors = _bounded_sum(x, r), _times(B, scale * _unit(x, r))
-        if x is self.x:
-            self._shared_factors[r] = factors
-        else:
-            self._own_factors.append(factors)
+        """bone: shifts the output by `scale * S(x) B`."""
+        self._factors.setdefault((id(x), B.shape[0]), (x, []))[1].append((B, scale))
 
     def add_tiled_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
         """mini: shifts the output by `scale * S(x) B`, tiled along the output."""
-        s = _bounded_sum(x, B.shape[0])
-        self._add_tile(s @ _times(B, scale * _unit(x, B.shape[0])).to(s.dtype))
+        self._tiled_factors.setdefault((id(x), *B.shape), (x, []))[1].append((B, scale))
 
     def add_weight_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
-        """bat-col: shifts the weight that x sees by `scale (W D + D)`; adapters that see the pristine x share a W'."""
-        if x is self.x:
-            self._fused_shift[0].append(D)
-            self._fused_shift[1].append(scale)
-        else:
-            self._own_shifts.append((x, D, scale))
-
-    def _add_tile(self, t: Tensor) -> None:
-        width = t.shape[-1]
-        self._tiles[width] = self._tiles[width] + t if width in self._tiles else t
+        """bat-col: shifts the weight that x sees by `scale (W D + D)`."""
+        self._weight_shifts.setdefault(id(x), (x, {}))[1].setdefault(D.shape[-1], []).append((D, scale))
 
     def run(
         self,
         base: Callable[[Tensor], Tensor],
         weight: Callable[[], tuple[Tensor, Tensor | None]],
-        is_plain_base: Callable[[], bool] = lambda: True,
+        is_plain_base: bool = True,
     ) -> Tensor:
         """The layer's output. `base(x)` calls the base layer, `weight()` gives its W (out, in) and bias.
 
-        `weight` is called only where a weight is shifted. One weight-shifted GEMM replaces the base call where the base
-        is nothing but `x W^T + bias` (`is_plain_base()`) and nothing shifts the input; else the shift of the weight
-        acts on the pristine x, in a GEMM of its own.
+        `weight` is called only where a weight is shifted. Where the base is nothing but `x W^T + bias`
+        (`is_plain_base`), its output is overwritten, and one weight-shifted GEMM replaces its call unless something
+        shifts the input; else the shift of the weight acts on the pristine x, in a GEMM of its own.
         """
-        blocks, scales = self._fused_shift
-        if not blocks and not self._own_shifts:
-            return self._shift_output(base(self.base_x))
-        W, bias = weight()
-        if blocks and self.base_x is self.x and is_plain_base():
-            y = bat_col_linear(self._compute_input(self.x, W), W, bias, blocks, scales)
+        # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
+        sums = [self._sum(x, terms[0][0].shape[0]) for x, terms in self._factors.values()]
+        tiles = self._tiles()
+        base_x, z_sums = self._shifted_input()
+        y, own = self._call(base_x, base, weight, is_plain_base)
+        shape = [*self.x.shape[:-1], y.shape[-1]]
+        if y.ndim != 2:
+            y, own = y.reshape(-1, shape[-1]), False
+        own = own and not self._functional and not y._is_view()
+        if sums:
+            groups = [(terms, _unit(x, terms[0][0].shape[0])) for x, terms in self._factors.values()]
+            s = sums[0] if len(sums) == 1 else torch.cat(sums, -1)
+            y, own = add_factored(y, s, self._combined("bone", groups, y.dtype), own), not self._functional
+        for t in (*tiles, *z_sums):
+            y, own = add_tiles(y, t, own), not self._functional
+        return self._shaped(y, shape)
+
+    def _sum(self, x: Tensor, r: int) -> Tensor:
+        """S(x) (tokens, r), divided by `_unit`."""
+        return bounded_sum(x, r, _unit(x, r)).reshape(-1, r)
+
+    def _tiles(self) -> list[Tensor]:
+        tiles = []
+        for (_, r, width), (x, terms) in self._tiled_factors.items():
+            s = self._sum(x, r)
+            tiles.append(s @ self._combined(("mini", r, width), [(terms, _unit(x, r))], s.dtype))
+        return tiles
+
+    def _shifted_input(self) -> tuple[Tensor | None, list[Tensor]]:
+        """What the base is to see, (tokens, in), None where that is the pristine input; and the sums of z."""
+        base_x, z_sums = None, []
+        for (_, r), (seen, terms) in self._input_shifts.items():
+            x = _flat(_compute_input(seen))
+            if base_x is None and seen is not self.x:
+                base_x = _flat(_compute_input(self.x))
+            D = self._combined(("bat-row", r), [(terms, 1)], x.dtype)
+            base_x, z_sum = shift_input(x, D, base_x, composite=self._transformed)
+            z_sums.append(z_sum)
+        return base_x, z_sums
+
+    def _call(self, base_x: Tensor | None, base: Callable, weight: Callable, is_plain: bool) -> tuple[Tensor, bool]:
+        """The base's output with every shift of the weight; and whether it is ours alone, to be overwritten."""
+        shifts = dict(self._weight_shifts)
+        if base_x is None and is_plain and id(self.x) in shifts:
+            x, terms = shifts.pop(id(self.x))
+            W, bias = weight()
+            y, own = self._weight_shifted(_compute_input(x), W, bias, terms, with_base=True), True
         else:
-            y = base(self.base_x)
-            if blocks:
-                y = y + bat_col_linear(self.x.to(y.dtype), W, None, blocks, scales, with_base=False)
-        for x, D, scale in self._own_shifts:
-            y = y + bat_col_linear(x.to(y.dtype), W, None, [D], [scale], with_base=False)
-        return self._shift_output(y)
+            own = is_plain and type(self.x) in (Tensor, torch.nn.Parameter)
+            if own:
+                y = base(_flat(self.x) if base_x is None else base_x)
+            else:
+                y = base(self.x if base_x is None else base_x.view(self.x.shape))
+        for x, terms in shifts.values():
+            shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
+            y, own = y + shift.view(y.shape), True
+        return y, own
 
-    @staticmethod
-    def _compute_input(x: Tensor, W: Tensor) -> Tensor:
-        """x in the dtype that autocast would give to this GEMM."""
-        if torch.is_autocast_enabled(x.device.type) and W.dtype != torch.float64:
-            return x.to(torch.get_autocast_dtype(x.device.type))
-        return x
+    def _weight_shifted(
+        self, x: Tensor, W: Tensor, bias: Tensor | None, shifts: dict[int, _Terms], with_base: bool
+    ) -> Tensor:
+        """`x W'^T + bias` (tokens, out)."""
+        x = _flat(x)
 
-    def _shift_output(self, y: Tensor) -> Tensor:
-        factors = [*self._shared_factors.values(), *self._own_factors]
-        if len(factors) == 1:
-            y = add_factored(y, *factors[0])
-        elif factors:
-            s, B = zip(*factors, strict=True)
-            y = add_factored(y, torch.cat(s, -1), torch.cat([b.to(y.dtype) for b in B]))
-        for t in self._tiles.values():
-            y = shards.add_tiled(y, t.to(y.dtype))
-        return y
+        def blocks() -> list[Tensor]:
+            return [_combine([(terms, 1)], W.dtype) for terms in shifts.values()]
+
+        if self._cache is None:
+            return bat_col_linear(x, W, bias, blocks(), with_base, composite=self._transformed)
+        W_shifted = self._cache.get(
+            ("bat-col", with_base),
+            (x.dtype, *((r, scale) for r, terms in shifts.items() for _, scale in terms)),
+            [W, *(D for terms in shifts.values() for D, _ in terms)],
+            lambda: shifted_weight(W, blocks(), with_base).to(x.dtype),
+            keep=x.shape[0] < KEPT_BELOW_TOKENS_PER_R * sum(shifts),
+        )
+        return linear(x, W_shifted, None if bias is None else bias.to(x.dtype))
+
+    def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
+        """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
+        if self._cache is None or _is_one_block(groups, dtype):
+            return _combine(groups, dtype)
+        return self._cache.get(
+            role,
+            (dtype, *((unit, *(scale for _, scale in terms)) for terms, unit in groups)),
+            [block for terms, _ in groups for block, _ in terms],
+            lambda: _combine(groups, dtype),
+        )
+
+    def _shaped(self, y: Tensor, shape: list[int]) -> Tensor:
+        if y.ndim == len(shape):
+            return y
+        # Not a view for autograd, as what F.linear returns: whoever overwrites it later pays nothing extra in backward.
+        return y.view(shape) if self._functional else torch.ops.aten._unsafe_view(y, shape)
 
 
-def _times(B: Tensor, factor: float) -> Tensor:
-    return B if factor == 1 else B * factor
+def _is_one_block(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> bool:
+    (terms, unit), *others = groups
+    return not others and len(terms) == 1 and terms[0][1] * unit == 1 and terms[0][0].dtype == dtype
+
+
+def _combine(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
+    sums = []
+    for terms, unit in groups:
+        first, *others = (block if scale * unit == 1 else block * (scale * unit) for block, scale in terms)
+        sums.append(sum(others, first).to(dtype))
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(tokens, in)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _compute_input(x: Tensor) -> Tensor:
+    """x in the dtype that autocast gives to the base's GEMM."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def _unit(x: Tensor, r: int) -> int:
     """What S(x) is divided by, and B multiplied with: in fp16 a power of two of at least the number of shards, so that
     the sum stays in range; a power of two rounds nothing."""
     return 1 << (shards.count(x.shape[-1], r) - 1).bit_length() if x.dtype == torch.float16 else 1
-
-
-def _bounded_sum(x: Tensor, r: int) -> Tensor:
-    s, unit = shards.shard_sum(x, r), _unit(x, r)
-    return (s / unit).to(x.dtype) if unit > 1 else s.to(x.dtype)

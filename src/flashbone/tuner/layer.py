@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
 from flashbone.tuner.merging import MergeableLayer
 
@@ -26,7 +27,12 @@ def unsupported_reason(base_layer: nn.Module) -> str | None:
 
 
 class BoneLayer(MergeableLayer):
-    """The adapters of one layer: blocks, sizes, scales and dropouts by adapter name; merging is in `merging.py`."""
+    """The adapters of one layer: blocks, sizes, scales and dropouts by adapter name; merging is in `merging.py`.
+
+    `caches` (default True): in eval mode without grad, what is built from blocks and weights is kept between calls
+    until one of them changes: sums and casts of blocks, and, for calls with few tokens, bat-col's shifted weight, which
+    is as large as the base's.
+    """
 
     in_features: int
     out_features: int
@@ -44,6 +50,8 @@ class BoneLayer(MergeableLayer):
         self.bone_dropout = nn.ModuleDict()
         self.bone_block = nn.ParameterDict()
         self._disable_adapters = False
+        self.caches = True
+        self._cache = Cache()
         self.cast_input_dtype_enabled = True
         self._init_merging()
         self.kwargs = kwargs
@@ -96,6 +104,14 @@ class BoneLayer(MergeableLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._cache.clear()
+        super().set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._cache.clear()
+        super().delete_adapter(adapter_name)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds by `scale`; 1 is the trained strength. Not seen by a merge that stands."""
         if adapter in self.bone_scale:
@@ -136,14 +152,30 @@ class BoneLinear(nn.Module, BoneLayer):
         active = self._active()
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        moves = Moves(x)
+        moves = Moves(x, self._usable_cache())
         for name in active:
             dropout = self.bone_dropout[name]
             seen = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else x
             variants.get(self.bone_variant[name]).move(moves, seen, self.bone_block[name], self.bone_scale[name])
         return moves.run(
-            lambda base_x: self.base_layer(base_x, *args, **kwargs), self._weight_and_bias, self._is_plain_base
+            lambda base_x: self.base_layer(base_x, *args, **kwargs), self._weight_and_bias, self._is_plain_base()
         )
+
+    def _usable_cache(self) -> Cache | None:
+        if torch.compiler.is_compiling():
+            return None
+        if self.caches and not self.training and not torch.is_grad_enabled():
+            return self._cache
+        self._cache.clear()
+        return None
+
+    def train(self, mode: bool = True) -> BoneLinear:
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> BoneLinear:
+        self._cache.clear()
+        return super()._apply(*args, **kwargs)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
@@ -153,6 +185,7 @@ class BoneLinear(nn.Module, BoneLayer):
         """Whether calling the base is its matrix product and nothing else: no other forward, no hooks, no adapter."""
         base = self.base_layer
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        hooks = hooks or nn.modules.module._has_any_global_hook()
         return type(base).forward in (nn.Linear.forward, Conv1D.forward) and not hooks and "forward" not in vars(base)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flashbone import shards, variants
 from flashbone.errors import ConfigError
+from flashbone.ops.cache import Cache
 from flashbone.variants.undo import check_undoable, undo
 
 
@@ -31,6 +32,7 @@ class MergeableLayer(BaseTunerLayer):
     bone_block: nn.ParameterDict
     bone_scale: dict[str, float]
     bone_variant: dict[str, str]
+    _cache: Cache
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
@@ -145,6 +147,7 @@ class MergeableLayer(BaseTunerLayer):
             # On the CPU this is the weight's own storage: no copy is made, the merged weight is the new one.
             self._original_weight = self._pristine_storage()
         weight.data = merged
+        self._cache.clear()
         self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
         self.merged_adapters.extend(names)
 

@@ -40,6 +40,7 @@ class BoneModel(BaseTuner):
     prefix: str = "bone_"
     tuner_layer_cls = BoneLayer
     _keeps_originals = True
+    _caches = True
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +88,7 @@ class BoneModel(BaseTuner):
         if (reason := unsupported_reason(base)) is not None:
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
         new_module = BoneLinear(target, adapter_name, **fields)
-        new_module.keep_original = self._keeps_originals
+        new_module.keep_original, new_module.caches = self._keeps_originals, self._caches
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -164,6 +165,17 @@ class BoneModel(BaseTuner):
         self._keeps_originals = keep
         for _, layer in self._bone_layers():
             layer.keep_original = keep
+
+    def cache_in_inference(self, keep: bool) -> None:
+        """Whether eval mode without grad keeps what it builds from blocks and weights between calls (the default).
+
+        Sums and casts of blocks are small. bat-col's shifted weight, kept from the first call with few tokens on, is
+        as large as the layer's own weight: where memory is short, merge the adapter, or switch this off.
+        """
+        self._caches = keep
+        for _, layer in self._bone_layers():
+            layer.caches = keep
+            layer._cache.clear()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds to the model by `scale`, until it is set again; 1 is the trained strength."""

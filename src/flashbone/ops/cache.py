@@ -1,0 +1,73 @@
+"""What inference builds from parameters once and keeps: a sum of blocks, a cast, a shifted weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class _Entry(NamedTuple):
+    settings: Hashable
+    # Aliases share the version counter of their source, and hold its storage, so that no other tensor gets its address.
+    sources: list[Tensor]
+    versions: list[int]
+    value: Tensor
+
+    def is_current(self, settings: Hashable, sources: Sequence[Tensor]) -> bool:
+        return (
+            self.settings == settings
+            and len(self.sources) == len(sources)
+            and all(
+                alias.data_ptr() == source.data_ptr() and version == source._version
+                for alias, version, source in zip(self.sources, self.versions, sources, strict=True)
+            )
+        )
+
+
+class Cache:
+    """At most one tensor for each role, rebuilt as soon as a source or a setting differs from what it was built from.
+
+    A change in place is seen by torch's version counter, a tensor that was replaced by its address. What torch itself
+    cannot see, an in-place operation on `parameter.data`, is not seen here either; `clear` is for that. Copies and
+    pickles of a cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, _Entry] = {}
+
+    def get(
+        self,
+        role: Hashable,
+        settings: Hashable,
+        sources: Sequence[Tensor],
+        build: Callable[[], Tensor],
+        keep: bool = True,
+    ) -> Tensor:
+        """The tensor that `build()` makes from the sources; from the cache if it is there and nothing changed.
+
+        Without `keep`, or with sources that do not count their versions (inference tensors, subclasses), the result
+        is not kept.
+        """
+        entry = self._entries.get(role)
+        if entry is not None:
+            if entry.is_current(settings, sources):
+                return entry.value
+            del self._entries[role], entry  # before the new one is built: never two at a time
+        value = build()
+        if keep and all(type(s) in (Tensor, Parameter) and not s.is_inference() for s in sources):
+            aliases = [source.detach() for source in sources]
+            self._entries[role] = _Entry(settings, aliases, [source._version for source in sources], value)
+        return value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
+        return Cache, ()

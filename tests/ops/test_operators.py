@@ -1,0 +1,154 @@
+"""The operators registered with torch, and what surrounds them: second derivatives, torch.func, work in place."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashbone import variants
+from flashbone.ops import reference
+from flashbone.ops.moves import Moves
+from flashbone.ops.tiles import add_tiles
+from helpers.blocks import VARIANT_NAMES, adapted, random_block
+from helpers.comparison import close
+
+OUT, IN = 11, 13
+
+
+def tensors(*names: str, r: int = 4):
+    W, bias = torch.randn(OUT, IN, dtype=torch.float64) / IN**0.5, torch.randn(OUT, dtype=torch.float64)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    return x, W, bias, [random_block(name, OUT, IN, r) for name in names]
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("in_", [12, 13])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_opcheck_of_the_input_shift(in_, has_base):
+    x, base_x = (torch.randn(3, in_, requires_grad=True) for _ in range(2))
+    D = random_block("bat-row", 8, in_, 4, dtype=torch.float32).requires_grad_()
+    arguments = (x, D, base_x if has_base else None)
+    checked = torch.library.opcheck(torch.ops.flashbone.shift_input.default, arguments, test_utils=CHECKS)
+    assert set(checked.values()) == {"SUCCESS"}
+    plain = [t.detach() for t in (x, base_x, x, D)]
+    plain[1] = torch.randn(3, 4)
+    for need in ((True, True), (False, True), (True, False)):
+        checked = torch.library.opcheck(
+            torch.ops.flashbone.shift_input_backward.default, (*plain, not has_base, *need), test_utils=CHECKS
+        )
+        assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_opcheck_of_the_weight_shift(with_base, has_bias):
+    x, W, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, IN), (OUT, IN), (OUT,)))
+    blocks = [random_block("bat-col", OUT, IN, r, dtype=torch.float32).requires_grad_() for r in (4, 3)]
+    op = torch.ops.flashbone.bat_col_linear
+    checked = torch.library.opcheck(
+        op.default, (x, W, bias if has_bias else None, blocks, with_base), test_utils=CHECKS
+    )
+    assert set(checked.values()) == {"SUCCESS"}
+    plain = [torch.randn(3, OUT), x.detach(), W.detach(), [D.detach() for D in blocks], with_base]
+    for need in ([True] * 5, [False, False, True, False, True]):
+        checked = torch.library.opcheck(
+            torch.ops.flashbone.bat_col_linear_backward.default, (*plain, need), test_utils=CHECKS
+        )
+        assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in VARIANT_NAMES), ("bat-row", "bone", "bat-col", "mini")])
+def test_second_derivatives_in_fp64(names):
+    x, W, bias, blocks = tensors(*names)
+
+    def run(x, *blocks):
+        return adapted(x, W, bias, [(n, b, 0.7) for n, b in zip(names, blocks, strict=True)]).sin()
+
+    leaves = [t.requires_grad_() for t in (x, *blocks)]
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_second_derivatives_of_a_weight_that_is_trained_along(name):
+    x, W, bias, (block,) = tensors(name)
+    leaves = [t.requires_grad_() for t in (W, bias, block)]
+    assert torch.autograd.gradgradcheck(lambda W, bias, D: adapted(x, W, bias, [(name, D, 1.3)]).sin(), leaves)
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_gradients_of_each_sample_and_ensembles_of_adapters_by_torch_func(name):
+    x, W, bias, (block,) = tensors(name)
+
+    def loss(block, x):
+        return adapted(x.unsqueeze(0), W, bias, [(name, block, 1.0)]).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(block, x)
+    blocks = torch.stack([block, -2 * block])
+    several = torch.func.vmap(lambda block: adapted(x, W, bias, [(name, block, 1.0)]))(blocks)
+    for i in range(len(x)):
+        leaf = block.clone().requires_grad_()
+        (want,) = torch.autograd.grad(loss(leaf, x[i]), leaf)
+        assert close(each[i], want)
+    for i in range(2):
+        assert close(several[i], reference.forward(x, W, bias, [(name, blocks[i], 1.0)]))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_ten_adapters_of_one_size_cost_one_product(name):
+    x, W, bias, blocks = tensors(*[name] * 10)
+    counts = []
+    for used in (blocks[:1], blocks):
+        adapters = [(name, block, 0.5 + i) for i, block in enumerate(used)]
+        with Calls() as calls:
+            y = adapted(x, W, bias, adapters)
+        assert close(y, reference.forward(x, W, bias, adapters))
+        heavy = ("mm", "addmm", "addmm_", "bmm", "shift_input", "bat_col_linear", "sum", "linear")
+        counts.append([n for n in calls.names if n in heavy])
+    assert counts[0] == counts[1]
+    assert counts[0]
+
+
+@pytest.mark.parametrize("name", ["bone", "mini", "bat-row"])
+@pytest.mark.parametrize("shape", [(3, IN), (2, 3, IN)])
+def test_the_output_of_a_plain_base_is_overwritten_and_no_other(name, shape):
+    x, W, bias, (block,) = tensors(name)
+    x = torch.randn(shape, dtype=torch.float64)
+    for plain in (True, False):
+        outputs = []
+
+        def base(base_x, outputs=outputs):
+            outputs.append(linear(base_x, W, bias))
+            return outputs[0]
+
+        moves = Moves(x)
+        variants.get(name).move(moves, x, block, 1.0)
+        y = moves.run(base, lambda: (W, bias), plain)
+        assert close(y, reference.forward(x, W, bias, [(name, block, 1.0)]))
+        assert (y.data_ptr() == outputs[0].data_ptr()) == plain
+        assert not y._is_view() or not plain
+
+
+@pytest.mark.parametrize("size", [12, 13])
+def test_tiles_in_place_equal_tiles_out_of_place(size):
+    y, t = torch.randn(3, size, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for in_place in (False, True):
+        leaf = y.clone().requires_grad_()
+        out = add_tiles(leaf * 2, t, in_place)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, t])])
+    for got, want in zip(*results, strict=True):
+        assert close(got, want)
