@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashbone import shards
+from flashbone.ops import backend
 from flashbone.ops.bat_col import bat_col_linear, shifted_weight
-from flashbone.ops.bat_row import shift_input
-from flashbone.ops.bone import add_factored, bounded_sum
+from flashbone.ops.bone import add_factored
 from flashbone.ops.cache import Cache
 from flashbone.ops.tiles import add_tiles
 
@@ -37,11 +37,13 @@ class Moves:
     Args:
         x: The input.
         cache: Keeps what is built from blocks and weights, for calls without grad; None builds it anew.
+        backend_name: Who computes shard sums and input shifts, see `ops.backend`.
     """
 
-    def __init__(self, x: Tensor, cache: Cache | None = None) -> None:
+    def __init__(self, x: Tensor, cache: Cache | None = None, backend_name: str = "torch") -> None:
         self.x = x
         self._cache = cache
+        self._backend = backend.get(backend_name)
         # Of each kind: (identity of the x that it sees, sizes of the block) -> that x and the blocks.
         self._input_shifts: dict[Any, tuple[Tensor, _Terms]] = {}
         self._factors: dict[Any, tuple[Tensor, _Terms]] = {}
@@ -98,7 +100,7 @@ class Moves:
 
     def _sum(self, x: Tensor, r: int) -> Tensor:
         """S(x) (tokens, r), divided by `_unit`."""
-        return bounded_sum(x, r, _unit(x, r)).reshape(-1, r)
+        return self._backend.bounded_sum(x, r, _unit(x, r)).reshape(-1, r)
 
     def _tiles(self) -> list[Tensor]:
         tiles = []
@@ -115,7 +117,7 @@ class Moves:
             if base_x is None and seen is not self.x:
                 base_x = _flat(_compute_input(self.x))
             D = self._combined(("bat-row", r), [(terms, 1)], x.dtype)
-            base_x, z_sum = shift_input(x, D, base_x, composite=self._transformed)
+            base_x, z_sum = self._backend.shift_input(x, D, base_x, self._transformed)
             z_sums.append(z_sum)
         return base_x, z_sums
 

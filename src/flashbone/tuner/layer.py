@@ -51,6 +51,7 @@ class BoneLayer(MergeableLayer):
         self.bone_block = nn.ParameterDict()
         self._disable_adapters = False
         self.caches = True
+        self.backend = "torch"
         self._cache = Cache()
         self.cast_input_dtype_enabled = True
         self._init_merging()
@@ -152,7 +153,7 @@ class BoneLinear(nn.Module, BoneLayer):
         active = self._active()
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        moves = Moves(x, self._usable_cache())
+        moves = Moves(x, self._usable_cache(), self.backend)
         for name in active:
             dropout = self.bone_dropout[name]
             seen = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else x

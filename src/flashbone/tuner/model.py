@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.ops import backend
 from flashbone.tuner import weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.layer import BoneLayer, BoneLinear, unsupported_reason
@@ -41,6 +42,7 @@ class BoneModel(BaseTuner):
     tuner_layer_cls = BoneLayer
     _keeps_originals = True
     _caches = True
+    _backend = "torch"
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +91,7 @@ class BoneModel(BaseTuner):
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
         new_module = BoneLinear(target, adapter_name, **fields)
         new_module.keep_original, new_module.caches = self._keeps_originals, self._caches
+        new_module.backend = self._backend
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -176,6 +179,20 @@ class BoneModel(BaseTuner):
         for _, layer in self._bone_layers():
             layer.caches = keep
             layer._cache.clear()
+
+    def set_backend(self, name: str) -> None:
+        """Who computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused kernels.
+
+        The kernels need a GPU, and nobody has timed them on one yet: docs/triton.md.
+
+        Raises:
+            ConfigError: there is no backend of that name.
+            BackendError: the package triton cannot be imported; nothing is changed.
+        """
+        backend.get(name)
+        self._backend = name
+        for _, layer in self._bone_layers():
+            layer.backend = name
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds to the model by `scale`, until it is set again; 1 is the trained strength."""

@@ -1,0 +1,35 @@
+"""Switches of a whole model: who computes the moves, and what inference keeps."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import BoneConfig, get_peft_model
+
+from flashbone import BoneLinear
+from flashbone.errors import BackendError, ConfigError
+from helpers.mlp import MLP
+
+
+def test_backends_are_asked_for_by_name_and_fail_without_a_trace():
+    model = get_peft_model(MLP((12, 16, 8)), BoneConfig(r=4, target_modules=["lin0", "lin1"], init_weights=False))
+    with pytest.raises(ConfigError, match="backend: got 'cuda', wanted one of 'torch', 'triton'"):
+        model.base_model.set_backend("cuda")
+    if find_spec("triton") is None:
+        with pytest.raises(BackendError, match="the package triton cannot be imported"):
+            model.base_model.set_backend("triton")
+    assert model(torch.ones(1, 12, dtype=torch.float64)).shape == (1, 8)
+
+
+def test_what_inference_keeps_can_be_switched_off_also_for_layers_that_come_later():
+    model = get_peft_model(MLP((12, 16, 8)), BoneConfig(r=4, variant="bat-col", target_modules=["lin0"]))
+    model.base_model.cache_in_inference(False)
+    model.add_adapter("second", BoneConfig(r=4, variant="bat-col", target_modules=["lin1"]))
+    model.eval().base_model.set_adapter(["default", "second"])
+    layers = [m for m in model.modules() if isinstance(m, BoneLinear)]
+    assert len(layers) == 2
+    for keep in (False, True, False):
+        model.base_model.cache_in_inference(keep)
+        with torch.no_grad():
+            model(torch.ones(1, 12, dtype=torch.float64))
+        assert [len(layer._cache) for layer in layers] == [keep, keep]
