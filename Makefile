@@ -4,13 +4,14 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-peft demo demo-classification golden benchmarks benchmarks-quick clean help
+.PHONY: check test test-peft test-triton demo demo-classification golden benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
 	@echo "make test-peft   PEFT's own tests, for BONE"
+	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
@@ -67,6 +68,18 @@ test-peft: .venv/.peft-suite
 		$(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -n 2 -q -W ignore -k "Bone or bone" suite \
 		--deselect suite/test_config.py::TestPeftConfig::test_from_pretrained \
 		--deselect suite/test_config.py::TestPeftConfig::test_save_pretrained_with_runtime_config
+
+# The triton that torch 2.13 for CUDA brings. With a CPU build of torch it must not lie inside the environment, where
+# torch.compile would take it up. The kernels are interpreted, then compiled for GPUs; neither needs a GPU.
+.venv/.triton: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/triton triton
+	@touch $@
+
+WITH_TRITON := PYTHONPATH=.venv/triton TRITON_CACHE_DIR=.cache/triton OMP_NUM_THREADS=1
+
+test-triton: .venv/.triton
+	$(WITH_TRITON) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/triton_kernels/test_triton_results.py
+	$(WITH_TRITON) $(BIN)/pytest -n 2 tests/triton_kernels/test_triton_compiled.py
 
 golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py

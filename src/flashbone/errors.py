@@ -19,3 +19,7 @@ class ConfigError(FlashboneError, ValueError):
 
 class NonFiniteError(FlashboneError, ValueError):
     """A result that is to be written holds NaN or infinity."""
+
+
+class BackendError(FlashboneError, RuntimeError):
+    """A backend that was asked for by name cannot run: its package is missing, or the tensors are on another device."""
