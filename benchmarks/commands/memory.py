@@ -12,6 +12,7 @@ from benchmarks.run import Run
 STEPS = 3
 BATCHES, BATCH = (1, 2, 4), 2
 ADAPTERS = (1, 4, 10)
+LIVE = (*GROWING, "miss-bat")
 
 
 def measure(run: Run) -> list[Row]:
@@ -21,8 +22,10 @@ def measure(run: Run) -> list[Row]:
     if run.part == "main":
         names = run.options.pick([name for name in TRAINED if name != "frozen"])
         return _peak(run, BATCH, [Setting(name, r) for name in names])
+    if run.part == "live":
+        return _peak(run, BATCH, [Setting(name, r) for name in run.options.pick(LIVE)], "live_memory")
     if run.part == "tokens":
-        settings = [Setting(name, r) for name in run.options.pick([*GROWING, "miss-bat"])]
+        settings = [Setting(name, r) for name in growing]
         return [row for batch in BATCHES for row in _peak(run, batch, settings)]
     if run.part == "r":
         return _peak(run, BATCH, [Setting(name, size) for size in sizes for name in growing])
@@ -30,7 +33,7 @@ def measure(run: Run) -> list[Row]:
     return _peak(run, BATCH, settings)
 
 
-def _peak(run: Run, batch: int, settings: list[Setting]) -> list[Row]:
+def _peak(run: Run, batch: int, settings: list[Setting], kind: str = "memory") -> list[Row]:
     seq = 16 if run.options.quick else 256
-    case = run.case("memory", {"model": run.options.model, "batch": batch, "seq": seq}, calls=STEPS)
+    case = run.case(kind, {"model": run.options.model, "batch": batch, "seq": seq}, calls=STEPS)
     return run.measure(case, settings, own_process=True)

@@ -103,10 +103,11 @@ def _layer(part: str, wanted: Callable[[Row], bool], column: Callable[[Row], str
 
 
 def _memory(part: str, wanted: Callable[[Row], bool], column: Callable[[Row], str]) -> Callable[[list[Row]], str]:
-    name = label if part == "main" else _title
-    return _section(
-        "memory", part, "Peak memory above the frozen model's (of that itself, its peak)", wanted, column, name
-    )
+    name = label if part in ("main", "live") else _title
+    what = "Peak memory above the frozen model's (of that itself, its peak)"
+    if part == "live":
+        what = "The same of what is alive, without the holes that the allocator leaves between tensors"
+    return _section("memory", part, what, wanted, column, name)
 
 
 def _one_after_the_other(*sections: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
@@ -127,6 +128,7 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     ),
     "memory": _one_after_the_other(
         _memory("main", _either(_relative("above_floor_mib", "peak_mib"), _methods("peak_mib")), _metric),
+        _memory("live", _either(_relative("above_floor_mib", "peak_mib"), _methods("peak_mib")), _metric),
         _memory("tokens", _relative("above_floor_mib", "peak_mib"), _tokens),
         _memory("r", _methods("above_floor_mib"), lambda row: f"r = {row.r}"),
         _memory("adapters", _methods("above_floor_mib"), lambda row: f"{row.adapters} active"),

@@ -36,7 +36,8 @@ class Target:
     within_spread: bool = False
 
 
-STEP, MEMORY = ("step", "main", "time_ms"), ("memory", "main", "above_floor_mib")
+STEP, LIVE = ("step", "main", "time_ms"), ("memory", "live", "above_floor_mib")
+MEMORY = ("memory", "main", "above_floor_mib")
 LAYER, DECODE = ("layer", "shapes", "time_ms"), ("decode", "main", "time_ms")
 WIDE = {"tokens": 512, "in": 4096, "out": 4096}
 SHAPES = (WIDE, {"tokens": 1024, "in": 1536, "out": 1536}, {"tokens": 512, "in": 576, "out": 1536})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,10 +19,10 @@ class Backend(NamedTuple):
     shift_input: Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
 
 
-BACKENDS = ("torch", "triton")
+BACKENDS = {"torch": Backend(bounded_sum, shift_input)}
+KNOWN = ("torch", "triton")
 
 
-@cache
 def get(name: str) -> Backend:
     """The backend of that name.
 
@@ -31,17 +30,21 @@ def get(name: str) -> Backend:
         ConfigError: there is none.
         BackendError: "triton" without the package.
     """
+    if name not in KNOWN:
+        raise ConfigError(f"backend: got {name!r}, wanted one of {', '.join(map(repr, KNOWN))}")
     if name not in BACKENDS:
-        raise ConfigError(f"backend: got {name!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
-    if name == "torch":
-        return Backend(bounded_sum, shift_input)
+        BACKENDS[name] = _triton()
+    return BACKENDS[name]
+
+
+def _triton() -> Backend:
     from flashbone.ops import triton
 
-    def triton_shift(x: Tensor, D: Tensor, base_x: Tensor | None, composite: bool) -> tuple[Tensor, Tensor]:
+    def shift(x: Tensor, D: Tensor, base_x: Tensor | None, composite: bool) -> tuple[Tensor, Tensor]:
         if composite:  # torch.func's transforms differentiate plain operations only
             return shift_input(x, D, base_x, composite)
         shifted, z_sum = triton.shift_input(x if base_x is None else base_x, x, D, 1.0)
         assert z_sum is not None
         return shifted, z_sum
 
-    return Backend(triton.shard_sum, triton_shift)
+    return Backend(triton.shard_sum, shift)

@@ -10,7 +10,7 @@ from flashbone import shards
 def bounded_sum(x: Float[Tensor, "*batch in"], r: int, divisor: int = 1) -> Float[Tensor, "*batch r"]:
     """`S(x) / divisor` in x's dtype; rounded to fp16 only after the division. Autograd keeps nothing of x."""
     s = shards.shard_sum(x, r)
-    return (s / divisor if divisor > 1 else s).to(x.dtype)
+    return s if divisor == 1 and s.dtype == x.dtype else (s / divisor).to(x.dtype)
 
 
 def add_factored(
@@ -21,5 +21,6 @@ def add_factored(
     Plain torch, no hand-written backward: of y's size autograd keeps nothing, only s and B. In place saves two passes
     over y (docs/maths.md, "What was tried").
     """
-    s, B = s.to(y.dtype), B.to(y.dtype)
+    if not s.dtype == B.dtype == y.dtype:
+        s, B = s.to(y.dtype), B.to(y.dtype)
     return y.addmm_(s, B) if in_place else torch.addmm(y, s, B)

@@ -83,10 +83,13 @@ class Moves:
         """
         # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
         sums = [self._sum(x, terms[0][0].shape[0]) for x, terms in self._factors.values()]
-        tiles = self._tiles()
-        base_x, z_sums = self._shifted_input()
-        y, own = self._call(base_x, base, weight, is_plain_base)
-        shape = [*self.x.shape[:-1], y.shape[-1]]
+        tiles = self._tiles() if self._tiled_factors else []
+        base_x, z_sums = self._shifted_input() if self._input_shifts else (None, [])
+        if self._weight_shifts:
+            y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base)
+        else:
+            y, own = self._base_call(base_x, base, is_plain_base)
+        shape = (*self.x.shape[:-1], y.shape[-1])
         if y.ndim != 2:
             y, own = y.reshape(-1, shape[-1]), False
         own = own and not self._functional and not y._is_view()
@@ -96,11 +99,14 @@ class Moves:
             y, own = add_factored(y, s, self._combined("bone", groups, y.dtype), own), not self._functional
         for t in (*tiles, *z_sums):
             y, own = add_tiles(y, t, own), not self._functional
-        return self._shaped(y, shape)
+        if len(shape) == 2:
+            return y
+        # Not a view for autograd, as what F.linear returns: whoever overwrites it later pays nothing extra in backward.
+        return y.view(shape) if self._functional else torch.ops.aten._unsafe_view(y, shape)
 
     def _sum(self, x: Tensor, r: int) -> Tensor:
         """S(x) (tokens, r), divided by `_unit`."""
-        return self._backend.bounded_sum(x, r, _unit(x, r)).reshape(-1, r)
+        return _flat(self._backend.bounded_sum(x, r, _unit(x, r)))
 
     def _tiles(self) -> list[Tensor]:
         tiles = []
@@ -121,23 +127,27 @@ class Moves:
             z_sums.append(z_sum)
         return base_x, z_sums
 
-    def _call(self, base_x: Tensor | None, base: Callable, weight: Callable, is_plain: bool) -> tuple[Tensor, bool]:
-        """The base's output with every shift of the weight; and whether it is ours alone, to be overwritten."""
+    def _base_call(self, base_x: Tensor | None, base: Callable, is_plain: bool) -> tuple[Tensor, bool]:
+        """The base's output; and whether it is ours alone, to be overwritten."""
+        if is_plain and type(self.x) in (Tensor, torch.nn.Parameter):
+            return base(_flat(self.x) if base_x is None else base_x), True
+        return base(self.x if base_x is None else base_x.view(self.x.shape)), False
+
+    def _weight_shifted_call(
+        self, base_x: Tensor | None, base: Callable, weight: Callable, is_plain: bool
+    ) -> tuple[Tensor, bool]:
+        """As `_base_call`, with every shift of the weight."""
         shifts = dict(self._weight_shifts)
         if base_x is None and is_plain and id(self.x) in shifts:
             x, terms = shifts.pop(id(self.x))
             W, bias = weight()
-            y, own = self._weight_shifted(_compute_input(x), W, bias, terms, with_base=True), True
+            y = self._weight_shifted(_compute_input(x), W, bias, terms, with_base=True)
         else:
-            own = is_plain and type(self.x) in (Tensor, torch.nn.Parameter)
-            if own:
-                y = base(_flat(self.x) if base_x is None else base_x)
-            else:
-                y = base(self.x if base_x is None else base_x.view(self.x.shape))
+            y = self._base_call(base_x, base, is_plain)[0]
         for x, terms in shifts.values():
             shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
-            y, own = y + shift.view(y.shape), True
-        return y, own
+            y = y + shift.view(y.shape)
+        return y, True
 
     def _weight_shifted(
         self, x: Tensor, W: Tensor, bias: Tensor | None, shifts: dict[int, _Terms], with_base: bool
@@ -161,7 +171,10 @@ class Moves:
 
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
-        if self._cache is None or _is_one_block(groups, dtype):
+        terms, unit = groups[0]
+        if len(groups) == len(terms) == 1 and terms[0][1] * unit == 1 and terms[0][0].dtype == dtype:
+            return terms[0][0]
+        if self._cache is None:
             return _combine(groups, dtype)
         return self._cache.get(
             role,
@@ -169,17 +182,6 @@ class Moves:
             [block for terms, _ in groups for block, _ in terms],
             lambda: _combine(groups, dtype),
         )
-
-    def _shaped(self, y: Tensor, shape: list[int]) -> Tensor:
-        if y.ndim == len(shape):
-            return y
-        # Not a view for autograd, as what F.linear returns: whoever overwrites it later pays nothing extra in backward.
-        return y.view(shape) if self._functional else torch.ops.aten._unsafe_view(y, shape)
-
-
-def _is_one_block(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> bool:
-    (terms, unit), *others = groups
-    return not others and len(terms) == 1 and terms[0][1] * unit == 1 and terms[0][0].dtype == dtype
 
 
 def _combine(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:

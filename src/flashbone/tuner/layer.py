@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,26 +149,31 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output with the moves of all active adapters; x (..., in) -> (..., out)."""
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        active = self._active()
-        if self.disable_adapters or self.merged or not active:
+        # Written for decoding, where a layer's own Python is most of what an adapter costs: hence blocks are read past
+        # nn.ParameterDict's look-up, a chain of Python calls.
+        blocks: dict[str, Any] = self.bone_block._parameters
+        active = [name for name in self.active_adapters if name in blocks]
+        if self._disable_adapters or self.merged_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
+        base_layer = self.base_layer
         moves = Moves(x, self._usable_cache(), self.backend)
         for name in active:
-            dropout = self.bone_dropout[name]
-            seen = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else x
-            variants.get(self.bone_variant[name]).move(moves, seen, self.bone_block[name], self.bone_scale[name])
-        return moves.run(
-            lambda base_x: self.base_layer(base_x, *args, **kwargs), self._weight_and_bias, self._is_plain_base()
-        )
+            seen = self._dropped(name, x) if self.training else x
+            variants.VARIANTS[self.bone_variant[name]].move(moves, seen, blocks[name], self.bone_scale[name])
+        base = partial(base_layer, *args, **kwargs) if args or kwargs else base_layer
+        return moves.run(base, self._weight_and_bias, self._is_plain_base(base_layer))
+
+    def _dropped(self, name: str, x: Tensor) -> Tensor:
+        dropout = self.bone_dropout[name]
+        return dropout(x) if isinstance(dropout, nn.Dropout) else x
 
     def _usable_cache(self) -> Cache | None:
-        if torch.compiler.is_compiling():
-            return None
         if self.caches and not self.training and not torch.is_grad_enabled():
-            return self._cache
-        self._cache.clear()
+            return None if torch.compiler.is_compiling() else self._cache
+        if not torch.compiler.is_compiling():
+            self._cache.clear()
         return None
 
     def train(self, mode: bool = True) -> BoneLinear:
@@ -182,12 +188,17 @@ class BoneLinear(nn.Module, BoneLayer):
         base: Any = self.get_base_layer()
         return (base.weight.mT if self._transposed else base.weight), base.bias
 
-    def _is_plain_base(self) -> bool:
+    def _is_plain_base(self, base: nn.Module) -> bool:
         """Whether calling the base is its matrix product and nothing else: no other forward, no hooks, no adapter."""
-        base = self.base_layer
-        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        hooks = hooks or nn.modules.module._has_any_global_hook()
-        return type(base).forward in (nn.Linear.forward, Conv1D.forward) and not hooks and "forward" not in vars(base)
+        return not (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or type(base).forward not in (nn.Linear.forward, Conv1D.forward)
+            or "forward" in vars(base)
+            or nn.modules.module._has_any_global_hook()
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n]} r={r}" for n, r in self.bone_r.items())
