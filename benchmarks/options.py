@@ -36,7 +36,7 @@ SPECS = {
     "layer": Spec(
         "one linear layer, forward and backward", ("shapes", "tokens", "r", "adapters"), 20, needs_model=False
     ),
-    "step": Spec("a training step of SmolLM2-135M", ("main",), 10),
+    "step": Spec("a training step of SmolLM2-135M", ("main", "targets"), 10),
     "memory": Spec("peak memory of training steps", ("main", "live", "tokens", "r", "adapters"), 3, warmup=0),
     "decode": Spec("one layer, one token", ("main",), 30, dtypes=("float32", "bfloat16"), needs_model=False),
     "load": Spec("importing the packages, loading an adapter", ("import", "adapter"), 10, warmup=1),

@@ -124,6 +124,7 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     ),
     "step": _one_after_the_other(
         _section("step", "main", "Ratio to the frozen model's step", _all(["time_ms", "time_ratio"]), _metric),
+        _section("step", "targets", "The methods of the targets alone", _all(["time_ms", "time_ratio"]), _metric),
         plots.link("step"),
     ),
     "memory": _one_after_the_other(

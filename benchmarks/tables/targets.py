@@ -36,7 +36,7 @@ class Target:
     within_spread: bool = False
 
 
-STEP, LIVE = ("step", "main", "time_ms"), ("memory", "live", "above_floor_mib")
+STEP = ("step", "targets", "time_ms")
 MEMORY = ("memory", "main", "above_floor_mib")
 LAYER, DECODE = ("layer", "shapes", "time_ms"), ("decode", "main", "time_ms")
 WIDE = {"tokens": 512, "in": 4096, "out": 4096}

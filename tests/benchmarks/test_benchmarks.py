@@ -23,7 +23,7 @@ from benchmarks.workers import ROOT, Pool, Worker
 RUNS = {
     "memory": ["--part", "main", "--methods", "bone,miss,peft-bat"],
     "layer": [],
-    "step": [],
+    "step": ["--part", "main"],
     "decode": [],
     "load": [],
     "merge": [],
@@ -56,7 +56,7 @@ def a_row(**fields) -> Row:
     values = fields.pop("values", [2.0, 1.0, 4.0])
     about = {"commit": "abc", "date": "2026-01-01 00:00:00", "versions": {"flashbone": "1"}}
     about["device"] = "A CPU, 2 threads"
-    what = {"benchmark": "step", "part": "main", "method": "bone", "r": 64, "adapters": 1, "metric": "time_ms"}
+    what = {"benchmark": "step", "part": "targets", "method": "bone", "r": 64, "adapters": 1, "metric": "time_ms"}
     size = {"shape": {"model": "smollm2"}, "dtype": "float32"}
     return Row(**{**about, **what, **size, **spread(values), **fields})
 
