@@ -7,7 +7,6 @@ from benchmarks.methods import TRAINED
 from benchmarks.rows import Row
 from benchmarks.run import Run
 
-
 # Fewer methods, so that those of the targets stand closer to each other in time, and more rounds fit.
 OF_TARGETS = ("bone", "bat-row", "bat-col", "lora", "miss", "miss-bat")
 
