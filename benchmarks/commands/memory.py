@@ -8,9 +8,10 @@ from benchmarks.methods import METHODS, TRAINED
 from benchmarks.rows import Row
 from benchmarks.run import Run
 
-# AdamW's state exists after the first step; the peak is that of the later ones.
-STEPS = 3
+# AdamW's state exists after the first step, so the peak is that of the second.
+STEPS = 2
 BATCHES, BATCH = (1, 2, 4), 2
+BATCH_OF_GROWTH = 1
 ADAPTERS = (1, 4, 10)
 LIVE = (*GROWING, "miss-bat")
 
@@ -28,9 +29,9 @@ def measure(run: Run) -> list[Row]:
         settings = [Setting(name, r) for name in growing]
         return [row for batch in BATCHES for row in _peak(run, batch, settings)]
     if run.part == "r":
-        return _peak(run, BATCH, [Setting(name, size) for size in sizes for name in growing])
+        return _peak(run, BATCH_OF_GROWTH, [Setting(name, size) for size in sizes for name in growing])
     settings = [Setting(n, r, count) for n in growing for count in (ADAPTERS if METHODS[n].several else ADAPTERS[:1])]
-    return _peak(run, BATCH, settings)
+    return _peak(run, BATCH_OF_GROWTH, settings)
 
 
 def _peak(run: Run, batch: int, settings: list[Setting], kind: str = "memory") -> list[Row]:
