@@ -51,7 +51,7 @@ def shard_sum(x: Float[Tensor, "*batch size"], r: int) -> Float[Tensor, "*batch 
     The ragged tail is added to the front of the sum, so that no padded copy of x is made. Autograd keeps nothing of x.
     """
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    if x.shape[-1] % r == 0:  # apart, because slices and pads are a good part of a decoding step's time
+    if x.shape[-1] % r == 0:  # apart: a decoding step feels slices and pads
         return x.view(*x.shape[:-1], x.shape[-1] // r, r).sum(-2, dtype=dtype)
     whole, tail = full_and_tail(x, r)
     return whole.sum(-2, dtype=dtype) + F.pad(tail, (0, r - tail.shape[-1]))

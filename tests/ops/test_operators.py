@@ -26,8 +26,11 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.mark.parametrize("in_", [12, 13])
 @pytest.mark.parametrize("has_base", [True, False])
-def test_opcheck_of_the_input_shift(in_, has_base):
-    x, base_x = (torch.randn(3, in_, requires_grad=True) for _ in range(2))
+@pytest.mark.parametrize("strided", [True, False])
+def test_opcheck_of_the_input_shift(in_, has_base, strided):
+    shape = (in_, 3) if strided else (3, in_)
+    leaves = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    x, base_x = (leaf.T.detach().requires_grad_() if strided else leaf for leaf in leaves)
     D = random_block("bat-row", 8, in_, 4, dtype=torch.float32).requires_grad_()
     arguments = (x, D, base_x if has_base else None)
     checked = torch.library.opcheck(torch.ops.flashbone.shift_input.default, arguments, test_utils=CHECKS)
@@ -93,6 +96,23 @@ def test_gradients_of_each_sample_and_ensembles_of_adapters_by_torch_func(name):
         assert close(each[i], want)
     for i in range(2):
         assert close(several[i], reference.forward(x, W, bias, [(name, blocks[i], 1.0)]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, for addmm
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_forward_mode_and_meta_tensors(name):
+    x, W, bias, (block,) = tensors(name)
+
+    def run(x):
+        return adapted(x, W, bias, [(name, block, 1.0)])
+
+    want = run(x)
+    direction = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        _, tangent = torch.autograd.forward_ad.unpack_dual(run(torch.autograd.forward_ad.make_dual(x, direction)))
+    assert close(tangent, run(direction) - run(torch.zeros_like(x)))
+    W, bias, block = W.to("meta"), bias.to("meta"), block.to("meta")
+    assert run(x.to("meta")).shape == want.shape
 
 
 class Calls(TorchDispatchMode):

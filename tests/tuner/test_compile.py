@@ -28,8 +28,8 @@ def make(variants, out, in_, r, **kwargs):
 
 for variants in [*ALONE, ("bat-row", "bone", "bat-col")]:
     layer, compiled = make(variants, 11, 13, 3, dtype=torch.float64)
-    for shape in [(4, 13), (2, 3, 13)]:
-        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for x in [torch.randn(13, 4).T, torch.randn(2, 3, 13)]:
+        x = x.double().requires_grad_()
         results = []
         for run in (layer, compiled):
             y = run(x)
@@ -58,6 +58,10 @@ for variants in ALONE:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = compiled(x)
     assert 0 < sum(kept.values()) < 96 * 128 / 2, (variants, kept)
+for variants in ALONE:
+    layer, _ = make(variants, 11, 13, 3, dtype=torch.float64)
+    x = torch.randn(2, 13, dtype=torch.float64)
+    assert torch.allclose(torch.jit.trace(layer, x)(x), layer(x), rtol=1e-12, atol=1e-12), variants
 print("compiled")
 """
 

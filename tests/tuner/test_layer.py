@@ -220,6 +220,42 @@ def test_bases_with_a_forward_or_hooks_of_their_own_are_called(adapters):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_blocks_that_hosts_keep_elsewhere_are_found(name):
+    layer, x = adapt(make_layer(), {"a": name}), torch.randn(2, IN, dtype=torch.float64)
+    want = layer(x).detach()
+    assert not close(want, layer.base_layer(x))
+    block = layer.bone_block._parameters.pop("a")  # as FSDP and nn.DataParallel do
+    layer.bone_block.__dict__["a"] = block
+    assert close(layer(x), want)
+    del layer.bone_block.__dict__["a"]
+    layer.bone_block._parameters["a"] = block
+    nn.utils.parametrize.register_parametrization(layer.bone_block, "a", nn.Identity())
+    assert close(layer(x), want)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, factor=1.0, *, shift=0.0):
+        return factor * super().forward(x) + shift
+
+
+def test_further_arguments_reach_the_base():
+    layer, x = adapt(Scaled(IN, OUT).double(), {"a": "bone"}, std=0.0), torch.randn(2, IN, dtype=torch.float64)
+    assert close(layer(x, 2.0, shift=1.0), layer.base_layer(x, 2.0, shift=1.0))
+
+
+def test_global_hooks_see_the_bases_own_output():
+    layer, x, seen = adapt(make_layer(), {"a": "bone"}), torch.randn(2, IN, dtype=torch.float64), []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(output) if module is layer.base_layer else None
+    )
+    try:
+        layer(x)
+    finally:
+        hook.remove()
+    assert close(seen[0], layer.base_layer(x))
+
+
 def test_a_parametrised_weight_is_adapted_but_not_merged():
     base = nn.utils.parametrizations.weight_norm(make_layer())
     layer, x = adapt(base, {"a": "bone"}), torch.randn(2, IN, dtype=torch.float64)
@@ -324,6 +360,16 @@ def test_autocast_runs_the_adapter_in_the_dtype_of_the_base(adapters):
     y.float().square().sum().backward()
     assert close(y, oracle(layer, x, pristine(layer.base_layer)), torch.bfloat16)
     assert all(block.grad.dtype == torch.float32 for block in layer.bone_block.values())
+
+
+@pytest.mark.parametrize("name", ["bone", "mini"])
+def test_large_activations_do_not_overflow_under_autocast_to_fp16(name):
+    layer = adapt(make_layer(dtype=torch.float32, in_=11008, out=8), {"a": name}, r=64, std=1e-3)
+    x = torch.full((1, 11008), 500.0)
+    with torch.autocast("cpu", torch.float16):
+        difference = layer(x) - layer.base_layer(x)
+    bias = layer.base_layer.bias.double()
+    assert close(difference, oracle(layer, x, pristine(layer.base_layer) * 0) - bias, torch.bfloat16)
 
 
 @pytest.mark.parametrize("adapters", [*({"a": v} for v in VARIANT_NAMES), THREE])

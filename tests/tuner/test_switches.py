@@ -8,6 +8,7 @@ from peft import BoneConfig, get_peft_model
 
 from flashbone import BoneLinear
 from flashbone.errors import BackendError, ConfigError
+from flashbone.ops import backend
 from helpers.mlp import MLP
 
 
@@ -33,3 +34,23 @@ def test_what_inference_keeps_can_be_switched_off_also_for_layers_that_come_late
         with torch.no_grad():
             model(torch.ones(1, 12, dtype=torch.float64))
         assert [len(layer._cache) for layer in layers] == [keep, keep]
+
+
+@pytest.mark.parametrize("variant", ["bone", "mini", "bat-row"])
+def test_a_backend_reaches_every_layer_also_those_that_come_later(variant, monkeypatch):
+    calls = []
+    torch_backend = backend.get("torch")
+
+    def counted(function):
+        return lambda *args: calls.append(function) or function(*args)
+
+    monkeypatch.setitem(backend.BACKENDS, "triton", backend.Backend(*map(counted, torch_backend)))
+    model = get_peft_model(MLP((12, 16, 8)), BoneConfig(r=4, variant=variant, target_modules=["lin0"]))
+    model.base_model.set_backend("triton")
+    model.add_adapter("second", BoneConfig(r=4, variant=variant, target_modules=["lin1"]))
+    model.base_model.set_adapter(["default", "second"])
+    model(torch.ones(1, 12, dtype=torch.float64))
+    assert len(calls) == 2
+    model.base_model.set_backend("torch")
+    model(torch.ones(1, 12, dtype=torch.float64))
+    assert len(calls) == 2

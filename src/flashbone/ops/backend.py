@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from flashbone.errors import ConfigError
+from flashbone.errors import BackendError, ConfigError
 from flashbone.ops.bat_row import shift_input
 from flashbone.ops.bone import bounded_sum
 
@@ -41,8 +41,8 @@ def _triton() -> Backend:
     from flashbone.ops import triton
 
     def shift(x: Tensor, D: Tensor, base_x: Tensor | None, composite: bool) -> tuple[Tensor, Tensor]:
-        if composite:  # torch.func's transforms differentiate plain operations only
-            return shift_input(x, D, base_x, composite)
+        if composite:
+            raise BackendError("backend 'triton': torch.func, tracing and forward-mode AD need the backend 'torch'")
         shifted, z_sum = triton.shift_input(x if base_x is None else base_x, x, D, 1.0)
         assert z_sum is not None
         return shifted, z_sum

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashbone import shards
+from flashbone.ops.autocast import without_autocast
 
 
 def weight_delta(W: Float[Tensor, "out in"], D: Float[Tensor, "n_out r r"]) -> Float[Tensor, "out in"]:
@@ -106,7 +107,7 @@ def _weight_grad(grad_shifted: Tensor, blocks: Sequence[Tensor], with_base: bool
 
 @torch.library.custom_op("flashbone::bat_col_linear", mutates_args=())
 def _bat_col_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _forward(x, W, bias, blocks, with_base)
 
 
@@ -119,8 +120,8 @@ def _(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_
 def _bat_col_linear_backward(
     grad: Tensor, x: Tensor, W: Tensor, blocks: Sequence[Tensor], with_base: bool, need: Sequence[bool]
 ) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return _backward(grad, x, W, blocks, with_base, need)
+    with without_autocast(x.device.type):
+        return [g.contiguous() for g in _backward(grad, x, W, blocks, with_base, need)]
 
 
 @_bat_col_linear_backward.register_fake

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flashbone import shards
+from flashbone.ops.autocast import without_autocast
 
 
 def shift_input(
@@ -76,8 +77,9 @@ def _backward(
 
 @torch.library.custom_op("flashbone::shift_input", mutates_args=())
 def _shift_input(x: Tensor, D: Tensor, base_x: Tensor | None) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return _forward(x, D, base_x)
+    with without_autocast(x.device.type):
+        shifted, z_sum = _forward(x, D, base_x)
+        return shifted.contiguous(), z_sum
 
 
 @_shift_input.register_fake
@@ -89,8 +91,9 @@ def _(x: Tensor, D: Tensor, base_x: Tensor | None) -> tuple[Tensor, Tensor]:
 def _shift_input_backward(
     grad: Tensor, grad_sum: Tensor, x: Tensor, D: Tensor, x_is_base: bool, need_x: bool, need_D: bool
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return _backward(grad, grad_sum, x, D, x_is_base, need_x, need_D)
+    with without_autocast(x.device.type):
+        grad_x, grad_D = _backward(grad, grad_sum, x, D, x_is_base, need_x, need_D)
+        return grad_x.contiguous(), grad_D
 
 
 @_shift_input_backward.register_fake

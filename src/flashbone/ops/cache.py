@@ -1,4 +1,4 @@
-"""What inference builds from parameters once and keeps: a sum of blocks, a cast, a shifted weight."""
+"""What inference builds from parameters once and keeps: a sum of blocks, a shifted weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class _Entry(NamedTuple):
             self.settings == settings
             and len(self.sources) == len(sources)
             and all(
-                alias.data_ptr() == source.data_ptr() and version == source._version
+                alias.data_ptr() == source.data_ptr()
+                and version == source._version
+                and alias.stride() == source.stride()
                 for alias, version, source in zip(self.sources, self.versions, sources, strict=True)
             )
         )
@@ -31,8 +33,8 @@ class Cache:
     """At most one tensor for each role, rebuilt as soon as a source or a setting differs from what it was built from.
 
     A change in place is seen by torch's version counter, a tensor that was replaced by its address. What torch itself
-    cannot see, an in-place operation on `parameter.data`, is not seen here either; `clear` is for that. Copies and
-    pickles of a cache are empty.
+    cannot see, an in-place operation on `parameter.data`, is not seen here either; `clear` is for that. A source that
+    was replaced is held until the next call or `clear`. Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,8 @@ class Cache:
         if entry is not None:
             if entry.is_current(settings, sources):
                 return entry.value
-            del self._entries[role], entry  # before the new one is built: never two at a time
+            self._entries.pop(role, None)  # before the new one is built: never two at a time
+            del entry
         value = build()
         if keep and all(type(s) in (Tensor, Parameter) and not s.is_inference() for s in sources):
             aliases = [source.detach() for source in sources]

@@ -5,7 +5,8 @@ All moves are linear in what they shift and refer to the pristine base, so that 
     y = base(x + sum z_i) + sum u_i + x (sum dW_i)^T
 
 Each variant adds its moves. The layer then runs them: blocks of one size that see the same x are summed first, so that
-ten adapters cost one product; input shifts come before the one base call, output shifts are added in place after it.
+ten adapters cost one product; input shifts come before the one base call, output shifts after it, in place where the
+base's output is nobody else's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from flashbone import shards
@@ -49,9 +52,15 @@ class Moves:
         self._factors: dict[Any, tuple[Tensor, _Terms]] = {}
         self._tiled_factors: dict[Any, tuple[Tensor, _Terms]] = {}
         self._weight_shifts: dict[int, tuple[Tensor, dict[int, _Terms]]] = {}
-        # Both want operations without side effects, and torch.func's transforms plain ones as well.
-        self._transformed = torch._C._are_functorch_transforms_active()
+        # These want plain operations without side effects; what they compute with is no tensor to be kept.
+        self._transformed = (
+            torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+            or forward_ad._current_level >= 0
+        )
         self._functional = self._transformed or torch.compiler.is_compiling()
+        if self._transformed:
+            self._cache = None
 
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
@@ -172,8 +181,9 @@ class Moves:
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
         terms, unit = groups[0]
-        if len(groups) == len(terms) == 1 and terms[0][1] * unit == 1 and terms[0][0].dtype == dtype:
-            return terms[0][0]
+        if len(groups) == len(terms) == 1:
+            (block, scale), *_ = terms
+            return (block if scale * unit == 1 else block * (scale * unit)).to(dtype)
         if self._cache is None:
             return _combine(groups, dtype)
         return self._cache.get(
@@ -197,14 +207,19 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to the base's GEMM."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 def _compute_input(x: Tensor) -> Tensor:
-    """x in the dtype that autocast gives to the base's GEMM."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(_compute_dtype(x))
 
 
 def _unit(x: Tensor, r: int) -> int:
     """What S(x) is divided by, and B multiplied with: in fp16 a power of two of at least the number of shards, so that
     the sum stays in range; a power of two rounds nothing."""
-    return 1 << (shards.count(x.shape[-1], r) - 1).bit_length() if x.dtype == torch.float16 else 1
+    return 1 << (shards.count(x.shape[-1], r) - 1).bit_length() if _compute_dtype(x) == torch.float16 else 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -27,12 +27,25 @@ def unsupported_reason(base_layer: nn.Module) -> str | None:
     return None
 
 
+def _is_plain(base: nn.Module) -> bool:
+    """Whether calling the base is its matrix product and nothing else: no other forward, no hooks, no adapter."""
+    return not (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or type(base).forward not in (nn.Linear.forward, Conv1D.forward)
+        or "forward" in vars(base)
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
 class BoneLayer(MergeableLayer):
     """The adapters of one layer: blocks, sizes, scales and dropouts by adapter name; merging is in `merging.py`.
 
     `caches` (default True): in eval mode without grad, what is built from blocks and weights is kept between calls
-    until one of them changes: sums and casts of blocks, and, for calls with few tokens, bat-col's shifted weight, which
-    is as large as the base's.
+    until one of them changes: sums of the blocks of several adapters, and, for calls with few tokens, bat-col's
+    shifted weight, which is as large as the base's.
     """
 
     in_features: int
@@ -151,30 +164,37 @@ class BoneLinear(nn.Module, BoneLayer):
         """The base's output with the moves of all active adapters; x (..., in) -> (..., out)."""
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        # Written for decoding, where a layer's own Python is most of what an adapter costs: hence blocks are read past
-        # nn.ParameterDict's look-up, a chain of Python calls.
-        blocks: dict[str, Any] = self.bone_block._parameters
-        active = [name for name in self.active_adapters if name in blocks]
+        bone_block = self.bone_block
+        active = [name for name in self.active_adapters if name in bone_block]
         if self._disable_adapters or self.merged_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
         base_layer = self.base_layer
-        moves = Moves(x, self._usable_cache(), self.backend)
+        moves = Moves(x, self._usable_cache(x), self.backend)
         for name in active:
+            # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, replicate or
+            # parametrise keep a parameter elsewhere: it is an attribute then.
+            block = bone_block._parameters.get(name)
+            block = getattr(bone_block, name) if block is None else block
             seen = self._dropped(name, x) if self.training else x
-            variants.VARIANTS[self.bone_variant[name]].move(moves, seen, blocks[name], self.bone_scale[name])
-        base = partial(base_layer, *args, **kwargs) if args or kwargs else base_layer
-        return moves.run(base, self._weight_and_bias, self._is_plain_base(base_layer))
+            variants.VARIANTS[self.bone_variant[name]].move(moves, seen, block, self.bone_scale[name])
+        base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
+        return moves.run(base, self._weight_and_bias, _is_plain(base_layer))
 
     def _dropped(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]
         return dropout(x) if isinstance(dropout, nn.Dropout) else x
 
-    def _usable_cache(self) -> Cache | None:
-        if self.caches and not self.training and not torch.is_grad_enabled():
-            return None if torch.compiler.is_compiling() else self._cache
-        if not torch.compiler.is_compiling():
+    def _usable_cache(self, x: Tensor) -> Cache | None:
+        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:  # nn.DataParallel's replicas share theirs
+            return None
+        if not self.caches or self.training or torch.is_grad_enabled():
             self._cache.clear()
-        return None
+            return None
+        # Sharding hosts exchange what a parameter holds without torch's version counter; and a CUDA graph would go on
+        # reading what the cache has dropped.
+        if (dist.is_available() and dist.is_initialized()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return self._cache
 
     def train(self, mode: bool = True) -> BoneLinear:
         self._cache.clear()
@@ -187,18 +207,6 @@ class BoneLinear(nn.Module, BoneLayer):
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
         return (base.weight.mT if self._transposed else base.weight), base.bias
-
-    def _is_plain_base(self, base: nn.Module) -> bool:
-        """Whether calling the base is its matrix product and nothing else: no other forward, no hooks, no adapter."""
-        return not (
-            base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or type(base).forward not in (nn.Linear.forward, Conv1D.forward)
-            or "forward" in vars(base)
-            or nn.modules.module._has_any_global_hook()
-        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n]} r={r}" for n, r in self.bone_r.items())

@@ -172,8 +172,9 @@ class BoneModel(BaseTuner):
     def cache_in_inference(self, keep: bool) -> None:
         """Whether eval mode without grad keeps what it builds from blocks and weights between calls (the default).
 
-        Sums and casts of blocks are small. bat-col's shifted weight, kept from the first call with few tokens on, is
-        as large as the layer's own weight: where memory is short, merge the adapter, or switch this off.
+        Sums of several adapters' blocks are small. bat-col's shifted weight, kept from the first call with few tokens
+        on, is as large as the layer's own weight: where memory is short, merge the adapter, or switch this off. Call it
+        also after writing to `parameter.data` in place, which torch does not count: it drops what is kept.
         """
         self._caches = keep
         for _, layer in self._bone_layers():
@@ -183,7 +184,7 @@ class BoneModel(BaseTuner):
     def set_backend(self, name: str) -> None:
         """Who computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused kernels.
 
-        The kernels need a GPU, and nobody has timed them on one yet: docs/triton.md.
+        The kernels need a GPU: docs/triton.md.
 
         Raises:
             ConfigError: there is no backend of that name.
