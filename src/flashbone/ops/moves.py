@@ -180,11 +180,8 @@ class Moves:
 
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
-        terms, unit = groups[0]
-        if len(groups) == len(terms) == 1:
-            (block, scale), *_ = terms
-            return (block if scale * unit == 1 else block * (scale * unit)).to(dtype)
-        if self._cache is None:
+        is_one_block = len(groups) == len(groups[0][0]) == 1
+        if self._cache is None or is_one_block:
             return _combine(groups, dtype)
         return self._cache.get(
             role,
