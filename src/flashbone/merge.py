@@ -95,7 +95,7 @@ def merge_checkpoint(
     edits = plan(model, delta)
     total = model.size
     staging.check(out, total, base)
-    variant = variants.get(delta.variant)
+    variant = delta.variant
     written = 0
 
     def advance(count: int) -> None:
@@ -109,7 +109,7 @@ def merge_checkpoint(
     merged = sum(e.block is not None for e in edits)
     return MergeReport(
         out=out,
-        variant=delta.variant,
+        variant=variant.name,
         merged=merged,
         replaced=len(edits) - merged,
         copied=len(model.entries) - len(edits),
@@ -148,7 +148,7 @@ def plan(model: BaseModel, adapter: Adapter) -> list[Edit]:
         if transposed is None:
             problems.append(f"{tensor}: the model_type says whether it is stored transposed, but config.json lacks it")
         edit = Edit(tensor, block, replacements.get(parameter), bool(transposed))
-        misfits += _misfits(edit, model.entries[tensor], variants.get(adapter.variant))
+        misfits += _misfits(edit, model.entries[tensor], adapter.variant)
         edits.append(edit)
     if problems:
         raise FormatError(f"the adapter does not fit {model.folder}: {'; '.join(problems + misfits)}")

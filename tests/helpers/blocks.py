@@ -11,6 +11,9 @@ VARIANT_NAMES = tuple(variants.VARIANTS)
 # (out, in, r): divisible, ragged on one side, on both, block larger than the layer, one shard, r = 1
 SIZES = [(8, 12, 4), (8, 12, 3), (10, 12, 4), (8, 14, 4), (11, 13, 4), (5, 3, 8), (4, 4, 4), (6, 7, 1)]
 
+# The same with each variant that exists there: a rotation is at most as large as the input.
+CASES = [(name, size) for name in VARIANT_NAMES for size in SIZES if name != "orthogonal" or size[2] <= size[1]]
+
 
 def random_block(name: str, out: int, in_: int, r: int, *, dtype=torch.float64, mini_r: int = 3, std=0.3) -> Tensor:
     """A random block of the variant: a zero start would hide bugs."""

@@ -44,6 +44,24 @@ def test_opcheck_of_the_input_shift(in_, has_base, strided):
         assert set(checked.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("in_", [12, 13])
+@pytest.mark.parametrize("has_base", [True, False])
+@pytest.mark.parametrize("strided", [True, False])
+def test_opcheck_of_the_rotation(in_, has_base, strided):
+    shape = (in_, 3) if strided else (3, in_)
+    leaves = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    x, base_x = (leaf.T.detach().requires_grad_() if strided else leaf for leaf in leaves)
+    E = torch.randn(4, 4, requires_grad=True)
+    arguments = (x, E, base_x if has_base else None)
+    checked = torch.library.opcheck(torch.ops.flashbone.rotate_input.default, arguments, test_utils=CHECKS)
+    assert set(checked.values()) == {"SUCCESS"}
+    for need in ((True, True), (False, True), (True, False)):
+        arguments = (base_x.detach(), x.detach(), E.detach(), not has_base, *need)
+        op = torch.ops.flashbone.rotate_input_backward.default
+        checked = torch.library.opcheck(op, arguments, test_utils=CHECKS)
+        assert set(checked.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_opcheck_of_the_weight_shift(with_base, has_bias):
@@ -62,7 +80,9 @@ def test_opcheck_of_the_weight_shift(with_base, has_bias):
         assert set(checked.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in VARIANT_NAMES), ("bat-row", "bone", "bat-col", "mini")])
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in VARIANT_NAMES), ("bat-row", "bone", "bat-col", "mini", "orthogonal")]
+)
 def test_second_derivatives_in_fp64(names):
     x, W, bias, blocks = tensors(*names)
 
@@ -136,7 +156,7 @@ def test_ten_adapters_of_one_size_cost_one_product(name):
         with Calls() as calls:
             y = adapted(x, W, bias, adapters)
         assert close(y, reference.forward(x, W, bias, adapters))
-        heavy = ("mm", "addmm", "addmm_", "bmm", "shift_input", "bat_col_linear", "sum", "linear")
+        heavy = ("mm", "addmm", "addmm_", "bmm", "shift_input", "rotate_input", "bat_col_linear", "sum", "linear")
         counts.append([n for n in calls.names if n in heavy])
     assert counts[0] == counts[1]
     assert counts[0]

@@ -11,7 +11,7 @@ import sys, torch, flashbone
 from flashbone import BoneLinear
 
 backend = sys.argv[1]
-ALONE = [("bone",), ("mini",), ("bat-row",), ("bat-col",)]
+ALONE = [("bone",), ("mini",), ("bat-row",), ("bat-col",), ("orthogonal",)]
 
 
 def make(variants, out, in_, r, **kwargs):

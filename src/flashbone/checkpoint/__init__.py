@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashbone.errors import FormatError
+from flashbone.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Adapter:
     """What an adapter file says, whatever its format.
 
     Attributes:
-        variant: name of the variant, a key of `flashbone.variants.VARIANTS`.
+        variant: the variant, with its settings.
         blocks: module name in the base model -> its `bone_block`.
         replacements: parameter name in the base model -> the trained value that takes its place (biases, and modules
             that were trained as a whole).
@@ -24,7 +25,7 @@ class Adapter:
         base_model: folder or hub id of the model that it was trained on, if the file says.
     """
 
-    variant: str
+    variant: Variant
     blocks: dict[str, Tensor]
     replacements: dict[str, Tensor]
     config: dict[str, Any]

@@ -9,6 +9,7 @@ adapter_model.safetensors    or adapter_model.bin:
 
 import pickle
 import re
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from flashbone import variants
 from flashbone.checkpoint import Adapter, read_json, same_values
 from flashbone.errors import FormatError
+from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -28,6 +30,14 @@ ROOT = "base_model.model."
 BLOCK = ".bone_block"
 # PEFT saves embeddings along with the adapter when they are targeted or were resized, listed nowhere.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+DEFAULTS = {
+    "rank_pattern": {},
+    "mini_r": 1,
+    "use_orthogonal": True,
+    "orthogonal_eps": DEFAULT_EPS,
+    "bias": "none",
+    "modules_to_save": [],
+}
 
 
 def read(path: str | Path) -> Adapter:
@@ -46,7 +56,7 @@ def read(path: str | Path) -> Adapter:
         problems.append("it holds no bone_block")
     if problems:
         raise FormatError(f"{file}: {'; '.join(problems)}")
-    return Adapter(variant.name, blocks, replacements, config, config.get("base_model_name_or_path") or None)
+    return Adapter(variant, blocks, replacements, config, config.get("base_model_name_or_path") or None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -66,9 +76,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_fields(file: Path, config: dict[str, Any]) -> None:
     config.setdefault("r", 64)
-    for name, default in {"rank_pattern": {}, "mini_r": 1, "bias": "none", "modules_to_save": []}.items():
+    for name, default in DEFAULTS.items():
         if config.get(name) is None:
-            config[name] = default
+            config[name] = copy(default)
     problems = []
 
     def check(ok: bool, name: str, wanted: str) -> None:
@@ -77,6 +87,9 @@ def _check_fields(file: Path, config: dict[str, Any]) -> None:
 
     check(_is_size(config["r"]), "r", "a positive integer")
     check(_is_size(config["mini_r"]), "mini_r", "a positive integer")
+    check(isinstance(config["use_orthogonal"], bool), "use_orthogonal", "true or false")
+    eps = config["orthogonal_eps"]
+    check(isinstance(eps, float) and 0 < eps <= MAX_EPS, "orthogonal_eps", f"a number in (0, {MAX_EPS}]")
     check(config["bias"] in ("none", "all", "bone_only"), "bias", "'none', 'all' or 'bone_only'")
     modules = config["modules_to_save"]
     check(isinstance(modules, list) and all(isinstance(m, str) and m for m in modules), "modules_to_save", "names")
@@ -112,7 +125,9 @@ def _variant(file: Path, config: dict[str, Any]) -> variants.Variant:
         raise FormatError(f"{file}: variant: got {name!r}, wanted one of {known}; was it written by a newer flashbone?")
     if is_bat and name != "bat-col":
         raise FormatError(f"{file}: init_weights 'bat' means the variant 'bat-col', but variant is {name!r}")
-    return variants.get(name)
+    if name != Orthogonal.name:
+        return variants.get(name)
+    return variants.get(name, use_orthogonal=config["use_orthogonal"], eps=config["orthogonal_eps"])
 
 
 def _read_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -184,7 +199,7 @@ def _is_replacement(parameter: str, config: dict[str, Any]) -> bool:
 
 def _block_problems(module: str, block: Tensor, variant: variants.Variant, config: dict[str, Any]) -> list[str]:
     where = f"{module}{BLOCK}"
-    wanted_dimensions = len(variant.block_shape(1, 1, 1, 1))
+    wanted_dimensions = variants.dimensions(variant)
     shape = tuple(block.shape)
     if block.ndim != wanted_dimensions or not all(shape):
         return [f"{where}: got shape {shape}, a {variant.name} block has {wanted_dimensions} axes, none of them empty"]

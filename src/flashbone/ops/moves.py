@@ -25,6 +25,7 @@ from flashbone.ops import backend
 from flashbone.ops.bat_col import bat_col_linear, shifted_weight
 from flashbone.ops.bone import add_factored
 from flashbone.ops.cache import Cache
+from flashbone.ops.rotation import rotate_input, rotation_offset
 from flashbone.ops.tiles import add_tiles
 
 # In inference a shifted weight is kept for calls with fewer tokens than this times r: with more, rebuilding it is a
@@ -32,6 +33,7 @@ from flashbone.ops.tiles import add_tiles
 KEPT_BELOW_TOKENS_PER_R = 4
 
 _Terms = list[tuple[Tensor, float]]  # blocks of one shape, each with its scale
+_Rotations = list[tuple[Tensor, float, bool, float]]  # block, scale, use_orthogonal, eps
 
 
 class Moves:
@@ -49,6 +51,7 @@ class Moves:
         self._backend = backend.get(backend_name)
         # Of each kind: (identity of the x that it sees, sizes of the block) -> that x and the blocks.
         self._input_shifts: dict[Any, tuple[Tensor, _Terms]] = {}
+        self._rotations: dict[Any, tuple[Tensor, _Rotations]] = {}
         self._factors: dict[Any, tuple[Tensor, _Terms]] = {}
         self._tiled_factors: dict[Any, tuple[Tensor, _Terms]] = {}
         self._weight_shifts: dict[int, tuple[Tensor, dict[int, _Terms]]] = {}
@@ -65,6 +68,11 @@ class Moves:
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
         self._input_shifts.setdefault((id(x), D.shape[-1]), (x, []))[1].append((D, scale))
+
+    def add_rotation(self, x: Tensor, P: Tensor, scale: float, use_orthogonal: bool, eps: float) -> None:
+        """orthogonal: shifts the input by `scale (Q - I)` in every whole shard; see `ops.rotation`."""
+        terms = self._rotations.setdefault((id(x), P.shape[-1]), (x, []))[1]
+        terms.append((P, scale, use_orthogonal, eps))
 
     def add_factors(self, x: Tensor, B: Tensor, scale: float) -> None:
         """bone: shifts the output by `scale * S(x) B`."""
@@ -94,6 +102,7 @@ class Moves:
         sums = [self._sum(x, terms[0][0].shape[0]) for x, terms in self._factors.values()]
         tiles = self._tiles() if self._tiled_factors else []
         base_x, z_sums = self._shifted_input() if self._input_shifts else (None, [])
+        base_x = self._rotated_input(base_x) if self._rotations else base_x
         if self._weight_shifts:
             y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base)
         else:
@@ -135,6 +144,27 @@ class Moves:
             base_x, z_sum = self._backend.shift_input(x, D, base_x, self._transformed)
             z_sums.append(z_sum)
         return base_x, z_sums
+
+    def _rotated_input(self, base_x: Tensor | None) -> Tensor | None:
+        """As `_shifted_input`, which went before: `base_x` is what it left."""
+        for seen, terms in self._rotations.values():
+            x = _flat(_compute_input(seen))
+            if base_x is None and seen is not self.x:
+                base_x = _flat(_compute_input(self.x))
+            base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, self._transformed)
+        return base_x
+
+    def _offset(self, terms: _Rotations, dtype: torch.dtype) -> Tensor:
+        """The sum of the scaled `Q - I` of several adapters, solved for once in inference."""
+
+        def build() -> Tensor:
+            offsets = [_scaled(rotation_offset(P, is_rotation, eps), scale) for P, scale, is_rotation, eps in terms]
+            return sum(offsets[1:], offsets[0]).to(dtype)
+
+        if self._cache is None:
+            return build()
+        blocks, settings = [term[0] for term in terms], tuple(term[1:] for term in terms)
+        return self._cache.get(("orthogonal", blocks[0].shape[-1]), (dtype, settings), blocks, build)
 
     def _base_call(self, base_x: Tensor | None, base: Callable, is_plain: bool) -> tuple[Tensor, bool]:
         """The base's output; and whether it is ours alone, to be overwritten."""
@@ -194,9 +224,13 @@ class Moves:
 def _combine(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
     sums = []
     for terms, unit in groups:
-        first, *others = (block if scale * unit == 1 else block * (scale * unit) for block, scale in terms)
+        first, *others = (_scaled(block, scale * unit) for block, scale in terms)
         sums.append(sum(others, first).to(dtype))
     return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def _scaled(block: Tensor, scale: float) -> Tensor:
+    return block if scale == 1 else block * scale
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Nothing here shares code with the fast path (not even `shards`), so that both ca
 tests call it. Source of the formulas: docs/maths.md; arXiv 2409.15371.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,10 +21,20 @@ def block_size(variant: str, block: Tensor) -> int:
     return block.shape[0] if variant in ("bone", "mini") else block.shape[-1]
 
 
-def delta(variant: str, W: Float[Tensor, "out in"], block: Float[Tensor, "..."]) -> Float[Tensor, "out in"]:
-    """The difference that one adapter makes to W, block by block, in fp64."""
+def rotation(P: Float[Tensor, "r r"], eps: float = 1e-6) -> Float[Tensor, "r r"]:
+    """The Cayley map as it is written in docs/maths.md, by an inverse, in fp64."""
+    skew, eye = P.double() - P.double().T, torch.eye(len(P), dtype=torch.float64)
+    return (1 + eps) * torch.linalg.inv((1 + eps) * eye - skew) @ (eye + skew)
+
+
+def delta(
+    variant: str, W: Float[Tensor, "out in"], block: Float[Tensor, "..."], Q: Float[Tensor, "r r"] | None = None
+) -> Float[Tensor, "out in"]:
+    """The difference that one adapter makes to W, block by block, in fp64; Q: that of `orthogonal`, if not Cayley's."""
     W, block = W.double(), block.double()
     r = block_size(variant, block)
+    if variant == "orthogonal" and Q is None:
+        Q = rotation(block)
     padded, n_out, n_in = _padded(W, r)
     result = padded.new_zeros(padded.shape)
     for a in range(n_out):
@@ -41,6 +52,10 @@ def delta(variant: str, W: Float[Tensor, "out in"], block: Float[Tensor, "..."])
                 result[rows, columns] = W_ab @ block[a] + block[a]
             elif variant == "bat-row":
                 result[rows, columns] = W_ab @ block[b] + block[b]
+            elif variant == "orthogonal":
+                assert Q is not None
+                if b * r + r <= W.shape[1]:
+                    result[rows, columns] = W_ab @ Q.double() - W_ab
             else:
                 raise AssertionError(f"no reference for {variant}")
     return result[: W.shape[0], : W.shape[1]]

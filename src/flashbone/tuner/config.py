@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
+
+DEFAULT_R, DEFAULT_VARIANT = 64, "bone"
 
 
 class BoneType(str, enum.Enum):
@@ -28,12 +31,17 @@ class BoneConfig(PeftConfig):
     """How a model is adapted with the Bone family (arXiv 2409.15371).
 
     Args:
-        r: Block size: rows of the shared matrix of `bone` and `mini`, edge of the square blocks of `bat-*`.
-        variant: "bone", "mini", "bat-col" or "bat-row"; the formulas are in docs/maths.md.
+        r: Block size: rows of the shared matrix of `bone` and `mini`, edge of the square blocks of `bat-*` and
+            `orthogonal`.
+        variant: "bone", "mini", "bat-col", "bat-row" or "orthogonal"; the formulas are in docs/maths.md.
         init_weights: True starts at zero (the model is unchanged), False at random (for tests). "bat" is PEFT's
             spelling of `variant="bat-col"`.
         dropout: Probability with which entries of the input are dropped before they enter the adapter (never the base).
         mini_r: Columns of the block of `mini`, tiled along the output features.
+        bottleneck_size: The block size of the orthogonal variant: `bottleneck_size=k` means
+            `variant="orthogonal", r=k`.
+        use_orthogonal: Whether the block of `orthogonal` is kept a rotation, Q, by a Cayley map; False: I + block.
+        orthogonal_eps: Ridge of the Cayley map, in (0, 1e-2]: entries of Q^T Q - I stay under 2 eps + eps^2.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None takes
             PEFT's table for the model's type, and "all-linear" for models that it does not know.
         exclude_modules: Names or a regular expression of modules that stay as they are.
@@ -47,13 +55,20 @@ class BoneConfig(PeftConfig):
         ConfigError: a field is out of range or contradicts another.
     """
 
-    r: int = field(default=64, metadata={"help": "Block size."})
-    variant: str = field(default="bone", metadata={"help": "bone, mini, bat-col or bat-row."})
+    r: int = field(default=DEFAULT_R, metadata={"help": "Block size."})
+    variant: str = field(default=DEFAULT_VARIANT, metadata={"help": "bone, mini, bat-col, bat-row or orthogonal."})
     init_weights: bool | Literal["bat"] = field(
         default=True, metadata={"help": "True: start at zero. False: at random. 'bat': PEFT's name of bat-col."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     mini_r: int = field(default=1, metadata={"help": "Columns of the block of the variant mini."})
+    bottleneck_size: int | None = field(
+        default=None, metadata={"help": "Block size of the variant orthogonal, which it asks for."}
+    )
+    use_orthogonal: bool = field(default=True, metadata={"help": "Whether the block of orthogonal is kept a rotation."})
+    orthogonal_eps: float = field(
+        default=DEFAULT_EPS, metadata={"help": "Ridge of the Cayley map of orthogonal, in (0, 1e-2]."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names or regular expression of the modules to adapt, or 'all-linear'."}
     )
@@ -81,13 +96,40 @@ class BoneConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         self.rank_pattern = self.rank_pattern or {}
+        contradictions = self._read_bottleneck()
         if self.init_weights == "bat" and self.variant == "bone":
             self.variant = "bat-col"
         elif self.init_weights is True and self.variant == "bat-col":
             self.init_weights = "bat"
-        problems = self._problems()
+        problems = [*contradictions, *self._problems()]
         if problems:
             raise ConfigError("BoneConfig: " + "; ".join(problems))
+
+    def _read_bottleneck(self) -> list[str]:
+        """Take `bottleneck_size` as what it means; returns what contradicts it. A field that has its default value
+        counts as not given."""
+        problems = []
+        if self.bottleneck_size is not None:
+            if self.variant not in (DEFAULT_VARIANT, Orthogonal.name) or self.init_weights == "bat":
+                asked = "init_weights='bat'" if self.init_weights == "bat" else f"variant={self.variant!r}"
+                problems.append(
+                    f"bottleneck_size={self.bottleneck_size} asks for the variant 'orthogonal', but {asked} was given;"
+                    " leave one out"
+                )
+            elif self.r not in (DEFAULT_R, self.bottleneck_size):
+                problems.append(f"bottleneck_size={self.bottleneck_size} and r={self.r} are one size; leave r out")
+            else:
+                self.variant, self.r = Orthogonal.name, self.bottleneck_size
+        elif self.variant != Orthogonal.name:
+            given = {"use_orthogonal": self.use_orthogonal is not True}
+            given["orthogonal_eps"] = self.orthogonal_eps != DEFAULT_EPS
+            problems += [
+                f"{name}={getattr(self, name)!r} belongs to the variant 'orthogonal', but variant={self.variant!r};"
+                " give bottleneck_size, or leave it out"
+                for name, is_given in given.items()
+                if is_given
+            ]
+        return problems
 
     def _problems(self) -> list[str]:
         problems = []
@@ -97,6 +139,8 @@ class BoneConfig(PeftConfig):
                 problems.append(message)
 
         sizes = {"r": self.r, "mini_r": self.mini_r}
+        if self.bottleneck_size is not None:
+            sizes = {"bottleneck_size": self.bottleneck_size, "mini_r": self.mini_r}
         if isinstance(self.rank_pattern, dict):
             sizes |= {f"rank_pattern[{name!r}]": size for name, size in self.rank_pattern.items()}
         else:
@@ -116,6 +160,13 @@ class BoneConfig(PeftConfig):
         check(
             isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
             f"dropout: got {self.dropout!r}, wanted a probability in [0, 1)",
+        )
+        check(
+            isinstance(self.use_orthogonal, bool), f"use_orthogonal: got {self.use_orthogonal!r}, wanted True or False"
+        )
+        check(
+            isinstance(self.orthogonal_eps, Real) and 0 < self.orthogonal_eps <= MAX_EPS,
+            f"orthogonal_eps: got {self.orthogonal_eps!r}, wanted a number in (0, {MAX_EPS}]",
         )
         check(
             self.bias in ("none", "all", "bone_only"), f"bias: got {self.bias!r}, wanted 'none', 'all' or 'bone_only'"

@@ -15,6 +15,7 @@ from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
 from flashbone.tuner.merging import MergeableLayer
+from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
 
 
 def unsupported_reason(base_layer: nn.Module) -> str | None:
@@ -59,7 +60,7 @@ class BoneLayer(MergeableLayer):
         self.base_layer = base_layer
         self.bone_r: dict[str, int] = {}
         self.bone_mini_r: dict[str, int] = {}
-        self.bone_variant: dict[str, str] = {}
+        self.bone_variant: dict[str, variants.Variant] = {}
         self.bone_scale: dict[str, float] = {}
         self.bone_dropout = nn.ModuleDict()
         self.bone_block = nn.ParameterDict()
@@ -89,6 +90,8 @@ class BoneLayer(MergeableLayer):
         variant: str | None = None,
         dropout: float = 0.0,
         mini_r: int = 1,
+        use_orthogonal: bool = True,
+        orthogonal_eps: float = DEFAULT_EPS,
         **kwargs: Any,
     ) -> None:
         """Add an adapter to this layer.
@@ -101,17 +104,22 @@ class BoneLayer(MergeableLayer):
             variant: The variant; None takes PEFT's meaning of `init_weights`.
             dropout: Dropout on the input of the adapter.
             mini_r: Columns of the block of the variant mini.
+            use_orthogonal: Whether the block of the variant orthogonal is kept a rotation.
+            orthogonal_eps: The ridge of that.
 
         Raises:
             ConfigError: r or the variant is out of range.
+            ShapeError: the variant does not exist at this layer's sizes.
         """
         if r <= 0:
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")
         variant = variant or ("bat-col" if init_weights == "bat" else "bone")
-        shape = variants.get(variant).block_shape(self.out_features, self.in_features, r, mini_r)
+        settings = {"use_orthogonal": use_orthogonal, "eps": orthogonal_eps} if variant == Orthogonal.name else {}
+        kind = variants.get(variant, **settings)
+        shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)
 
         self.bone_r[adapter_name], self.bone_mini_r[adapter_name] = r, mini_r
-        self.bone_variant[adapter_name], self.bone_scale[adapter_name] = variant, 1.0
+        self.bone_variant[adapter_name], self.bone_scale[adapter_name] = kind, 1.0
         self.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.bone_block[adapter_name] = nn.Parameter(torch.zeros(shape))
         if not init_weights:
@@ -176,7 +184,7 @@ class BoneLinear(nn.Module, BoneLayer):
             block = bone_block._parameters.get(name)
             block = getattr(bone_block, name) if block is None else block
             seen = self._dropped(name, x) if self.training else x
-            variants.VARIANTS[self.bone_variant[name]].move(moves, seen, block, self.bone_scale[name])
+            self.bone_variant[name].move(moves, seen, block, self.bone_scale[name])
         base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
         return moves.run(base, self._weight_and_bias, _is_plain(base_layer))
 
@@ -209,7 +217,7 @@ class BoneLinear(nn.Module, BoneLayer):
         return (base.weight.mT if self._transposed else base.weight), base.bias
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{n}: {self.bone_variant[n]} r={r}" for n, r in self.bone_r.items())
+        return ", ".join(f"{n}: {self.bone_variant[n].name} r={r}" for n, r in self.bone_r.items())
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()

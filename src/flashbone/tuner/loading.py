@@ -47,7 +47,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         if wanted == got or sharded or _ignore_sizes.get():
             continue
         layer = layers.get(key.removesuffix(suffix))
-        what = f"{layer.bone_variant[adapter_name]} adapter has a block" if layer else "the model has a tensor"
+        what = f"{layer.bone_variant[adapter_name].name} adapter has a block" if layer else "the model has a tensor"
         problems.append(
             f"{_short(key.removesuffix(suffix))}: {what} of shape {wanted} but the checkpoint holds {got};"
             " was r or the variant changed?"

@@ -15,10 +15,12 @@ from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.variants.undo import check_undoable, undo
 
+_Term = tuple[variants.Variant, Tensor, float]
 
-def _terms(adapters: dict[str, tuple[str, Tensor, float]]) -> list[tuple[variants.Variant, Tensor, float]]:
+
+def _terms(adapters: dict[str, _Term]) -> list[_Term]:
     # Sorted by name: the sum is then the same to the last bit, in whatever order the adapters were given.
-    return [(variants.get(kind), block, scale) for _, (kind, block, scale) in sorted(adapters.items())]
+    return [adapters[name] for name in sorted(adapters)]
 
 
 class MergeableLayer(BaseTunerLayer):
@@ -31,7 +33,7 @@ class MergeableLayer(BaseTunerLayer):
 
     bone_block: nn.ParameterDict
     bone_scale: dict[str, float]
-    bone_variant: dict[str, str]
+    bone_variant: dict[str, variants.Variant]
     _cache: Cache
 
     def _init_merging(self) -> None:
@@ -39,7 +41,7 @@ class MergeableLayer(BaseTunerLayer):
         self.keep_original = True
         self._original_weight: Tensor | None = None
         # What stands merged, as it was merged: blocks and scales may change while a merge stands.
-        self._merged_as: dict[str, tuple[str, Tensor, float]] = {}
+        self._merged_as: dict[str, _Term] = {}
 
     def _base_weight(self) -> Tensor:
         base: Any = self.get_base_layer()
@@ -65,7 +67,7 @@ class MergeableLayer(BaseTunerLayer):
             W = orig_weight.detach().mT if self._transposed else orig_weight.detach()
         block = self.bone_block[adapter].detach()
         dtype = shards.opmath_dtype(W, block)
-        variant, scale = variants.get(self.bone_variant[adapter]), self.bone_scale[adapter]
+        variant, scale = self.bone_variant[adapter], self.bone_scale[adapter]
         delta = variant.delta(W.to(dtype), block.to(W.device, dtype)) * scale
         delta = delta if orig_weight is None else delta.to(orig_weight.dtype)
         return delta.mT if self._transposed else delta
@@ -194,7 +196,7 @@ class MergeableLayer(BaseTunerLayer):
             weight = self._unmerged_by_subtraction()
         return weight.mT if self._transposed else weight
 
-    def _as_now(self, names: list[str]) -> dict[str, tuple[str, Tensor, float]]:
+    def _as_now(self, names: list[str]) -> dict[str, _Term]:
         return {n: (self.bone_variant[n], self.bone_block[n].detach(), self.bone_scale[n]) for n in names}
 
     def _unmerged_by_subtraction(self) -> Tensor:

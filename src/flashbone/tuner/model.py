@@ -13,7 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from flashbone.errors import ConfigError, FlashboneError
+from flashbone.errors import ConfigError, FlashboneError, ShapeError
 from flashbone.ops import backend
 from flashbone.tuner import weighted
 from flashbone.tuner.config import BoneConfig
@@ -24,6 +24,15 @@ from flashbone.tuner.targets import nearest_names
 
 class TargetError(ConfigError, NoMatchingPeftModuleError):
     """No module of the model matches `target_modules`."""
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Errors of sizes say which layer they are about."""
+    try:
+        yield
+    except ShapeError as error:
+        raise ShapeError(f"{layer}: {error}") from None
 
 
 class BoneModel(BaseTuner):
@@ -82,14 +91,18 @@ class BoneModel(BaseTuner):
             "variant": peft_config.variant,
             "dropout": peft_config.dropout,
             "mini_r": peft_config.mini_r,
+            "use_orthogonal": peft_config.use_orthogonal,
+            "orthogonal_eps": peft_config.orthogonal_eps,
         }
         if isinstance(target, BoneLayer):
-            target.update_layer(adapter_name, **fields)
+            with _naming(current_key):
+                target.update_layer(adapter_name, **fields)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if (reason := unsupported_reason(base)) is not None:
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
-        new_module = BoneLinear(target, adapter_name, **fields)
+        with _naming(current_key):
+            new_module = BoneLinear(target, adapter_name, **fields)
         new_module.keep_original, new_module.caches = self._keeps_originals, self._caches
         new_module.backend = self._backend
         if adapter_name not in self.active_adapters:

@@ -46,7 +46,7 @@ def add_weighted_adapter(
     config.target_modules, config.exclude_modules = _exactly(model, set(combined)), None
     config.layers_to_transform = config.layers_pattern = None
     sizes = {name: _block_size(block) for name, (_, block) in combined.items()}
-    config.r = _block_size(first)
+    config.r, config.bottleneck_size = _block_size(first), None
     config.rank_pattern = {rf"\A{re.escape(name)}": r for name, r in sizes.items() if r != config.r}
     config.mini_r = first.shape[1] if variant == "mini" else 1
     config.dropout, config.bias, config.modules_to_save = 0.0, "none", None
@@ -74,7 +74,8 @@ def _exactly(model: BoneModel, names: set[str]) -> set[str] | str:
 def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[str, Tensor]:
     """Variant and block of the weighted sum of a layer's adapters.
 
-    Linear in the blocks at equal variant and sizes. `bone` of block sizes r1 and r2 is `bone` of any common multiple:
+    Linear in the blocks at equal variant and sizes, but for rotations, whose deltas are no function of a sum of blocks.
+    `bone` of block sizes r1 and r2 is `bone` of any common multiple:
     its delta repeats along the input with period r (a whole input is a period, too), and that of `mini` along the
     output as well.
 
@@ -82,15 +83,15 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
         ConfigError: there is no such block.
     """
     blocks = {name: layer.bone_block[name].detach() for name in factors}
-    kinds = {layer.bone_variant[name] for name in factors}
-    shapes = {block.shape for block in blocks.values()}
-    if len(kinds) == 1 and len(shapes) == 1:
+    variants = {layer.bone_variant[name] for name in factors}
+    kinds, shapes = {variant.name for variant in variants}, {block.shape for block in blocks.values()}
+    if len(variants) == 1 and len(shapes) == 1 and all(variant.is_linear for variant in variants):
         return kinds.pop(), _weighted_sum(blocks, factors)
     if kinds <= {"bone", "mini"}:
         r = min(math.lcm(*(block.shape[0] for block in blocks.values())), layer.in_features)
         wide = {n: shards.tile(shards.tile(b, layer.out_features).mT, r).mT for n, b in blocks.items()}
         return "bone", _weighted_sum(wide, factors)
-    got = ", ".join(f"{n!r} is {layer.bone_variant[n]} with r={layer.bone_r[n]}" for n in factors)
+    got = ", ".join(f"{n!r} is {layer.bone_variant[n].name} with r={layer.bone_r[n]}" for n in factors)
     raise ConfigError(
         f"{where}: {got}; no single adapter is their sum; activate them together (set_adapter) with set_scale instead"
     )

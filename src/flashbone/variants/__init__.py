@@ -1,66 +1,33 @@
 """The registry of variants: for each its block, its moves and its delta. Formulas: docs/maths.md; arXiv 2409.15371."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashbone import shards
 from flashbone.errors import ConfigError, NonFiniteError, ShapeError
-from flashbone.ops.moves import Moves
-from flashbone.variants import bat_col, bat_row, bone, mini
+from flashbone.variants.base import Variant
+from flashbone.variants.bat_col import BatCol
+from flashbone.variants.bat_row import BatRow
+from flashbone.variants.bone import Bone
+from flashbone.variants.mini import Mini
+from flashbone.variants.orthogonal import Orthogonal
+
+VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Bone, Mini, BatCol, BatRow, Orthogonal)}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One member of the family.
-
-    Attributes:
-        name: as written in configurations and files.
-        block_shape: (out, in, r, mini_r) -> shape of `bone_block`.
-        move: adds what the adapter does to one layer call, see `flashbone.ops.moves`.
-        delta: (W (out, in), block) -> the difference that the adapter makes to W, in W's dtype or the block's.
-        reads_weight: whether training needs the base's weight.
-        delta_depends_on_weight: whether the delta is a function of W, not only of the block.
-    """
-
-    name: str
-    block_shape: Callable[[int, int, int, int], tuple[int, ...]]
-    move: Callable[[Moves, Tensor, Tensor, float], None]
-    delta: Callable[[Tensor, Tensor], Tensor]
-    reads_weight: bool
-    delta_depends_on_weight: bool
-
-
-def _variant(
-    name: str, module: ModuleType, reads_weight: bool = False, delta_depends_on_weight: bool = False
-) -> Variant:
-    return Variant(name, module.block_shape, module.move, module.delta, reads_weight, delta_depends_on_weight)
-
-
-VARIANTS: dict[str, Variant] = {
-    v.name: v
-    for v in (
-        _variant("bone", bone),
-        _variant("mini", mini),
-        _variant("bat-col", bat_col, reads_weight=True, delta_depends_on_weight=True),
-        _variant("bat-row", bat_row, delta_depends_on_weight=True),
-    )
-}
-
-
-def get(name: str) -> Variant:
-    """The variant of that name.
+def get(name: str, **settings: Any) -> Variant:
+    """The variant of that name; `settings` are its fields (`use_orthogonal` and `eps` of "orthogonal").
 
     Raises:
         ConfigError: there is none.
     """
     if name not in VARIANTS:
         raise ConfigError(f"variant: got {name!r}, wanted one of {', '.join(map(repr, VARIANTS))}")
-    return VARIANTS[name]
+    return VARIANTS[name](**settings)
 
 
 def random_block_(block: Tensor) -> Tensor:
@@ -74,15 +41,23 @@ def check_block(where: str, variant: Variant, block: Tensor, out_features: int, 
     Raises:
         ShapeError: it does not.
     """
-    dimensions = len(variant.block_shape(1, 1, 1, 1))
-    if block.ndim == dimensions and all(block.shape):
-        r, mini_r = (block.shape[-1], 1) if dimensions == 3 else (block.shape[0], block.shape[1])
-        if tuple(block.shape) == variant.block_shape(out_features, in_features, r, mini_r):
+    if block.ndim == dimensions(variant) and all(block.shape):
+        r, mini_r = (block.shape[-1], 1) if block.ndim == 3 else (block.shape[0], block.shape[1])
+        try:
+            wanted = variant.block_shape(out_features, in_features, r, mini_r)
+        except ShapeError as error:
+            raise ShapeError(f"{where}: {error}") from None
+        if tuple(block.shape) == wanted:
             return
     raise ShapeError(
         f"{where}: a {variant.name} block of shape {tuple(block.shape)} does not fit a layer with {out_features} output"
         f" and {in_features} input features; is it an adapter of another model or variant?"
     )
+
+
+def dimensions(variant: Variant) -> int:
+    """Number of axes of the variant's block."""
+    return len(variant.block_shape(1, 1, 1, 1))
 
 
 def merged_weight(
@@ -100,7 +75,8 @@ def merged_weight(
     """
     adapters = list(adapters)
     dtype = shards.opmath_dtype(W, *(block for _, block, _ in adapters))
-    wide = W.to(dtype)
+    # A copy of our own: how a GEMM rounds depends on its operand's alignment, and a file's tensor may lie anywhere.
+    wide = W.to(dtype, copy=True)
     total = wide.clone()
     for variant, block, scale in adapters:
         total.add_(variant.delta(wide, block.to(W.device, dtype)), alpha=scale)

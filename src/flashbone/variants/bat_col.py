@@ -6,18 +6,24 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.ops.bat_col import weight_delta
 from flashbone.ops.moves import Moves
+from flashbone.variants.base import Variant
 
 
-def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
-    """(n_out, r, r)."""
-    return shards.count(out_features, r), r, r
-
-
-def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+class BatCol(Variant):
     """`dW = W D + D`: does not factor on the activations, so the weight itself is shifted."""
-    moves.add_weight_shift(x, block, scale)
 
+    name = "bat-col"
+    reads_weight = True
+    delta_depends_on_weight = True
 
-def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "n_out r r"]) -> Float[Tensor, "out in"]:
-    """`W[a,b] D_a + D_a`, in W's dtype."""
-    return weight_delta(W, block)
+    def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+        """(n_out, r, r)."""
+        return shards.count(out_features, r), r, r
+
+    def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+        """Shifts the weight."""
+        moves.add_weight_shift(x, block, scale)
+
+    def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "n_out r r"]) -> Float[Tensor, "out in"]:
+        """`W[a,b] D_a + D_a`, in W's dtype."""
+        return weight_delta(W, block)

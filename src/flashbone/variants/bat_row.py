@@ -6,21 +6,26 @@ from torch import Tensor
 
 from flashbone import shards
 from flashbone.ops.moves import Moves
+from flashbone.variants.base import Variant
 
 
-def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
-    """(n_in, r, r)."""
-    return shards.count(in_features, r), r, r
-
-
-def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+class BatRow(Variant):
     """`z_b = x_b D_b^T` shifts the input, `tile(sum_b z_b)` the output; no weight is read."""
-    moves.add_input_shift(x, block, scale)
 
+    name = "bat-row"
+    delta_depends_on_weight = True
 
-def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "n_in r r"]) -> Float[Tensor, "out in"]:
-    """`W[a,b] D_b + D_b`, in W's dtype."""
-    D = block.to(W.dtype)
-    blocks = shards.split_weight(W, D.shape[-1])  # (n_out, r, n_in, r)
-    product = torch.einsum("aibk,bkj->aibj", blocks, D) + D.transpose(0, 1)
-    return shards.join_weight(product, *W.shape)
+    def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+        """(n_in, r, r)."""
+        return shards.count(in_features, r), r, r
+
+    def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+        """Shifts input and output."""
+        moves.add_input_shift(x, block, scale)
+
+    def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "n_in r r"]) -> Float[Tensor, "out in"]:
+        """`W[a,b] D_b + D_b`, in W's dtype."""
+        D = block.to(W.dtype)
+        blocks = shards.split_weight(W, D.shape[-1])  # (n_out, r, n_in, r)
+        product = torch.einsum("aibk,bkj->aibj", blocks, D) + D.transpose(0, 1)
+        return shards.join_weight(product, *W.shape)

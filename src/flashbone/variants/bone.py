@@ -5,18 +5,22 @@ from torch import Tensor
 
 from flashbone import shards
 from flashbone.ops.moves import Moves
+from flashbone.variants.base import Variant
 
 
-def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
-    """(r, out)."""
-    return r, out_features
-
-
-def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+class Bone(Variant):
     """`u = S(x) B`."""
-    moves.add_factors(x, block, scale)
 
+    name = "bone"
 
-def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "r out"]) -> Float[Tensor, "out in"]:
-    """`B^T` tiled along the input; of W only the sizes are used."""
-    return shards.tile(block.mT, W.shape[1])
+    def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+        """(r, out)."""
+        return r, out_features
+
+    def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+        """Shifts the output."""
+        moves.add_factors(x, block, scale)
+
+    def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "r out"]) -> Float[Tensor, "out in"]:
+        """`B^T` tiled along the input; of W only the sizes are used."""
+        return shards.tile(block.mT, W.shape[1])

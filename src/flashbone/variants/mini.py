@@ -5,18 +5,22 @@ from torch import Tensor
 
 from flashbone import shards
 from flashbone.ops.moves import Moves
+from flashbone.variants.base import Variant
 
 
-def block_shape(out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
-    """(r, mini_r)."""
-    return r, mini_r
-
-
-def move(moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+class Mini(Variant):
     """`u = tile(S(x) B)`: the product is as narrow as the block."""
-    moves.add_tiled_factors(x, block, scale)
 
+    name = "mini"
 
-def delta(W: Float[Tensor, "out in"], block: Float[Tensor, "r mini_r"]) -> Float[Tensor, "out in"]:
-    """`B^T` tiled along both axes; of W only the sizes are used."""
-    return shards.tile(shards.tile(block, W.shape[0]).mT, W.shape[1])
+    def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+        """(r, mini_r)."""
+        return r, mini_r
+
+    def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+        """Shifts the output."""
+        moves.add_tiled_factors(x, block, scale)
+
+    def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "r mini_r"]) -> Float[Tensor, "out in"]:
+        """`B^T` tiled along both axes; of W only the sizes are used."""
+        return shards.tile(shards.tile(block, W.shape[0]).mT, W.shape[1])

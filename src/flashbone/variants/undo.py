@@ -10,6 +10,7 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.errors import FlashboneError
 from flashbone.variants import Variant
+from flashbone.variants.orthogonal import Orthogonal
 
 # Relative error up to which a weight counts as computed back: far above fp32 rounding, far below any damage.
 UNDO_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -24,12 +25,12 @@ def check_undoable(
     """Check that `undo(merged, adapters)` gives the pristine weight back, by doing it.
 
     Raises:
-        FlashboneError: two adapters depend on the weight, or `I + D` of one is singular or nearly so.
+        FlashboneError: two adapters depend on the weight, or the factor of one is singular or nearly so.
     """
     adapters = list(adapters)
-    problem = "two of these adapters depend on the base weight (bat-*)"
+    problem = "two of these adapters depend on the base weight (bat-*, orthogonal)"
     if sum(variant.delta_depends_on_weight for variant, _, _ in adapters) < 2:
-        problem = "I + D is nearly singular"
+        problem = "the block by which the weight was multiplied is nearly singular"
         try:
             error = (undo(merged, adapters).double() - pristine.double()).norm() / pristine.double().norm()
         except RuntimeError:  # torch's LinAlgError: singular
@@ -44,7 +45,7 @@ def check_undoable(
 def undo(merged: Float[Tensor, "out in"], adapters: Iterable[tuple[Variant, Tensor, float]]) -> Float[Tensor, "out in"]:
     """The W from which `variants.merged_weight(W, adapters)` came; fp32 (or fp64) inside, then merged's dtype.
 
-    Additive adapters are subtracted; at most one that depends on W (bat-*) is then solved for.
+    Additive adapters are subtracted; at most one that depends on W (bat-*, orthogonal) is then solved for.
     """
     adapters = list(adapters)
     dtype = shards.opmath_dtype(merged, *(block for _, block, _ in adapters))
@@ -54,16 +55,29 @@ def undo(merged: Float[Tensor, "out in"], adapters: Iterable[tuple[Variant, Tens
         block = block.to(merged.device, dtype)
         if variant.delta_depends_on_weight:
             assert solve_for is None, "two adapters depend on the weight"
-            solve_for = variant.name, block * scale
+            solve_for = variant, block, scale
         else:
             W = W - scale * variant.delta(W, block)
     if solve_for is not None:
-        name, D = solve_for
-        W = _solve(W, D.unsqueeze(1) if name == "bat-col" else D.unsqueeze(0))
+        W = _solve(W, *solve_for)
     return W.to(merged.dtype)
 
 
-def _solve(merged: Float[Tensor, "out in"], D: Float[Tensor, "a b r r"]) -> Float[Tensor, "out in"]:
+def _solve(merged: Float[Tensor, "out in"], variant: Variant, block: Tensor, scale: float) -> Float[Tensor, "out in"]:
+    if isinstance(variant, Orthogonal):
+        return _solve_rotation(merged, variant.offset(block) * scale)
+    D = block * scale
+    return _solve_bat(merged, D.unsqueeze(1) if variant.name == "bat-col" else D.unsqueeze(0))
+
+
+def _solve_rotation(merged: Float[Tensor, "out in"], E: Float[Tensor, "r r"]) -> Float[Tensor, "out in"]:
+    """`W[a,b] = W'[a,b] (I + E)^-1` for whole shards."""
+    whole, tail = shards.full_and_tail(merged, E.shape[-1])
+    eye = torch.eye(E.shape[-1], dtype=E.dtype, device=E.device)
+    return torch.cat([torch.linalg.solve(eye + E, whole, left=False).flatten(-2), tail], -1)
+
+
+def _solve_bat(merged: Float[Tensor, "out in"], D: Float[Tensor, "a b r r"]) -> Float[Tensor, "out in"]:
     """`W[a,b] = (W'[a,b] - D) (I + D)^-1`; of a ragged tail shard only the columns that exist take part."""
     r, tail = D.shape[-1], merged.shape[1] % D.shape[-1]
     eye = torch.eye(r, dtype=D.dtype, device=D.device)

@@ -1,0 +1,45 @@
+"""What every member of the family answers: the shape of its block, its move, its delta."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from flashbone.ops.moves import Moves
+
+
+@dataclass(frozen=True)
+class Variant(ABC):
+    """One member of the family, with its settings as fields; equal if variant and settings are.
+
+    Attributes:
+        name: as written in configurations and files.
+        reads_weight: whether training needs the base's weight.
+        delta_depends_on_weight: whether the delta is a function of W, not only of the block.
+        is_linear: whether the delta is linear in the block.
+    """
+
+    name: ClassVar[str]
+    reads_weight: ClassVar[bool] = False
+    delta_depends_on_weight: ClassVar[bool] = False
+
+    @property
+    def is_linear(self) -> bool:
+        return True
+
+    @abstractmethod
+    def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+        """Shape of `bone_block`.
+
+        Raises:
+            ShapeError: the variant does not exist for these sizes.
+        """
+
+    @abstractmethod
+    def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+        """Add what the adapter does to one layer call, see `flashbone.ops.moves`."""
+
+    @abstractmethod
+    def delta(self, W: Tensor, block: Tensor) -> Tensor:
+        """The difference that the adapter makes to W (out, in), in W's dtype or the block's."""

@@ -1,0 +1,59 @@
+"""orthogonal: one r x r block that rotates every whole input shard. `delta[a,b] = W[a,b] (Q - I)`; the "bottleneck
+orthogonal" Bone. A ragged tail shard is left as it is, so that the rotation of the input stays orthogonal."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashbone import shards
+from flashbone.errors import ShapeError
+from flashbone.ops.moves import Moves
+from flashbone.ops.rotation import rotation_offset
+from flashbone.variants.base import Variant
+
+DEFAULT_EPS, MAX_EPS = 1e-6, 1e-2
+
+
+@dataclass(frozen=True)
+class Orthogonal(Variant):
+    """`z_b = x_b (Q - I)^T` shifts the input; no weight is read.
+
+    Attributes:
+        use_orthogonal: Q is the Cayley map of the block; False: `Q = I + P`, unconstrained.
+        eps: Ridge of the Cayley map: `max |Q^T Q - I| <= 2 eps + eps^2`.
+    """
+
+    use_orthogonal: bool = True
+    eps: float = DEFAULT_EPS
+
+    name = "orthogonal"
+    delta_depends_on_weight = True
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.use_orthogonal
+
+    def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+        """(r, r), r at most in_features."""
+        if r > in_features:
+            raise ShapeError(
+                f"a bottleneck of {r} is larger than the {in_features} input features of this layer, so that it would"
+                " rotate nothing; choose a smaller one, give this layer its own in rank_pattern, or exclude it"
+            )
+        return r, r
+
+    def offset(self, block: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+        """`Q - I`, in fp32 (fp64 for an fp64 block), differentiable."""
+        return rotation_offset(block, self.use_orthogonal, self.eps)
+
+    def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
+        """Shifts the input."""
+        moves.add_rotation(x, block, scale, self.use_orthogonal, self.eps)
+
+    def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "r r"]) -> Float[Tensor, "out in"]:
+        """`W[a,b] (Q - I)`, zero in the columns of a ragged tail; in W's dtype."""
+        whole, tail = shards.full_and_tail(W, block.shape[-1])
+        rotated = (whole @ self.offset(block).to(W.dtype)).flatten(-2)
+        return torch.cat([rotated, torch.zeros_like(tail)], -1)

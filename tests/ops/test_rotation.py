@@ -1,0 +1,105 @@
+"""The Cayley map of `orthogonal`: how orthogonal it is, at what size of block, and how its gradient is bounded."""
+
+import pytest
+import torch
+
+from flashbone.ops import reference
+from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg, rotation_offset
+from helpers.comparison import close
+
+MAGNITUDES = [10.0**k for k in range(-5, 6)]
+# Even and odd: the skew part of an odd block is singular, so that its system is as ill-conditioned as it is large.
+SIZES = [2, 7, 8, 32, 33, 64, 129, 256]
+FP32_ROUNDING = 1e-6
+
+
+def offset(P: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    return rotation_offset(P, True, eps)
+
+
+def as_q(E: torch.Tensor) -> torch.Tensor:
+    return E.double() + torch.eye(len(E), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("r", SIZES)
+def test_the_error_of_orthogonality_stays_below_two_eps_at_every_size_of_the_block(r, eps):
+    direction = torch.randn(r, r)
+    errors = [orthogonality_error(as_q(offset(direction * m, eps))) for m in MAGNITUDES]
+    assert max(errors) <= 2 * eps + eps**2 + FP32_ROUNDING
+    if eps >= 1e-4:  # the ridge is what the error is made of, not rounding: it is as large as it may be
+        assert errors[-1] >= 1.5 * eps
+        assert errors[0] < 0.01 * eps
+
+
+def test_the_bound_on_the_error_can_fail():
+    P = torch.randn(8, 8)
+    assert orthogonality_error(as_q(rotation_offset(P, False, 1e-2))) > 0.1
+    assert orthogonality_error(as_q(offset(P, 1e-2))) > 2 * 1e-6 + FP32_ROUNDING
+
+
+@pytest.mark.parametrize("r", [7, 32])
+def test_solve_and_gradient_stay_bounded_over_ten_orders_of_magnitude(r):
+    """M = (1 + eps) I - A has no singular value below 1 + eps. So |Q - I| <= 2 + eps. With dQ = (2 + eps)(1 + eps) M^-1
+    dA M^-1 the gradient of A is at most (2 + eps) / (1 + eps) of what comes in, less for larger eps; P's is twice."""
+    direction, grad = torch.randn(r, r), torch.randn(r, r)
+    norm = torch.linalg.matrix_norm
+    sizes = {}
+    for eps in (1e-8, 1e-6, 1e-4, 1e-2):
+        for m in MAGNITUDES:
+            P = (direction * m).requires_grad_()
+            E = offset(P, eps)
+            (grad_P,) = torch.autograd.grad(E, P, grad)
+            assert norm(E.detach(), 2) <= (2 + eps) * (1 + 1e-5)
+            assert norm(grad_P, 2) <= 2 * (2 + eps) / (1 + eps) * norm(grad, 2) * (1 + 1e-5)
+            sizes[eps, m] = float(norm(grad_P))
+    for eps in (1e-4, 1e-2):  # the bound is reached where the block is small
+        damped = (2 + eps) / (1 + eps) / 2
+        assert sizes[eps, 1e-5] / sizes[1e-8, 1e-5] == pytest.approx(damped, rel=1e-3 * (1 - damped) + 1e-6)
+    if (
+        r % 2 == 0
+    ):  # far out the map saturates instead of exploding; an odd block always keeps one direction that does not
+        assert sizes[1e-6, 1e5] < 1e-6 * sizes[1e-6, 1e-5]
+
+
+@pytest.mark.parametrize("r", [1, 2, 5, 16])
+def test_a_zero_block_is_the_identity_and_blocks_follow_the_formula(r):
+    assert not offset(torch.zeros(r, r)).any()
+    P = torch.randn(r, r, dtype=torch.float64)
+    for eps in (1e-6, 1e-2):
+        assert close(as_q(offset(P, eps)), reference.rotation(P, eps))
+    assert close(offset(P.float()).double(), reference.rotation(P.float()) - torch.eye(r), torch.float32)
+    assert torch.equal(rotation_offset(P, False, 1e-6), P)
+    assert not offset(P + P.T - torch.diag(torch.ones(r))).any()  # only the skew part rotates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_map_is_solved_in_fp32_at_least_also_under_autocast(dtype):
+    P = (torch.randn(8, 8, dtype=torch.float64) * 0.3).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        E = offset(P)
+    assert E.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert close(as_q(E.detach()), reference.rotation(P.detach()), E.dtype)
+    E.sum().backward()
+    assert P.grad is not None
+    assert P.grad.dtype == dtype
+
+
+def test_gradients_of_the_map_in_fp64():
+    P = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda P: offset(P, 1e-2), P)
+    assert torch.autograd.gradgradcheck(lambda P: offset(P, 1e-2), P)
+
+
+def test_the_angle_of_a_plane_rotation_is_read_off():
+    for degrees in (0.0, 30.0, 90.0, 179.0, -45.0):
+        c, s = torch.cos(torch.deg2rad(torch.tensor(degrees))), torch.sin(torch.deg2rad(torch.tensor(degrees)))
+        Q = torch.eye(5)
+        Q[1:3, 1:3] = torch.tensor([[c, -s], [s, c]])
+        assert rotation_angle_deg(Q) == pytest.approx(abs(degrees), abs=1e-3)
+        assert rotation_angle_deg(1.5 * Q) == pytest.approx(abs(degrees), abs=1e-3)  # stretching turns nothing
+    A = torch.zeros(4, 4, dtype=torch.float64)
+    A[0, 1] = 0.25  # the Cayley map of a skew part a turns by 2 atan(a), for eps -> 0
+    assert rotation_angle_deg(as_q(offset(A, 1e-12))) == pytest.approx(
+        2 * torch.rad2deg(torch.atan(torch.tensor(0.25)))
+    )
