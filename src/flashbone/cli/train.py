@@ -26,6 +26,7 @@ CONFIG.yaml:
   training: {max_steps: 200, learning_rate: 2.0e-4}               # any field of SFTConfig or TrainingArguments
   output: runs/first             # adapter/, merged/, metrics.jsonl, summary.json, loss.png, checkpoint-*/
   merge: true                    # also write the merged model
+  monitor: true                  # log the rotations of the variant orthogonal, and draw them
   seed: 42
 
 Every field can be given on the command line too: --training.max_steps 20 --adapter.r 16 --output runs/second
@@ -43,17 +44,18 @@ def run(argv: list[str]) -> int:
 
     recipe = load_recipe(options.config, overrides)
 
-    from flashbone.report.training import plot_losses, print_summary
+    from flashbone.report.training import plot_losses, plot_rotations, print_summary
     from flashbone.train.run import train
 
     result = train(recipe, resume=options.resume)
     if not result.is_main:
         return 0
-    figure = plot_losses(result.folder.metrics, result.folder.path / "loss.png")
+    figures = [plot_losses(result.folder.metrics, result.folder.path / "loss.png")]
+    figures += [path] if (path := plot_rotations(result.folder.metrics, result.folder.path / "rotation.png")) else []
     if options.json:
         print(json.dumps(result.summary, indent=2))
     else:
-        print_summary(result.summary, result.folder.path, figure)
+        print_summary(result.summary, result.folder.path, figures)
     return 0
 
 

@@ -1,35 +1,76 @@
-"""What came of a training run: the loss curve as a picture and the summary as a table."""
+"""What came of a training run: its loss curve and its rotations as pictures, the summary as a table."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
+ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
+    ("rotation/error", "largest entry of |QᵀQ - I|"),
+    ("rotation/angle_deg", "largest rotation angle (degrees)"),
+    ("rotation/grad_norm", "norm of the block's gradient"),
+)
 
 
 def plot_losses(metrics: Path, target: Path) -> Path:
     """Draw training and held-out loss over the steps from a metrics.jsonl; returns the PNG's path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = _rows(metrics)
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = _figure(7, 1)
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN_COLOUR, linewidth=1.5, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, marker="o", markersize=5, label="held out")
-    axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)" if _is_language_model(rows) else "loss (cross-entropy)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     if train or held_out:
         axes.legend(frameon=False)
+    return _save(figure, target)
+
+
+def plot_rotations(metrics: Path, target: Path) -> Path | None:
+    """Draw what `RotationMonitor` logged, single modules thin, their maximum bold; returns the PNG's path, None if
+    the run logged no rotations."""
+    rows = [row for row in _rows(metrics) if ROTATIONS[0][0] in row]
+    if not rows:
+        return None
+    figure, panels = _figure(12, len(ROTATIONS))
+    for axes, (key, label) in zip(panels, ROTATIONS, strict=True):
+        modules = list(dict.fromkeys(k for row in rows for k in row if k.startswith(f"{key}/")))
+        for name in [*modules, key]:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            style = {"linewidth": 0.7, "alpha": 0.35} if name != key else {"linewidth": 2.0, "label": "largest"}
+            axes.plot(*zip(*points, strict=True), color=TRAIN_COLOUR, marker="." if len(points) == 1 else None, **style)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        if modules:
+            axes.plot([], [], color=TRAIN_COLOUR, linewidth=0.7, alpha=0.6, label=f"each of {len(modules)} modules")
+            axes.legend(frameon=False)
+    return _save(figure, target)
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _figure(width: float, panels: int) -> tuple[Any, list[Any]]:
+    """A figure with panels side by side, over optimiser steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(width, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        panel.set_xlabel("optimiser step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, target: Path) -> Path:
     partial = target.with_name(target.name + ".partial")
     figure.savefig(partial, format="png")
     partial.replace(target)
@@ -40,7 +81,7 @@ def _is_language_model(rows: list[dict[str, Any]]) -> bool:
     return not any("eval_accuracy" in row for row in rows)
 
 
-def print_summary(summary: dict[str, Any], folder: Path, figure: Path) -> None:
+def print_summary(summary: dict[str, Any], folder: Path, figures: list[Path]) -> None:
     """Print the table of a run on stdout."""
     from rich.console import Console
     from rich.table import Table
@@ -53,7 +94,7 @@ def print_summary(summary: dict[str, Any], folder: Path, figure: Path) -> None:
         table.add_row(Text(name), Text(value))
     console = Console()
     console.print(table)
-    for name, path in _files(folder, figure):
+    for name, path in _files(folder, figures):
         console.print(Text(f"{name:<8} {path}"), soft_wrap=True)
 
 
@@ -73,12 +114,15 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         if after is not None:
             start = "?" if before is None else f"{before:.4f}"
             lines.append((f"{name}, before -> after", f"{start} -> {after:.4f}"))
+    if summary.get("rotation"):
+        error, angle = summary["rotation"]["error"], summary["rotation"]["angle_deg"]
+        lines.append(("largest rotation; |QᵀQ - I|", f"{angle:.1f}°; {error:.1e}"))
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary.get("tokens_per_s") else ""
     lines.append(("training time", f"{summary['train_s']:,.1f} s{speed}"))
     lines.append((f"peak {summary['peak_of']}", f"{summary['peak_mib']:,.0f} MiB on {summary['device']}"))
     return lines
 
 
-def _files(folder: Path, figure: Path) -> list[tuple[str, Path]]:
+def _files(folder: Path, figures: list[Path]) -> list[tuple[str, Path]]:
     found = [("adapter", folder / "adapter"), ("merged", folder / "merged"), ("metrics", folder / "metrics.jsonl")]
-    return [(name, path) for name, path in [*found, ("plot", figure)] if path.exists()]
+    return [(name, path) for name, path in [*found, *(("plot", figure) for figure in figures)] if path.exists()]

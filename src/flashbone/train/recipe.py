@@ -38,6 +38,7 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     merge: bool = False
+    monitor: bool = True  # log how far the orthogonal variant turns, and how orthogonal it is
     seed: int = 42
 
 

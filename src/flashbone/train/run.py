@@ -20,6 +20,7 @@ from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data import Data, load_data
 from flashbone.train.folder import RunFolder
 from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
+from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe
 from flashbone.train.summary import summarise
 
@@ -72,6 +73,8 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
         metrics.rewrite()
         outputs.record(recipe)
     recorder = _install_callbacks(trainer, metrics)
+    if recipe.monitor and trained_rotations(trainer.model):
+        RotationMonitor.attach(trainer)
     if data.eval is not None and metrics.evaluation(0) is None and checkpoint is None:
         trainer.evaluate()
     _fit(trainer, checkpoint)

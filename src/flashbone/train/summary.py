@@ -11,6 +11,7 @@ import transformers
 from flashbone import __version__
 from flashbone.train.callbacks import MetricsLog, Recorder
 from flashbone.train.data import Data
+from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
 from flashbone.train.recipe import Recipe
 
 
@@ -39,6 +40,7 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, rec
         "total_parameters": total,
         "trainable_percent": round(100 * trainable / total, 4),
         "train_loss": metrics.last("loss"),
+        "rotation": _rotation(metrics),
         **held_out,
         "tokens": tokens,
         "train_s": round(recorder.train_s, 3),
@@ -53,6 +55,12 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, rec
             "peft": peft.__version__,
         },
     }
+
+
+def _rotation(metrics: MetricsLog) -> dict[str, float] | None:
+    """The last logged figures of the orthogonal variant, the largest of all modules; None for other variants."""
+    figures = {key.partition("/")[2]: metrics.last(key) for key in (ERROR, ANGLE, GRADIENT)}
+    return None if figures["error"] is None else figures
 
 
 def peak_memory() -> dict[str, Any]:

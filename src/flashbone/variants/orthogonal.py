@@ -10,7 +10,7 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.errors import ShapeError
 from flashbone.ops.moves import Moves
-from flashbone.ops.rotation import rotation_offset
+from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg, rotation_offset
 from flashbone.variants.base import Variant
 
 DEFAULT_EPS, MAX_EPS = 1e-6, 1e-2
@@ -47,6 +47,20 @@ class Orthogonal(Variant):
     def offset(self, block: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
         """`Q - I`, in fp32 (fp64 for an fp64 block), differentiable."""
         return rotation_offset(block, self.use_orthogonal, self.eps)
+
+    def orthogonality_error(self, block: Float[Tensor, "r r"]) -> float:
+        """`max |Q^T Q - I|` over all entries."""
+        offset = self.offset(block.detach()).cpu()
+        return orthogonality_error(offset.double() + torch.eye(offset.shape[-1]))
+
+    def angle_deg(self, block: Float[Tensor, "r r"]) -> float:
+        """The largest angle, in degrees from 0 to 180, by which Q turns a plane; without `use_orthogonal`, that of the
+        orthogonal matrix nearest to Q."""
+        P = block.detach().cpu().double()
+        if not self.use_orthogonal:
+            return rotation_angle_deg(P + torch.eye(P.shape[-1]))
+        a = torch.linalg.matrix_norm(P - P.mT, 2)
+        return float(torch.rad2deg(a.atan() + (a / (1 + self.eps)).atan()))
 
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
         """Shifts the input."""
