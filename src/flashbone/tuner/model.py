@@ -19,11 +19,7 @@ from flashbone.tuner import weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.layer import BoneLayer, BoneLinear, unsupported_reason
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
-from flashbone.tuner.targets import nearest_names
-
-
-class TargetError(ConfigError, NoMatchingPeftModuleError):
-    """No module of the model matches `target_modules`."""
+from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 
 
 @contextmanager
@@ -57,22 +53,25 @@ class BoneModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        trained = trained_names(model)
+        trained, asked = trained_names(model), config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception as error:
+            config.target_modules = asked
             take_back(model, adapter_name, trained)
             self.peft_config.pop(adapter_name, None)
-            if not isinstance(error, NoMatchingPeftModuleError):
+            if isinstance(error, TargetError) or not isinstance(error, NoMatchingPeftModuleError):
                 raise
-            names = ", ".join(nearest_names(model, config.target_modules))
+            names = ", ".join(nearest_names(model, asked))
             raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            known = self.target_module_mapping.get(model_config["model_type"])
-            peft_config.target_modules = set(known) if isinstance(known, list) else known or "all-linear"
+            peft_config.target_modules = default_targets(model_config["model_type"])
         return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        peft_config.target_modules = resolve(model, peft_config)
 
     def _create_and_replace(
         self,
