@@ -43,7 +43,8 @@ class BoneConfig(PeftConfig):
         use_orthogonal: Whether the block of `orthogonal` is kept a rotation, Q, by a Cayley map; False: I + block.
         orthogonal_eps: Ridge of the Cayley map, in (0, 1e-2]: entries of Q^T Q - I stay under 2 eps + eps^2.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None takes
-            PEFT's table for the model's type, and "all-linear" for models that it does not know.
+            PEFT's table for the model's type, and "all-linear" for models that it does not know. Names may also be
+            containers, such as "layers.3", and roles, such as "attention.output": docs/adapters.md, Where adapters go.
         exclude_modules: Names or a regular expression of modules that stay as they are.
         layers_to_transform: Index or indices of the layers to adapt; the others stay as they are.
         layers_pattern: Name of the list that holds the layers, used with `layers_to_transform`.
@@ -70,7 +71,7 @@ class BoneConfig(PeftConfig):
         default=DEFAULT_EPS, metadata={"help": "Ridge of the Cayley map of orthogonal, in (0, 1e-2]."}
     )
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of the modules to adapt, or 'all-linear'."}
+        default=None, metadata={"help": "Names, roles or regular expression of the modules to adapt, or 'all-linear'."}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names or regular expression of the modules to leave alone."}
