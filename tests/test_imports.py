@@ -17,7 +17,7 @@ ALLOWED = {
     "checkpoint": {"errors", "shards", "variants"},
     "merge": {"errors", "shards", "variants", "checkpoint"},
     "tuner": {"errors", "shards", "ops", "variants"},
-    "train": {"errors", "tuner", "checkpoint"},
+    "train": {"errors", "tuner", "checkpoint", "variants"},
     "report": {"errors", "tuner", "checkpoint"},
     "cli": {"errors", "train", "report", "merge", "checkpoint"},
     "__main__": {"cli"},
