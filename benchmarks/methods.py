@@ -50,6 +50,7 @@ METHODS = {
     "mini": Method("flashbone mini", "BoneConfig", lambda r: {"r": r, "variant": "mini", "mini_r": r}, several=True),
     "bat-row": Method("flashbone bat-row", "BoneConfig", _variant("bat-row"), several=True),
     "bat-col": Method("flashbone bat-col", "BoneConfig", _variant("bat-col"), several=True),
+    "orthogonal": Method("flashbone orthogonal", "BoneConfig", lambda r: {"bottleneck_size": r}, several=True),
     "lora": Method("PEFT LoRA", "LoraConfig", _lora, several=True),
     "dora": Method("PEFT DoRA", "LoraConfig", lambda r: {**_lora(r), "use_dora": True}),
     "oft": Method("PEFT OFT", "OFTConfig", lambda r: {"oft_block_size": r}),
@@ -59,6 +60,12 @@ METHODS = {
     "peft-bat": Method("PEFT 0.18.1 Bone bat", "BoneConfig", lambda r: {"r": r, "init_weights": "bat"}, worker=OLD),
     "bone-merged": Method("flashbone bone, merged", "BoneConfig", _variant("bone"), merged="merged"),
     "bone-unloaded": Method("flashbone bone, unloaded", "BoneConfig", _variant("bone"), merged="unloaded"),
+    "orthogonal-merged": Method(
+        "flashbone orthogonal, merged", "BoneConfig", lambda r: {"bottleneck_size": r}, merged="merged"
+    ),
+    "orthogonal-unloaded": Method(
+        "flashbone orthogonal, unloaded", "BoneConfig", lambda r: {"bottleneck_size": r}, merged="unloaded"
+    ),
 }
 TRAINED = tuple(name for name, method in METHODS.items() if not method.merged)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.cases import SMOLLM2
 
+ATTENTION_OUTPUTS = ["attention.output.dense"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -36,6 +37,16 @@ def load_model(name: str, dtype: str, device: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=getattr(torch, dtype))
     model.config.use_cache = False
     return model.to(device).requires_grad_(False)
+
+
+def load_encoder(name: str, dtype: str, device: str) -> Any:
+    """A frozen classifier on BERT with random weights: "bert-base" in its published shape, or "bert-tiny"."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model: Any = BertForSequenceClassification(BertConfig(**(tiny if name == "bert-tiny" else {})))
+    return model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
 
 
 def model_folder(name: str, scratch: Path) -> Path:

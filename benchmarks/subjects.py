@@ -15,7 +15,16 @@ import torch
 
 from benchmarks.cases import Case, Setting
 from benchmarks.methods import METHODS, adapted
-from benchmarks.models import LINEARS, OneLayer, bare, load_model, model_folder, twin
+from benchmarks.models import (
+    ATTENTION_OUTPUTS,
+    LINEARS,
+    OneLayer,
+    bare,
+    load_encoder,
+    load_model,
+    model_folder,
+    twin,
+)
 
 Repetition = Callable[[], dict[str, float]]
 
@@ -86,6 +95,27 @@ class DecodeSubject(LayerSubject):
         def repetition() -> dict[str, float]:
             with torch.inference_mode():
                 return {"time_ms": timed_ms(lambda: layer(self.x), self.case.device, self.case.calls)}
+
+        return repetition
+
+
+class ForwardSubject:
+    """Forward of an encoder over a batch, in inference mode."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.base = load_encoder(case.shape["model"], case.dtype, case.device)
+        size = (case.shape["batch"], case.shape["seq"])
+        self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """Its time."""
+        base = copy.deepcopy(self.base) if METHODS[setting.method].merged else twin(self.base)
+        model = bare(adapted(base, setting, ATTENTION_OUTPUTS)).eval()
+
+        def repetition() -> dict[str, float]:
+            with torch.inference_mode():
+                return {"time_ms": timed_ms(lambda: model(input_ids=self.tokens), self.case.device, self.case.calls)}
 
         return repetition
 
@@ -207,6 +237,7 @@ class MergeSubject:
 SUBJECTS = {
     "layer": LayerSubject,
     "decode": DecodeSubject,
+    "forward": ForwardSubject,
     "step": StepSubject,
     "memory": MemorySubject,
     "live_memory": LiveMemorySubject,

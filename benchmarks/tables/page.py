@@ -138,6 +138,13 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "decode": _section(
         "decode", "main", "One token, ratio to the frozen layer", _all(["time_ms", "time_ratio"]), _metric
     ),
+    "forward": _section(
+        "forward",
+        "main",
+        "Inference of BERT-base, ratio to the frozen model",
+        _all(["time_ms", "time_ratio"]),
+        _metric,
+    ),
     "load": _one_after_the_other(
         _section("load", "import", "Ratio to `import peft`", _all(["import_ms", "import_ratio"]), _metric),
         _section("load", "adapter", "Ratio to LoRA", _all(["load_ms", "load_ratio"]), _metric),

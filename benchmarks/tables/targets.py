@@ -39,6 +39,7 @@ class Target:
 STEP = ("step", "targets", "time_ms")
 MEMORY = ("memory", "main", "above_floor_mib")
 LAYER, DECODE = ("layer", "shapes", "time_ms"), ("decode", "main", "time_ms")
+FORWARD = ("forward", "main", "time_ms")
 WIDE = {"tokens": 512, "in": 4096, "out": 4096}
 SHAPES = (WIDE, {"tokens": 1024, "in": 1536, "out": 1536}, {"tokens": 512, "in": 576, "out": 1536})
 
@@ -58,6 +59,11 @@ def _decode(method: str, limit: float, within_spread: bool = False) -> Target:
     return Target(claim, limit, DECODE, method, "frozen", against_adapters=0, within_spread=within_spread)
 
 
+def _forward(method: str, limit: float, within_spread: bool = False) -> Target:
+    claim = f"forward of BERT-base, 8 x 128 tokens: {method} / frozen"
+    return Target(claim, limit, FORWARD, method, "frozen", against_adapters=0, within_spread=within_spread)
+
+
 TARGETS = (
     Target("step: bone / MiSS", 0.95, STEP, "bone", "miss"),
     Target("step: bone / LoRA", 0.95, STEP, "bone", "lora"),
@@ -75,6 +81,9 @@ TARGETS = (
     _decode("bone", 1.02),
     _decode("bone-merged", 1.0, within_spread=True),
     _decode("bone-unloaded", 1.0, within_spread=True),
+    _forward("orthogonal", 1.02),
+    _forward("orthogonal-merged", 1.0, within_spread=True),
+    _forward("orthogonal-unloaded", 1.0, within_spread=True),
 )
 
 

@@ -151,7 +151,9 @@ class Moves:
             x = _flat(_compute_input(seen))
             if base_x is None and seen is not self.x:
                 base_x = _flat(_compute_input(self.x))
-            base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, self._transformed)
+            # Inference needs no operator, whose dispatch costs as much as a small product.
+            composite = self._transformed or self._cache is not None
+            base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, composite)
         return base_x
 
     def _offset(self, terms: _Rotations, dtype: torch.dtype) -> Tensor:

@@ -62,7 +62,7 @@ def rotate_input(
         x: What the adapter sees.
         E: `Q - I`, scaled; the same for all shards, so that all of them are one GEMM.
         base_x: What the base is to see, shifted by others already.
-        composite: Plain torch operations instead of the operator, for torch.func's transforms.
+        composite: Plain torch operations instead of the operator, for torch.func's transforms and in inference.
     """
     return _forward(x, E, base_x) if composite else torch.ops.flashbone.rotate_input(x, E, base_x)
 
