@@ -4,13 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-peft test-triton demo demo-classification golden benchmarks benchmarks-quick clean help
+.PHONY: check test test-peft test-triton demo demo-classification demo-orthogonal golden benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
-	@echo "make test-peft   PEFT's own tests, for BONE"
+	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
@@ -47,7 +47,7 @@ test: .venv/.dev
 	@touch $@
 
 # Threads that sleep while they wait: beside one busy program on two cores, spinning made a step 1.7 times as long.
-demo demo-classification: export OMP_WAIT_POLICY = PASSIVE
+demo demo-classification demo-orthogonal: export OMP_WAIT_POLICY = PASSIVE
 
 demo: .venv/.demo
 	$(BIN)/python -m examples.demo.prepare
@@ -56,6 +56,10 @@ demo: .venv/.demo
 demo-classification: .venv/.demo-classification
 	$(BIN)/python -m examples.classification.prepare
 	$(BIN)/python -m examples.classification.classify
+
+demo-orthogonal: .venv/.demo-classification
+	$(BIN)/python -m examples.classification.prepare
+	$(BIN)/python -m examples.classification.classify examples/classification/orthogonal.yaml
 
 # PEFT's own tests of custom models and configs, turned into tests of BONE. The deselected ones load from the hub.
 .venv/.peft-suite: .venv/.dev

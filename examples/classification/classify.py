@@ -1,4 +1,7 @@
-"""Teach a small BERT to sort news by topic with Bone: accuracy before and after, then the adapter on new headlines."""
+"""Teach a small BERT to sort news by topic with Bone: accuracy before and after, then the adapter on new headlines.
+
+python -m examples.classification.classify [RECIPE.yaml]
+"""
 
 import json
 import shutil
@@ -12,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import flashbone.cli  # `import flashbone` is what teaches PEFT to load the adapter
 
-RECIPE = Path("examples/classification/classify.yaml")
+RECIPE = "examples/classification/classify.yaml"
 HEADLINES = (
     "Striker signs a three-year contract after the cup final",
     "Central bank raises interest rates as inflation climbs",
@@ -30,13 +33,13 @@ def topics(adapter: Path, base_folder: str, labels: list[str], texts: tuple[str,
     return [labels[i] for i in model(**inputs).logits.argmax(-1)]
 
 
-def main() -> int:
+def main(path: str = RECIPE) -> int:
     """Train and report; the exit code of `flashbone train` if it fails."""
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     out = Path(recipe["output"])
     shutil.rmtree(out, ignore_errors=True)  # an earlier run of this example
-    print(f"$ flashbone train {RECIPE}", flush=True)
-    if code := flashbone.cli.main(["train", str(RECIPE)]):
+    print(f"$ flashbone train {path}", flush=True)
+    if code := flashbone.cli.main(["train", path]):
         return code
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["eval_accuracy_before"], summary["eval_accuracy_after"]
@@ -50,4 +53,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

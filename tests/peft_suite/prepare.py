@@ -20,7 +20,8 @@ ROWS = """    ("{variant} 1 Bone", "MLP", BoneConfig, {{"target_modules": "lin0"
     ("{variant} 3 Bone", "MLP", BoneConfig, {{"target_modules": "lin0", "modules_to_save": ["lin1"], {fields}}}),
     ("{variant} 4 Bone", "EmbConv1D", BoneConfig, {{"target_modules": ["conv1d"], {fields}}}),
 """
-VARIANTS = {name: f'"variant": "{name}", "r": 3, "mini_r": 2' for name in ("bone", "mini", "bat-col", "bat-row")}
+NAMES = ("bone", "mini", "bat-col", "bat-row", "orthogonal")
+VARIANTS = {name: f'"variant": "{name}", "r": 3, "mini_r": 2' for name in NAMES}
 
 
 def fetch(folder: Path) -> Path:
