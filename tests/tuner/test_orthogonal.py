@@ -8,7 +8,9 @@ from peft import BoneConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from flashbone.errors import ConfigError, ShapeError
+from flashbone import variants
+from flashbone.checkpoint import peft as checkpoint
+from flashbone.errors import ConfigError, FormatError, ShapeError
 from flashbone.merge import merge_checkpoint
 from flashbone.ops import reference
 from helpers.adapter_folders import tiny_bert
@@ -164,6 +166,23 @@ def test_a_checkpoint_is_merged_with_the_settings_of_the_adapter(fields, tmp_pat
     assert all(torch.equal(got[name], want[name]) for name in got)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["variant"], config["r"], config["bottleneck_size"]) == ("orthogonal", 5, 5)
+
+
+def test_a_file_that_names_only_a_bottleneck_is_read_alike_by_both_readers(tmp_path):
+    adapted(use_orthogonal=False).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: config[name] for name in config if name not in ("variant", "r")}))
+    adapter = checkpoint.read(tmp_path)
+    assert (adapter.variant, adapter.config["r"]) == (variants.get("orthogonal", use_orthogonal=False), 4)
+    loaded = PeftModel.from_pretrained(MLP(SIZES), tmp_path)
+    assert loaded.base_model.model.lin0.bone_variant["default"] == adapter.variant
+    file.write_text(json.dumps(config | {"bottleneck_size": 5}))
+    with pytest.raises(FormatError, match="bottleneck_size: got 5, wanted r, which is 4"):
+        checkpoint.read(tmp_path)
+    file.write_text(json.dumps(config | {"orthogonal_eps": 0.5}))
+    with pytest.raises(FormatError, match=r"orthogonal_eps: got 0.5, wanted a number in \(0, 0.01\]"):
+        checkpoint.read(tmp_path)
 
 
 def test_training_keeps_the_rotation_orthogonal_and_dropout_spares_the_base():

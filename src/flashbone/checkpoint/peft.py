@@ -76,6 +76,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_fields(file: Path, config: dict[str, Any]) -> None:
     config.setdefault("r", 64)
+    if config.get("bottleneck_size") is not None and config["r"] == 64:
+        config["r"] = config["bottleneck_size"]  # the orthogonal variant's spelling of r
     for name, default in DEFAULTS.items():
         if config.get(name) is None:
             config[name] = copy(default)
@@ -86,6 +88,8 @@ def _check_fields(file: Path, config: dict[str, Any]) -> None:
             problems.append(f"{name}: got {config[name]!r}, wanted {wanted}")
 
     check(_is_size(config["r"]), "r", "a positive integer")
+    bottleneck = config.get("bottleneck_size")
+    check(bottleneck in (None, config["r"]), "bottleneck_size", f"r, which is {config['r']!r}")
     check(_is_size(config["mini_r"]), "mini_r", "a positive integer")
     check(isinstance(config["use_orthogonal"], bool), "use_orthogonal", "true or false")
     eps = config["orthogonal_eps"]
@@ -116,10 +120,13 @@ def _is_pattern(value: str) -> bool:
 
 
 def _variant(file: Path, config: dict[str, Any]) -> variants.Variant:
-    """Named by `variant`; PEFT 0.14 to 0.18 have no such field and mean bat-col by `init_weights="bat"`, else bone."""
+    """Named by `variant`; PEFT 0.14 to 0.18 have no such field and mean bat-col by `init_weights="bat"`, else bone.
+    As in a BoneConfig, a `bottleneck_size` means orthogonal."""
     name, is_bat = config.get("variant") or "bone", config.get("init_weights") == "bat"
     if is_bat and name == "bone":
         name = "bat-col"
+    elif config.get("bottleneck_size") is not None and name == "bone":
+        name = Orthogonal.name
     if name not in variants.VARIANTS:
         known = ", ".join(map(repr, variants.VARIANTS))
         raise FormatError(f"{file}: variant: got {name!r}, wanted one of {known}; was it written by a newer flashbone?")
