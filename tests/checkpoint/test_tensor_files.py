@@ -135,3 +135,20 @@ def test_a_file_that_shrinks_meanwhile_is_an_error(file, tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(FormatError, match="meanwhile"):
         tensors.rewrite(found, tmp_path / "out", {}, _ignore)
+
+
+_NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+_LAYOUTS = st.dictionaries(
+    _NAMES,
+    st.tuples(st.sampled_from(list(tensors.FLOATS.values())), st.lists(st.integers(0, 5), max_size=3).map(tuple)),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=_LAYOUTS, metadata=st.sampled_from([None, {}, {"format": "pt"}]))
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, layout, metadata):
+    layout = {name: layout[name] for name in layout if name != "__metadata__"}
+    save_file(
+        {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}, tmp_path / "f", metadata
+    )
+    assert tensors.file_size(layout, metadata) == (tmp_path / "f").stat().st_size

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flashbone.errors import FormatError
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# In the order of the safetensors library's own files.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _CHUNK = 2**20  # bytes
 
@@ -89,6 +90,24 @@ def _entry(name: str, fields: dict[str, Any], data_start: int) -> Entry:
     if entry.dtype in FLOATS and end - start != math.prod(shape) * FLOATS[entry.dtype].itemsize:
         raise ValueError(f"tensor {name}: {end - start} bytes are not {entry.dtype} of shape {shape}")
     return entry
+
+
+def file_size(
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Bytes of the file that the safetensors library writes for tensors of these dtypes and shapes, header included.
+
+    It sorts by dtype, the widest first, then by name, writes the JSON without spaces, and pads it to 8 bytes.
+    """
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    order = list(names)
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = len(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + header + -header % 8 + end
 
 
 def rewrite(
