@@ -1,0 +1,134 @@
+"""A model's modules without its weights: built from its configuration on torch's meta device."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from flashbone.errors import ConfigError, FormatError
+
+CONFIG = "config.json"
+# What transformers raises over fields that contradict each other or have no sense.
+_UNFIT = (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, ZeroDivisionError)
+_LOST = "{}: no such folder, and not found in {}; is it spelt right?"
+
+
+def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that a configuration describes, on the meta device: names and shapes of everything, no weights.
+
+    Args:
+        source: A config, a folder with a config.json, that file itself, or a hub id. No weights are read or downloaded.
+        dtype: Of the parameters; None takes the config's, or fp32.
+
+    Raises:
+        ConfigError: there is no such folder, file or model, or transformers has no class for it.
+    """
+    config = source if isinstance(source, PretrainedConfig) else load_config(source)
+    stored: Any = config.dtype
+    try:
+        with torch.device("meta"):
+            return _build(config, dtype or stored or torch.float32)
+    except _UNFIT as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{_name(source)}: its modules cannot be built from the config: {reason}") from error
+
+
+def load_config(source: str | Path) -> PretrainedConfig:
+    """The configuration in a folder, in a config.json, or on the hub (offline: in its cache).
+
+    Raises:
+        ConfigError: there is none, or it is of a model that transformers does not know.
+        FormatError: it is not JSON.
+    """
+    file = _config_file(source)
+    fields = _read(file)
+    kind = fields.get("model_type") or ""
+    if kind not in CONFIG_MAPPING:
+        if fields.get("auto_map"):
+            why = "needs Python code of its own (auto_map), which is never run here; load the model and pass that"
+        else:
+            why = f"transformers {transformers.__version__} does not know it"
+        raise ConfigError(f"{file}: model_type {kind!r}: {why}" if kind else f"{file}: it names no model_type")
+    try:
+        config = CONFIG_MAPPING[kind].from_pretrained(str(file))  # reads this file alone
+    except (StrictDataclassError, OSError, *_UNFIT) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+    config.name_or_path = ""  # PEFT looks there for a config once more
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise FormatError(f"{file}: wanted a JSON object, got a {type(fields).__name__}")
+    return fields
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """By the class that the config names, where transformers has it; else as a causal language model, where there is
+    one of that type; else as the bare model."""
+    for name in config.architectures or []:
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named._from_config(config, dtype=dtype)
+    auto: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
+    return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Whether the type generates text. BERT and its kin have causal classes, too, and are not meant by their type."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        return False
+    return getattr(config, "is_decoder", None) is not False
+
+
+def _config_file(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".json":
+            raise ConfigError(f"{source}: is a file; a folder with a {CONFIG}, that file, or a hub id was wanted")
+        return path
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise ConfigError(f"{source}: the folder has no {CONFIG}, so it does not say what model it holds")
+        return path / CONFIG
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ConfigError(f"{source}: no such folder or file")
+    return _from_hub(source)
+
+
+def _from_hub(name: str) -> Path:
+    offline = constants.is_offline_mode()
+    where = "the hub's cache (offline, nothing is downloaded)" if offline else "the hub"
+    try:
+        return Path(hf_hub_download(name, CONFIG, local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(_LOST.format(name, where)) from error
+    except EntryNotFoundError as error:
+        raise ConfigError(f"{name}: this model on the hub has no {CONFIG}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ConfigError(_LOST.format(name, where)) from error
+
+
+def _name(source: PretrainedConfig | str | Path) -> str:
+    return type(source).__name__ if isinstance(source, PretrainedConfig) else str(source)

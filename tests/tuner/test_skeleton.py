@@ -1,0 +1,106 @@
+"""A model's modules without its weights: from a config, a folder, a file or a hub id."""
+
+import json
+
+import pytest
+import torch
+from transformers import AlbertConfig, BertConfig, GPT2Config, LlamaConfig, T5Config
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.tuner.skeleton import skeleton
+from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert, lambda: tiny_bert(classifier=False)])
+def test_names_shapes_and_ties_are_those_of_the_model(make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.unlink()
+    bare = skeleton(tmp_path)
+    assert type(bare) is type(model)
+    assert {n: p.shape for n, p in bare.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert {p.device.type for p in bare.parameters()} == {"meta"}
+    assert {p.dtype for p in bare.parameters()} == {torch.float32}
+
+
+def test_a_config_file_and_a_dtype_are_enough(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    bare = skeleton(tmp_path / "config.json", torch.bfloat16)
+    assert {p.dtype for p in bare.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LlamaConfig(num_hidden_layers=1), "LlamaForCausalLM"),
+        (GPT2Config(n_layer=1), "GPT2LMHeadModel"),
+        (BertConfig(num_hidden_layers=1), "BertModel"),
+        (T5Config(num_layers=1), "T5Model"),
+        (AlbertConfig(), "AlbertModel"),
+        (BertConfig(num_hidden_layers=1, architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
+        (LlamaConfig(num_hidden_layers=1, architectures=["OfSomebodyElse"]), "LlamaForCausalLM"),
+    ],
+)
+def test_the_architecture_is_the_configs_or_that_of_its_type(config, name):
+    assert type(skeleton(config)).__name__ == name
+
+
+def _write(folder, fields):
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ({"model_type": "quux"}, ConfigError, "'quux': transformers .* does not know it"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, ConfigError, "auto_map.*, which is never run"),
+        ({}, ConfigError, "names no model_type"),
+        ([], FormatError, "wanted a JSON object"),
+    ],
+)
+def test_a_config_of_no_known_model_is_said_in_one_line(tmp_path, content, error, message):
+    with pytest.raises(error, match=message) as caught:
+        skeleton(_write(tmp_path, content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("gone/deep/below", "no such folder or file"),
+        ("empty", "has no config.json"),
+        ("weights.bin", "is a file; a folder with a config.json"),
+    ],
+)
+def test_a_place_without_a_config_is_said_in_one_line(tmp_path, source, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=message) as caught:
+        skeleton(str(tmp_path / source))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_said_in_one_line():
+    with pytest.raises(
+        ConfigError, match="somebody/not-here: no such folder, and not found in the hub's cache"
+    ) as caught:
+        skeleton("somebody/not-here")
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_that_no_model_can_have_are_said_in_one_line(tmp_path):
+    fields = {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4, "num_hidden_layers": "two"}
+    with pytest.raises(ConfigError, match="num_hidden_layers") as caught:
+        skeleton(_write(tmp_path, fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_in_the_cache_needs_its_config_only(tmp_path, monkeypatch):
+    repository = tmp_path / "models--somebody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    tiny_llama().config.save_pretrained(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert type(skeleton("somebody/tiny")).__name__ == "LlamaForCausalLM"
