@@ -185,6 +185,22 @@ class BoneConfig(PeftConfig):
             fields["init_weights"] = "bat"
         return fields
 
+    @classmethod
+    def recommended(cls, model: Any, **overrides: Any) -> BoneConfig:
+        """The published settings of the orthogonal variant for a model of this size (docs/adapters.md has the table).
+
+        Args:
+            model: A module, a transformers config, or a model's folder or hub id, of which only the config is read.
+            **overrides: Fields that win over the published ones. `variant` other than "orthogonal" leaves nothing of
+                them: BoneConfig's defaults and the overrides are taken.
+
+        Raises:
+            ConfigError: the model has more than 13B parameters, where nothing was published; or there is no such model.
+        """
+        from flashbone.tuner.presets import recommended
+
+        return recommended(cls, model, overrides)
+
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

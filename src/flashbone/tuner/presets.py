@@ -1,0 +1,95 @@
+"""The published settings of the orthogonal variant, by the size of the model that is adapted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from flashbone.errors import ConfigError
+from flashbone.tuner.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from flashbone.tuner.config import BoneConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings for models with fewer than `below` parameters.
+
+    Attributes:
+        below: number of parameters, exclusive.
+        r: block size (`bottleneck_size`).
+        dropout: on the adapter's input.
+        orthogonal_eps: ridge of the orthogonal map.
+    """
+
+    below: float
+    r: int
+    dropout: float
+    orthogonal_eps: float
+
+
+# Published for below 100M, 100M to 1B, 1B to 7B and 7B to 13B. "13B" is nominal: Llama-2-13B has 13.02e9 parameters, so
+# that the last limit lies a little above 13e9.
+PRESETS = (
+    Preset(0.1e9, 32, 0.1, 1e-6),
+    Preset(1e9, 64, 0.15, 1e-6),
+    Preset(7e9, 128, 0.2, 1e-5),
+    Preset(13.5e9, 256, 0.25, 1e-5),
+)
+
+
+def published_preset(parameters: int) -> Preset | None:
+    """The published setting for a model of that many parameters; None above all that were published."""
+    return next((preset for preset in PRESETS if parameters < preset.below), None)
+
+
+def parameter_count(model: nn.Module | PretrainedConfig | str | Path) -> int:
+    """Number of parameters of a model, or of the one that a config, a folder or a hub id describes (nothing is loaded).
+
+    Tied weights count once, weights packed to 4 bits (bitsandbytes) as the numbers that they hold, and weights that
+    ZeRO-3 has partitioned as the whole.
+
+    Raises:
+        ConfigError: there is no such model, see `skeleton`.
+    """
+    module = model if isinstance(model, nn.Module) else skeleton(model)
+    return sum(map(_numbers_in, module.parameters()))
+
+
+def _numbers_in(parameter: Any) -> int:
+    if hasattr(parameter, "ds_numel"):
+        return int(parameter.ds_numel)
+    packed = type(parameter).__name__ == "Params4bit"  # two numbers in each byte
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+
+
+def recommended(
+    cls: type[BoneConfig], model: nn.Module | PretrainedConfig | str | Path, overrides: dict[str, Any]
+) -> BoneConfig:
+    """See `BoneConfig.recommended`."""
+    if _is_another_variant(overrides):
+        return cls(**overrides)
+    parameters = parameter_count(model)
+    preset = published_preset(parameters)
+    if preset is None:
+        raise ConfigError(
+            f"the model has {parameters / 1e9:.3g}B parameters, and the published settings of the orthogonal variant"
+            ' end at 13B; use BoneConfig(r=64, variant="bone"), or choose bottleneck_size yourself'
+        )
+    fields: dict[str, Any] = {"dropout": preset.dropout, "orthogonal_eps": preset.orthogonal_eps}
+    if "r" in overrides:
+        fields["variant"] = "orthogonal"
+    else:
+        fields["bottleneck_size"] = preset.r
+    return cls(**{**fields, **overrides})
+
+
+def _is_another_variant(overrides: dict[str, Any]) -> bool:
+    """Whether the settings that were published, all of the orthogonal variant, do not apply."""
+    return overrides.get("variant", "orthogonal") != "orthogonal" or overrides.get("init_weights") == "bat"
