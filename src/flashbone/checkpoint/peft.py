@@ -7,19 +7,16 @@ adapter_model.safetensors    or adapter_model.bin:
     base_model.model.<parameter>                    a parameter of a module to save
 """
 
-import pickle
 import re
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flashbone import variants
 from flashbone.checkpoint import Adapter, read_json, same_values
+from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
 from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
 
@@ -49,8 +46,8 @@ def read(path: str | Path) -> Adapter:
     folder = Path(path)
     config = _read_config(folder)
     variant = _variant(folder / CONFIG, config)
-    file, state = _read_state(folder)
-    blocks, replacements, problems = _sort_keys(state, config)
+    file = weights_file(folder)
+    blocks, replacements, problems = _sort_keys(read_state(file), config)
     problems += [p for module, block in blocks.items() for p in _block_problems(module, block, variant, config)]
     if not blocks and not problems:
         problems.append("it holds no bone_block")
@@ -137,32 +134,16 @@ def _variant(file: Path, config: dict[str, Any]) -> variants.Variant:
     return variants.get(name, use_orthogonal=config["use_orthogonal"], eps=config["orthogonal_eps"])
 
 
-def _read_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    file = folder / SAFETENSORS
-    if file.is_file():
-        try:
-            return file, load_file(file)
-        except (SafetensorError, ValueError) as error:
-            raise FormatError(
-                f"{file}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
-            ) from error
-    file = folder / PICKLE
-    if not file.is_file():
-        raise FormatError(f"{folder}: this adapter has no weights, wanted {SAFETENSORS} or {PICKLE}")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{file}: refused, this pickle is broken or holds more than tensors (pickles can run code); convert it to"
-            f" {SAFETENSORS} where you trust it"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # torch's unpickler stumbles over a damaged file in any way it likes
-        raise FormatError(f"{file}: cannot be read as a torch file; it may be truncated ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise FormatError(f"{file}: wanted a mapping from names to tensors, it holds something else")
-    return file, {str(key): tensor for key, tensor in state.items()}
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter folder that holds its tensors.
+
+    Raises:
+        FormatError: there is none.
+    """
+    for name in (SAFETENSORS, PICKLE):
+        if (folder / name).is_file():
+            return folder / name
+    raise FormatError(f"{folder}: this adapter has no weights, wanted {SAFETENSORS} or {PICKLE}")
 
 
 def _sort_keys(
