@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 
-from flashbone.errors import FormatError
+from flashbone.cli import hub
 
 
 def run(argv: list[str]) -> int:
@@ -19,7 +18,7 @@ def run(argv: list[str]) -> int:
     from flashbone.checkpoint import staging
     from flashbone.merge import merge_checkpoint
 
-    base, adapter = _folder(args.base, _OTHER_WEIGHTS), _folder(args.adapter, ())
+    base, adapter = hub.folder(args.base, _OTHER_WEIGHTS), hub.folder(args.adapter)
     for leftover in staging.leftovers(args.out):
         print(f"flashbone merge: {leftover} is left of a run that was killed, or is still under way", file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
@@ -54,19 +53,3 @@ def _parser() -> argparse.ArgumentParser:
 
 # Not downloaded for a base: the same weights in formats that are not merged.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "original/*")
-
-
-def _folder(given: str, ignored: tuple[str, ...]) -> Path:
-    """A local path as it is; what is none and looks like a hub id, from the hub or, offline, from its cache."""
-    path = Path(given)
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
-        return path
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    offline = constants.is_offline_mode()
-    try:
-        return Path(snapshot_download(given, local_files_only=offline, ignore_patterns=list(ignored)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        where = "the hub's cache (offline)" if offline else "the hub"
-        raise FormatError(f"{given}: no such folder, and not found in {where}; is it spelt right?") from error

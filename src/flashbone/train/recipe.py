@@ -68,6 +68,32 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
     return _parse(given, overrides, str(config))
 
 
+def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict[str, Any]:
+    """The `adapter` section of a recipe, which may lack everything else, with `--adapter.field value` on top.
+
+    Raises:
+        ConfigError: a field is unknown (all of them are named), no field of the adapter, or of the wrong type.
+        FormatError: the file is no YAML mapping; the message gives the line.
+    """
+    import argparse
+
+    from jsonargparse import ArgumentParser
+
+    where = "adapter" if config is None else str(config)
+    section = None if config is None else _read_yaml(Path(config)).get("adapter")
+    if not isinstance(section, dict | None):
+        raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
+    given = {"adapter": section or {}}
+    _check_names(_keys(given) + _flag_names(overrides), _adapter_names(), where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--adapter", type=dict[str, Any], default={})
+    try:
+        merged = parser.parse_args(overrides, namespace=parser.parse_object(given))
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise ConfigError(f"{where}: {_one_line(str(error))}") from None
+    return _numbers(merged.adapter)
+
+
 def arguments_class(task: Any) -> type:
     """The class that `training` is passed to."""
     if task == "classification":
@@ -125,16 +151,24 @@ def _flag_names(overrides: list[str]) -> list[str]:
 
 def _refuse_unknown(names: list[str], task: Any, where: str) -> None:
     """Raise one ConfigError that names every field which nothing would read, with the nearest that exist."""
+    known = _field_names(Recipe)
+    known += [f"data.{name}" for name in _field_names(DataRecipe)]
+    known += _adapter_names()
+    known += [f"training.{name}" for name in _field_names(arguments_class(task))]
+    if task == "classification":
+        known.append("training.max_length")  # ours: transformers' arguments have none
+    _check_names(names, known, where)
+
+
+def _adapter_names() -> list[str]:
     import peft  # noqa: F401  # first, since BONE is registered when peft has been imported
 
     from flashbone import BoneConfig
 
-    known = _field_names(Recipe)
-    known += [f"data.{name}" for name in _field_names(DataRecipe)]
-    known += [f"adapter.{name}" for name in _field_names(BoneConfig)]
-    known += [f"training.{name}" for name in _field_names(arguments_class(task))]
-    if task == "classification":
-        known.append("training.max_length")  # ours: transformers' arguments have none
+    return [f"adapter.{name}" for name in _field_names(BoneConfig)]
+
+
+def _check_names(names: list[str], known: list[str], where: str) -> None:
     known = [name for name in known if name not in OURS]
     problems = []
     for name in dict.fromkeys(names):
