@@ -18,7 +18,7 @@ ALLOWED = {
     "merge": {"errors", "shards", "variants", "checkpoint"},
     "tuner": {"errors", "shards", "ops", "variants"},
     "train": {"errors", "tuner", "checkpoint", "variants"},
-    "report": {"errors", "tuner", "checkpoint"},
+    "report": {"errors", "tuner", "checkpoint", "variants"},
     "cli": {"errors", "train", "report", "merge", "checkpoint"},
     "__main__": {"cli"},
     "__init__": {"errors", "import_hook", "tuner"},

@@ -1,0 +1,179 @@
+"""What adapting a model would cost: parameters, file, memory, arithmetic, beside LoRA; from its config alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashbone.checkpoint.tensors import file_size
+from flashbone.report.inspect.attached import ROOT, Attached, Layer, attach
+from flashbone.report.inspect.costs import Setting
+from flashbone.report.inspect.data import Costs, LayerGroup, ModelReport, Recommendation, TrainedGroup
+from flashbone.report.inspect.folding import fold
+from flashbone.report.inspect.methods import Method, attached_method, lora_twin
+from flashbone.tuner.presets import published_preset
+
+STATES = 3  # of each trained number: its gradient and AdamW's two moments
+METADATA = {"format": "pt"}  # that PEFT writes into its files
+
+
+def inspect_model(
+    source: str | Path,
+    fields: dict[str, Any] | None = None,
+    *,
+    recommend: bool = True,
+    tokens: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ModelReport:
+    """What training an adapter on a model would cost. No weights are read, and none are made.
+
+    Args:
+        source: A folder, a config.json, or a hub id.
+        fields: Of BoneConfig; all linear layers unless they say otherwise.
+        recommend: Where the fields do not say which variant or block size, take the published setting for the model's
+            size, and `bone` with r = 64 above 13B; else BoneConfig's defaults.
+        tokens: Batch times sequence of one training step.
+        dtype: Of the base while training, under autocast where it is half precision; the adapter is in fp32.
+
+    Raises:
+        ConfigError: there is no such model, a field is wrong, or no layer matches.
+    """
+    found = attach(source, fields or {}, recommend=recommend, dtype=dtype)
+    config = found.config
+    setting = Setting(tokens, dtype.itemsize, dtype.itemsize < 4, config.dropout > 0, config.use_orthogonal)
+    preset = published_preset(found.parameters)
+    published = Recommendation(preset.r, preset.dropout, preset.orthogonal_eps) if preset else None
+    taken = Recommendation(config.r, config.dropout, config.orthogonal_eps)
+    return ModelReport(
+        model=str(source),
+        architecture=found.architecture,
+        parameters=found.parameters,
+        base_bytes=found.base_bytes,
+        dtype=str(dtype).removeprefix("torch."),
+        quantised_by=found.quantised_by,
+        tokens=tokens,
+        linear_multiply_adds=found.linear_multiply_adds,
+        config=_telling_fields(found),
+        is_recommended=config.variant == "orthogonal" and config.use_orthogonal and taken == published,
+        recommended=published,
+        layers=tuple(_layer_groups(found, attached_method(found), setting)),
+        others=tuple(_trained_groups(found)),
+        costs=_costs(found, attached_method(found), setting),
+        lora=_costs(found, lora_twin(found), setting),
+        assumption=found.calls.assumption,
+    )
+
+
+def _trained_groups(found: Attached) -> list[TrainedGroup]:
+    groups = []
+    for group in fold((name, (tuple(p.shape), name in found.copied)) for name, p in found.others.items()):
+        first, parameters = group.names[0], sum(found.others[name].numel() for name in group.names)
+        weights = 1 if first in found.copied else 0  # a bias is the base's own
+        groups.append(
+            TrainedGroup(
+                names=group.pattern,
+                count=len(group.names),
+                shape=tuple(found.others[first].shape),
+                trainable_parameters=parameters,
+                percent_of_base=100 * parameters / found.parameters,
+                training_bytes=(weights + STATES) * parameters * found.others[first].element_size(),
+            )
+        )
+    return groups
+
+
+def _costs(found: Attached, method: Method, setting: Setting) -> Costs:
+    parameters = sum(map(method.parameters, found.layers))
+    others = sum(p.numel() for p in found.others.values())
+    block_bytes = sum(method.parameters(layer) * layer.block.element_size() for layer in found.layers)
+    copies = sum(found.others[name].nbytes for name in found.copied)
+    states = STATES * (block_bytes + sum(p.nbytes for p in found.others.values()))
+    activations = sum(_activations(found, method, setting).values())
+    arithmetic = sum(method.multiply_adds(layer, setting) for layer in found.layers)
+    return Costs(
+        method=method.name,
+        r=method.r,
+        trainable_parameters=parameters + others,
+        percent_of_base=100 * (parameters + others) / found.parameters,
+        file_bytes=_file_bytes(found, method),
+        weight_bytes=block_bytes + copies,
+        state_bytes=states,
+        activation_bytes=activations,
+        training_bytes=found.base_bytes + block_bytes + copies + states + activations,
+        multiply_adds=arithmetic,
+        percent_of_linears=100 * arithmetic / found.linear_multiply_adds,
+    )
+
+
+def _file_bytes(found: Attached, method: Method) -> int:
+    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.saved_others.items()}
+    for layer in found.layers:
+        for suffix, shape in method.shapes(layer).items():
+            layout[ROOT + layer.name + suffix] = (layer.block.dtype, shape)
+    return file_size(layout, METADATA)
+
+
+def _activations(found: Attached, method: Method, setting: Setting) -> dict[str, int]:
+    """Layer -> bytes kept by its calls; an input that several layers see is counted with the first."""
+    layers = {layer.name: layer for layer in found.layers}
+    total: dict[str, int] = defaultdict(int)
+    inputs: set[int] = set()
+    for call in found.calls.calls:
+        if call.layer in layers:
+            kept = method.kept(layers[call.layer], setting)
+            total[call.layer] += kept.own + (0 if call.input in inputs else kept.input)
+            inputs.add(call.input)
+    return total
+
+
+def _layer_groups(found: Attached, method: Method, setting: Setting) -> list[LayerGroup]:
+    layers = {layer.name: layer for layer in found.layers}
+    kept = _activations(found, method, setting)
+
+    def key(layer: Layer) -> tuple[Any, ...]:
+        return layer.out_features, layer.in_features, layer.r, tuple(layer.block.shape), layer.calls, kept[layer.name]
+
+    groups = []
+    for group in fold((layer.name, key(layer)) for layer in found.layers):
+        first, n = layers[group.names[0]], len(group.names)
+        parameters = n * method.parameters(first)
+        arithmetic = n * method.multiply_adds(first, setting)
+        activations = n * kept[first.name]
+        groups.append(
+            LayerGroup(
+                modules=group.pattern,
+                layers=n,
+                out_features=first.out_features,
+                in_features=first.in_features,
+                r=first.r,
+                block_shape=tuple(first.block.shape),
+                trainable_parameters=parameters,
+                percent_of_base=100 * parameters / found.parameters,
+                activation_bytes=activations,
+                training_bytes=(1 + STATES) * parameters * first.block.element_size() + activations,
+                multiply_adds=arithmetic,
+                percent_of_linears=100 * arithmetic / found.linear_multiply_adds,
+            )
+        )
+    return groups
+
+
+_TELLING = (
+    *("variant", "r", "mini_r", "dropout", "use_orthogonal", "orthogonal_eps", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "rank_pattern", "bias", "modules_to_save"),
+)
+
+
+def _telling_fields(found: Attached) -> dict[str, Any]:
+    """Fields that decide what the adapter costs; those at their defaults are left out."""
+    config = found.config
+    defaults = {item.name: item.default for item in fields_of(config)}
+    telling = {name: getattr(config, name) for name in _TELLING if name in defaults}
+    kept = {
+        name: v for name, v in telling.items() if name in ("variant", "r", "dropout") or v not in (defaults[name], {})
+    }
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()}
