@@ -11,6 +11,7 @@ from flashbone.errors import FlashboneError
 # A command's module is imported only when it is asked for, so that help answers at once.
 COMMANDS = {
     "train": ("flashbone.cli.train", "fine-tune a model as a YAML file says"),
+    "inspect": ("flashbone.cli.inspect", "say what an adapter would cost, or what a file holds"),
     "merge": ("flashbone.cli.merge", "write an adapter into a checkpoint's weights"),
 }
 
@@ -84,7 +85,7 @@ def _help() -> str:
         [
             "usage: flashbone COMMAND ...",
             "",
-            "Bone-family adapters: fine-tune and merge.",
+            "Bone-family adapters: fine-tune, inspect and merge.",
             "",
             "commands:",
             *lines,

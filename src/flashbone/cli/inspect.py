@@ -1,0 +1,132 @@
+"""`flashbone inspect TARGET`: what an adapter on a model would cost, or what an adapter's file holds."""
+
+import argparse
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from flashbone.cli import hub
+from flashbone.errors import ConfigError
+
+ADAPTER_CONFIG = "adapter_config.json"
+TENSOR_FILES = (".pth", ".pt", ".bin", ".safetensors")
+
+EPILOG = """\
+TARGET is a model or an adapter:
+  a model's folder, config.json or hub id   what an adapter on it would cost; its weights are neither needed nor read
+  an adapter's folder or hub id             what it holds: BONE, and in short MISS and LORA
+  a .pth or .safetensors of RWKV-PEFT       the same
+
+The adapter on a model is the published setting for its size, unless --config or any field of BoneConfig says otherwise:
+  flashbone inspect meta-llama/Llama-2-7b-hf --adapter.variant bone --adapter.r 64
+  flashbone inspect my-model --adapter.target_modules '[q_proj, v_proj]' --tokens 8192
+  flashbone inspect my-model --config train.yaml
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Parse, inspect, print on stdout."""
+    ours, fields = _separate(argv)
+    options = _parser().parse_args(ours)
+    # The libraries' words on what they mean to rename are no news to who asks about a model.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\.|$)")
+    print_report: Any
+    if _is_adapter(options.target):
+        if fields or options.config:
+            raise ConfigError(f"{options.target}: is an adapter; --config and --adapter.* are for models")
+        from flashbone.report.inspect.adapter import inspect_adapter
+        from flashbone.report.inspect.adapter_tables import print_adapter as print_report
+
+        with _progress() as bar:
+            task = bar.add_task("reading the adapter", total=None)
+            report = inspect_adapter(
+                hub.folder(options.target), lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    else:
+        from flashbone.report.inspect.model_tables import print_model as print_report
+
+        report = _inspect_model(options, fields)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        print_report(report)
+    return 0
+
+
+def _progress() -> Any:
+    """A bar on stderr, on terminals only."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _inspect_model(options: argparse.Namespace, fields: list[str]) -> Any:
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from flashbone.report.inspect.model import inspect_model
+    from flashbone.train.recipe import load_adapter_fields
+
+    adapter = load_adapter_fields(options.config, fields)
+    settings = {"recommend": options.config is None, "tokens": options.tokens, "dtype": getattr(torch, options.dtype)}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # which kernels are installed does not matter here
+    try:
+        with Console(stderr=True).status(f"building {options.target} without weights"):
+            return inspect_model(options.target, adapter, **settings)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _is_adapter(target: str) -> bool:
+    """Whether an adapter is meant; what does not exist is left to the model's side, which says so."""
+    path = Path(target)
+    if hub.looks_like_hub_id(target):
+        return hub.has_file(target, ADAPTER_CONFIG) and not hub.has_file(target, "config.json")
+    return path.suffix in TENSOR_FILES if path.is_file() else (path / ADAPTER_CONFIG).is_file()
+
+
+def _separate(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and the adapter's fields with their values, in whatever order they came."""
+    ours, fields = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(("--adapter.", "--adapter=")) and word != "--adapter":
+            ours.append(word)
+            continue
+        fields.append(word)
+        if "=" not in word:
+            fields += [value] if (value := next(words, None)) is not None else []
+    return ours, fields
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive number")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashbone inspect",
+        description="Say what training an adapter on a model would cost, or what an adapter holds.",
+        usage="flashbone inspect TARGET [--config FILE] [--adapter.FIELD VALUE ...] [--tokens N] [--dtype D] [--json]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="TARGET", help="a model or an adapter")
+    parser.add_argument("--config", metavar="FILE", help="a recipe of `flashbone train`, whose adapter is taken")
+    parser.add_argument(
+        "--tokens", type=_tokens, default=2048, metavar="N", help="batch x sequence of a training step (2048)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the base (bfloat16)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser

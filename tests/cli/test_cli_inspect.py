@@ -1,0 +1,154 @@
+"""`flashbone inspect` on the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flashbone.cli import main
+from flashbone.report.inspect.words import percent
+from helpers.adapter_folders import tiny_llama, write_adapter
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A model's folder without its weights."""
+    model = tiny_llama()
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return str(write_adapter(tmp_path / "adapter", "bone", {f"layers.{n}.q": torch.randn(4, 8) for n in range(3)}))
+
+
+def _out(capsys, *args) -> str:
+    assert main(["inspect", *args]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.fixture(params=[80, 120])
+def columns(request, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return request.param
+
+
+def test_the_tables_of_a_model_say_what_its_json_says(base, capsys, columns):
+    command = (base, "--adapter.r", "4", "--adapter.target_modules", "[q_proj, down_proj]", "--tokens", "100")
+    text = _out(capsys, *command)
+    report = json.loads(_out(capsys, *command, "--json"))
+    for costs in (report["costs"], report["lora"]):
+        assert f"{costs['trainable_parameters']:,} ({percent(costs['percent_of_base'])})" in text
+        assert f"{costs['file_bytes']:,}" in text
+        assert f"+{percent(costs['percent_of_linears'])}" in text
+    assert "LlamaForCausalLM, 7,860 parameters" in text
+    assert "Adapter: bone, block size 4\n" in text
+    assert "model.layers.{0..1}.self_attn.q_proj x 2" in text
+    assert f"LoRA, rank {report['lora']['r']}" in text
+    assert "for 100 tokens a step" in " ".join(text.split())
+    assert [group["modules"] for group in report["layers"]] == [
+        "model.layers.{0..1}.self_attn.q_proj",
+        "model.layers.{0..1}.mlp.down_proj",
+    ]
+
+
+def test_the_tables_of_an_adapter_say_what_its_json_says(adapter, capsys, columns):
+    text = _out(capsys, adapter)
+    report = json.loads(_out(capsys, adapter, "--json"))
+    assert f"{report['file_bytes']:,} bytes on disk" in " ".join(text.split())
+    assert "layers.{0..2}.q x 3" in text
+    assert "BONE, variant bone" in text
+    assert "Every value is finite." in text
+    assert [engine["verdict"] for engine in report["engines"]] == ["exact"] * 5
+    assert "flashbone cannot convert to LoRA yet" in text
+
+
+def test_no_line_is_wider_than_the_terminal(base, adapter, capsys, columns):
+    for target in (base, adapter):
+        lines = _out(capsys, target, *(["--adapter.bottleneck_size", "8"] if target == base else [])).splitlines()
+        assert all(len(line) <= columns for line in lines[2:])  # the first two may hold a path of any length
+
+
+def test_a_recipe_says_which_adapter(base, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("adapter: {variant: bat-row, r: 5}\ntraining: {max_steps: 1}\n")
+    report = json.loads(_out(capsys, base, "--config", str(recipe), "--json"))
+    assert (report["costs"]["method"], report["costs"]["r"]) == ("bat-row", 5)
+    report = json.loads(_out(capsys, base, "--config", str(recipe), "--adapter.r=2", "--json"))
+    assert (report["costs"]["method"], report["costs"]["r"]) == ("bat-row", 2)
+    recipe.write_text("model: x\n")
+    report = json.loads(_out(capsys, base, "--config", str(recipe), "--json"))
+    assert (report["costs"]["method"], report["costs"]["r"]) == ("bone", 64)  # what train would do with it
+
+
+def test_a_config_file_is_a_model(base, capsys):
+    assert json.loads(_out(capsys, f"{base}/config.json", "--adapter.r=4", "--json"))["parameters"] == 7860
+
+
+def test_the_dtype_is_that_of_the_base(base, capsys):
+    reports = [
+        json.loads(_out(capsys, base, "--adapter.r=4", "--dtype", name, "--json")) for name in ("float32", "float16")
+    ]
+    assert [report["base_bytes"] for report in reports] == [4 * 7860, 2 * 7860]
+
+
+def test_an_adapter_in_the_hubs_cache_is_an_adapter(tmp_path, capsys, monkeypatch):
+    repository = tmp_path / "models--somebody--tuned"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    write_adapter(repository / "snapshots" / ("0" * 40), "bat-row", {"q": torch.randn(2, 4, 4)})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert json.loads(_out(capsys, "somebody/tuned", "--json"))["variant"] == "bat-row"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["gone/deep/below"], "gone/deep/below: no such folder or file"),
+        (["somebody/not-here"], "somebody/not-here: no such folder, and not found in the hub's cache"),
+        (["BASE", "--adapter.rr", "4"], "unknown field: adapter.rr (did you mean adapter.r or"),
+        (["BASE", "--adapter.task_type", "X"], "adapter.task_type (set `task` instead)"),
+        (["BASE", "--adapter.r", "4", "--adapter.target_modules", "[nope]"], "nope"),
+        (["BASE", "--config", "gone.yaml"], "gone.yaml: no such configuration file"),
+        (["ADAPTER", "--adapter.r", "4"], "is an adapter; --config and --adapter.* are for models"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_1(base, adapter, capsys, args, message):
+    args = [{"BASE": base, "ADAPTER": adapter}.get(arg, arg) for arg in args]
+    assert main(["inspect", *args]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("flashbone inspect: error: ")
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("args", [[], ["a", "b"], ["a", "--unknown"], ["a", "--tokens", "0"], ["a", "--dtype", "int8"]])
+def test_a_wrong_command_line_is_exit_code_2(capsys, args):
+    assert main(["inspect", *args]) == 2
+    assert "usage: flashbone inspect" in capsys.readouterr().err
+
+
+def test_its_help_imports_no_heavy_library():
+    check = "import sys, flashbone.cli; flashbone.cli.main(['inspect', '--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
+    assert "usage: flashbone inspect" in done.stdout
+    assert not {"torch", "transformers", "peft", "rich"} & set(done.stderr.split())
+
+
+def test_it_works_without_the_packages_of_training(base):
+    code = (
+        "import sys\n"
+        "for name in ('trl', 'datasets', 'matplotlib'): sys.modules[name] = None\n"
+        "from flashbone.cli import main\n"
+        f"sys.exit(main(['inspect', {base!r}, '--adapter.r', '4', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["costs"]["r"] == 4
