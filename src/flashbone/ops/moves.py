@@ -160,7 +160,10 @@ class Moves:
         """The sum of the scaled `Q - I` of several adapters, solved for once in inference."""
 
         def build() -> Tensor:
-            offsets = [_scaled(rotation_offset(P, is_rotation, eps), scale) for P, scale, is_rotation, eps in terms]
+            offsets = [
+                _scaled(rotation_offset(P, is_rotation, eps, self._transformed), scale)
+                for P, scale, is_rotation, eps in terms
+            ]
             return sum(offsets[1:], offsets[0]).to(dtype)
 
         if self._cache is None:

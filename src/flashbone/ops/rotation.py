@@ -19,22 +19,49 @@ from flashbone.ops.autocast import without_autocast
 SOLVED_IN_FP64 = ("cpu", "cuda")
 
 
-def rotation_offset(P: Float[Tensor, "r r"], use_orthogonal: bool, eps: float) -> Float[Tensor, "r r"]:
+def rotation_offset(
+    P: Float[Tensor, "r r"], use_orthogonal: bool, eps: float, composite: bool = False
+) -> Float[Tensor, "r r"]:
     """`Q - I`, in fp32 (fp64 for fp64): of the Cayley map `Q = (1 + eps) ((1 + eps) I - A)^-1 (I + A)`, `A = P - P^T`,
     or, without `use_orthogonal`, of `Q = I + P`.
 
     Solved as `Q - I = (2 + eps) ((1 + eps) I - A)^-1 A`: exactly zero at P = 0, and small offsets are not rounded
-    against I. No system is singular: the smallest singular value is 1 + eps at least.
+    against I. No system is singular: the smallest singular value is 1 + eps at least. Autograd keeps the result alone,
+    and its backward solves nothing. `composite`: plain torch operations, for torch.func's transforms.
     """
-    dtype = shards.opmath_dtype(P)
     if not use_orthogonal:
-        return P.to(dtype)
-    solved_in = torch.float64 if P.device.type in SOLVED_IN_FP64 else dtype
+        return P.to(shards.opmath_dtype(P))
+    return _cayley_offset(P, eps) if composite else _CayleyOffset.apply(P, eps)
+
+
+def _cayley_offset(P: Tensor, eps: float) -> Tensor:
+    dtype = shards.opmath_dtype(P)
     with without_autocast(P.device.type):
-        A = P.to(solved_in)
+        A = P.to(torch.float64 if P.device.type in SOLVED_IN_FP64 else dtype)
         A = A - A.mT
         ridge = (1 + eps) * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         return ((2 + eps) * torch.linalg.solve_ex(ridge - A, A).result).to(dtype)
+
+
+class _CayleyOffset(torch.autograd.Function):
+    """`E = (2 + eps) M^-1 A` with `A = (1 + eps) I - M`, so that the result holds the inverse which backward needs:
+    `M^-1 = (I + E / (2 + eps)) / (1 + eps)`, and `dE = (2 + eps)(1 + eps) M^-1 dA M^-1`."""
+
+    @staticmethod
+    def forward(ctx: Any, P: Tensor, eps: float) -> Tensor:
+        E = _cayley_offset(P, eps)
+        ctx.save_for_backward(E)
+        ctx.eps, ctx.dtype = eps, P.dtype
+        return E
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (E,), eps = ctx.saved_tensors, ctx.eps
+        with without_autocast(E.device.type):
+            eye = torch.eye(E.shape[-1], dtype=E.dtype, device=E.device)
+            inverse = ((eye + E / (2 + eps)) / (1 + eps)).mT
+            grad_A = (2 + eps) * (1 + eps) * (inverse @ grad @ inverse)
+            return (grad_A - grad_A.mT).to(ctx.dtype), None
 
 
 def orthogonality_error(Q: Float[Tensor, "r r"]) -> float:

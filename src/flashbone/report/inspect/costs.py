@@ -47,15 +47,14 @@ def kept(method: str, in_features: int, r: int, parameters: int, setting: Settin
 
     `bone` and `mini` keep S(x), LoRA x and x A^T, all others x. Dropout makes an x of its own for each layer and keeps
     its mask. In half precision the matrices are kept as they were cast, and PEFT's LoRA casts x to fp32 and back, so
-    that each layer has its own. A rotation keeps itself, three fp64 matrices of its solve, and the pivots.
+    that each layer has its own. A rotation keeps itself, in fp32.
     """
     x = setting.tokens * in_features * setting.activation_bytes
     narrow = setting.tokens * r * setting.activation_bytes if method in (*SUMS_SHARDS, LORA) else 0
     mask = setting.tokens * in_features * setting.mask_bytes if setting.dropout else 0
-    solves = method == "orthogonal" and setting.use_orthogonal
-    rebuilt = parameters * setting.activation_bytes if setting.casts or solves else 0
-    if solves:
-        rebuilt += parameters * 3 * 8 + r * 4
+    rebuilt = parameters * setting.activation_bytes if setting.casts else 0
+    if method == "orthogonal" and setting.use_orthogonal:
+        rebuilt += parameters * 4
     if method in SUMS_SHARDS:
         return Kept(narrow + mask + rebuilt, 0)
     if setting.dropout or (method == LORA and setting.casts):
