@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import BoneConfig, PeftModel, get_peft_model
@@ -74,6 +75,33 @@ def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message) as error:
         BoneConfig(**fields)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "*.q_proj"}, r"target_modules: '\*.q_proj' is no regular expression \(nothing to repeat"),
+        ({"exclude_modules": "["}, r"exclude_modules: '\[' is no regular expression"),
+        ({"rank_pattern": {"[": 8}}, r"rank_pattern: '\[' is no regular expression"),
+        ({"target_modules": [0, 2]}, "target_modules: got .*, wanted names of modules"),
+    ],
+)
+def test_patterns_and_names_that_are_none_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        BoneConfig(**fields)
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
+    fields = {"bottleneck_size": np.int64(4), "orthogonal_eps": np.float32(1e-6), "rank_pattern": {"lin1": np.int8(3)}}
+    adapted(**fields, dropout=np.float64(0.25)).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(MLP(SIZES), tmp_path).peft_config["default"].dropout == 0.25
+
+
+def test_a_block_size_that_was_set_later_is_saved(tmp_path):
+    config = BoneConfig(bottleneck_size=8, **TARGETS)
+    config.r = 4
+    get_peft_model(MLP(SIZES), config).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(MLP(SIZES), tmp_path).peft_config["default"].r == 4
 
 
 def test_every_contradiction_is_named_at_once():
@@ -149,6 +177,18 @@ def test_weighted_sums_exist_for_the_unconstrained_twin_alone():
     want = 0.7 * layer.get_delta_weight("default") - 1.3 * layer.get_delta_weight("other")
     assert close(layer.get_delta_weight("sum"), want)
     assert model.peft_config["sum"].use_orthogonal is False
+    model = adapted()
+    model.add_weighted_adapter(["default"], [1.0], "twin")  # of a rotation, nothing but this
+    assert torch.equal(layer_of(model).get_delta_weight("twin"), layer_of(model).get_delta_weight("default"))
+
+
+def layer_of(model):
+    return model.base_model.model.lin0
+
+
+def test_unconstrained_twins_of_any_eps_are_one_variant():
+    twins = [variants.get("orthogonal", use_orthogonal=False, eps=eps) for eps in (1e-6, 1e-2)]
+    assert twins[0] == twins[1] != variants.get("orthogonal")
 
 
 @pytest.mark.parametrize("fields", [{"orthogonal_eps": 1e-2}, {"use_orthogonal": False}], ids=str)

@@ -379,3 +379,17 @@ def test_models_on_the_meta_device_resolve_and_take_adapters():
     assert set(resolved(model, config("all-mlp"))) == FAMILIES["llama"].expected()["all-mlp"]
     model = get_peft_model(model, config("all-mlp"), low_cpu_mem_usage=True)
     assert set(adapted(model)) == FAMILIES["llama"].expected()["all-mlp"]
+
+
+@pytest.mark.parametrize("fields", [{"exclude_modules": ["attention.query"]}, {"rank_pattern": {"attention.query": 2}}])
+def test_roles_in_other_fields_are_refused_with_the_names_to_use(fields):
+    model, (field,) = FAMILIES["llama"].make(), fields
+    message = f"{field}: 'attention.query' is a role, which only target_modules takes; name its layers, .* q_proj$"
+    with pytest.raises(TargetError, match=message):
+        get_peft_model(model, config("all-attention", **fields))
+    assert not adapted(model)
+
+
+def test_a_role_as_a_string_goes_with_layers_to_transform():
+    model = get_peft_model(FAMILIES["llama"].make(), BoneConfig(r=4, target_modules="mlp.down", layers_to_transform=[1]))
+    assert adapted(model) == ["model.layers.1.mlp.down_proj"]

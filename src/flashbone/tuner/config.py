@@ -6,6 +6,7 @@ Their files name no variant: there `init_weights="bat"` is bat-col, and anything
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from peft.config import PeftConfig
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.tuner.roles import ROLES
 from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
 
 DEFAULT_R, DEFAULT_VARIANT = 64, "bone"
@@ -96,6 +98,8 @@ class BoneConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if self.target_modules in ROLES and (self.layers_to_transform, self.layers_pattern) != (None, None):
+            self.target_modules = {str(self.target_modules)}
         self.rank_pattern = self.rank_pattern or {}
         contradictions = self._read_bottleneck()
         if self.init_weights == "bat" and self.variant == "bone":
@@ -105,6 +109,14 @@ class BoneConfig(PeftConfig):
         problems = [*contradictions, *self._problems()]
         if problems:
             raise ConfigError("BoneConfig: " + "; ".join(problems))
+        self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Numbers of other libraries become Python's, which a file can hold."""
+        self.r, self.mini_r = int(self.r), int(self.mini_r)
+        self.bottleneck_size = None if self.bottleneck_size is None else int(self.bottleneck_size)
+        self.dropout, self.orthogonal_eps = float(self.dropout), float(self.orthogonal_eps)
+        self.rank_pattern = {name: int(size) for name, size in self.rank_pattern.items()}
 
     def _read_bottleneck(self) -> list[str]:
         """Take `bottleneck_size` as what it means; returns what contradicts it. A field that has its default value
@@ -172,9 +184,29 @@ class BoneConfig(PeftConfig):
         check(
             self.bias in ("none", "all", "bone_only"), f"bias: got {self.bias!r}, wanted 'none', 'all' or 'bone_only'"
         )
+        return problems + self._problems_of_targets()
+
+    def _problems_of_targets(self) -> list[str]:
+        problems = []
         if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                check(getattr(self, name) is None, f"`{name}` cannot be used when `target_modules` is a str.")
+            problems += [
+                f"`{name}` cannot be used when `target_modules` is a str."
+                for name in ("layers_to_transform", "layers_pattern")
+                if getattr(self, name) is not None
+            ]
+        patterns = {"rank_pattern": [*self.rank_pattern] if isinstance(self.rank_pattern, dict) else []}
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                patterns[name] = [value]
+            elif value is not None and not all(isinstance(entry, str) and entry for entry in value):
+                problems.append(f"{name}: got {value!r}, wanted names of modules")
+        problems += [
+            f"{name}: {pattern!r} is no regular expression ({error})"
+            for name, values in patterns.items()
+            for pattern in values
+            if (error := _pattern_error(pattern)) is not None
+        ]
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +215,8 @@ class BoneConfig(PeftConfig):
         fields = super().to_dict()
         if self.variant == "bat-col":
             fields["init_weights"] = "bat"
+        if self.bottleneck_size is not None:  # r may have been set since
+            fields["bottleneck_size"] = self.r if self.variant == Orthogonal.name else None
         return fields
 
     @classmethod
@@ -200,6 +234,14 @@ class BoneConfig(PeftConfig):
         from flashbone.tuner.presets import recommended
 
         return recommended(cls, model, overrides)
+
+
+def _pattern_error(pattern: object) -> str | None:
+    try:
+        re.compile(pattern)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except (re.error, TypeError) as error:
+        return str(error)
+    return None
 
 
 def _is_positive(value: object) -> bool:

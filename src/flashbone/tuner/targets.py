@@ -87,14 +87,15 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
     role; else PEFT makes of it what it can.
 
     Raises:
-        TargetError: the model has no layer with a role that is asked for; all such roles are named.
+        TargetError: the model has no layer with a role that is asked for, or a role stands in another field; all such
+            roles are named.
     """
-    asked = config.target_modules
+    asked, layers, roles = config.target_modules, adaptable_modules(model), roles_of(model)
+    _refuse_roles_elsewhere(config, layers, roles)
     if isinstance(asked, str):
         if asked not in ROLES or any(match_target_against_key(asked, name) for name, _ in model.named_modules()):
             return asked
         asked = {asked}
-    layers, roles = adaptable_modules(model), roles_of(model)
     kept, literal, found, missing = set(), set(), set(), []
     for entry in sorted(asked or ()):
         if matches := [name for name in layers if f".{name}".endswith(f".{entry}")]:
@@ -111,6 +112,20 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
     if missing:
         raise TargetError(_missing_roles(model, missing, [role for role in roles if role in NAMES]))
     return kept | _exact_names(model, config, found - literal, literal) if found else kept
+
+
+def _refuse_roles_elsewhere(config: Any, layers: list[str], roles: dict[str, list[str]]) -> None:
+    """Roles are for `target_modules`: PEFT looks the names of these fields up in the model, and would find nothing."""
+    fields = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
+    problems = []
+    for field, entries in fields.items():
+        for entry in sorted([entries] if isinstance(entries, str) else entries or ()):
+            if entry in ROLES and not any(f".{name}".endswith(f".{entry}") for name in layers):
+                endings = dict.fromkeys(name.rpartition(".")[2] for name in roles.get(entry, []))
+                names = f"name its layers, which end in {', '.join(endings)}" if endings else "this model has none"
+                problems.append(f"{field}: {entry!r} is a role, which only target_modules takes; {names}")
+    if problems:
+        raise TargetError("; ".join(problems))
 
 
 def _missing_roles(model: nn.Module, missing: list[str], present: list[str]) -> str:

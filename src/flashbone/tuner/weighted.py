@@ -85,7 +85,8 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
     blocks = {name: layer.bone_block[name].detach() for name in factors}
     variants = {layer.bone_variant[name] for name in factors}
     kinds, shapes = {variant.name for variant in variants}, {block.shape for block in blocks.values()}
-    if len(variants) == 1 and len(shapes) == 1 and all(variant.is_linear for variant in variants):
+    is_copy = list(factors.values()) == [1]
+    if len(variants) == 1 and len(shapes) == 1 and (is_copy or all(variant.is_linear for variant in variants)):
         return kinds.pop(), _weighted_sum(blocks, factors)
     if kinds <= {"bone", "mini"}:
         r = min(math.lcm(*(block.shape[0] for block in blocks.values())), layer.in_features)
