@@ -1,11 +1,14 @@
 """The Cayley map of `orthogonal`: how orthogonal it is, at what size of block, and how its gradient is bounded."""
 
+import math
+
 import pytest
 import torch
 
+from flashbone import variants
 from flashbone.ops import reference
 from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg, rotation_offset
-from helpers.comparison import close
+from helpers.comparison import close, relative_error
 
 MAGNITUDES = [10.0**k for k in range(-5, 6)]
 # Even and odd: the skew part of an odd block is singular, so that its system is as ill-conditioned as it is large.
@@ -60,6 +63,40 @@ def test_solve_and_gradient_stay_bounded_over_ten_orders_of_magnitude(r):
         r % 2 == 0
     ):  # far out the map saturates instead of exploding; an odd block always keeps one direction that does not
         assert sizes[1e-6, 1e5] < 1e-6 * sizes[1e-6, 1e-5]
+
+
+@pytest.mark.parametrize(("size", "tolerance"), [(0.1, 1e-6), (1, 1e-6), (100, 5e-5), (1e3, 5e-4)])
+@pytest.mark.parametrize("r", [32, 33])
+def test_gradients_point_where_those_of_fp64_do(r, size, tolerance):
+    P, grad = torch.randn(r, r) * size, torch.randn(r, r)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = P.to(dtype).requires_grad_()
+        gradients.append(torch.autograd.grad(offset(leaf), leaf, grad.to(dtype))[0])
+    assert relative_error(*gradients) < tolerance
+    assert relative_error(gradients[0].T, gradients[1]) > 0.1
+
+
+def test_the_map_and_the_delta_under_transforms_of_torch_func():
+    W, P = torch.randn(5, 8, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
+    delta = variants.get("orthogonal").delta
+
+    def loss(P):
+        return delta(W, P).sin().sum()
+
+    leaf = P[0].clone().requires_grad_()
+    assert close(torch.func.grad(loss)(P[0]), torch.autograd.grad(loss(leaf), leaf)[0])
+    assert close(torch.func.vmap(offset)(P), torch.stack([offset(p) for p in P]))
+
+
+@pytest.mark.parametrize("use_orthogonal", [True, False])
+def test_the_figures_of_a_broken_block_are_nan(use_orthogonal):
+    variant = variants.get("orthogonal", use_orthogonal=use_orthogonal)
+    for bad in (torch.nan, torch.inf):
+        P = torch.randn(4, 4)
+        P[0, 1] = bad
+        assert math.isnan(variant.angle_deg(P))
+        assert not variant.orthogonality_error(P) < torch.inf
 
 
 @pytest.mark.parametrize("r", [1, 2, 5, 16])

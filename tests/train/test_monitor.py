@@ -1,6 +1,7 @@
 """What is logged about rotations: in the trainer's log, in metrics.jsonl, in the plot; and for which variants."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from test_train_run import recipe_for
 from tiny_llama import questions
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from flashbone import variants
+from flashbone.errors import NonFiniteError
 from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg
 from flashbone.report.training import plot_losses, plot_rotations
 from flashbone.train.monitor import RotationMonitor, trained_rotations
@@ -90,6 +93,25 @@ def test_the_norm_is_that_of_the_gradient_which_the_optimiser_gets(tmp_path):
     row = next(row for row in trainer.state.log_history if "loss" in row)
     assert row["rotation/grad_norm"] == pytest.approx(want, rel=1e-3)
     assert {key for key in row if key.startswith("rotation")} == set(KEYS)
+
+
+def test_the_largest_of_figures_with_nan_is_nan():
+    monitor, variant = RotationMonitor(), variants.get("orthogonal")
+    for broken in ("a", "b"):  # whichever comes last
+        monitor._blocks = {name: (variant, torch.zeros(2, 2)) for name in "ab"}
+        monitor._gradients = {name: torch.tensor(torch.nan if name == broken else 0.5) for name in "ab"}
+        figures = monitor._measure()
+        assert math.isnan(figures["rotation/grad_norm"])
+        assert figures["rotation/angle_deg"] == 0
+
+
+@pytest.mark.parametrize("use_orthogonal", [True, False])
+def test_a_run_that_diverges_says_so_in_spite_of_the_monitor(use_orthogonal, llama, jsonl, tmp_path):
+    adapter = {"bottleneck_size": 8, "use_orthogonal": use_orthogonal, "target_modules": ["o_proj"]}
+    training = {"max_steps": 3, "learning_rate": 1e38, "max_grad_norm": 0.0}
+    recipe = recipe_for(llama, jsonl(questions(40)), tmp_path / "run", adapter=adapter, training=training)
+    with pytest.raises(NonFiniteError, match=r"step \d: (eval_)?loss is (nan|inf); lower training.learning_rate"):
+        train(recipe)
 
 
 def test_frozen_rotations_and_other_variants_are_not_watched(tmp_path):

@@ -391,5 +391,6 @@ def test_roles_in_other_fields_are_refused_with_the_names_to_use(fields):
 
 
 def test_a_role_as_a_string_goes_with_layers_to_transform():
-    model = get_peft_model(FAMILIES["llama"].make(), BoneConfig(r=4, target_modules="mlp.down", layers_to_transform=[1]))
+    wanted = BoneConfig(r=4, target_modules="mlp.down", layers_to_transform=[1])
+    model = get_peft_model(FAMILIES["llama"].make(), wanted)
     assert adapted(model) == ["model.layers.1.mlp.down_proj"]

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from flashbone import shards
-from flashbone.ops import backend
+from flashbone.ops import backend, transforms
 from flashbone.ops.bat_col import bat_col_linear, shifted_weight
 from flashbone.ops.bone import add_factored
 from flashbone.ops.cache import Cache
@@ -56,11 +55,7 @@ class Moves:
         self._tiled_factors: dict[Any, tuple[Tensor, _Terms]] = {}
         self._weight_shifts: dict[int, tuple[Tensor, dict[int, _Terms]]] = {}
         # These want plain operations without side effects; what they compute with is no tensor to be kept.
-        self._transformed = (
-            torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-            or forward_ad._current_level >= 0
-        )
+        self._transformed = transforms.are_active()
         self._functional = self._transformed or torch.compiler.is_compiling()
         if self._transformed:
             self._cache = None
@@ -160,10 +155,7 @@ class Moves:
         """The sum of the scaled `Q - I` of several adapters, solved for once in inference."""
 
         def build() -> Tensor:
-            offsets = [
-                _scaled(rotation_offset(P, is_rotation, eps, self._transformed), scale)
-                for P, scale, is_rotation, eps in terms
-            ]
+            offsets = [_scaled(rotation_offset(P, is_rotation, eps), scale) for P, scale, is_rotation, eps in terms]
             return sum(offsets[1:], offsets[0]).to(dtype)
 
         if self._cache is None:

@@ -12,26 +12,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashbone import shards
+from flashbone.ops import transforms
 from flashbone.ops.autocast import without_autocast
 
 # Where the Cayley map is solved in fp64. In fp32 a block of odd size, whose skew part has an eigenvalue 0 always, loses
-# its orthogonality as the block grows (1e-3 at entries of 1e3); on a CPU fp64 costs a tenth more, of microseconds.
+# its orthogonality as the block grows (1e-3 at entries of 1e3). A CPU is as fast, but for a fifth at r = 256.
 SOLVED_IN_FP64 = ("cpu", "cuda")
 
 
-def rotation_offset(
-    P: Float[Tensor, "r r"], use_orthogonal: bool, eps: float, composite: bool = False
-) -> Float[Tensor, "r r"]:
+def rotation_offset(P: Float[Tensor, "r r"], use_orthogonal: bool, eps: float) -> Float[Tensor, "r r"]:
     """`Q - I`, in fp32 (fp64 for fp64): of the Cayley map `Q = (1 + eps) ((1 + eps) I - A)^-1 (I + A)`, `A = P - P^T`,
     or, without `use_orthogonal`, of `Q = I + P`.
 
     Solved as `Q - I = (2 + eps) ((1 + eps) I - A)^-1 A`: exactly zero at P = 0, and small offsets are not rounded
     against I. No system is singular: the smallest singular value is 1 + eps at least. Autograd keeps the result alone,
-    and its backward solves nothing. `composite`: plain torch operations, for torch.func's transforms.
+    and its backward solves nothing.
     """
     if not use_orthogonal:
         return P.to(shards.opmath_dtype(P))
-    return _cayley_offset(P, eps) if composite else _CayleyOffset.apply(P, eps)
+    return _cayley_offset(P, eps) if transforms.are_active() else _CayleyOffset.apply(P, eps)
 
 
 def _cayley_offset(P: Tensor, eps: float) -> Tensor:

@@ -114,8 +114,9 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         if after is not None:
             start = "?" if before is None else f"{before:.4f}"
             lines.append((f"{name}, before -> after", f"{start} -> {after:.4f}"))
-    if summary.get("rotation"):
-        error, angle = summary["rotation"]["error"], summary["rotation"]["angle_deg"]
+    rotation = summary.get("rotation") or {}
+    error, angle = rotation.get("error"), rotation.get("angle_deg")
+    if error is not None and angle is not None:
         lines.append(("largest rotation; |QᵀQ - I|", f"{angle:.1f}°; {error:.1e}"))
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary.get("tokens_per_s") else ""
     lines.append(("training time", f"{summary['train_s']:,.1f} s{speed}"))

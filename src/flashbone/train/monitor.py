@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,16 +75,18 @@ class RotationMonitor(TrainerCallback):
         state.log_history[-1].update(figures)
 
     def _measure(self) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        found: dict[str, dict[str, float]] = {ERROR: {}, ANGLE: {}, GRADIENT: {}}
         for name, (variant, P) in self._blocks.items():
-            own = {ERROR: variant.orthogonality_error(P), ANGLE: variant.angle_deg(P)}
+            found[ERROR][name], found[ANGLE][name] = variant.orthogonality_error(P), variant.angle_deg(P)
             if name in self._gradients:
-                own[GRADIENT] = float(self._gradients[name])
-            for key, value in own.items():
-                value = float(f"{value:.4g}")
-                figures[key] = max(value, figures.get(key, 0.0))
-                if self.per_module:
-                    figures[f"{key}/{name}"] = value
+                found[GRADIENT][name] = float(self._gradients[name])
+        figures: dict[str, float] = {}
+        for key, values in found.items():
+            rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
+            if rounded:
+                figures[key] = math.nan if any(map(math.isnan, rounded.values())) else max(rounded.values())
+            if self.per_module:
+                figures |= {f"{key}/{name}": value for name, value in rounded.items()}
         return figures
 
 

@@ -151,9 +151,7 @@ class BoneConfig(PeftConfig):
             if not ok:
                 problems.append(message)
 
-        sizes = {"r": self.r, "mini_r": self.mini_r}
-        if self.bottleneck_size is not None:
-            sizes = {"bottleneck_size": self.bottleneck_size, "mini_r": self.mini_r}
+        sizes = {"r" if self.bottleneck_size is None else "bottleneck_size": self.r, "mini_r": self.mini_r}
         if isinstance(self.rank_pattern, dict):
             sizes |= {f"rank_pattern[{name!r}]": size for name, size in self.rank_pattern.items()}
         else:

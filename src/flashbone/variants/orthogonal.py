@@ -1,6 +1,7 @@
 """orthogonal: one r x r block that rotates every whole input shard. `delta[a,b] = W[a,b] (Q - I)`; the "bottleneck
 orthogonal" Bone. A ragged tail shard is left as it is, so that the rotation of the input stays orthogonal."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,10 @@ class Orthogonal(Variant):
 
     use_orthogonal: bool = True
     eps: float = DEFAULT_EPS
+
+    def __post_init__(self) -> None:
+        if not self.use_orthogonal:  # it has no ridge, and is equal to any other such
+            object.__setattr__(self, "eps", DEFAULT_EPS)
 
     name = "orthogonal"
     delta_depends_on_weight = True
@@ -55,8 +60,10 @@ class Orthogonal(Variant):
 
     def angle_deg(self, block: Float[Tensor, "r r"]) -> float:
         """The largest angle, in degrees from 0 to 180, by which Q turns a plane; without `use_orthogonal`, that of the
-        orthogonal matrix nearest to Q."""
+        orthogonal matrix nearest to Q. NaN for a block that is not finite."""
         P = block.detach().cpu().double()
+        if not torch.isfinite(P).all():
+            return math.nan
         if not self.use_orthogonal:
             return rotation_angle_deg(P + torch.eye(P.shape[-1]))
         a = torch.linalg.matrix_norm(P - P.mT, 2)
