@@ -1,11 +1,13 @@
 """A model's modules without its weights: from a config, a folder, a file or a hub id."""
 
+import copy
 import json
 
 import pytest
 import torch
-from transformers import AlbertConfig, BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import AlbertConfig, BertConfig, CLIPVisionConfig, GPT2Config, LlamaConfig, LlavaConfig, T5Config
 
+from flashbone import BoneConfig
 from flashbone.errors import ConfigError, FormatError
 from flashbone.tuner.skeleton import skeleton
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
@@ -44,6 +46,33 @@ def test_a_config_file_and_a_dtype_are_enough(tmp_path):
 )
 def test_the_architecture_is_the_configs_or_that_of_its_type(config, name):
     assert type(skeleton(config)).__name__ == name
+
+
+def _inside(config) -> dict:
+    """Every attribute, those of the configs inside it, too."""
+    return {name: _inside(v) if hasattr(v, "to_dict") else v for name, v in vars(config).items()}
+
+
+_SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**_SMALL, vocab_size=50),
+        BertConfig(**_SMALL, vocab_size=50, architectures=["BertForMaskedLM"]),
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**_SMALL, image_size=4, patch_size=2),
+            text_config=LlamaConfig(**_SMALL, vocab_size=50),
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_config_that_is_passed_stays_as_it_is(config):
+    before = copy.deepcopy((config.to_dict(), _inside(config)))
+    skeleton(config, torch.float16)
+    BoneConfig.recommended(config)
+    assert (config.to_dict(), _inside(config)) == before
 
 
 def _write(folder, fields):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -33,6 +34,8 @@ _LOST = "{}: no such folder, and not found in {}; is it spelt right?"
 def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that a configuration describes, on the meta device: names and shapes of everything, no weights.
 
+    A config that is passed stays as it is; the model has a copy.
+
     Args:
         source: A config, a folder with a config.json, that file itself, or a hub id. No weights are read or downloaded.
         dtype: Of the parameters; None takes the config's, or fp32.
@@ -40,7 +43,8 @@ def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = 
     Raises:
         ConfigError: there is no such folder, file or model, or transformers has no class for it.
     """
-    config = source if isinstance(source, PretrainedConfig) else load_config(source)
+    # Building writes dtype and attention into the config and those inside it.
+    config = copy.deepcopy(source) if isinstance(source, PretrainedConfig) else load_config(source)
     stored: Any = config.dtype
     try:
         with torch.device("meta"):
