@@ -180,6 +180,7 @@ def test_the_default_is_the_published_setting_and_targets_do_not_change_that(tmp
     assert (report.costs.method, report.costs.r) == ("orthogonal", report.recommended.r) == ("orthogonal", 32)
     assert len(report.layers) == 7
     assert len(inspect_model(tmp_path, {"target_modules": ["q_proj"]}).layers) == 1
+    assert inspect_model(tmp_path, {"bottleneck_size": None, "r": None}).is_recommended
     as_train = inspect_model(tmp_path, {}, recommend=False)
     assert (as_train.costs.method, as_train.costs.r, as_train.is_recommended) == ("bone", 64, False)
     assert not inspect_model(tmp_path, {"dropout": 0.0}).is_recommended
@@ -192,6 +193,7 @@ def test_above_13b_the_default_is_bone(tmp_path):
     report = inspect_model(tmp_path)
     assert report.parameters > 60e9
     assert (report.costs.method, report.costs.r, report.recommended) == ("bone", 64, None)
+    assert inspect_model(tmp_path, {"variant": None, "r": None}).costs == report.costs
 
 
 def test_a_quantised_config_is_counted_as_the_plain_model(tmp_path):

@@ -63,6 +63,8 @@ def test_above_13b_the_size_and_another_way_are_named():
         ({"variant": "bone"}, {"variant": "bone", "r": 64, "dropout": 0.0, "bottleneck_size": None}),
         ({"variant": "bat-row", "r": 8}, {"variant": "bat-row", "r": 8, "dropout": 0.0}),
         ({"init_weights": "bat"}, {"variant": "bat-col", "r": 64}),
+        ({"bottleneck_size": None}, {"variant": "orthogonal", "r": 32, "dropout": 0.1}),
+        ({"r": None, "variant": None, "init_weights": None}, {"variant": "orthogonal", "r": 32, "dropout": 0.1}),
         ({"target_modules": ["q_proj"], "bias": "all"}, {"target_modules": {"q_proj"}, "bias": "all", "r": 32}),
     ],
 )

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from flashbone.tuner.config import BoneConfig
 
 
+# Fields of BoneConfig that say what kind of adapter is wanted; one that is None says nothing.
+KIND = ("r", "variant", "init_weights", "bottleneck_size")
+
+
 @dataclass(frozen=True)
 class Preset:
     """Settings for models with fewer than `below` parameters.
@@ -73,6 +77,7 @@ def recommended(
     cls: type[BoneConfig], model: nn.Module | PretrainedConfig | str | Path, overrides: dict[str, Any]
 ) -> BoneConfig:
     """See `BoneConfig.recommended`."""
+    overrides = without_empty_kind(overrides)
     if _is_another_variant(overrides):
         return cls(**overrides)
     parameters = parameter_count(model)
@@ -88,6 +93,11 @@ def recommended(
     else:
         fields["bottleneck_size"] = preset.r
     return cls(**{**fields, **overrides})
+
+
+def without_empty_kind(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without those that choose the kind of adapter and are None, which choose nothing."""
+    return {name: value for name, value in fields.items() if value is not None or name not in KIND}
 
 
 def _is_another_variant(overrides: dict[str, Any]) -> bool:

@@ -19,14 +19,12 @@ from flashbone.errors import ConfigError, FlashboneError
 from flashbone.report.inspect.calls import Calls, trace_calls
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.layer import BoneLayer
-from flashbone.tuner.presets import parameter_count, published_preset
+from flashbone.tuner.presets import KIND, parameter_count, published_preset, without_empty_kind
 from flashbone.tuner.skeleton import skeleton
 
 ADAPTER = "default"
 ROOT = "base_model.model."
 BLOCK = ".bone_block"
-# Fields of BoneConfig that say what kind of adapter is wanted; without them the published setting is taken.
-KIND = ("r", "variant", "init_weights", "bottleneck_size")
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,11 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
 
 def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
     """As `flashbone train` would have it; or the published setting, where no other is asked for."""
-    fields = {"target_modules": "all-linear", **fields}
+    fields = {"target_modules": "all-linear", **(without_empty_kind(fields) if recommend else fields)}
     if type(base).__name__.endswith("ForSequenceClassification"):
         fields.setdefault("task_type", "SEQ_CLS")  # PEFT then trains the classifier, too
     try:
-        if not recommend or any(fields.get(name) is not None for name in KIND):
+        if not recommend or any(name in fields for name in KIND):
             return BoneConfig(**fields)
         if published_preset(parameter_count(base)) is None:
             return BoneConfig(**{"r": 64, "variant": "bone", **fields})
