@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from flashbone import BoneConfig
 from flashbone.cli import main
 from flashbone.report.inspect.words import percent
-from helpers.adapter_folders import tiny_llama, write_adapter
+from flashbone.train.models import load_causal_lm, load_classifier
+from helpers.adapter_folders import tiny_bert, tiny_llama, write_adapter
 
 
 @pytest.fixture
@@ -87,6 +91,29 @@ def test_a_recipe_says_which_adapter(base, tmp_path, capsys):
     assert (report["costs"]["method"], report["costs"]["r"]) == ("bone", 64)  # what train would do with it
 
 
+@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_the_task_of_a_recipe_decides_the_head_as_training_does(tmp_path, capsys, task):
+    make = {"classification": tiny_llama, "sft": tiny_bert}[task]  # each named by its config as the other's class
+    make().save_pretrained(tmp_path / "base")
+    if task == "classification":
+        tokenizer = types.SimpleNamespace(pad_token_id=0)
+        model, task_type = load_classifier(str(tmp_path / "base"), torch.float32, ["a", "b"], tokenizer), "SEQ_CLS"
+    else:
+        model, task_type = load_causal_lm(str(tmp_path / "base"), torch.float32), "CAUSAL_LM"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"task: {task}\nadapter: {{r: 4}}\n")
+    command = (str(tmp_path / "base"), "--config", str(recipe))
+    capsys.readouterr()
+    report = json.loads(_out(capsys, *command, "--json"))
+    assert report["architecture"] == type(model).__name__
+    assert report["parameters"] == model.num_parameters()
+    adapted = get_peft_model(model, BoneConfig(r=4, target_modules="all-linear", task_type=task_type))
+    assert report["costs"]["trainable_parameters"] == adapted.get_nb_trainable_parameters()[0]
+    assert report["labels"] == (2 if task == "classification" else None)
+    said = "head has the config's 2 labels" in " ".join(_out(capsys, *command).split())
+    assert said == (task == "classification")
+
+
 def test_a_config_file_is_a_model(base, capsys):
     assert json.loads(_out(capsys, f"{base}/config.json", "--adapter.r=4", "--json"))["parameters"] == 7860
 
@@ -116,11 +143,13 @@ def test_an_adapter_in_the_hubs_cache_is_an_adapter(tmp_path, capsys, monkeypatc
         (["BASE", "--adapter.task_type", "X"], "adapter.task_type (set `task` instead)"),
         (["BASE", "--adapter.r", "4", "--adapter.target_modules", "[nope]"], "nope"),
         (["BASE", "--config", "gone.yaml"], "gone.yaml: no such configuration file"),
+        (["BASE", "--config", "TASK"], "task: got 'clasify', wanted one of sft, classification"),
         (["ADAPTER", "--adapter.r", "4"], "is an adapter; --config and --adapter.* are for models"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_1(base, adapter, capsys, args, message):
-    args = [{"BASE": base, "ADAPTER": adapter}.get(arg, arg) for arg in args]
+def test_wrong_input_is_one_line_and_exit_code_1(base, adapter, capsys, args, message, tmp_path):
+    (tmp_path / "task.yaml").write_text("task: clasify\n")
+    args = [{"BASE": base, "ADAPTER": adapter, "TASK": str(tmp_path / "task.yaml")}.get(arg, arg) for arg in args]
     assert main(["inspect", *args]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

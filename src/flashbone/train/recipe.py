@@ -10,6 +10,7 @@ from typing import Any, Literal
 from flashbone.errors import ConfigError, FormatError
 
 Task = Literal["sft", "classification"]
+TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
 Format = Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "classification"]
 
 
@@ -69,7 +70,8 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
 
 
 def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict[str, Any]:
-    """The `adapter` section of a recipe, which may lack everything else, with `--adapter.field value` on top.
+    """The `adapter` section of a recipe, which may lack everything else, with `--adapter.field value` on top, and the
+    `task_type` that the recipe's `task` means.
 
     Raises:
         ConfigError: a field is unknown (all of them are named), no field of the adapter, or of the wrong type.
@@ -80,7 +82,10 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
     from jsonargparse import ArgumentParser
 
     where = "adapter" if config is None else str(config)
-    section = None if config is None else _read_yaml(Path(config)).get("adapter")
+    recipe = {} if config is None else _read_yaml(Path(config))
+    section, task = recipe.get("adapter"), recipe.get("task")
+    if task is not None and task not in list(TASK_TYPES):
+        raise ConfigError(f"{where}: task: got {task!r}, wanted one of {', '.join(TASK_TYPES)}")
     if not isinstance(section, dict | None):
         raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
     given = {"adapter": section or {}}
@@ -91,7 +96,7 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
         merged = parser.parse_args(overrides, namespace=parser.parse_object(given))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    return _numbers(merged.adapter)
+    return _numbers(merged.adapter) | ({} if task is None else {"task_type": TASK_TYPES[task]})
 
 
 def arguments_class(task: Any) -> type:

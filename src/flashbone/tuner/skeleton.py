@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -31,7 +31,13 @@ _UNFIT = (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeE
 _LOST = "{}: no such folder, and not found in {}; is it spelt right?"
 
 
-def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+# PEFT's task type -> the class with the head that `flashbone train` loads for it.
+_HEADS: dict[str, Any] = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+
+
+def skeleton(
+    source: PretrainedConfig | str | Path, dtype: torch.dtype | None = None, task_type: str | None = None
+) -> nn.Module:
     """The model that a configuration describes, on the meta device: names and shapes of everything, no weights.
 
     A config that is passed stays as it is; the model has a copy.
@@ -39,6 +45,8 @@ def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = 
     Args:
         source: A config, a folder with a config.json, that file itself, or a hub id. No weights are read or downloaded.
         dtype: Of the parameters; None takes the config's, or fp32.
+        task_type: "SEQ_CLS" or "CAUSAL_LM" take the type's class with that head, as training does; others the class
+            that the config names.
 
     Raises:
         ConfigError: there is no such folder, file or model, or transformers has no class for it.
@@ -48,7 +56,7 @@ def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = 
     stored: Any = config.dtype
     try:
         with torch.device("meta"):
-            return _build(config, dtype or stored or torch.float32)
+            return _build(config, dtype or stored or torch.float32, task_type)
     except _UNFIT as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{_name(source)}: its modules cannot be built from the config: {reason}") from error
@@ -88,9 +96,11 @@ def _read(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """By the class that the config names, where transformers has it; else as a causal language model, where there is
-    one of that type; else as the bare model."""
+def _build(config: PretrainedConfig, dtype: torch.dtype, task_type: str | None) -> nn.Module:
+    """With the task's head; or by the class that the config names, where transformers has it; else as a causal language
+    model, where there is one of that type; else as the bare model."""
+    if task_type in _HEADS:
+        return _HEADS[task_type].from_config(config, dtype=dtype, trust_remote_code=False)
     for name in config.architectures or []:
         named = getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):

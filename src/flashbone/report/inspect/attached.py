@@ -49,6 +49,7 @@ class Attached:
         base_bytes: of those.
         linear_multiply_adds: of the base's linear layers for each token.
         quantised_by: the method that the base's config names.
+        labels: of the classification head, by the base's config; None where there is none.
         config: of the adapter.
         layers: the adapted layers, in the model's order.
         calls: of all linear layers.
@@ -62,6 +63,7 @@ class Attached:
     base_bytes: int
     linear_multiply_adds: float
     quantised_by: str | None
+    labels: int | None
     config: BoneConfig
     layers: tuple[Layer, ...]
     calls: Calls
@@ -76,7 +78,7 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
     Raises:
         ConfigError: there is no such model, a field is wrong, or no layer matches.
     """
-    base: Any = skeleton(source, dtype)
+    base: Any = skeleton(source, dtype, fields.get("task_type"))
     linears: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     calls = trace_calls(base, linears)
     counts = Counter(call.layer for call in calls.calls)
@@ -86,6 +88,7 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
         "base_bytes": sum(p.numel() * p.element_size() for p in base.parameters()),
         "linear_multiply_adds": float(sum(counts[name] * layer.weight.numel() for name, layer in linears.items())),
         "quantised_by": _quantisation(base.config),
+        "labels": base.config.num_labels if _classifies(base) else None,
     }
     config = _config(base, fields, recommend)
     model = _adapted(base, config)
@@ -110,7 +113,7 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
 def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
     """As `flashbone train` would have it; or the published setting, where no other is asked for."""
     fields = {"target_modules": "all-linear", **(without_empty_kind(fields) if recommend else fields)}
-    if type(base).__name__.endswith("ForSequenceClassification"):
+    if _classifies(base):
         fields.setdefault("task_type", "SEQ_CLS")  # PEFT then trains the classifier, too
     try:
         if not recommend or any(name in fields for name in KIND):
@@ -120,6 +123,10 @@ def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
         return BoneConfig.recommended(base, **fields)
     except TypeError as error:
         raise ConfigError(f"adapter: {error}") from error
+
+
+def _classifies(base: Any) -> bool:
+    return type(base).__name__.endswith("ForSequenceClassification")
 
 
 def _adapted(base: Any, config: BoneConfig) -> Any:

@@ -88,6 +88,7 @@ class ModelReport:
         base_bytes: of those, in `dtype`.
         dtype: of the base while training; the adapter's is in `Costs`.
         quantised_by: the method that the config names, if any; the figures are those of the plain model.
+        labels: of the classification head, by the config; None where there is none. Training takes the data's.
         tokens: batch times sequence of one training step.
         linear_multiply_adds: of the base's linear layers.
         config: fields of the adapter's configuration that decide what it costs.
@@ -106,6 +107,7 @@ class ModelReport:
     base_bytes: int
     dtype: str
     quantised_by: str | None
+    labels: int | None
     tokens: int
     linear_multiply_adds: float
     config: dict[str, Any]

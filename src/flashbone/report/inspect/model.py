@@ -33,7 +33,7 @@ def inspect_model(
 
     Args:
         source: A folder, a config.json, or a hub id.
-        fields: Of BoneConfig; all linear layers unless they say otherwise.
+        fields: Of BoneConfig; all linear layers unless they say otherwise. `task_type` decides the head of the model.
         recommend: Where the fields do not say which variant or block size, take the published setting for the model's
             size, and `bone` with r = 64 above 13B; else BoneConfig's defaults.
         tokens: Batch times sequence of one training step.
@@ -55,6 +55,7 @@ def inspect_model(
         base_bytes=found.base_bytes,
         dtype=str(dtype).removeprefix("torch."),
         quantised_by=found.quantised_by,
+        labels=found.labels,
         tokens=tokens,
         linear_multiply_adds=found.linear_multiply_adds,
         config=_telling_fields(found),

@@ -106,6 +106,11 @@ def _notes(report: ModelReport) -> list[str]:
         notes.append(report.assumption)
     if report.quantised_by:
         notes.append(f"The config asks for {report.quantised_by}; these figures are those of the plain model.")
+    if report.labels is not None:
+        notes.append(
+            f"The classification head has the config's {report.labels} labels; `flashbone train` makes one for those of"
+            " the data."
+        )
     if report.recommended is None:
         notes.append("Nothing is published for models of this size; the published settings end at 13B.")
     elif not report.is_recommended:
