@@ -80,6 +80,12 @@ def test_overrides_are_checked_as_ever():
         BoneConfig.recommended(model_of(1000), unknown=1)
 
 
+@pytest.mark.parametrize("model", [5, None, {"model_type": "llama"}])
+def test_what_is_no_model_is_said(model):
+    with pytest.raises(ConfigError, match="wanted a model, its config, its folder, or a hub id"):
+        BoneConfig.recommended(model)
+
+
 def test_a_model_a_config_and_a_folder_give_the_same(tmp_path):
     model = tiny_bert()
     model.config.architectures = ["BertForSequenceClassification"]

@@ -86,6 +86,10 @@ def _write(folder, fields):
         ({"model_type": "quux"}, ConfigError, "'quux': transformers .* does not know it"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, ConfigError, "auto_map.*, which is never run"),
         ({}, ConfigError, "names no model_type"),
+        ({"model_type": ["llama"]}, ConfigError, "names no model_type"),
+        ({"model_type": {}}, ConfigError, "names no model_type"),
+        ({"model_type": "llama", "num_attention_heads": 0}, ConfigError, "config.json: ZeroDivisionError: "),
+        ({"model_type": "bert", "hidden_act": "nope"}, ConfigError, "config: KeyError: 'nope'"),
         ([], FormatError, "wanted a JSON object"),
     ],
 )
@@ -117,6 +121,15 @@ def test_a_hub_id_that_is_not_in_the_cache_is_said_in_one_line():
     ) as caught:
         skeleton("somebody/not-here")
     assert "\n" not in str(caught.value)
+
+
+def test_of_what_another_library_says_the_first_line_is_said(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("it cannot be\n  because of the following:\n  much more")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM._from_config", refuse)
+    with pytest.raises(ConfigError, match="from the config: it cannot be$"):
+        skeleton(LlamaConfig(architectures=["LlamaForCausalLM"]))
 
 
 def test_sizes_that_no_model_can_have_are_said_in_one_line(tmp_path):

@@ -51,6 +51,8 @@ def skeleton(
     Raises:
         ConfigError: there is no such folder, file or model, or transformers has no class for it.
     """
+    if not isinstance(source, PretrainedConfig | str | Path):
+        raise ConfigError(f"got {source!r}, wanted a model, its config, its folder, or a hub id")
     # Building writes dtype and attention into the config and those inside it.
     config = copy.deepcopy(source) if isinstance(source, PretrainedConfig) else load_config(source)
     stored: Any = config.dtype
@@ -58,8 +60,7 @@ def skeleton(
         with torch.device("meta"):
             return _build(config, dtype or stored or torch.float32, task_type)
     except _UNFIT as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{_name(source)}: its modules cannot be built from the config: {reason}") from error
+        raise ConfigError(f"{_name(source)}: its modules cannot be built from the config: {_reason(error)}") from error
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
@@ -71,7 +72,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     """
     file = _config_file(source)
     fields = _read(file)
-    kind = fields.get("model_type") or ""
+    named = fields.get("model_type")
+    kind = named if isinstance(named, str) else ""
     if kind not in CONFIG_MAPPING:
         if fields.get("auto_map"):
             why = "needs Python code of its own (auto_map), which is never run here; load the model and pass that"
@@ -81,7 +83,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
     try:
         config = CONFIG_MAPPING[kind].from_pretrained(str(file))  # reads this file alone
     except (StrictDataclassError, OSError, *_UNFIT) as error:
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file}: {_reason(error)}") from error
     config.name_or_path = ""  # PEFT looks there for a config once more
     return config
 
@@ -142,6 +144,16 @@ def _from_hub(name: str) -> Path:
         raise ConfigError(f"{name}: this model on the hub has no {CONFIG}") from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(_LOST.format(name, where)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what another library says; with the error's type where that alone says nothing. Of a dataclass
+    that checks its fields, the first two: which field, and why."""
+    lines = [line for line in map(str.strip, str(error).splitlines()) if line]
+    said = " ".join(lines[: 2 if isinstance(error, StrictDataclassError) else 1])
+    if said and not isinstance(error, (KeyError, AttributeError, ZeroDivisionError)):
+        return said
+    return f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _name(source: PretrainedConfig | str | Path) -> str:
