@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from flashbone.errors import FormatError
+from flashbone.errors import FormatError, hub_problem
 
 
 def looks_like_hub_id(given: str) -> bool:
@@ -19,19 +19,18 @@ def folder(given: str, ignored: tuple[str, ...] = ()) -> Path:
         ignored: Patterns of files that are not downloaded.
 
     Raises:
-        FormatError: it is neither here nor there.
+        FormatError: it is neither here nor there, or cannot be had.
     """
     if not looks_like_hub_id(given):
         return Path(given)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    offline = constants.is_offline_mode()
     try:
+        offline = constants.is_offline_mode()
         return Path(snapshot_download(given, local_files_only=offline, ignore_patterns=list(ignored)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        where = "the hub's cache (offline)" if offline else "the hub"
-        raise FormatError(f"{given}: no such folder, and not found in {where}; is it spelt right?") from error
+        raise FormatError(hub_problem(given, error)) from error
 
 
 def has_file(hub_id: str, name: str) -> bool:

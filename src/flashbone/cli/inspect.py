@@ -20,7 +20,7 @@ TARGET is a model or an adapter:
   a .pth or .safetensors of RWKV-PEFT       the same
 
 The adapter on a model is the published setting for its size, unless --config or any field of BoneConfig says otherwise:
-  flashbone inspect meta-llama/Llama-2-7b-hf --adapter.variant bone --adapter.r 64
+  flashbone inspect HuggingFaceTB/SmolLM2-135M --adapter.variant bone --adapter.r 64
   flashbone inspect my-model --adapter.target_modules '[q_proj, v_proj]' --tokens 8192
   flashbone inspect my-model --config train.yaml
 """

@@ -23,12 +23,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FormatError, hub_problem
 
 CONFIG = "config.json"
 # What transformers raises over fields that contradict each other or have no sense.
 _UNFIT = (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, ZeroDivisionError)
-_LOST = "{}: no such folder, and not found in {}; is it spelt right?"
 
 
 # PEFT's task type -> the class with the head that `flashbone train` loads for it.
@@ -134,16 +133,12 @@ def _config_file(source: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    offline = constants.is_offline_mode()
-    where = "the hub's cache (offline, nothing is downloaded)" if offline else "the hub"
     try:
-        return Path(hf_hub_download(name, CONFIG, local_files_only=offline))
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(_LOST.format(name, where)) from error
-    except EntryNotFoundError as error:
-        raise ConfigError(f"{name}: this model on the hub has no {CONFIG}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ConfigError(_LOST.format(name, where)) from error
+        return Path(hf_hub_download(name, CONFIG, local_files_only=constants.is_offline_mode()))
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ConfigError(f"{name}: this model on the hub has no {CONFIG}") from error
+        raise ConfigError(hub_problem(name, error)) from error
 
 
 def _reason(error: Exception) -> str:
