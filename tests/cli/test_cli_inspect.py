@@ -125,13 +125,33 @@ def test_the_dtype_is_that_of_the_base(base, capsys):
     assert [report["base_bytes"] for report in reports] == [4 * 7860, 2 * 7860]
 
 
-def test_an_adapter_in_the_hubs_cache_is_an_adapter(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The folder that the hub's cache has for somebody/tuned."""
     repository = tmp_path / "models--somebody--tuned"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    write_adapter(repository / "snapshots" / ("0" * 40), "bat-row", {"q": torch.randn(2, 4, 4)})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return repository / "snapshots" / ("0" * 40)
+
+
+def test_an_adapter_in_the_hubs_cache_is_an_adapter(cached, capsys):
+    write_adapter(cached, "bat-row", {"q": torch.randn(2, 4, 4)})
     assert json.loads(_out(capsys, "somebody/tuned", "--json"))["variant"] == "bat-row"
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_with_the_configs_of_both_the_weights_of_an_adapter_decide(cached, capsys, where):
+    target = "somebody/tuned" if where == "hub" else str(cached)
+    write_adapter(cached, "bat-row", {"q": torch.randn(2, 4, 4)})
+    tiny_llama().config.save_pretrained(cached)
+    assert json.loads(_out(capsys, target, "--json"))["variant"] == "bat-row"
+    (cached / "adapter_model.safetensors").unlink()
+    assert json.loads(_out(capsys, target, "--adapter.r=4", "--json"))["parameters"] == 7860
+
+
+def test_an_adapters_config_is_the_adapter(adapter, capsys):
+    assert json.loads(_out(capsys, f"{adapter}/adapter_config.json", "--json"))["variant"] == "bone"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def test_files_of_peft_0_18_say_their_variant_by_init_weights(name, variant):
 def test_a_weights_file_in_its_folder_is_that_folder(tmp_path):
     _saved(tmp_path, BoneConfig(r=4, target_modules=["q_proj"]))
     file = tmp_path / "adapter_model.safetensors"
-    assert inspect_adapter(file).blocks == inspect_adapter(tmp_path).blocks
+    for one in (file, tmp_path / "adapter_config.json"):
+        assert inspect_adapter(one).blocks == inspect_adapter(tmp_path).blocks
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(FormatError, match=r"it has no adapter_config\.json"):
         inspect_adapter(file)
@@ -226,6 +227,14 @@ def test_a_broken_file_is_one_clear_line(tmp_path, write, message, capsys):
         inspect_adapter(tmp_path / "x.pth")
     assert "\n" not in str(caught.value)
     assert "pickled code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_a_models_weights_are_said_to_be_that(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"not to be read")
+    with pytest.raises(FormatError, match=f"holds a model's weights; for the model, give its folder, {tmp_path}$"):
+        inspect_adapter(tmp_path / name)
 
 
 def test_a_folder_that_is_no_adapter_is_one_clear_line(tmp_path):

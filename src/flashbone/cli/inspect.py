@@ -10,7 +10,8 @@ from typing import Any
 from flashbone.cli import hub
 from flashbone.errors import ConfigError
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TENSOR_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 EPILOG = """\
@@ -18,6 +19,8 @@ TARGET is a model or an adapter:
   a model's folder, config.json or hub id   what an adapter on it would cost; its weights are neither needed nor read
   an adapter's folder or hub id             what it holds: BONE, and in short MISS and LORA
   a .pth or .safetensors of RWKV-PEFT       the same
+A folder or hub id with the configs of both is an adapter if it has an adapter's weights, adapter_model.safetensors or
+adapter_model.bin, and else a model.
 
 The adapter on a model is the published setting for its size, unless --config or any field of BoneConfig says otherwise:
   flashbone inspect HuggingFaceTB/SmolLM2-135M --adapter.variant bone --adapter.r 64
@@ -86,9 +89,13 @@ def _inspect_model(options: argparse.Namespace, fields: list[str]) -> Any:
 def _is_adapter(target: str) -> bool:
     """Whether an adapter is meant; what does not exist is left to the model's side, which says so."""
     path = Path(target)
-    if hub.looks_like_hub_id(target):
-        return hub.has_file(target, ADAPTER_CONFIG) and not hub.has_file(target, "config.json")
-    return path.suffix in TENSOR_FILES if path.is_file() else (path / ADAPTER_CONFIG).is_file()
+    if path.is_file():
+        return path.suffix in TENSOR_FILES or path.name == ADAPTER_CONFIG
+
+    def has(name: str) -> bool:
+        return hub.has_file(target, name) if hub.looks_like_hub_id(target) else (path / name).is_file()
+
+    return has(ADAPTER_CONFIG) and (not has(MODEL_CONFIG) or any(map(has, ADAPTER_WEIGHTS)))
 
 
 def _separate(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ SUFFIXES = {
     "MISS": {".miss_block": -2},
     "LORA": {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_embedding_A": 0, ".lora_embedding_B": 1},
 }
+# As transformers names a model's files.
+_MODELS_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 DORA = ".lora_magnitude_vector"
 
 
@@ -54,9 +57,11 @@ def read_held(path: Path) -> Held:
     Raises:
         FormatError: it is missing, broken, or of no known layout.
     """
-    if path.is_file() and path.name in (peft.SAFETENSORS, peft.PICKLE):
+    if path.is_file() and path.name in (peft.CONFIG, peft.SAFETENSORS, peft.PICKLE):
         path = path.parent
     if path.is_file():
+        if _MODELS_WEIGHTS.fullmatch(path.name) and (path.parent / "config.json").is_file():
+            raise FormatError(f"{path}: holds a model's weights; for the model, give its folder, {path.parent}")
         return _read_rwkv(path)
     config = read_json(path / peft.CONFIG) if (path / peft.CONFIG).is_file() else {}
     method = config.get("peft_type")
