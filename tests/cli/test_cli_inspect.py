@@ -91,6 +91,12 @@ def test_a_recipe_says_which_adapter(base, tmp_path, capsys):
     assert (report["costs"]["method"], report["costs"]["r"]) == ("bone", 64)  # what train would do with it
 
 
+@pytest.mark.parametrize("words", [["--adapter", "{variant: bat-row, r: 5}"], ["--adapter={variant: bat-row, r: 5}"]])
+def test_the_fields_can_be_given_as_one_mapping(base, capsys, words):
+    costs = json.loads(_out(capsys, base, *words, "--json"))["costs"]
+    assert (costs["method"], costs["r"]) == ("bat-row", 5)
+
+
 @pytest.mark.parametrize("task", ["classification", "sft"])
 def test_the_task_of_a_recipe_decides_the_head_as_training_does(tmp_path, capsys, task):
     make = {"classification": tiny_llama, "sft": tiny_bert}[task]  # each named by its config as the other's class
@@ -160,6 +166,8 @@ def test_an_adapters_config_is_the_adapter(adapter, capsys):
         (["gone/deep/below"], "gone/deep/below: no such folder or file"),
         (["somebody/not-here"], "somebody/not-here: no such folder, and not found in the hub's cache"),
         (["BASE", "--adapter.rr", "4"], "unknown field: adapter.rr (did you mean adapter.r or"),
+        (["BASE", "--adapter", "{r: 4, rr: 4}"], "unknown field: adapter.rr (did you mean adapter.r or"),
+        (["BASE", "--adapter", "7"], "adapter"),
         (["BASE", "--adapter.task_type", "X"], "adapter.task_type (set `task` instead)"),
         (["BASE", "--adapter.r", "4", "--adapter.target_modules", "[nope]"], "nope"),
         (["BASE", "--config", "gone.yaml"], "gone.yaml: no such configuration file"),
@@ -176,6 +184,15 @@ def test_wrong_input_is_one_line_and_exit_code_1(base, adapter, capsys, args, me
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("flashbone inspect: error: ")
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("args", "got"),
+    [(["--adapter.r", "--json"], "--json"), (["--adapter.r"], "nothing"), (["--adapter", "--tokens=3"], "--tokens=3")],
+)
+def test_a_field_without_its_value_is_named(capsys, args, got):
+    assert main(["inspect", "a", *args]) == 2
+    assert f"{args[0]}: wanted a value, got {got}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [[], ["a", "b"], ["a", "--unknown"], ["a", "--tokens", "0"], ["a", "--dtype", "int8"]])

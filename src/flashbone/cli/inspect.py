@@ -31,8 +31,9 @@ The adapter on a model is the published setting for its size, unless --config or
 
 def run(argv: list[str]) -> int:
     """Parse, inspect, print on stdout."""
-    ours, fields = _separate(argv)
-    options = _parser().parse_args(ours)
+    parser = _parser()
+    ours, fields = _separate(argv, parser)
+    options = parser.parse_args(ours)
     # The libraries' words on what they mean to rename are no news to who asks about a model.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\.|$)")
     print_report: Any
@@ -98,7 +99,7 @@ def _is_adapter(target: str) -> bool:
     return has(ADAPTER_CONFIG) and (not has(MODEL_CONFIG) or any(map(has, ADAPTER_WEIGHTS)))
 
 
-def _separate(argv: list[str]) -> tuple[list[str], list[str]]:
+def _separate(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """The command's own arguments, and the adapter's fields with their values, in whatever order they came."""
     ours, fields = [], []
     words = iter(argv)
@@ -107,8 +108,12 @@ def _separate(argv: list[str]) -> tuple[list[str], list[str]]:
             ours.append(word)
             continue
         fields.append(word)
-        if "=" not in word:
-            fields += [value] if (value := next(words, None)) is not None else []
+        if "=" in word:
+            continue
+        value = next(words, None)
+        if value is None or value.startswith("--"):
+            parser.error(f"{word}: wanted a value, got {value or 'nothing'}")
+        fields.append(value)
     return ours, fields
 
 

@@ -89,13 +89,14 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
     if not isinstance(section, dict | None):
         raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
     given = {"adapter": section or {}}
-    _check_names(_keys(given) + _flag_names(overrides), _adapter_names(), where)
+    _check_names(_keys(given) + _flag_names(overrides), ["adapter", *_adapter_names()], where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--adapter", type=dict[str, Any], default={})
     try:
         merged = parser.parse_args(overrides, namespace=parser.parse_object(given))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
+    _check_names([f"adapter.{name}" for name in merged.adapter], _adapter_names(), where)  # of `--adapter {...}`, too
     return _numbers(merged.adapter) | ({} if task is None else {"task_type": TASK_TYPES[task]})
 
 
