@@ -112,6 +112,7 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
 
 def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
     """As `flashbone train` would have it; or the published setting, where no other is asked for."""
+    _check_layers(fields)
     fields = {"target_modules": "all-linear", **(without_empty_kind(fields) if recommend else fields)}
     if _classifies(base):
         fields.setdefault("task_type", "SEQ_CLS")  # PEFT then trains the classifier, too
@@ -123,6 +124,16 @@ def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
         return BoneConfig.recommended(base, **fields)
     except TypeError as error:
         raise ConfigError(f"adapter: {error}") from error
+
+
+def _check_layers(fields: dict[str, Any]) -> None:
+    """Our default of target_modules takes no choice of layers; that is said of what was given."""
+    given = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is not None]
+    if given and "target_modules" not in fields:
+        raise ConfigError(
+            f"adapter: {' and '.join(given)} without target_modules, which is then all-linear, in every layer; name the"
+            " modules in a list, such as target_modules [q_proj, v_proj]"
+        )
 
 
 def _classifies(base: Any) -> bool:
