@@ -180,6 +180,7 @@ def test_the_default_is_the_published_setting_and_targets_do_not_change_that(tmp
     assert (report.costs.method, report.costs.r) == ("orthogonal", report.recommended.r) == ("orthogonal", 32)
     assert len(report.layers) == 7
     assert len(inspect_model(tmp_path, {"target_modules": ["q_proj"]}).layers) == 1
+    assert not inspect_model(tmp_path, {"rank_pattern": {"q_proj": 16}}).is_recommended
     assert inspect_model(tmp_path, {"bottleneck_size": None, "r": None}).is_recommended
     as_train = inspect_model(tmp_path, {}, recommend=False)
     assert (as_train.costs.method, as_train.costs.r, as_train.is_recommended) == ("bone", 64, False)
@@ -222,6 +223,12 @@ def test_a_wrong_adapter_is_said_in_one_line(tmp_path, fields, message):
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
         inspect_model(_described(tiny_llama(), tmp_path), fields)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_a_step_without_tokens_is_refused(tmp_path, tokens):
+    with pytest.raises(ConfigError, match=f"tokens: got {tokens}, wanted at least 1"):
+        inspect_model(_described(tiny_llama(), tmp_path), tokens=tokens)
 
 
 def _llama(**sizes):

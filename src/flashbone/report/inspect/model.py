@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from flashbone.checkpoint.tensors import file_size
+from flashbone.errors import ConfigError
 from flashbone.report.inspect.attached import ROOT, Attached, Layer, attach
 from flashbone.report.inspect.costs import Setting
 from flashbone.report.inspect.data import Costs, LayerGroup, ModelReport, Recommendation, TrainedGroup
 from flashbone.report.inspect.folding import fold
 from flashbone.report.inspect.methods import Method, attached_method, lora_twin
+from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.presets import published_preset
 
 STATES = 3  # of each trained number: its gradient and AdamW's two moments
@@ -40,26 +42,30 @@ def inspect_model(
         dtype: Of the base while training, under autocast where it is half precision; the adapter is in fp32.
 
     Raises:
-        ConfigError: there is no such model, a field is wrong, or no layer matches.
+        ConfigError: there is no such model, a field is wrong, or no layer matches; or there are no tokens.
     """
+    if tokens < 1:
+        raise ConfigError(f"tokens: got {tokens}, wanted at least 1")
     found = attach(source, fields or {}, recommend=recommend, dtype=dtype)
     config = found.config
     setting = Setting(tokens, dtype.itemsize, dtype.itemsize < 4, config.dropout > 0, config.use_orthogonal)
-    preset = published_preset(found.parameters)
-    published = Recommendation(preset.r, preset.dropout, preset.orthogonal_eps) if preset else None
-    taken = Recommendation(config.r, config.dropout, config.orthogonal_eps)
+    return _report(str(source), found, setting, str(dtype).removeprefix("torch."))
+
+
+def _report(source: str, found: Attached, setting: Setting, dtype: str) -> ModelReport:
+    published = _published(found.parameters)
     return ModelReport(
-        model=str(source),
+        model=source,
         architecture=found.architecture,
         parameters=found.parameters,
         base_bytes=found.base_bytes,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         quantised_by=found.quantised_by,
         labels=found.labels,
-        tokens=tokens,
+        tokens=setting.tokens,
         linear_multiply_adds=found.linear_multiply_adds,
         config=_telling_fields(found),
-        is_recommended=config.variant == "orthogonal" and config.use_orthogonal and taken == published,
+        is_recommended=_is(published, found.config),
         recommended=published,
         layers=tuple(_layer_groups(found, attached_method(found), setting)),
         others=tuple(_trained_groups(found)),
@@ -67,6 +73,18 @@ def inspect_model(
         lora=_costs(found, lora_twin(found), setting),
         assumption=found.calls.assumption,
     )
+
+
+def _published(parameters: int) -> Recommendation | None:
+    preset = published_preset(parameters)
+    return Recommendation(preset.r, preset.dropout, preset.orthogonal_eps) if preset else None
+
+
+def _is(published: Recommendation | None, config: BoneConfig) -> bool:
+    """Whether that is the adapter's setting, in all of its layers."""
+    taken = Recommendation(config.r, config.dropout, config.orthogonal_eps)
+    is_its_kind = config.variant == "orthogonal" and config.use_orthogonal and not config.rank_pattern
+    return is_its_kind and taken == published
 
 
 def _trained_groups(found: Attached) -> list[TrainedGroup]:
