@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig
 
@@ -99,15 +99,34 @@ def test_tied_weights_count_once():
     assert parameter_count(free) - parameter_count(tied) == free.lm_head.weight.numel()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        BoneConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True, modules_to_save=["lm_head"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_of_an_adapted_model_the_base_counts(config):
+    model = tiny_llama()
+    before = model.num_parameters()
+    adapted = get_peft_model(model, config)
+    assert parameter_count(adapted) == before
+    assert sum(p.numel() for p in adapted.parameters()) > before
+
+
 def test_packed_and_partitioned_weights_count_as_what_they_stand_for():
     class Params4bit(nn.Parameter):
         pass
 
     module = nn.Module()
     module.packed = Params4bit(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    module.not_packed_yet = Params4bit(torch.zeros(8, 1), requires_grad=False)
+    module.not_packed_yet.bnb_quantized = False
     module.partitioned = nn.Parameter(torch.empty(0))
     module.partitioned.ds_numel = 100
-    assert parameter_count(module) == 16 + 100
+    assert parameter_count(module) == 16 + 8 + 100
 
 
 def test_the_recommended_adapter_can_be_attached():

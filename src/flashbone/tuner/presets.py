@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from flashbone.errors import ConfigError
@@ -56,20 +59,32 @@ def published_preset(parameters: int) -> Preset | None:
 def parameter_count(model: nn.Module | PretrainedConfig | str | Path) -> int:
     """Number of parameters of a model, or of the one that a config, a folder or a hub id describes (nothing is loaded).
 
-    Tied weights count once, weights packed to 4 bits (bitsandbytes) as the numbers that they hold, and weights that
-    ZeRO-3 has partitioned as the whole.
+    Of a PEFT model the base counts: no adapters, no copies of modules to save. Tied weights count once, weights that
+    bitsandbytes has packed to 4 bits as the numbers that they hold, and weights that ZeRO-3 has partitioned as the
+    whole. Other quantisers keep packed weights in buffers or in shapes of their own (GPTQ, AWQ, HQQ), where they are
+    not counted, or not right; pass the config of such a model.
 
     Raises:
         ConfigError: there is no such model, see `skeleton`.
     """
     module = model if isinstance(model, nn.Module) else skeleton(model)
-    return sum(map(_numbers_in, module.parameters()))
+    base: nn.Module = module.get_base_model() if isinstance(module, PeftModel) else module  # without prompts
+    added = _added_by_peft(base)
+    return sum(_numbers_in(parameter) for parameter in base.parameters() if id(parameter) not in added)
+
+
+def _added_by_peft(base: nn.Module) -> set[int]:
+    """Identities of the parameters that adapters brought into a model."""
+    parts = (part for part in base.modules() if isinstance(part, BaseTunerLayer | ModulesToSaveWrapper))
+    held = (getattr(part, name, None) for part in parts for name in part.adapter_layer_names)
+    return {id(parameter) for module in held if isinstance(module, nn.Module) for parameter in module.parameters()}
 
 
 def _numbers_in(parameter: Any) -> int:
     if hasattr(parameter, "ds_numel"):
         return int(parameter.ds_numel)
-    packed = type(parameter).__name__ == "Params4bit"  # two numbers in each byte
+    # Two numbers in each byte, once it is quantised.
+    packed = type(parameter).__name__ == "Params4bit" and getattr(parameter, "bnb_quantized", True)
     return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
