@@ -1,5 +1,6 @@
 """What inspecting an adapter reports, of files that PEFT, flashbone and RWKV-PEFT write."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from flashbone import BoneConfig
 from flashbone.errors import FormatError
 from flashbone.report.inspect.adapter import inspect_adapter
+from flashbone.report.inspect.adapter_tables import print_adapter
 from helpers.adapter_folders import blocks_for, tiny_bert, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 
@@ -93,14 +95,34 @@ def test_orthogonal_adapters_say_how_orthogonal_and_how_far_they_turn(tmp_path):
     assert set(_verdicts(report).values()) == {"approximate"}
 
 
-def test_values_that_are_not_finite_are_counted_and_named(tmp_path):
+def test_values_that_are_not_finite_are_counted_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     blocks = blocks_for(tiny_llama(), "orthogonal", ("q_proj", "v_proj"), 4)
-    bad = "model.layers.1.v_proj" if "model.layers.1.v_proj" in blocks else list(blocks)[-1]
-    blocks[bad][0, :2] = torch.tensor([float("nan"), float("inf")])
-    report = inspect_adapter(write_adapter(tmp_path, "orthogonal", blocks))
-    assert report.not_finite == 2
-    assert report.not_finite_in == (f"{bad}.bone_block",)
-    assert all(group.rotation_deg is not None for group in report.blocks if bad not in group.modules)
+    name = "model.layers.{}.self_attn.{}".format
+    whole = inspect_adapter(write_adapter(tmp_path / "whole", "orthogonal", blocks))
+    blocks[name(1, "q_proj")][0, :2] = torch.tensor([float("nan"), float("inf")])
+    for layer in range(2):
+        blocks[name(layer, "v_proj")][2, 3] = float("-inf")
+    report = inspect_adapter(write_adapter(tmp_path / "bad", "orthogonal", blocks))
+    assert report.not_finite == 4
+    bad = (name(1, "q_proj"), name(0, "v_proj"), name(1, "v_proj"))
+    assert sorted(report.not_finite_in) == sorted(f"{module}.bone_block" for module in bad)
+
+    groups = {group.modules.rpartition(".")[2]: group for group in report.blocks}
+    assert (groups["v_proj"].orthogonality_error, groups["v_proj"].rotation_deg) == (None, None)  # no block of it turns
+    (alone,) = inspect_adapter(
+        write_adapter(tmp_path / "alone", "orthogonal", {name(0, "q_proj"): blocks[name(0, "q_proj")]})
+    ).blocks
+    assert groups["q_proj"].rotation_deg == alone.rotation_deg  # of the one that is finite
+    assert groups["q_proj"].orthogonality_error == alone.orthogonality_error
+
+    print_adapter(report)
+    text = capsys.readouterr().out
+    assert "4 values are NaN or infinite" in text
+    assert re.search(r"v_proj x 2 .* \? +\? *\n", text)
+    assert f"{alone.rotation_deg:.1f} deg" in text
+    print_adapter(whole)
+    assert "?" not in capsys.readouterr().out
 
 
 def test_an_adapter_as_it_started_is_untrained(tmp_path):
