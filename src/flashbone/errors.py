@@ -1,4 +1,4 @@
-"""The errors that flashbone raises: one root, one subclass for each kind of wrong input; and what the hub's errors mean."""
+"""The errors that flashbone raises: one root, a subclass for each kind of wrong input; and words for the hub's."""
 
 
 class FlashboneError(Exception):

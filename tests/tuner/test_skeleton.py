@@ -128,7 +128,7 @@ def test_of_what_another_library_says_the_first_line_is_said(monkeypatch):
         raise ValueError("it cannot be\n  because of the following:\n  much more")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM._from_config", refuse)
-    with pytest.raises(ConfigError, match="from the config: it cannot be$"):
+    with pytest.raises(ConfigError, match=r"from the config: it cannot be$"):
         skeleton(LlamaConfig(architectures=["LlamaForCausalLM"]))
 
 

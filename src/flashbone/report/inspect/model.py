@@ -65,7 +65,7 @@ def _report(source: str, found: Attached, setting: Setting, dtype: str) -> Model
         tokens=setting.tokens,
         linear_multiply_adds=found.linear_multiply_adds,
         config=_telling_fields(found),
-        is_recommended=_is(published, found.config),
+        is_recommended=_is_published(found.config, published),
         recommended=published,
         layers=tuple(_layer_groups(found, attached_method(found), setting)),
         others=tuple(_trained_groups(found)),
@@ -80,8 +80,8 @@ def _published(parameters: int) -> Recommendation | None:
     return Recommendation(preset.r, preset.dropout, preset.orthogonal_eps) if preset else None
 
 
-def _is(published: Recommendation | None, config: BoneConfig) -> bool:
-    """Whether that is the adapter's setting, in all of its layers."""
+def _is_published(config: BoneConfig, published: Recommendation | None) -> bool:
+    """Whether the adapter has the published setting, in all of its layers."""
     taken = Recommendation(config.r, config.dropout, config.orthogonal_eps)
     is_its_kind = config.variant == "orthogonal" and config.use_orthogonal and not config.rank_pattern
     return is_its_kind and taken == published
