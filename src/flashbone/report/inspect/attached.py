@@ -147,7 +147,7 @@ def _adapted(base: Any, config: BoneConfig) -> Any:
             return get_peft_model(base, config, ADAPTER)  # pyright: ignore[reportArgumentType]
     except FlashboneError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, re.error) as error:  # of PEFT, over fields that BoneConfig takes as they come
         raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
 
 
