@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.train.recipe import Recipe, arguments_class
+from flashbone.train.recipe import TASK_TYPES, Recipe, arguments_class
 
 
 def trainer_arguments(recipe: Recipe) -> Any:
@@ -73,10 +73,9 @@ def adapter_config(recipe: Recipe) -> Any:
     """The recipe's BoneConfig; all linear layers when no target is given."""
     from flashbone import BoneConfig
 
-    task_type = "CAUSAL_LM" if recipe.task == "sft" else "SEQ_CLS"
     fields = {"target_modules": "all-linear", **recipe.adapter}
     try:
-        return BoneConfig(**fields, task_type=task_type)
+        return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])
     except TypeError as error:
         raise ConfigError(f"adapter: {error}") from error
 
