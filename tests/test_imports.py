@@ -11,20 +11,21 @@ SOURCE = Path(__file__).parent.parent / "src" / "flashbone"
 ALLOWED = {
     "errors": set(),
     "import_hook": set(),
+    "sources": {"errors"},
     "shards": {"errors"},
     "ops": {"errors", "shards"},
     "variants": {"errors", "shards", "ops"},
-    "checkpoint": {"errors", "shards", "variants"},
+    "checkpoint": {"errors", "sources", "shards", "variants"},
     "merge": {"errors", "shards", "variants", "checkpoint"},
-    "tuner": {"errors", "shards", "ops", "variants"},
+    "tuner": {"errors", "sources", "shards", "ops", "variants"},
     "train": {"errors", "tuner", "checkpoint", "variants"},
-    "report": {"errors", "tuner", "checkpoint", "variants"},
-    "cli": {"errors", "train", "report", "merge", "checkpoint"},
+    "report": {"errors", "sources", "tuner", "checkpoint", "variants"},
+    "cli": {"errors", "sources", "train", "report", "merge", "checkpoint"},
     "__main__": {"cli"},
     "__init__": {"errors", "import_hook", "tuner"},
 }
 # Maths and files work without the hosts; the commands start without anything heavy.
-WITHOUT_HOSTS = {"errors", "import_hook", "shards", "ops", "variants", "checkpoint", "merge"}
+WITHOUT_HOSTS = {"errors", "sources", "import_hook", "shards", "ops", "variants", "checkpoint", "merge"}
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "matplotlib", "numpy"}
 
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The errors that flashbone raises: one root, a subclass for each kind of wrong input; and words for the hub's."""
+"""The errors that flashbone raises: one root, one subclass for each kind of wrong input."""
 
 
 class FlashboneError(Exception):
@@ -23,24 +23,3 @@ class NonFiniteError(FlashboneError, ValueError):
 
 class BackendError(FlashboneError, RuntimeError):
     """A backend that was asked for by name cannot run: its package is missing, or the tensors are on another device."""
-
-
-def hub_problem(name: str, error: Exception) -> str:
-    """Why a repository could not be had from the hub or, offline, from its cache, in one line.
-
-    Args:
-        name: The hub id.
-        error: Of huggingface_hub.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-
-    if isinstance(error, GatedRepoError):  # first: it is a RepositoryNotFoundError, too
-        return f"{name}: access has to be granted on https://huggingface.co/{name}; then run `hf auth login`"
-    if constants.is_offline_mode():
-        where = "the hub's cache (offline, nothing is downloaded)"
-    elif isinstance(error, LocalEntryNotFoundError):
-        return f"{name}: no such folder, and the hub could not be reached; is there a network?"
-    else:
-        where = "the hub"
-    return f"{name}: no such folder, and not found in {where}; is it spelt right?"

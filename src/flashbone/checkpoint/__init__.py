@@ -1,14 +1,11 @@
 """Adapter and model files on disk: one file a format, all of them over one neutral in-memory `Adapter`."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashbone.errors import FormatError
 from flashbone.variants import Variant
 
 
@@ -35,18 +32,3 @@ class Adapter:
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every value."""
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FormatError: it holds none.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{file}: wanted a JSON object, got a {type(content).__name__}")
-    return content

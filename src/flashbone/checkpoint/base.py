@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashbone.checkpoint import peft, read_json, tensors
+from flashbone.checkpoint import peft, tensors
 from flashbone.errors import FormatError
+from flashbone.sources import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

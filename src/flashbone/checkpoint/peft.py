@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from flashbone import variants
-from flashbone.checkpoint import Adapter, read_json, same_values
+from flashbone.checkpoint import Adapter, same_values
 from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
+from flashbone.sources import read_json
 from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
 
 CONFIG = "adapter_config.json"

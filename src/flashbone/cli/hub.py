@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from flashbone.errors import FormatError, hub_problem
+from flashbone.errors import FormatError
+from flashbone.sources import hub_problem
 
 
 def looks_like_hub_id(given: str) -> bool:

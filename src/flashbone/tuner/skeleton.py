@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from flashbone.errors import ConfigError, FormatError, hub_problem
+from flashbone.errors import ConfigError
+from flashbone.sources import hub_problem, read_json
 
 CONFIG = "config.json"
 # What transformers raises over fields that contradict each other or have no sense.
@@ -70,7 +70,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
         FormatError: it is not JSON.
     """
     file = _config_file(source)
-    fields = _read(file)
+    fields = read_json(file)
     named = fields.get("model_type")
     kind = named if isinstance(named, str) else ""
     if kind not in CONFIG_MAPPING:
@@ -85,16 +85,6 @@ def load_config(source: str | Path) -> PretrainedConfig:
         raise ConfigError(f"{file}: {_reason(error)}") from error
     config.name_or_path = ""  # PEFT looks there for a config once more
     return config
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise FormatError(f"{file}: wanted a JSON object, got a {type(fields).__name__}")
-    return fields
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, task_type: str | None) -> nn.Module:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flashbone.checkpoint import peft, read_json, rwkv
+from flashbone.checkpoint import peft, rwkv
 from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
+from flashbone.sources import read_json
 from flashbone.variants import Variant
 
 # What the other methods call their trained tensors, with the axis of each that is as long as r.
