@@ -18,7 +18,7 @@ ALLOWED = {
     "checkpoint": {"errors", "sources", "shards", "variants"},
     "merge": {"errors", "shards", "variants", "checkpoint"},
     "tuner": {"errors", "sources", "shards", "ops", "variants"},
-    "train": {"errors", "tuner", "checkpoint", "variants"},
+    "train": {"errors", "sources", "tuner", "checkpoint", "variants"},
     "report": {"errors", "sources", "tuner", "checkpoint", "variants"},
     "cli": {"errors", "sources", "train", "report", "merge", "checkpoint"},
     "__main__": {"cli"},

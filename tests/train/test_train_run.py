@@ -339,3 +339,13 @@ def test_classification_learns_saves_its_head_and_reports_accuracy_and_f1(albert
 
 def test_peak_memory_and_rates_carry_their_units_in_their_names():
     assert set(peak_memory()) == {"peak_mib", "peak_of"}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_broken_record_of_an_earlier_run_is_named_with_the_remedy(content, llama, questions_file, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "recipe.json").write_text(content)
+    with pytest.raises(FlashboneError, match=r"recipe.json: .*JSON.*; delete it, or choose another output"):
+        train(recipe_for(llama, questions_file, out), resume=True)
+    assert (out / "recipe.json").read_text() == content

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.sources import read_json
 from flashbone.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def claim(recipe: Recipe, resume: bool) -> None:
             f"output {folder.path} already holds a run; continue it with --resume, or choose another output"
         )
     if folder.recipe.exists():
-        _compare(recipe, read_json(folder.recipe), folder)
+        _compare(recipe, _read_own(folder.recipe), folder)
     folder.remove_partial()
     if resume and folder.last_checkpoint() is None:
         log.info("resume: no checkpoint in %s; starting from the beginning", folder.path)
@@ -99,9 +100,9 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     folder = RunFolder(recipe.output)
     if not (folder.summary.exists() and folder.recipe.exists()):
         return None
-    before = read_json(folder.recipe)
+    before = _read_own(folder.recipe)
     _compare(recipe, before, folder)
-    return read_json(folder.summary) if before.get("training") == _plain(recipe)["training"] else None
+    return _read_own(folder.summary) if before.get("training") == _plain(recipe)["training"] else None
 
 
 def _compare(recipe: Recipe, before: dict[str, Any], folder: RunFolder) -> None:
@@ -136,11 +137,11 @@ def _is_complete(checkpoint: Path) -> bool:
     return "global_step" in state and (checkpoint / "adapter_config.json").exists()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_own(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path}: not valid JSON ({error}); delete it, or choose another output") from None
+        return read_json(path)
+    except FormatError as error:
+        raise FormatError(f"{error}; delete it, or choose another output") from None
 
 
 def write_text(path: Path, text: str) -> None:
