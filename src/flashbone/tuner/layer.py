@@ -6,39 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
+from flashbone.tuner.bases import is_plain, kind_of
 from flashbone.tuner.merging import MergeableLayer
 from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
-
-
-def unsupported_reason(base_layer: nn.Module) -> str | None:
-    """Why the family cannot adapt this layer; None if it can."""
-    kind = type(base_layer).__name__
-    if resolve_quantization_backend(base_layer) is not None:
-        return f"its base is a quantised {kind}, which is not supported yet; load the model without quantisation"
-    if not isinstance(base_layer, (nn.Linear, Conv1D)):
-        return f"it is a {kind}, and only torch.nn.Linear and transformers' Conv1D are supported; leave it out"
-    return None
-
-
-def _is_plain(base: nn.Module) -> bool:
-    """Whether calling the base is its matrix product and nothing else: no other forward, no hooks, no adapter."""
-    return not (
-        base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
-        or type(base).forward not in (nn.Linear.forward, Conv1D.forward)
-        or "forward" in vars(base)
-        or nn.modules.module._has_any_global_hook()
-    )
 
 
 class BoneLayer(MergeableLayer):
@@ -72,13 +48,9 @@ class BoneLayer(MergeableLayer):
         self._init_merging()
         self.kwargs = kwargs
 
-        base: Any = self.get_base_layer()
-        if (reason := unsupported_reason(base)) is not None:
-            raise ConfigError(f"a Bone adapter cannot be put on this layer: {reason}")
-        if isinstance(base, Conv1D):
-            self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
+        base = self.get_base_layer()
+        self._kind = kind_of(base)
+        self.out_features, self.in_features = self._kind.sizes(base)
 
     def update_layer(
         self,
@@ -186,7 +158,7 @@ class BoneLinear(nn.Module, BoneLayer):
             seen = self._dropped(name, x) if self.training else x
             self.bone_variant[name].move(moves, seen, block, self.bone_scale[name])
         base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
-        return moves.run(base, self._weight_and_bias, _is_plain(base_layer))
+        return moves.run(base, self._weight_and_bias, is_plain(base_layer))
 
     def _dropped(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]
@@ -214,7 +186,7 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
-        return (base.weight.mT if self._transposed else base.weight), base.bias
+        return self._kind.weight(base), base.bias
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n].name} r={r}" for n, r in self.bone_r.items())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flashbone import shards, variants
-from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
+from flashbone.tuner.bases import BaseKind
 from flashbone.variants.undo import check_undoable, undo
 
 _Term = tuple[variants.Variant, Tensor, float]
@@ -35,6 +33,7 @@ class MergeableLayer(BaseTunerLayer):
     bone_scale: dict[str, float]
     bone_variant: dict[str, variants.Variant]
     _cache: Cache
+    _kind: BaseKind
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
@@ -42,15 +41,6 @@ class MergeableLayer(BaseTunerLayer):
         self._original_weight: Tensor | None = None
         # What stands merged, as it was merged: blocks and scales may change while a merge stands.
         self._merged_as: dict[str, _Term] = {}
-
-    def _base_weight(self) -> Tensor:
-        base: Any = self.get_base_layer()
-        return base.weight
-
-    @property
-    def _transposed(self) -> bool:
-        """Whether the base stores its weight as (in, out)."""
-        return isinstance(self.get_base_layer(), Conv1D)
 
     def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None) -> Tensor:
         """The difference that merging the adapter makes to the base weight, in the base's layout, in every variant.
@@ -64,13 +54,13 @@ class MergeableLayer(BaseTunerLayer):
         """
         W = self._pristine_weight()
         if orig_weight is not None:
-            W = orig_weight.detach().mT if self._transposed else orig_weight.detach()
+            W = self._kind.matrix(orig_weight.detach())
         block = self.bone_block[adapter].detach()
         dtype = shards.opmath_dtype(W, block)
         variant, scale = self.bone_variant[adapter], self.bone_scale[adapter]
         delta = variant.delta(W.to(dtype), block.to(W.device, dtype)) * scale
         delta = delta if orig_weight is None else delta.to(orig_weight.dtype)
-        return delta.mT if self._transposed else delta
+        return self._kind.stored(delta, self.get_base_layer())
 
     def merged_weight(self, adapter_names: list[str], must_be_finite: bool = False) -> Tensor:
         """The base weight, in its own layout and dtype, with exactly the named adapters in it; nothing is changed.
@@ -81,19 +71,14 @@ class MergeableLayer(BaseTunerLayer):
             NonFiniteError: `must_be_finite`, and it would hold NaN or infinity.
             ConfigError: the weight is computed by a parametrisation, so that it cannot be set.
         """
-        self._check_weight_can_be_set()
+        return self._kind.stored(self._merged_W(adapter_names, must_be_finite), self.get_base_layer()).contiguous()
+
+    def _merged_W(self, adapter_names: list[str], must_be_finite: bool) -> Tensor:
+        self._kind.check_writable(self.get_base_layer())
         names = [n for n in dict.fromkeys(adapter_names) if n in self.bone_block]
         terms = _terms(self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as})
         where = f"adapter {', '.join(map(repr, names))}"
-        merged = variants.merged_weight(self._pristine_weight(), terms, where, must_be_finite)
-        return merged.mT.contiguous() if self._transposed else merged
-
-    def _check_weight_can_be_set(self) -> None:
-        if "weight" not in self.get_base_layer()._parameters:
-            raise ConfigError(
-                "the base weight is computed by a parametrisation, such as weight_norm, and cannot be merged into;"
-                " remove the parametrisation first"
-            )
+        return variants.merged_weight(self._pristine_weight(), terms, where, must_be_finite)
 
     def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
         """Find out, without changing anything, whether these adapters can be merged: to finite values, and so that
@@ -106,21 +91,17 @@ class MergeableLayer(BaseTunerLayer):
         if names and (must_be_finite or undoable):
             self._prepare_merge(names, must_be_finite, undoable)
         elif names:
-            self._check_weight_can_be_set()
+            self._kind.check_writable(self.get_base_layer())
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
         return [n for n in dict.fromkeys(names) if n in self.bone_block and n not in self._merged_as]
 
     def _prepare_merge(self, names: list[str], must_be_finite: bool, undoable: bool) -> Tensor:
-        """The merged weight, checked as asked for."""
-        merged = self.merged_weight([*self.merged_adapters, *names], must_be_finite)
+        """The merged W, checked as asked for."""
+        merged = self._merged_W([*self.merged_adapters, *names], must_be_finite)
         if undoable:
-            check_undoable(
-                self._pristine_weight(),
-                merged.mT if self._transposed else merged,
-                _terms(self._as_now(names) | self._merged_as),
-            )
+            check_undoable(self._pristine_weight(), merged, _terms(self._as_now(names) | self._merged_as))
         return merged
 
     @torch.inference_mode(False)
@@ -144,19 +125,15 @@ class MergeableLayer(BaseTunerLayer):
         if not names:
             return
         merged = self._prepare_merge(names, must_be_finite=safe_merge, undoable=not self.keep_original)
-        weight = self._base_weight()
+        base = self.get_base_layer()
         if self.keep_original and self._original_weight is None:
-            # On the CPU this is the weight's own storage: no copy is made, the merged weight is the new one.
-            self._original_weight = self._pristine_storage()
-        weight.data = merged
+            if self.merged:  # by a merge that kept none: what it is computed back to
+                self._kind.write(base, self._unmerged_by_subtraction())
+            self._original_weight = self._kind.keep(base)
+        self._kind.write(base, merged)
         self._cache.clear()
         self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
         self.merged_adapters.extend(names)
-
-    def _pristine_storage(self) -> Tensor:
-        """What to keep: the weight itself, or, where a merge stands that kept none, the weight computed back."""
-        weight = self._unmerged_by_subtraction() if self.merged else self._base_weight().data
-        return weight.to("cpu")
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -165,11 +142,11 @@ class MergeableLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self._base_weight()
+        base = self.get_base_layer()
         if self._original_weight is not None:
-            weight.data = self._original_weight.to(weight.device, weight.dtype)
+            self._kind.restore(base, self._original_weight)
         else:
-            weight.data = self._unmerged_by_subtraction()
+            self._kind.write(base, self._unmerged_by_subtraction())
         self._original_weight = None
         self._merged_as = {}
         self.merged_adapters = []
@@ -183,23 +160,19 @@ class MergeableLayer(BaseTunerLayer):
         if merge:
             check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
             if names := self._to_merge(adapter_names):
-                weight = self._base_weight()
-                weight.data = self.merged_weight([*self.merged_adapters, *names], must_be_finite=safe_merge)
+                merged = self._merged_W([*self.merged_adapters, *names], must_be_finite=safe_merge)
+                self._kind.write(self.get_base_layer(), merged)
         return self.get_base_layer()
 
     def _pristine_weight(self) -> Tensor:
         """The base's weight (out, in) without any adapter, detached, on the base's device."""
-        weight = self._base_weight().data
+        base = self.get_base_layer()
         if self._original_weight is not None:
-            weight = self._original_weight.to(weight.device)
-        elif self.merged:
-            weight = self._unmerged_by_subtraction()
-        return weight.mT if self._transposed else weight
+            return self._kind.kept_weight(base, self._original_weight)
+        return self._unmerged_by_subtraction() if self.merged else self._kind.weight(base).detach()
 
     def _as_now(self, names: list[str]) -> dict[str, _Term]:
         return {n: (self.bone_variant[n], self.bone_block[n].detach(), self.bone_scale[n]) for n in names}
 
     def _unmerged_by_subtraction(self) -> Tensor:
-        weight = self._base_weight().data
-        restored = undo(weight.mT if self._transposed else weight, _terms(self._merged_as))
-        return restored.mT.contiguous() if self._transposed else restored
+        return undo(self._kind.weight(self.get_base_layer()).detach(), _terms(self._merged_as))

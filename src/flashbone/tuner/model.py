@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from flashbone.errors import ConfigError, FlashboneError, ShapeError
 from flashbone.ops import backend
 from flashbone.tuner import weighted
+from flashbone.tuner.bases import unsupported_reason
 from flashbone.tuner.config import BoneConfig
-from flashbone.tuner.layer import BoneLayer, BoneLinear, unsupported_reason
+from flashbone.tuner.layer import BoneLayer, BoneLinear
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.layer import unsupported_reason
+from flashbone.tuner.bases import unsupported_reason
 from flashbone.tuner.roles import DERIVED, NAMES, ROLES, held_by
 
 MAX_SUGGESTIONS = 8

@@ -1,0 +1,113 @@
+"""How base layers keep their weight: the mathematics knows a matrix W (out, in), layers store it otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flashbone.errors import ConfigError
+
+
+class BaseKind:
+    """How one kind of base layer keeps its weight. This one is `torch.nn.Linear`'s: as W itself.
+
+    It has no state: what it reads and writes is in the module that it is given. Reading, writing, keeping and restoring
+    are here and nowhere else, so that whoever shards, quantises or offloads weights is met in one place.
+    """
+
+    def sizes(self, module: Any) -> tuple[int, int]:
+        """(out, in) of W."""
+        return module.out_features, module.in_features
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """W as a view of what is stored."""
+        return stored
+
+    def stored(self, W: Tensor, module: Any) -> Tensor:
+        """W (out, in) as the layer stores it; a view."""
+        return W
+
+    def weight(self, module: Any) -> Tensor:
+        """W, a view of the module's parameter: gradients reach it."""
+        return self.matrix(module.weight)
+
+    def check_writable(self, module: nn.Module) -> None:
+        """
+        Raises:
+            ConfigError: the weight is computed, so that it cannot be set.
+        """
+        if "weight" not in module._parameters:
+            raise ConfigError(
+                "the base weight is computed by a parametrisation, such as weight_norm, and cannot be merged into;"
+                " remove the parametrisation first"
+            )
+
+    def write(self, module: Any, W: Tensor) -> None:
+        """Make W the module's weight; the parameter stays the same object."""
+        module.weight.data = self.stored(W, module).contiguous()
+
+    def keep(self, module: Any) -> Tensor:
+        """The weight in host memory, to be restored. On the CPU this is its own storage: `write` makes a new one."""
+        return module.weight.data.to("cpu")
+
+    def kept_weight(self, module: Any, kept: Tensor) -> Tensor:
+        """W of what `keep` returned, on the module's device."""
+        return self.matrix(kept.to(module.weight.device))
+
+    def restore(self, module: Any, kept: Tensor) -> None:
+        """Give the module back what `keep` returned."""
+        module.weight.data = kept.to(module.weight.device, module.weight.dtype)
+
+
+class Conv1DKind(BaseKind):
+    """transformers' Conv1D, GPT-2's linear layer: stores the transpose, (in, out)."""
+
+    def sizes(self, module: Any) -> tuple[int, int]:
+        in_features, out_features = getattr(module.weight, "ds_shape", module.weight.shape)
+        return out_features, in_features
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.mT
+
+    def stored(self, W: Tensor, module: Any) -> Tensor:
+        return W.mT
+
+
+LINEAR, CONV1D = BaseKind(), Conv1DKind()
+
+
+def kind_of(module: nn.Module) -> BaseKind:
+    """How this base layer keeps its weight.
+
+    Raises:
+        ConfigError: the family cannot adapt such a layer.
+    """
+    if (reason := unsupported_reason(module)) is not None:
+        raise ConfigError(f"a Bone adapter cannot be put on this layer: {reason}")
+    return CONV1D if isinstance(module, Conv1D) else LINEAR
+
+
+def unsupported_reason(base_layer: nn.Module) -> str | None:
+    """Why the family cannot adapt this layer; None if it can."""
+    kind = type(base_layer).__name__
+    if resolve_quantization_backend(base_layer) is not None:
+        return f"its base is a quantised {kind}, which is not supported yet; load the model without quantisation"
+    if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        return f"it is a {kind}, and only torch.nn.Linear and transformers' Conv1D are supported; leave it out"
+    return None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the layer is its matrix product and nothing else: no other forward, no hooks, no adapter."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+        or "forward" in vars(module)
+        or nn.modules.module._has_any_global_hook()
+    )
