@@ -709,11 +709,6 @@ def test_bat_col_and_bat_row_are_not_confused_on_square_layers(tmp_path):
         assert torch.equal(PeftModel.from_pretrained(MLP(sizes), tmp_path / variant)(inputs()[:, :8]), want)
 
 
-def test_mixed_batches_are_refused_instead_of_ignored():
-    with pytest.raises(FlashboneError, match="adapter_names: batches that mix adapters are not supported"):
-        adapted("bone", "bone")(inputs(), adapter_names=["0", "1", "0"])
-
-
 def test_state_of_merged_models_is_saved_and_pickled_as_usual(tmp_path):
     model = adapted("bat-col")
     model.merge_adapter()

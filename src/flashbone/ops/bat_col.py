@@ -66,7 +66,24 @@ def _shifted(W: Tensor, D: Tensor, with_base: bool) -> Tensor:
 
 
 def _forward(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
+    if 2 * x.shape[0] < min(D.shape[-1] for D in blocks):
+        return _of_few_tokens(x, W, bias, blocks, with_base)
     return linear(x, shifted_weight(W, blocks, with_base).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _of_few_tokens(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
+    """The same without W': `y_a = sum_b W[a,b] (D_a x_b) + D_a S(x)`. Costs two products with W's size for each token
+    and block, where W' alone costs r."""
+    dtype, (out_features, _) = x.dtype, W.shape
+    W = W.to(dtype)
+    y = linear(x, W, None if bias is None else bias.to(dtype)) if with_base else x.new_zeros(x.shape[0], out_features)
+    for D in blocks:
+        r = D.shape[-1]
+        D, x_b = D.to(dtype), shards.split(x, r)
+        rotated = (x_b.flatten(0, 1) @ D.mT).view(len(D), x.shape[0], x_b.shape[1] * r)
+        shift = torch.bmm(rotated, shards.split_weight(W, r).flatten(2).mT) + x_b.sum(1) @ D.mT
+        y = y + shift.transpose(0, 1).flatten(1)[:, :out_features]
+    return y
 
 
 def _backward(

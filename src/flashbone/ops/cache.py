@@ -35,10 +35,19 @@ class Cache:
     A change in place is seen by torch's version counter, a tensor that was replaced by its address. What torch itself
     cannot see, an in-place operation on `parameter.data`, is not seen here either; `clear` is for that. A source that
     was replaced is held until the next call or `clear`. Copies and pickles of a cache are empty.
+
+    Attributes:
+        keeps_weights: whether tensors as large as a weight are to be kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_weights: bool = True) -> None:
+        self.keeps_weights = keeps_weights
         self._entries: dict[Hashable, _Entry] = {}
+        self._parts: dict[Hashable, Cache] = {}
+
+    def part(self, key: Hashable) -> Cache:
+        """A cache with roles of its own within this one, cleared with it; there may be many, and none keeps weights."""
+        return self._parts.setdefault(key, Cache(keeps_weights=False))
 
     def get(
         self,
@@ -68,9 +77,10 @@ class Cache:
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._parts.clear()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + sum(map(len, self._parts.values()))
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.nn.functional import linear
 
-from flashbone import shards
 from flashbone.ops import backend, transforms
 from flashbone.ops.bat_col import bat_col_linear, shifted_weight
 from flashbone.ops.bone import add_factored
 from flashbone.ops.cache import Cache
+from flashbone.ops.inputs import compute_input, flat, overflow_unit, scaled
 from flashbone.ops.rotation import rotate_input, rotation_offset
 from flashbone.ops.tiles import add_tiles
 
@@ -93,11 +92,7 @@ class Moves:
         (`is_plain_base`), its output is overwritten, and one weight-shifted GEMM replaces its call unless something
         shifts the input; else the shift of the weight acts on the pristine x, in a GEMM of its own.
         """
-        # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
-        sums = [self._sum(x, terms[0][0].shape[0]) for x, terms in self._factors.values()]
-        tiles = self._tiles() if self._tiled_factors else []
-        base_x, z_sums = self._shifted_input() if self._input_shifts else (None, [])
-        base_x = self._rotated_input(base_x) if self._rotations else base_x
+        base_x = self.begin()
         if self._weight_shifts:
             y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base)
         else:
@@ -105,36 +100,60 @@ class Moves:
         shape = (*self.x.shape[:-1], y.shape[-1])
         if y.ndim != 2:
             y, own = y.reshape(-1, shape[-1]), False
-        own = own and not self._functional and not y._is_view()
-        if sums:
-            groups = [(terms, _unit(x, terms[0][0].shape[0])) for x, terms in self._factors.values()]
-            s = sums[0] if len(sums) == 1 else torch.cat(sums, -1)
-            y, own = add_factored(y, s, self._combined("bone", groups, y.dtype), own), not self._functional
-        for t in (*tiles, *z_sums):
-            y, own = add_tiles(y, t, own), not self._functional
+        y = self._add_shifts(y, own and not self._functional and not y._is_view())
         if len(shape) == 2:
             return y
         # Not a view for autograd, as what F.linear returns: whoever overwrites it later pays nothing extra in backward.
         return y.view(shape) if self._functional else torch.ops.aten._unsafe_view(y, shape)
 
-    def _sum(self, x: Tensor, r: int) -> Tensor:
-        """S(x) (tokens, r), divided by `_unit`."""
-        return _flat(self._backend.bounded_sum(x, r, _unit(x, r)))
+    @property
+    def shifts_weight(self) -> bool:
+        """Whether any adapter shifts the weight."""
+        return bool(self._weight_shifts)
 
-    def _tiles(self) -> list[Tensor]:
+    def begin(self) -> Tensor | None:
+        """Compute what precedes the base call; what the base is to see, (tokens, in), None for the pristine input."""
+        # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
+        self._sums = [self._sum(x, terms[0][0].shape[0]) for x, terms in self._factors.values()]
+        self._tiles = self._tiled_sums() if self._tiled_factors else []
+        base_x, z_sums = self._shifted_input() if self._input_shifts else (None, [])
+        self._tiles += z_sums
+        return self._rotated_input(base_x) if self._rotations else base_x
+
+    def finish(self, y: Tensor, weight: Callable[[], tuple[Tensor, Tensor | None]], own: bool) -> Tensor:
+        """After `begin`: the base's output y (tokens, out) with everything added; if `own`, in place."""
+        for x, terms in self._weight_shifts.values():
+            shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
+            y = y.add_(shift) if own else y + shift
+        return self._add_shifts(y, own)
+
+    def _add_shifts(self, y: Tensor, own: bool) -> Tensor:
+        if self._sums:
+            groups = [(terms, overflow_unit(x, terms[0][0].shape[0])) for x, terms in self._factors.values()]
+            s = self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, -1)
+            y, own = add_factored(y, s, self._combined("bone", groups, y.dtype), own), not self._functional
+        for t in self._tiles:
+            y, own = add_tiles(y, t, own), not self._functional
+        return y
+
+    def _sum(self, x: Tensor, r: int) -> Tensor:
+        """S(x) (tokens, r), divided by `overflow_unit`."""
+        return flat(self._backend.bounded_sum(x, r, overflow_unit(x, r)))
+
+    def _tiled_sums(self) -> list[Tensor]:
         tiles = []
         for (_, r, width), (x, terms) in self._tiled_factors.items():
             s = self._sum(x, r)
-            tiles.append(s @ self._combined(("mini", r, width), [(terms, _unit(x, r))], s.dtype))
+            tiles.append(s @ self._combined(("mini", r, width), [(terms, overflow_unit(x, r))], s.dtype))
         return tiles
 
     def _shifted_input(self) -> tuple[Tensor | None, list[Tensor]]:
         """What the base is to see, (tokens, in), None where that is the pristine input; and the sums of z."""
         base_x, z_sums = None, []
         for (_, r), (seen, terms) in self._input_shifts.items():
-            x = _flat(_compute_input(seen))
+            x = flat(compute_input(seen))
             if base_x is None and seen is not self.x:
-                base_x = _flat(_compute_input(self.x))
+                base_x = flat(compute_input(self.x))
             D = self._combined(("bat-row", r), [(terms, 1)], x.dtype)
             base_x, z_sum = self._backend.shift_input(x, D, base_x, self._transformed)
             z_sums.append(z_sum)
@@ -143,9 +162,9 @@ class Moves:
     def _rotated_input(self, base_x: Tensor | None) -> Tensor | None:
         """As `_shifted_input`, which went before: `base_x` is what it left."""
         for seen, terms in self._rotations.values():
-            x = _flat(_compute_input(seen))
+            x = flat(compute_input(seen))
             if base_x is None and seen is not self.x:
-                base_x = _flat(_compute_input(self.x))
+                base_x = flat(compute_input(self.x))
             # Inference needs no operator, whose dispatch costs as much as a small product.
             composite = self._transformed or self._cache is not None
             base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, composite)
@@ -155,7 +174,7 @@ class Moves:
         """The sum of the scaled `Q - I` of several adapters, solved for once in inference."""
 
         def build() -> Tensor:
-            offsets = [_scaled(rotation_offset(P, is_rotation, eps), scale) for P, scale, is_rotation, eps in terms]
+            offsets = [scaled(rotation_offset(P, is_rotation, eps), scale) for P, scale, is_rotation, eps in terms]
             return sum(offsets[1:], offsets[0]).to(dtype)
 
         if self._cache is None:
@@ -166,7 +185,7 @@ class Moves:
     def _base_call(self, base_x: Tensor | None, base: Callable, is_plain: bool) -> tuple[Tensor, bool]:
         """The base's output; and whether it is ours alone, to be overwritten."""
         if is_plain and type(self.x) in (Tensor, torch.nn.Parameter):
-            return base(_flat(self.x) if base_x is None else base_x), True
+            return base(flat(self.x) if base_x is None else base_x), True
         return base(self.x if base_x is None else base_x.view(self.x.shape)), False
 
     def _weight_shifted_call(
@@ -177,7 +196,7 @@ class Moves:
         if base_x is None and is_plain and id(self.x) in shifts:
             x, terms = shifts.pop(id(self.x))
             W, bias = weight()
-            y = self._weight_shifted(_compute_input(x), W, bias, terms, with_base=True)
+            y = self._weight_shifted(compute_input(x), W, bias, terms, with_base=True)
         else:
             y = self._base_call(base_x, base, is_plain)[0]
         for x, terms in shifts.values():
@@ -189,12 +208,12 @@ class Moves:
         self, x: Tensor, W: Tensor, bias: Tensor | None, shifts: dict[int, _Terms], with_base: bool
     ) -> Tensor:
         """`x W'^T + bias` (tokens, out)."""
-        x = _flat(x)
+        x = flat(x)
 
         def blocks() -> list[Tensor]:
             return [_combine([(terms, 1)], W.dtype) for terms in shifts.values()]
 
-        if self._cache is None:
+        if self._cache is None or not self._cache.keeps_weights:
             return bat_col_linear(x, W, bias, blocks(), with_base, composite=self._transformed)
         W_shifted = self._cache.get(
             ("bat-col", with_base),
@@ -220,34 +239,7 @@ class Moves:
 
 def _combine(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
     sums = []
-    for terms, unit in groups:
-        first, *others = (_scaled(block, scale * unit) for block, scale in terms)
+    for terms, factor in groups:
+        first, *others = (scaled(block, scale * factor) for block, scale in terms)
         sums.append(sum(others, first).to(dtype))
     return sums[0] if len(sums) == 1 else torch.cat(sums)
-
-
-def _scaled(block: Tensor, scale: float) -> Tensor:
-    return block if scale == 1 else block * scale
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(tokens, in)."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast gives to the base's GEMM."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def _compute_input(x: Tensor) -> Tensor:
-    return x.to(_compute_dtype(x))
-
-
-def _unit(x: Tensor, r: int) -> int:
-    """What S(x) is divided by, and B multiplied with: in fp16 a power of two of at least the number of shards, so that
-    the sum stays in range; a power of two rounds nothing."""
-    return 1 << (shards.count(x.shape[-1], r) - 1).bit_length() if _compute_dtype(x) == torch.float16 else 1

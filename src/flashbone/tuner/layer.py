@@ -12,8 +12,10 @@ from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
+from flashbone.ops.rows import Part, run_by_rows
 from flashbone.tuner.bases import is_plain, kind_of
 from flashbone.tuner.merging import MergeableLayer
+from flashbone.tuner.mixed_batch import RowNames
 from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
 
 
@@ -42,6 +44,7 @@ class BoneLayer(MergeableLayer):
         self.bone_block = nn.ParameterDict()
         self._disable_adapters = False
         self.caches = True
+        self.row_names: RowNames | None = None  # set for the time of a call of the model with adapter_names
         self.backend = "torch"
         self._cache = Cache()
         self.cast_input_dtype_enabled = True
@@ -141,7 +144,12 @@ class BoneLinear(nn.Module, BoneLayer):
         self.update_layer(adapter_name, r, init_weights, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output with the moves of all active adapters; x (..., in) -> (..., out)."""
+        """The base's output with the moves of all active adapters; x (..., in) -> (..., out).
+
+        With `adapter_names`, a list with a name for each row of x, with the moves of each row's own adapter instead.
+        """
+        if self.row_names is not None or "adapter_names" in kwargs:
+            return self._forward_by_rows(x, *args, **kwargs)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         bone_block = self.bone_block
@@ -151,14 +159,38 @@ class BoneLinear(nn.Module, BoneLayer):
         base_layer = self.base_layer
         moves = Moves(x, self._usable_cache(x), self.backend)
         for name in active:
-            # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, replicate or
-            # parametrise keep a parameter elsewhere: it is an attribute then.
-            block = bone_block._parameters.get(name)
-            block = getattr(bone_block, name) if block is None else block
             seen = self._dropped(name, x) if self.training else x
-            self.bone_variant[name].move(moves, seen, block, self.bone_scale[name])
+            self.bone_variant[name].move(moves, seen, self._block(name), self.bone_scale[name])
         base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
         return moves.run(base, self._weight_and_bias, is_plain(base_layer))
+
+    def _forward_by_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = kwargs.pop("adapter_names", None)
+        rows = self.row_names if given is None else RowNames(given)
+        base_layer = self.base_layer
+        if rows is None or self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return base_layer(x, *args, **kwargs)
+        if self.merged_adapters:
+            raise ConfigError("adapter_names: adapters stand merged, so that no row can be without; unmerge them first")
+        groups = rows.groups(len(x))
+        x = rows.sorted(x)
+        parts, cache = [], self._usable_cache(x)
+        for name, start, size in groups:
+            if name in self.bone_block:
+                own_cache = None if cache is None else cache.part(name)  # an empty one is false
+                moves = Moves(x.narrow(0, start, size), own_cache, self.backend)
+                self.bone_variant[name].move(moves, moves.x, self._block(name), self.bone_scale[name])
+                parts.append(Part(start, size, moves))
+        base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
+        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, is_plain(base_layer)))
+
+    def _block(self, name: str) -> Tensor:
+        # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, replicate or
+        # parametrise keep a parameter elsewhere: it is an attribute then.
+        block = self.bone_block._parameters.get(name)
+        return getattr(self.bone_block, name) if block is None else block
 
     def _dropped(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]

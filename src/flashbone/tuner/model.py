@@ -20,6 +20,7 @@ from flashbone.tuner.bases import unsupported_reason
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.layer import BoneLayer, BoneLinear
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
+from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 
 
@@ -238,9 +239,16 @@ class BoneModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise FlashboneError(
-                "adapter_names: batches that mix adapters are not supported by the Bone family yet; run one batch for"
-                " each adapter, with set_adapter"
+        """PEFT's way to hand `adapter_names` to the layers, in calls of the model and in `generate`."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ConfigError(
+                "adapter_names: the model is in training mode, where checkpointing would run rows again without their"
+                " names; call model.eval() first"
             )
-        yield
+        rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
+        with adapters_by_row([layer for _, layer in self._bone_layers()], saved_modules(self.model), rows):
+            yield

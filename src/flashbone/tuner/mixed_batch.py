@@ -1,0 +1,134 @@
+"""Batches in which every row has an adapter of its own: PEFT's `adapter_names=[...]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from flashbone.errors import ConfigError, ShapeError
+
+BASE = "__base__"  # PEFT's name for no adapter
+
+
+class Group(NamedTuple):
+    """The rows of one adapter, side by side once the batch is sorted."""
+
+    name: str
+    start: int
+    size: int
+
+
+class RowNames:
+    """The adapter of each row. One for a call of the model; its layers share what is computed of it.
+
+    Args:
+        names: An adapter's name, or `__base__`, for each row.
+        repeats: How often generation may repeat each row, side by side, for beams or several answers.
+    """
+
+    def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
+        self.names, self._repeats = list(names), repeats
+        self._sorted: dict[int, tuple[list[Group], list[int] | None]] = {}
+        self._orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def for_rows(self, rows: int) -> list[str]:
+        """The names, for an input of so many rows.
+
+        Raises:
+            ShapeError: there are neither as many rows as names, nor as many for each as generation makes of it.
+        """
+        if rows == len(self.names):
+            return self.names
+        if rows == len(self.names) * self._repeats:
+            return [name for name in self.names for _ in range(self._repeats)]
+        raise ShapeError(
+            f"adapter_names: {len(self.names)} names, but a layer gets an input with {rows} rows; name an adapter for"
+            " each row of the batch (a layer whose input is not arranged by rows cannot take adapter_names)"
+        )
+
+    def groups(self, rows: int) -> list[Group]:
+        """One for each adapter, in the order in which they come up first; rows of the base are in none."""
+        return self._arranged(rows)[0]
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """x with its rows by group; x itself if they are."""
+        return x if self._arranged(len(x))[1] is None else x.index_select(0, self._order(x)[0])
+
+    def restored(self, y: Tensor) -> Tensor:
+        """The inverse of `sorted`."""
+        return y if self._arranged(len(y))[1] is None else y.index_select(0, self._order(y)[1])
+
+    def _arranged(self, rows: int) -> tuple[list[Group], list[int] | None]:
+        if rows not in self._sorted:
+            names = self.for_rows(rows)
+            rank = {name: i for i, name in enumerate(dict.fromkeys(names))} | {BASE: rows}
+            order = sorted(range(rows), key=lambda row: rank[names[row]])
+            found: dict[str, list[int]] = {}
+            for position, row in enumerate(order):
+                found.setdefault(names[row], []).append(position)
+            groups = [Group(name, at[0], len(at)) for name, at in found.items() if name != BASE]
+            self._sorted[rows] = groups, None if order == list(range(rows)) else order
+        return self._sorted[rows]
+
+    def _order(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The order and its inverse on t's device, moved there once."""
+        key = len(t), t.device
+        if key not in self._orders:
+            order = torch.tensor(self._arranged(len(t))[1])
+            self._orders[key] = order.to(t.device), order.argsort().to(t.device)
+        return self._orders[key]
+
+
+def row_names(adapter_names: Sequence[str], known: Sequence[str], kwargs: dict[str, Any], model: Any) -> RowNames:
+    """`adapter_names` as given to a call of a model, checked.
+
+    Args:
+        adapter_names: An adapter's name, or `__base__`, for each row.
+        known: The adapters of the model.
+        kwargs: The other arguments of the call; generation's numbers of beams and answers are among them.
+        model: The base model, whose generation config has the defaults of those.
+
+    Raises:
+        ConfigError: the names are no list of strings, or there is no adapter of some name.
+    """
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise ConfigError(f"adapter_names: got {adapter_names!r}, wanted a list with a name for each row of the batch")
+    if unknown := [name for name in dict.fromkeys(adapter_names) if name not in known and name != BASE]:
+        raise ConfigError(
+            f"adapter_names: no {unknown} in this model, which has {list(known)}; {BASE!r} is the model without any"
+        )
+    defaults = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    counts = [
+        kwargs.get(field) or getattr(defaults, field, None) or 1 for field in ("num_beams", "num_return_sequences")
+    ]
+    return RowNames(adapter_names, max(counts))
+
+
+@contextmanager
+def adapters_by_row(layers: Sequence[Any], wrappers: Sequence[nn.Module], rows: RowNames) -> Iterator[None]:
+    """Inside, the layers take each row's adapter from `rows`, and so do saved modules (`modules_to_save`)."""
+
+    def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"adapter_names": rows.for_rows(len(args[0]))} if args else kwargs
+
+    hooks = [wrapper.register_forward_pre_hook(name_rows, with_kwargs=True) for wrapper in wrappers]
+    before = [layer.row_names for layer in layers]
+    try:
+        for layer in layers:
+            layer.row_names = rows
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer.row_names = names
+        for hook in hooks:
+            hook.remove()
+
+
+def saved_modules(model: nn.Module) -> list[nn.Module]:
+    """PEFT's wrappers around modules that are trained as a whole."""
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

@@ -1,0 +1,267 @@
+"""Batches in which each row has its own adapter: equal to one run for each adapter, with one call of the base."""
+
+import pytest
+import torch
+from peft import BoneConfig, get_peft_model
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from flashbone import BoneLinear
+from flashbone.errors import ConfigError, ShapeError
+from helpers.blocks import VARIANT_NAMES
+from helpers.comparison import close
+from helpers.mlp import fill_blocks
+
+OUT, IN = 11, 14  # no multiples of the block sizes
+ORDERS = {
+    "side by side": ["0", "0", "1", "2", "2", "2", "3", "4", "__base__"],
+    "anyhow": ["3", "__base__", "0", "4", "2", "0", "1", "2", "3"],
+    "base first": ["__base__", "__base__", "1", "1", "3"],
+    "base alone": ["__base__", "__base__"],
+    "one": ["3", "3", "3"],
+}
+
+
+def layer_of(variants=VARIANT_NAMES, dtype=torch.float64, **base) -> BoneLinear:
+    """A layer with one filled adapter for each variant, named by its position."""
+    torch.manual_seed(0)
+    layer = BoneLinear(nn.Linear(IN, OUT, dtype=dtype, **base), "0", 3, False, variant=variants[0], mini_r=2)
+    for i, variant in enumerate(variants[1:], 1):
+        layer.update_layer(str(i), 3 + i % 2, False, variant=variant, mini_r=2)
+    for i, name in enumerate(layer.bone_block):
+        layer.bone_block[name].data = torch.randn_like(layer.bone_block[name]).to(dtype) / 3
+        layer.set_scale(name, 1 - i / 5)
+    return layer.eval()
+
+
+def row_by_row(layer: BoneLinear, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """What the layer gives for each row alone, with the row's adapter active."""
+    rows = []
+    for row, name in zip(x.split(1), names, strict=True):
+        if name == "__base__" or name not in layer.bone_block:
+            rows.append(layer.base_layer(row))
+        else:
+            layer.set_adapter([name])
+            rows.append(layer(row))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("shape", [(IN,), (5, IN), (2, 3, IN)])
+@pytest.mark.parametrize("names", ORDERS.values(), ids=list(ORDERS))
+def test_a_mixed_batch_equals_a_run_for_each_row(names, shape, grad):
+    layer = layer_of()
+    x = torch.randn(len(names), *shape, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        assert close(layer(x, adapter_names=names), row_by_row(layer, x, names))
+
+
+def test_gradients_equal_those_of_a_run_for_each_row():
+    layer, names = layer_of(), ORDERS["anyhow"]
+    x = torch.randn(len(names), 4, IN, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *layer.bone_block.values()]
+    factors = torch.randn(len(names), 4, OUT, dtype=torch.float64)
+    layer.requires_grad_(True)
+    got = torch.autograd.grad((layer(x, adapter_names=names) * factors).sum(), wanted)
+    loss = sum((row_by_row(layer, x[i : i + 1], [name]) * factors[i]).sum() for i, name in enumerate(names))
+    layer.requires_grad_(True)  # set_adapter freezes the others
+    want = torch.autograd.grad(loss, wanted, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        assert b is not None
+        assert b.abs().max() > 1e-3
+        assert close(a, b)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_the_base_runs_once_on_rows_that_need_it(variant):
+    layer, seen = layer_of([variant, variant]), []
+    original = nn.Linear.forward
+
+    def counted(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.numel() // IN)
+        return original(module, x)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(nn.Linear, "forward", counted)
+        layer(torch.randn(6, 2, IN, dtype=torch.float64), adapter_names=["0", "1", "__base__", "0", "1", "0"])
+    # A product with bat-col's shifted weight takes the place of the base's.
+    assert seen == ([2] if variant == "bat-col" else [12])
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_a_base_with_hooks_is_called_whole(variant):
+    layer, names = layer_of([variant, variant]), ["1", "0", "__base__", "1"]
+    layer.base_layer.register_forward_hook(lambda module, args, y: y * 2)
+    x = torch.randn(4, 3, IN, dtype=torch.float64)
+    with torch.no_grad():
+        assert close(layer(x, adapter_names=names), row_by_row(layer, x, names))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_bases_keep_their_dtype(dtype):
+    layer, names = layer_of(dtype=dtype), ORDERS["anyhow"]
+    layer.bone_block.float()
+    x = torch.randn(len(names), 2, IN, dtype=dtype)
+    with torch.no_grad():
+        got, want = layer(x, adapter_names=names), row_by_row(layer, x, names)
+    assert got.dtype == dtype
+    assert close(got, want)
+
+
+def test_autocast_gives_what_it_gives_row_by_row():
+    layer, names = layer_of(dtype=torch.float32), ORDERS["anyhow"]
+    x = torch.randn(len(names), 2, IN)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = layer(x, adapter_names=names), row_by_row(layer, x, names)
+    assert got.dtype == torch.bfloat16
+    assert close(got, want)
+
+
+def test_inference_solves_each_rotation_once_and_keeps_no_weights():
+    layer, names = layer_of(["orthogonal", "orthogonal", "bat-col"]), ["0", "1", "2", "1"]
+    x = torch.randn(4, IN, dtype=torch.float64)
+    with torch.no_grad():
+        layer(x, adapter_names=names)
+        assert len(layer._cache) == 2
+        layer.bone_block["1"].mul_(2)
+        assert close(layer(x, adapter_names=names), row_by_row(layer, x, names))
+    layer.train()
+    assert len(layer._cache) == 0
+
+
+def test_a_layer_without_some_adapter_is_the_base_on_its_rows():
+    layer = layer_of(["bone", "mini"])
+    x = torch.randn(3, IN, dtype=torch.float64)
+    got = layer(x, adapter_names=["elsewhere", "1", "0"])
+    assert close(got[:1], layer.base_layer(x[:1]))
+    assert close(got, row_by_row(layer, x, ["elsewhere", "1", "0"]))
+
+
+def test_rows_are_counted_merges_and_training_are_refused():
+    layer = layer_of(["bone", "mini"])
+    x = torch.randn(3, IN, dtype=torch.float64)
+    with pytest.raises(ShapeError, match="2 names, but a layer gets an input with 3 rows"):
+        layer(x, adapter_names=["0", "1"])
+    layer.merge(adapter_names=["0"])
+    with pytest.raises(ConfigError, match=r"adapters stand merged.*unmerge them first"):
+        layer(x, adapter_names=["0", "1", "0"])
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x, adapter_names=["0", "1", "0"]), layer.base_layer(x))
+    assert not layer.merged
+
+
+def llama(**fields) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **fields))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=24, n_layer=2, n_head=2))
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **sizes))
+
+
+def with_adapters(model: nn.Module, **fields):
+    """The model with an adapter of each variant, named after it in capitals."""
+    peft_model = None
+    for variant in VARIANT_NAMES:
+        name = variant.upper()
+        config = BoneConfig(r=4, variant=variant, init_weights=False, target_modules="all-linear", **fields)
+        if peft_model is None:
+            peft_model = get_peft_model(model, config, adapter_name=name)
+        else:
+            peft_model.add_adapter(name, config)
+    assert peft_model is not None
+    fill_blocks(peft_model)
+    return peft_model.eval()
+
+
+NAMES = ["BAT-COL", "__base__", "BONE", "ORTHOGONAL", "MINI", "BONE", "BAT-ROW"]
+
+
+def one_by_one(model, names: list[str], run) -> list:
+    """`run(i)` for each row, with the row's adapter active or none."""
+    results = []
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                results.append(run(i))
+        else:
+            model.set_adapter(name)
+            results.append(run(i))
+    return results
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_logits_of_a_mixed_batch_are_those_of_separate_runs(make):
+    model = with_adapters(make())
+    ids = torch.randint(0, 50, (len(NAMES), 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        got = model(input_ids=ids, adapter_names=NAMES).logits
+        want = torch.cat(one_by_one(model, NAMES, lambda i: model(input_ids=ids[i : i + 1]).logits))
+        assert close(got, want)
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert all(module.row_names is None for module in model.modules() if isinstance(module, BoneLinear))
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"), [(llama, {}), (llama, {"num_beams": 4, "num_return_sequences": 2}), (t5, {"num_beams": 3})]
+)
+def test_generation_of_a_mixed_batch_is_that_of_separate_runs(make, fields):
+    model = with_adapters(make())
+    fields = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **fields}
+    ids = torch.randint(5, 50, (len(NAMES), 5), generator=torch.Generator().manual_seed(3))
+    # Both are batches, since a cache and a batch of one round differently: near ties between beams could go either way.
+    mask = torch.ones_like(ids)
+    got = model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, **fields)
+    each = fields.get("num_return_sequences", 1)
+    want = one_by_one(
+        model,
+        NAMES,
+        lambda i: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fields)[
+            i * each : (i + 1) * each
+        ],
+    )
+    assert torch.equal(got, torch.cat(want))
+    assert len({tuple(row.tolist()) for row in got}) > 3  # the adapters do not all say the same
+
+
+def test_saved_modules_take_part():
+    model = with_adapters(llama(), modules_to_save=["lm_head"], exclude_modules=["lm_head"])
+    for i, name in enumerate(VARIANT_NAMES):
+        model.base_model.model.lm_head.modules_to_save[name.upper()].weight.data.mul_(i + 2)
+    ids = torch.randint(0, 50, (len(NAMES), 4))
+    with torch.no_grad():
+        got = model(ids, adapter_names=NAMES).logits
+        want = torch.cat(one_by_one(model, NAMES, lambda i: model(ids[i : i + 1]).logits))
+    assert close(got, want)
+
+
+def test_wrong_names_are_refused_and_leave_nothing_behind():
+    model = with_adapters(llama())
+    ids = torch.randint(0, 50, (2, 4))
+    with torch.no_grad():
+        want = model(ids).logits
+    with pytest.raises(ConfigError, match=r"no \['BNOE'\] in this model, which has \['BONE', .*'__base__' is"):
+        model(ids, adapter_names=["BONE", "BNOE"])
+    with pytest.raises(ConfigError, match="got 'BONE', wanted a list with a name for each row"):
+        model(ids, adapter_names="BONE")
+    with pytest.raises(ShapeError, match="3 names, but a layer gets an input with 2 rows"):
+        model(ids, adapter_names=["BONE", "MINI", "BONE"])
+    with pytest.raises(ConfigError, match=r"training mode.*call model.eval\(\) first"):
+        model.train()(ids, adapter_names=["BONE", "MINI"])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, want)
