@@ -5,7 +5,7 @@ multiplied by the same D_a from the right. An operator of its own (`flashbone::b
 traced one would keep W' from forward to backward, as a common subexpression. Gradients: docs/maths.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,25 @@ def bat_col_linear(
     """
     run = _forward if composite else torch.ops.flashbone.bat_col_linear
     return run(x, W, bias, list(blocks), with_base)
+
+
+def bat_col_linear_refetched(
+    x: Float[Tensor, "tokens in"],
+    fetch: Callable[[], Tensor],
+    bias: Float[Tensor, "out"] | None,
+    blocks: Sequence[Tensor],
+    with_base: bool = True,
+    composite: bool = False,
+) -> Float[Tensor, "tokens out"]:
+    """As `bat_col_linear` of the W (out, in) that `fetch()` returns; nothing of W is kept, backward fetches it anew.
+
+    For weights that are gathered or dequantised to be read. W is a constant: it gets no gradient, and nobody may change
+    it between forward and backward. The blocks may have any dtype.
+    """
+    if composite:
+        W = fetch()
+        return _forward(x, W, bias, [D.to(W.dtype) for D in blocks], with_base)
+    return _Refetched.apply(x, fetch, bias, with_base, *blocks)  # pyright: ignore[reportReturnType]
 
 
 def _shifted(W: Tensor, D: Tensor, with_base: bool) -> Tensor:
@@ -169,3 +188,29 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _bat_col_linear.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Refetched(torch.autograd.Function):
+    """`bat_col_linear_refetched`: keeps x, the blocks and the way to W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fetch: Callable[[], Tensor], bias: Tensor | None, with_base: bool, *blocks: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, *blocks)
+        ctx.fetch, ctx.with_base, ctx.bias_dtype = fetch, with_base, None if bias is None else bias.dtype
+        W = fetch()
+        with without_autocast(x.device.type):
+            return _forward(x, W, bias, [D.to(W.dtype) for D in blocks], with_base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *blocks = ctx.saved_tensors
+        need_x, _, need_bias, _, *need_blocks = ctx.needs_input_grad
+        W = ctx.fetch().detach()
+        need = [need_x, False, need_bias, *need_blocks]
+        with without_autocast(x.device.type):
+            grads = _backward(grad, x, W, [D.to(W.dtype) for D in blocks], ctx.with_base, need)
+        grad_blocks = [g.to(D.dtype) if n else None for g, D, n in zip(grads[3:], blocks, need_blocks, strict=True)]
+        grad_bias = grads[2].to(ctx.bias_dtype) if need_bias else None
+        return grads[0] if need_x else None, None, grad_bias, None, *grad_blocks

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashbone.ops import backend, transforms
-from flashbone.ops.bat_col import bat_col_linear, shifted_weight
+from flashbone.ops.bat_col import bat_col_linear, bat_col_linear_refetched, shifted_weight
 from flashbone.ops.bone import add_factored
 from flashbone.ops.cache import Cache
 from flashbone.ops.inputs import compute_input, flat, overflow_unit, scaled
@@ -85,16 +85,20 @@ class Moves:
         base: Callable[[Tensor], Tensor],
         weight: Callable[[], tuple[Tensor, Tensor | None]],
         is_plain_base: bool = True,
+        refetch: bool = False,
     ) -> Tensor:
         """The layer's output. `base(x)` calls the base layer, `weight()` gives its W (out, in) and bias.
 
         `weight` is called only where a weight is shifted. Where the base is nothing but `x W^T + bias`
         (`is_plain_base`), its output is overwritten, and one weight-shifted GEMM replaces its call unless something
         shifts the input; else the shift of the weight acts on the pristine x, in a GEMM of its own.
+
+        `refetch`: W costs memory while it is there (gathered, dequantised): the base is always called, `weight` once
+        more in backward, and nothing of W's size is kept, in inference neither.
         """
         base_x = self.begin()
         if self._weight_shifts:
-            y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base)
+            y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base, refetch)
         else:
             y, own = self._base_call(base_x, base, is_plain_base)
         shape = (*self.x.shape[:-1], y.shape[-1])
@@ -189,18 +193,29 @@ class Moves:
         return base(self.x if base_x is None else base_x.view(self.x.shape)), False
 
     def _weight_shifted_call(
-        self, base_x: Tensor | None, base: Callable, weight: Callable, is_plain: bool
+        self, base_x: Tensor | None, base: Callable, weight: Callable, is_plain: bool, refetch: bool
     ) -> tuple[Tensor, bool]:
         """As `_base_call`, with every shift of the weight."""
         shifts = dict(self._weight_shifts)
-        if base_x is None and is_plain and id(self.x) in shifts:
+        if base_x is None and is_plain and not refetch and id(self.x) in shifts:
             x, terms = shifts.pop(id(self.x))
             W, bias = weight()
             y = self._weight_shifted(compute_input(x), W, bias, terms, with_base=True)
         else:
             y = self._base_call(base_x, base, is_plain)[0]
         for x, terms in shifts.values():
-            shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
+            if refetch:
+                blocks = [_combine([(group, 1)], group[0][0].dtype) for group in terms.values()]
+                shift = bat_col_linear_refetched(
+                    _flat(x.to(y.dtype)),
+                    lambda: weight()[0],
+                    None,
+                    blocks,
+                    with_base=False,
+                    composite=self._transformed,
+                )
+            else:
+                shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
             y = y + shift.view(y.shape)
         return y, True
 

@@ -34,6 +34,10 @@ class BaseKind:
         """W, a view of the module's parameter: gradients reach it."""
         return self.matrix(module.weight)
 
+    def is_refetched(self, module: nn.Module) -> bool:
+        """Whether W is made for each reader, so that nobody is to keep it: bat-col reads it again in backward."""
+        return False
+
     def check_writable(self, module: nn.Module) -> None:
         """
         Raises:

@@ -162,7 +162,8 @@ class BoneLinear(nn.Module, BoneLayer):
             seen = self._dropped(name, x) if self.training else x
             self.bone_variant[name].move(moves, seen, self._block(name), self.bone_scale[name])
         base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
-        return moves.run(base, self._weight_and_bias, is_plain(base_layer))
+        refetch = self._kind.is_refetched(self.get_base_layer())
+        return moves.run(base, self._weight_and_bias, is_plain(base_layer), refetch)
 
     def _forward_by_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = kwargs.pop("adapter_names", None)
