@@ -104,6 +104,24 @@ def test_a_base_with_hooks_is_called_whole(variant):
         assert close(layer(x, adapter_names=names), row_by_row(layer, x, names))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_that_is_fetched_for_each_reader_is_fetched_again_in_backward(grad, monkeypatch):
+    layer, names = layer_of(["bat-col", "bone"]), ["1", "0", "__base__", "0"]
+    x = torch.randn(4, 3, IN, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        want = row_by_row(layer, x, names)
+        fetched, weight = [], layer._kind.weight
+        monkeypatch.setattr(layer._kind, "is_refetched", lambda module: True)
+        monkeypatch.setattr(layer._kind, "weight", lambda module: fetched.append(module) or weight(module))
+        got = layer(x, adapter_names=names)
+    assert close(got, want)
+    assert len(fetched) == 1
+    if grad:
+        block = layer.bone_block["0"]
+        assert close(*(torch.autograd.grad(y.square().sum(), block)[0] for y in (got, want)))
+        assert len(fetched) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_bases_keep_their_dtype(dtype):
     layer, names = layer_of(dtype=dtype), ORDERS["anyhow"]

@@ -95,7 +95,8 @@ def _of_few_tokens(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[T
     and block, where W' alone costs r."""
     dtype, (out_features, _) = x.dtype, W.shape
     W = W.to(dtype)
-    y = linear(x, W, None if bias is None else bias.to(dtype)) if with_base else x.new_zeros(x.shape[0], out_features)
+    y = linear(x, W) if with_base else x.new_zeros(x.shape[0], out_features)
+    y = y if bias is None else y + bias.to(dtype)
     for D in blocks:
         r = D.shape[-1]
         D, x_b = D.to(dtype), shards.split(x, r)

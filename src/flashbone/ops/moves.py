@@ -124,10 +124,12 @@ class Moves:
         self._tiles += z_sums
         return self._rotated_input(base_x) if self._rotations else base_x
 
-    def finish(self, y: Tensor, weight: Callable[[], tuple[Tensor, Tensor | None]], own: bool) -> Tensor:
+    def finish(
+        self, y: Tensor, weight: Callable[[], tuple[Tensor, Tensor | None]], own: bool, refetch: bool = False
+    ) -> Tensor:
         """After `begin`: the base's output y (tokens, out) with everything added; if `own`, in place."""
         for x, terms in self._weight_shifts.values():
-            shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
+            shift = self._shift_of_weight(x, y.dtype, weight, terms, refetch)
             y = y.add_(shift) if own else y + shift
         return self._add_shifts(y, own)
 
@@ -204,20 +206,18 @@ class Moves:
         else:
             y = self._base_call(base_x, base, is_plain)[0]
         for x, terms in shifts.values():
-            if refetch:
-                blocks = [_combine([(group, 1)], group[0][0].dtype) for group in terms.values()]
-                shift = bat_col_linear_refetched(
-                    _flat(x.to(y.dtype)),
-                    lambda: weight()[0],
-                    None,
-                    blocks,
-                    with_base=False,
-                    composite=self._transformed,
-                )
-            else:
-                shift = self._weight_shifted(x.to(y.dtype), weight()[0], None, terms, with_base=False)
-            y = y + shift.view(y.shape)
+            y = y + self._shift_of_weight(x, y.dtype, weight, terms, refetch).view(y.shape)
         return y, True
+
+    def _shift_of_weight(
+        self, x: Tensor, dtype: torch.dtype, weight: Callable, shifts: dict[int, _Terms], refetch: bool
+    ) -> Tensor:
+        """`x dW^T` (tokens, out)."""
+        if not refetch:
+            return self._weight_shifted(x.to(dtype), weight()[0], None, shifts, with_base=False)
+        blocks = [_combine([(terms, 1)], terms[0][0].dtype) for terms in shifts.values()]
+        x = flat(x.to(dtype))
+        return bat_col_linear_refetched(x, lambda: weight()[0], None, blocks, False, composite=self._transformed)
 
     def _weight_shifted(
         self, x: Tensor, W: Tensor, bias: Tensor | None, shifts: dict[int, _Terms], with_base: bool

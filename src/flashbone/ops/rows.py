@@ -27,6 +27,7 @@ def run_by_rows(
     base: Callable[[Tensor], Tensor],
     weight: Callable[[], tuple[Tensor, Tensor | None]],
     is_plain_base: bool,
+    refetch: bool = False,
 ) -> Tensor:
     """The output of a layer for x (rows, ..., in); rows that are in no part get the base's.
 
@@ -37,10 +38,11 @@ def run_by_rows(
         weight: Gives its W (out, in) and bias; called only where a weight is shifted.
         is_plain_base: Whether calling it is `x W^T + bias` and nothing else: its output is overwritten then, where no
             gradient is asked for.
+        refetch: Whether W costs memory while it is there, see `Moves.run`.
     """
     is_flat = is_plain_base and type(x) in (Tensor, torch.nn.Parameter)
     # Their one product with the shifted weight is all that these rows need; the others see the base.
-    replaced = [part for part in parts if is_flat and part.moves.shifts_weight]
+    replaced = [part for part in parts if is_flat and not refetch and part.moves.shifts_weight]
     parts = [part for part in parts if part not in replaced]
     shifted = [(part, base_x) for part in parts if (base_x := part.moves.begin()) is not None]
     if shifted:
@@ -56,7 +58,7 @@ def run_by_rows(
     finished = []
     for part in parts:
         rows = y.narrow(0, part.start, part.size)
-        finished.append((part, part.moves.finish(flat(rows), weight, own).view(rows.shape)))
+        finished.append((part, part.moves.finish(flat(rows), weight, own, refetch).view(rows.shape)))
     return y if own else _assembled(y, finished)
 
 

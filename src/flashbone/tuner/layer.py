@@ -185,7 +185,8 @@ class BoneLinear(nn.Module, BoneLayer):
                 self.bone_variant[name].move(moves, moves.x, self._block(name), self.bone_scale[name])
                 parts.append(Part(start, size, moves))
         base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
-        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, is_plain(base_layer)))
+        refetch = self._kind.is_refetched(self.get_base_layer())
+        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, is_plain(base_layer), refetch))
 
     def _block(self, name: str) -> Tensor:
         # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, replicate or
