@@ -40,6 +40,7 @@ SPECS = {
     "memory": Spec("peak memory of training steps", ("main", "live", "tokens", "r", "adapters"), 3, warmup=0),
     "decode": Spec("one layer, one token", ("main",), 30, dtypes=("float32", "bfloat16"), needs_model=False),
     "forward": Spec("inference of BERT-base with adapted attention outputs", ("main",), 40, needs_model=False),
+    "mixed": Spec("a batch whose rows belong to 8 adapters", ("prefill", "decode"), 12),
     "load": Spec("importing the packages, loading an adapter", ("import", "adapter"), 10, warmup=1),
     "merge": Spec("merging into a live model and into files", ("live", "command"), 10, warmup=1),
 }

@@ -8,6 +8,7 @@ import gc
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,33 @@ class ForwardSubject:
         def repetition() -> dict[str, float]:
             with torch.inference_mode():
                 return {"time_ms": timed_ms(lambda: model(input_ids=self.tokens), self.case.device, self.case.calls)}
+
+        return repetition
+
+
+class MixedSubject:
+    """Forward of a language model over a batch whose rows take turns with the adapters of a setting; inference mode."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.base = load_model(case.shape["model"], case.dtype, case.device)
+        torch.manual_seed(0)
+        size = (case.shape["batch"], case.shape["seq"])
+        self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
+
+    def prepare(self, setting: Setting) -> Repetition:
+        """Its time. With one adapter that is active as usual; several are named row by row."""
+        model = adapted(twin(self.base), setting, LINEARS).eval()
+        names = {}
+        if setting.adapters > 1:
+            model.set_adapter("default")
+            known = list(model.peft_config)
+            names = {"adapter_names": [known[i % len(known)] for i in range(len(self.tokens))]}
+
+        def repetition() -> dict[str, float]:
+            with torch.inference_mode():
+                call = partial(model, input_ids=self.tokens, **names)
+                return {"time_ms": timed_ms(call, self.case.device, self.case.calls)}
 
         return repetition
 
@@ -238,6 +266,7 @@ SUBJECTS = {
     "layer": LayerSubject,
     "decode": DecodeSubject,
     "forward": ForwardSubject,
+    "mixed": MixedSubject,
     "step": StepSubject,
     "memory": MemorySubject,
     "live_memory": LiveMemorySubject,

@@ -138,6 +138,10 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "decode": _section(
         "decode", "main", "One token, ratio to the frozen layer", _all(["time_ms", "time_ratio"]), _metric
     ),
+    "mixed": _one_after_the_other(
+        _section("mixed", "prefill", "Ratio to the model without adapters", _all(["time_ms", "time_ratio"]), _metric),
+        _section("mixed", "decode", "Ratio to the model without adapters", _all(["time_ms", "time_ratio"]), _metric),
+    ),
     "forward": _section(
         "forward",
         "main",

@@ -65,6 +65,12 @@ def _forward(method: str, limit: float, within_spread: bool = False) -> Target:
     return Target(claim, limit, FORWARD, method, "frozen", within_spread=within_spread, **one)
 
 
+def _mixed(variant: str, part: str) -> Target:
+    claim = f"mixed batch, 32 rows of {'16 tokens' if part == 'prefill' else 'one token'}: {variant}, 8 adapters / one"
+    return Target(claim, 1.5, ("mixed", part, "time_ms"), variant, variant, adapters=8)
+
+
+VARIANTS = ("bone", "mini", "bat-row", "bat-col", "orthogonal")
 TARGETS = (
     Target("step: bone / MiSS", 0.95, STEP, "bone", "miss"),
     Target("step: bone / LoRA", 0.95, STEP, "bone", "lora"),
@@ -85,6 +91,7 @@ TARGETS = (
     _forward("orthogonal", 1.02),
     _forward("orthogonal-merged", 1.0, within_spread=True),
     _forward("orthogonal-unloaded", 1.0, within_spread=True),
+    *(_mixed(variant, part) for part in ("prefill", "decode") for variant in VARIANTS),
 )
 
 

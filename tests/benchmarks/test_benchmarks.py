@@ -26,6 +26,7 @@ RUNS = {
     "step": ["--part", "main"],
     "decode": [],
     "forward": [],
+    "mixed": ["--methods", "bone,bat-col,orthogonal,lora"],
     "load": [],
     "merge": [],
 }
@@ -75,7 +76,7 @@ def test_rows_say_what_they_depend_on(found, name):
         assert row.versions["peft"] == "0.18.1" or not row.method.startswith("peft-")
 
 
-@pytest.mark.parametrize("name", ["layer", "step", "decode", "forward", "load", "merge"])
+@pytest.mark.parametrize("name", ["layer", "step", "decode", "forward", "mixed", "load", "merge"])
 def test_every_time_has_its_ratio_and_the_floors_is_one(found, name):
     floor = {"load": ("lora", "import-peft"), "merge": ("lora", "copy")}.get(name, ("frozen",))
     times = [row for row in found[name] if row.metric.endswith("_ms")]

@@ -58,6 +58,8 @@ class Moves:
         self._functional = self._transformed or torch.compiler.is_compiling()
         if self._transformed:
             self._cache = None
+        # Inference needs no operators, whose dispatch costs as much as a small product.
+        self._composite = self._transformed or self._cache is not None
 
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
@@ -161,7 +163,8 @@ class Moves:
             if base_x is None and seen is not self.x:
                 base_x = flat(compute_input(self.x))
             D = self._combined(("bat-row", r), [(terms, 1)], x.dtype)
-            base_x, z_sum = self._backend.shift_input(x, D, base_x, self._transformed)
+            composite = self._composite if self._backend is backend.BACKENDS["torch"] else self._transformed
+            base_x, z_sum = self._backend.shift_input(x, D, base_x, composite)
             z_sums.append(z_sum)
         return base_x, z_sums
 
@@ -171,9 +174,7 @@ class Moves:
             x = flat(compute_input(seen))
             if base_x is None and seen is not self.x:
                 base_x = flat(compute_input(self.x))
-            # Inference needs no operator, whose dispatch costs as much as a small product.
-            composite = self._transformed or self._cache is not None
-            base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, composite)
+            base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, self._composite)
         return base_x
 
     def _offset(self, terms: _Rotations, dtype: torch.dtype) -> Tensor:
