@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flashbone.host_hooks import wrap_when_imported
 from flashbone.import_hook import when_imported
 
 if TYPE_CHECKING:
@@ -46,3 +47,4 @@ def _register(peft: ModuleType) -> None:
 
 
 when_imported("peft", _register)
+wrap_when_imported()

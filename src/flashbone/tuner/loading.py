@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner.layer import BoneLayer
 
 _WRAPPED_BY_HOSTS = ("_fsdp_wrapped_module.", "_orig_mod.")
+_LOADED = "_hf_peft_config_loaded"  # transformers' flag
 _ignore_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
 
 
@@ -95,27 +97,52 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _adapters_in(model: nn.Module) -> set[str]:
+def adapters_in(model: nn.Module) -> set[str]:
     return {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
 
 
+def is_ignoring_sizes() -> bool:
+    """Whether the load that goes on was asked to ignore tensors of other sizes."""
+    return _ignore_sizes.get()
+
+
 @contextmanager
-def _no_trace(model: nn.Module, adapter_name: str, source: object) -> Iterator[None]:
+def ignoring_sizes(ignores: bool) -> Iterator[None]:
+    """Whether `ignore_mismatched_sizes` was asked for, while a load goes on."""
+    token = _ignore_sizes.set(ignores)
+    try:
+        yield
+    finally:
+        _ignore_sizes.reset(token)
+
+
+@contextmanager
+def no_trace(model: nn.Module, adapter_name: str, source: object) -> Iterator[None]:
     """If the block fails, `model` (the bare one, without PeftModel around it) is as it was before: without the adapter
-    if that is new, merged as it was, and with the same parameters trained. Unreadable files get an error of ours."""
-    is_new, trained = adapter_name not in _adapters_in(model), trained_names(model)
-    had_config = hasattr(model, "peft_config")
+    if that is new, merged as it was, with the same adapters active, the same parameters trained and the same modules
+    in training mode. Unreadable files get an error of ours."""
+    is_new, trained = adapter_name not in adapters_in(model), trained_names(model)
+    kept = {name: vars(model).get(name) for name in ("peft_config", _LOADED)}
+    modes = {module: module.training for module in model.modules()}
+    holders = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    active = {module: list(module.active_adapters) for module in holders}
     merged = {module: list(module.merged_adapters) for module in model.modules() if isinstance(module, BoneLayer)}
     try:
         yield
     except Exception as error:
-        if adapter_name not in _adapters_in(model):
+        if adapter_name not in adapters_in(model):
             raise
         if is_new:
+            for module, names in active.items():
+                if list(module.active_adapters) != names:
+                    module.set_adapter(names)
             take_back(model, adapter_name, trained)
             getattr(model, "peft_config", {}).pop(adapter_name, None)
-            if not had_config and hasattr(model, "peft_config"):
-                del model.peft_config
+            for name, value in kept.items():
+                if value is None:
+                    vars(model).pop(name, None)
+            for module, mode in modes.items():
+                module.training = mode
             for layer, names in merged.items():
                 if names and not layer.merged:
                     layer.merge(adapter_names=names)
@@ -139,12 +166,11 @@ def clean_up_after_failed_loads(peft_model: Any) -> None:
 def _clean_load_adapter(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        token = _ignore_sizes.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
-        try:
-            with _no_trace(self.get_base_model(), adapter_name, model_id):
-                return original(self, model_id, adapter_name, *args, **kwargs)
-        finally:
-            _ignore_sizes.reset(token)
+        if not hasattr(self, "get_base_model"):  # PeftMixedModel borrows this method, and holds no BONE
+            return original(self, model_id, adapter_name, *args, **kwargs)
+        ignores = bool(kwargs.get("ignore_mismatched_sizes", False))
+        with no_trace(self.get_base_model(), adapter_name, model_id), ignoring_sizes(ignores):
+            return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
 
@@ -154,7 +180,7 @@ def _clean_from_pretrained(original: Callable) -> Callable:
     def from_pretrained(
         cls: Any, model: nn.Module, model_id: Any, adapter_name: str = "default", *a: Any, **k: Any
     ) -> Any:
-        with _no_trace(model, adapter_name, model_id):
+        with no_trace(model, adapter_name, model_id):
             return original(cls, model, model_id, adapter_name, *a, **k)
 
     return from_pretrained

@@ -1,0 +1,39 @@
+"""Wrap the adapter methods of transformers' and diffusers' models; what they do for BONE is in `tuner/hosted.py`.
+
+The hosts may define these methods, and be asked to load an adapter, before anything has imported peft; and importing
+peft here would import transformers from within itself. So the wrappers are light, and their first call loads the rest.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from flashbone.import_hook import when_imported
+
+_METHODS = {
+    "transformers.integrations.peft": ("add_adapter", "load_adapter"),
+    "diffusers.loaders.peft": ("add_adapter", "save_lora_adapter"),
+}
+
+
+def wrap_when_imported() -> None:
+    """Wrap the methods of both hosts as soon as they define them."""
+    for module in _METHODS:
+        when_imported(module, _wrap)
+
+
+def _wrap(host: ModuleType) -> None:
+    mixin = host.PeftAdapterMixin
+    for name in _METHODS[host.__name__]:
+        setattr(mixin, name, _wrapped(getattr(mixin, name), name))
+
+
+def _wrapped(original: Callable, name: str) -> Callable:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        import_module("peft")  # before flashbone.tuner, whatever thread comes first
+        return getattr(import_module("flashbone.tuner.hosted"), name)(original, self, *args, **kwargs)
+
+    return method

@@ -1,0 +1,233 @@
+"""transformers' own add_adapter, load_adapter and from_pretrained: what they do, and that a failure leaves no trace."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import BoneConfig, LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from flashbone.errors import ConfigError, FlashboneError, FormatError, ShapeError
+from flashbone.tuner.layer import BoneLayer
+from helpers.blocks import VARIANT_NAMES
+
+TOKENS = torch.arange(9)[None]
+LAYERS = {f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "o_proj")}
+
+# peft about a second adapter on a model; it is what these tests do
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+
+
+def config(variant: str = "bone", **fields) -> BoneConfig:
+    defaults = {"r": 6, "variant": variant, "mini_r": 2, "init_weights": False, "target_modules": ["q_proj", "o_proj"]}
+    return BoneConfig(**defaults | fields)
+
+
+def base(llama) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(llama)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def snapshot(model) -> tuple:
+    """All that a failed operation must not change, outputs included."""
+    parameters = dict(model.named_parameters())
+    return (
+        {name: parameter.requires_grad for name, parameter in parameters.items()},
+        {name: (type(module), module.training) for name, module in model.named_modules()},
+        {n: (m.active_adapters, list(m.bone_block)) for n, m in model.named_modules() if isinstance(m, BoneLayer)},
+        (model._hf_peft_config_loaded, list(getattr(model, "peft_config", {}))),
+        {name: parameter.detach().numpy().tobytes() for name, parameter in parameters.items()},
+        logits(model).numpy().tobytes(),
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_adapters_are_added_switched_disabled_saved_loaded_and_deleted(variant, llama, tmp_path):
+    model = base(llama)
+    plain = logits(model)
+    model.add_adapter(config(variant), "a")
+    want = logits(model)
+    model.add_adapter(config("bone", r=4), "b")
+    assert model.active_adapters() == ["b"]
+    assert not torch.allclose(logits(model), want)
+    model.set_adapter("a")
+    assert model.active_adapters() == ["a"]
+    assert torch.equal(logits(model), want)
+    model.disable_adapters()
+    assert torch.equal(logits(model), plain)
+    model.enable_adapters()
+    state = model.get_adapter_state_dict("a")
+    assert set(state) == {f"{name}.bone_block" for name in LAYERS}
+    model.save_pretrained(tmp_path)
+
+    again = base(llama)
+    again.load_adapter(str(tmp_path), "of any name")
+    assert torch.equal(logits(again), want)
+    assert not any(parameter.requires_grad for name, parameter in again.named_parameters() if "bone_" in name)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), want)  # finds the base by itself
+    given = base(llama)
+    given.load_adapter(peft_config=config(variant), adapter_state_dict=state)
+    assert torch.equal(logits(given), want)
+
+    model.delete_adapter("b")
+    assert torch.equal(logits(model), want)
+    model.delete_adapter("a")
+    assert not model._hf_peft_config_loaded
+    assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["typo"]}, "Target modules {'typo'} not found"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens: target module cannot be adapted"),
+        ({"bottleneck_size": 64, "r": 64}, "64"),
+    ],
+)
+def test_an_adapter_that_cannot_be_added_leaves_no_trace(second, fields, message, llama):
+    model = base(llama)
+    if second:
+        model.add_adapter(config("bat-col"), "first")
+    before = snapshot(model)
+    with pytest.raises(FlashboneError, match=message):
+        model.add_adapter(config(**fields))
+    assert snapshot(model) == before
+
+
+def drop(tensors):
+    del tensors["base_model.model.model.layers.1.self_attn.q_proj.bone_block"]
+
+
+def resize(tensors):
+    for key in tensors:
+        tensors[key] = tensors[key][:2].clone()
+
+
+def rename(tensors):
+    tensors["base_model.model.model.layers.7.q_proj.bone_block"] = torch.ones(6, 32)
+
+
+def saved(llama, folder: Path, change=None) -> str:
+    """An adapter folder, its tensors changed, or its file cut short."""
+    model = base(llama)
+    model.add_adapter(config())
+    model.save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif change:
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+    return str(folder)
+
+
+MISFITS = [
+    (drop, ShapeError, r"layers.1.self_attn.q_proj: the checkpoint has no block for it"),
+    (
+        resize,
+        ShapeError,
+        r"q_proj: bone adapter has a block of shape \(6, 32\) but the checkpoint holds \(2, 32\); was r",
+    ),
+    (rename, ShapeError, r"layers.7.q_proj.bone_block: the model has no such tensor"),
+    ("cut", FormatError, "its weights cannot be read: .* is the file whole"),
+]
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(("change", "kind", "message"), MISFITS)
+def test_loading_what_does_not_fit_is_one_clear_line_and_leaves_no_trace(
+    second, change, kind, message, llama, tmp_path
+):
+    folder, model = saved(llama, tmp_path, change), base(llama)
+    if second:
+        model.add_adapter(config("bat-row", r=4), "first")
+    model.train()
+    before = snapshot(model)
+    with pytest.raises(kind, match=message) as raised:
+        model.load_adapter(folder)
+    assert "\n" not in str(raised.value)
+    assert snapshot(model) == before
+    with pytest.raises(kind, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_loading_into_a_name_that_is_taken_changes_nothing(llama, tmp_path):
+    folder, model = saved(llama, tmp_path, drop), base(llama)
+    model.add_adapter(config("bat-row"))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already exists"):
+        model.load_adapter(folder)
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter(config())
+    assert snapshot(model) == before
+
+
+def test_mismatched_sizes_are_ignored_where_asked_for(llama, tmp_path):
+    folder, model = saved(llama, tmp_path, resize), base(llama)
+    info = model.load_adapter(folder, ignore_mismatched_sizes=True)
+    assert len(info.mismatched_keys) == len(LAYERS)
+    assert model.active_adapters() == ["default"]
+
+
+def test_saved_modules_travel_with_the_adapter_and_their_lack_is_refused(llama, tmp_path):
+    model = base(llama)
+    model.add_adapter(config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.mul_(2)
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    again = base(llama)
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(logits(again), want)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "lm_head" not in key}, file)
+    again = base(llama)
+    before = snapshot(again)
+    with pytest.raises(FlashboneError, match="lm_head"):
+        again.load_adapter(str(tmp_path))
+    assert snapshot(again) == before
+
+
+def test_other_methods_do_what_they_did_without_flashbone(llama, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = base(llama)
+    model.add_adapter(lora)
+    model.save_pretrained(tmp_path)
+    again = base(llama)
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(logits(again), logits(model))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: torch.cat([tensor, tensor]) for key, tensor in load_file(file).items()}, file)
+    again = base(llama)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes") as raised:
+        again.load_adapter(str(tmp_path))
+    assert not isinstance(raised.value, FlashboneError)
+    assert again._hf_peft_config_loaded  # as transformers leaves it
+    with pytest.raises(ValueError, match="not found") as raised:
+        base(llama).add_adapter(LoraConfig(target_modules=["typo"]))
+    assert not isinstance(raised.value, ConfigError)
+
+
+def test_the_first_load_is_guarded_even_before_anything_has_imported_peft(llama, tmp_path):
+    code = f"""
+import sys, flashbone
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(llama)!r})
+assert "peft" not in sys.modules
+try:
+    model.load_adapter({saved(llama, tmp_path, drop)!r})
+except flashbone.FlashboneError as error:
+    assert "has no block for it" in str(error) and not model._hf_peft_config_loaded
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "refused\n", done.stderr
