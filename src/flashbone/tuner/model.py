@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,10 @@ from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.layer import BoneLayer, BoneLinear
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
 from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_modules
+from flashbone.tuner.neighbours import check_order
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
+
+_INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
 
 
 @contextmanager
@@ -99,7 +103,10 @@ class BoneModel(BaseTuner):
             with _naming(current_key):
                 target.update_layer(adapter_name, **fields)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = target
+        if isinstance(target, BaseTunerLayer):
+            check_order(current_key, target, peft_config.variant)
+            base = target.get_base_layer()
         if (reason := unsupported_reason(base)) is not None:
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
         with _naming(current_key):
@@ -117,6 +124,11 @@ class BoneModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:
             setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The key in a file: that of a layer of its own, also where another method's adapter is around it."""
+        return _INSIDE.sub(".bone_block", super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

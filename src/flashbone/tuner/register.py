@@ -26,7 +26,7 @@ def register(peft: ModuleType) -> None:
         raise PeftTooOldError(
             f"flashbone needs peft >= {wanted}, but peft {peft.__version__} is installed; run `pip install -U peft`"
         )
-    from flashbone.tuner import config, layer, loading, model
+    from flashbone.tuner import config, layer, loading, model, neighbours
 
     mapping, tuners = import_module("peft.mapping"), import_module("peft.tuners")
 
@@ -34,6 +34,7 @@ def register(peft: ModuleType) -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config.BoneConfig  # pyright: ignore[reportArgumentType]
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = model.BoneModel  # pyright: ignore[reportArgumentType]
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = model.BoneModel.prefix  # pyright: ignore[reportArgumentType]
+    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[kind] = model.BoneModel  # so that the refusal below is the one that is met
 
     names = {c.__name__: c for c in (config.BoneConfig, layer.BoneLayer, layer.BoneLinear, model.BoneModel)}
     bone = ModuleType("peft.tuners.bone", "PEFT's former module of the Bone method; the classes are flashbone's.")
@@ -49,3 +50,4 @@ def register(peft: ModuleType) -> None:
         vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
         vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
     loading.clean_up_after_failed_loads(peft.PeftModel)
+    neighbours.refuse_bone(import_module("peft.mixed_model"))
