@@ -27,7 +27,8 @@ def wrap_when_imported() -> None:
 def _wrap(host: ModuleType) -> None:
     mixin = host.PeftAdapterMixin
     for name in _METHODS[host.__name__]:
-        setattr(mixin, name, _wrapped(getattr(mixin, name), name))
+        if hasattr(mixin, name):  # older versions lack some
+            setattr(mixin, name, _wrapped(getattr(mixin, name), name))
 
 
 def _wrapped(original: Callable, name: str) -> Callable:

@@ -168,6 +168,8 @@ def test_loading_into_a_name_that_is_taken_changes_nothing(llama, tmp_path):
         model.load_adapter(folder)
     with pytest.raises(ValueError, match="already exists"):
         model.add_adapter(config())
+    with pytest.raises(ValueError, match="only supported for LoRA, please set `hotswap=False`"):
+        model.load_adapter(folder, "default", hotswap=True)
     assert snapshot(model) == before
 
 

@@ -77,7 +77,7 @@ def load_adapter(
         except RuntimeError:  # which names no tensor
             load_as_peft_does()
             raise
-        if info.missing_keys or info.unexpected_keys:
+        if info is None or info.missing_keys or info.unexpected_keys:  # older transformers return nothing
             load_as_peft_does()
         return info
 

@@ -1,8 +1,9 @@
 """BONE next to adapters of other methods: what adds up, and what is refused with the way that does.
 
-PeftMixedModel refuses BONE: its one method that makes layers is a chain of types, to which nothing can be registered.
-And adapters of different methods wrap each other: a LoRA inside a Bone adapter that shifts the layer's input would see the shifted input, so that the model would
-not be the sum of both. A Bone adapter inside a LoRA is that sum, which transformers' `add_adapter` can make.
+Adapters of different methods wrap each other. A LoRA inside a Bone adapter that shifts the layer's input would see the
+shifted input, so that the model would not be the sum of both; a Bone adapter inside a LoRA is that sum, which
+transformers' `add_adapter` can make. PeftMixedModel cannot: the one method by which it makes layers is a chain of
+types, to which nothing can be registered.
 """
 
 from __future__ import annotations
