@@ -64,6 +64,24 @@ def test_an_adapter_that_is_not_active_is_compared_with_itself_and_swapped(tmp_p
     assert torch.equal(model(ROWS), loaded(new)(ROWS))
 
 
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lin1"]}, {"bias": "bone_only"}], ids=str)
+def test_saved_modules_and_biases_are_swapped_along(fields, tmp_path):
+    settings = {"target_modules": ["lin0"], **fields}
+    folders = []
+    for seed in (1, 2):
+        model = get_peft_model(MLP(SIZES), config(**settings))
+        fill_blocks(model, seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(seed if parameter.requires_grad else 0)
+        model.save_pretrained(tmp_path / str(seed))
+        folders.append(tmp_path / str(seed))
+    model, want = loaded(folders[0]), loaded(folders[1])
+    assert not torch.equal(model(ROWS), want(ROWS))
+    swap(model, folders[1])
+    assert torch.equal(model(ROWS), want(ROWS))
+
+
 MISFITS = [
     ({"r": 3}, ShapeError, r"lin0: bone adapter has a block of shape \(4, 9\) but the checkpoint holds \(3, 9\)"),
     ({"rank_pattern": {"lin1": 2}}, ShapeError, r"lin1: bone adapter has a block of shape \(4, 6\)"),

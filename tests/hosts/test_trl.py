@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import BoneConfig, PeftModel
+from peft import BoneConfig, PeftModel, get_peft_model
 from tiny_llama import questions
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import (
@@ -117,6 +117,41 @@ def test_the_reference_of_dpo_is_the_model_without_its_adapter(variant, llama, t
         assert torch.equal(reference, base.eval()(**tokens).logits)
     with torch.no_grad():
         assert not torch.equal(trainer.model(**tokens).logits, reference)
+
+
+@pytest.mark.parametrize("kind", [DPOTrainer, GRPOTrainer])
+@pytest.mark.parametrize("variant", ["bone", "orthogonal"])
+def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, variant, llama, tmp_path):
+    torch.manual_seed(2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config(variant, init_weights=False))
+    shared = {"model": model, "processing_class": AutoTokenizer.from_pretrained(llama)}
+    if kind is DPOTrainer:
+        trainer = kind(args=DPOConfig(str(tmp_path), **STEPS), train_dataset=Dataset.from_list(PAIRS), **shared)
+    else:
+        arguments = GRPOConfig(str(tmp_path), max_completion_length=6, num_generations=2, beta=0.1, **STEPS)
+        rows = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+        trainer = kind(args=arguments, reward_funcs=different_tokens, train_dataset=rows, **shared)
+    started = {n: p.detach().clone() for n, p in model.named_parameters() if "bone_block.ref" in n}
+    trainer.train()
+    first, *_ = (entry for entry in trainer.state.log_history if "loss" in entry)
+    if kind is DPOTrainer:
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert first["kl"] == pytest.approx(0, abs=1e-7)
+    assert len(started) == 4
+    for name, block in started.items():
+        assert torch.equal(model.get_parameter(name), block)  # the reference stays
+        assert not torch.equal(model.get_parameter(name.replace(".ref", ".default")), block)
+
+
+def test_only_an_adapter_called_ref_with_the_config_of_another_starts_as_its_copy(llama):
+    settings = config("bone", init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), settings)
+    model.add_adapter("same config", settings)
+    model.add_adapter("ref", copy.deepcopy(settings))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert not torch.equal(layer.bone_block["same config"], layer.bone_block["default"])
+    assert not torch.equal(layer.bone_block["ref"], layer.bone_block["default"])
 
 
 def test_an_interrupted_sft_run_resumes_to_the_losses_of_one_never_stopped(llama, tmp_path):

@@ -25,6 +25,7 @@ from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_module
 from flashbone.tuner.neighbours import check_order
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 
+REFERENCE = "ref"  # what TRL calls it
 _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
 
 
@@ -70,6 +71,20 @@ class BoneModel(BaseTuner):
                 raise
             names = ", ".join(nearest_names(model, asked))
             raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
+        if adapter_name == REFERENCE:
+            self._start_as_a_copy(config)
+
+    def _start_as_a_copy(self, config: BoneConfig) -> None:
+        """Make the adapter "ref" a copy of the one whose very config it was given, if there is one.
+
+        TRL's trainers, given a trained PeftModel, add their reference in this way and then copy the parameters that
+        have ".default." in their name. Names of blocks end in ".default", and the reference would silently be the base.
+        """
+        sources = [name for name, other in self.peft_config.items() if other is config and name != REFERENCE]
+        for _, layer in self._bone_layers() if sources else ():
+            if sources[0] in layer.bone_block and REFERENCE in layer.bone_block:
+                layer.bone_block[REFERENCE].data = layer.bone_block[sources[0]].detach().clone()
+                layer.bone_scale[REFERENCE] = layer.bone_scale[sources[0]]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
