@@ -25,7 +25,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     """Compare a checkpoint, whose keys were already mapped to the model's, with the model.
 
     Raises:
-        ShapeError: a block is missing, or a tensor has another shape or belongs to nothing; all of them are named.
+        ShapeError: a block is missing, or a tensor has another shape, is of integers or belongs to nothing; all of
+            them are named.
     """
     suffix = f".bone_block.{adapter_name}"
     layers = {
@@ -44,6 +45,9 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         own = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
         if own is None:
             problems.append(f"{_short(key)}: the model has no such tensor")
+            continue
+        if own.is_floating_point() and not loaded.is_floating_point():
+            problems.append(f"{_short(key)}: the checkpoint holds {loaded.dtype}, wanted floating-point numbers")
             continue
         wanted, got = tuple(getattr(own, "ds_shape", own.shape)), tuple(loaded.shape)
         if wanted == got or sharded or _ignore_sizes.get():
