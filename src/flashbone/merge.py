@@ -4,6 +4,7 @@ Every tensor keeps its name, dtype and shape; the arithmetic is that of `flashbo
 result equals the live model's merge bit for bit. Everything is checked before anything is written.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from flashbone import variants
 from flashbone.checkpoint import Adapter, names, peft, same_values, staging, tensors
 from flashbone.checkpoint.base import BaseModel, open_base
 from flashbone.errors import FormatError, NonFiniteError, ShapeError
+from flashbone.variants.stacked import PerExpert
 
 _IN_PYTHON = (
     "merge in Python instead, on the model class that it was trained on:"
@@ -49,12 +51,14 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of one tensor: first replaced, then merged; `transposed` says that it is kept as (in, out)."""
+    """What becomes of one tensor: first replaced, then merged; `transposed` says that it is kept as (in, out),
+    `stacked` that it is one matrix for each expert. Any other tensor of more than two axes is a convolution's."""
 
     tensor: str
     block: Tensor | None = None
     replacement: Tensor | None = None
     transposed: bool = False
+    stacked: bool = False
 
     def apply(self, variant: variants.Variant, stored: Tensor) -> Tensor:
         """The new value, in the dtype and shape of the stored one.
@@ -64,9 +68,11 @@ class Edit:
         """
         value = stored if self.replacement is None else self.replacement.to(stored.dtype)
         if self.block is not None:
-            W = value.mT if self.transposed else value
+            W = value if self.stacked else value.flatten(1)
+            W = W.mT if self.transposed else W
+            variant = PerExpert(variant, len(value)) if self.stacked else variant
             W = variants.merged_weight(W, [(variant, self.block, 1.0)], self.tensor, must_be_finite=True)
-            return W.mT if self.transposed else W
+            return (W.mT if self.transposed else W).reshape(value.shape)
         if not torch.isfinite(value).all():
             raise NonFiniteError(f"{self.tensor}: the adapter's value for it holds NaN or infinity; it is broken")
         return value
@@ -137,17 +143,22 @@ def plan(model: BaseModel, adapter: Adapter) -> list[Edit]:
         ShapeError: sizes that do not fit; all are listed.
     """
     replacements, problems = _without_tied_copies(model, adapter)
-    blocks = {f"{module}.weight": block for module, block in adapter.blocks.items()}
+    blocks = {adapter.parameter(name): block for name, block in adapter.blocks.items()}
+    known_transposed = {adapter.parameter(name) for name in adapter.transposed}
     found, lost = names.locate([*blocks, *(p for p in replacements if p not in blocks)], model.entries)
-    problems += [_lost(name, reason, is_block=name in blocks) for name, reason in lost.items()]
+    problems += [_lost(name, reason, name in blocks, name in adapter.parameters) for name, reason in lost.items()]
     problems += _shared_targets(found)
     edits, misfits = [], []
     for parameter, tensor in found.items():
         block = blocks.get(parameter)
-        transposed = False if block is None else names.is_transposed(tensor, model.config)
+        is_parameter = parameter in adapter.parameters
+        transposed = parameter in known_transposed
+        if block is not None and not transposed and not is_parameter:
+            transposed = names.is_transposed(tensor, model.config)
         if transposed is None:
             problems.append(f"{tensor}: the model_type says whether it is stored transposed, but config.json lacks it")
-        edit = Edit(tensor, block, replacements.get(parameter), bool(transposed))
+        stacked = is_parameter and len(model.entries[tensor].shape) == 3
+        edit = Edit(tensor, block, replacements.get(parameter), bool(transposed), stacked)
         misfits += _misfits(edit, model.entries[tensor], adapter.variant)
         edits.append(edit)
     if problems:
@@ -165,7 +176,8 @@ def _without_tied_copies(model: BaseModel, adapter: Adapter) -> tuple[dict[str, 
         return replacements, problems
     heads = [p for p in replacements if names.is_embedding(p, names.OUTPUT_EMBEDDINGS)]
     inputs = [p for p in replacements if names.is_embedding(p, names.INPUT_EMBEDDINGS)]
-    touched = [m for m in adapter.blocks if names.is_embedding(f"{m}.weight", names.OUTPUT_EMBEDDINGS)]
+    ends = (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS)
+    touched = [m for m in adapter.blocks if names.is_embedding(adapter.parameter(m), ends)]
     agree = len(heads) == len(inputs) == 1 and same_values(replacements[heads[0]], replacements[inputs[0]])
     if agree and not touched:
         if heads[0] not in model.entries:
@@ -180,9 +192,11 @@ def _without_tied_copies(model: BaseModel, adapter: Adapter) -> tuple[dict[str, 
     return replacements, problems
 
 
-def _lost(name: str, reason: str, is_block: bool) -> str:
+def _lost(name: str, reason: str, is_block: bool, is_parameter: bool) -> str:
     tied = names.is_embedding(name, (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS))
     hint = " (is it tied to another tensor?)" if tied else ""
+    if is_parameter:
+        return f"{name}: {reason}, which may keep every expert by itself (transformers fuses them); {_IN_PYTHON}"
     if is_block:
         return f"{name}: {reason}{hint}; is it an adapter of another model?"
     return f"{name}: {reason}{hint}, but the adapter holds a value for it; {_IN_PYTHON}"
@@ -204,10 +218,12 @@ def _misfits(edit: Edit, entry: tensors.Entry, variant: variants.Variant) -> lis
     if edit.replacement is not None and tuple(edit.replacement.shape) != shape:
         got = tuple(edit.replacement.shape)
         found.append(f"{where}: the adapter's value has shape {got}, the base's {shape}; was it resized? {_IN_PYTHON}")
-    if edit.block is not None and len(shape) != 2:
-        found.append(f"{where}: shape {shape} is not that of a linear layer")
+    matrix = shape[1:] if edit.stacked else (*shape[:1], math.prod(shape[1:]))
+    if edit.block is not None and (len(shape) < 2 or (edit.transposed and not edit.stacked and len(shape) != 2)):
+        found.append(f"{where}: shape {shape} is not that of a layer that can be adapted")
     elif edit.block is not None:
-        out_features, in_features = reversed(shape) if edit.transposed else shape
+        out_features, in_features = reversed(matrix) if edit.transposed else matrix
+        variant = PerExpert(variant, shape[0]) if edit.stacked else variant
         try:
             variants.check_block(where, variant, edit.block, out_features, in_features)
         except ShapeError as error:

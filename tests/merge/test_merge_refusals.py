@@ -162,7 +162,7 @@ def test_every_block_that_does_not_fit_is_named(place):
 
 def test_a_block_on_what_is_no_linear_layer_is_refused(place):
     write_adapter(place / "adapter", "bone", {"model.norm": torch.randn(4, 20)})
-    check_refused(place, "model.norm.weight", "not that of a linear layer", kind=ShapeError)
+    check_refused(place, "model.norm.weight", "not that of a layer that can be adapted", kind=ShapeError)
 
 
 def test_a_head_that_the_base_lacks_is_refused_with_the_way_out(tmp_path):

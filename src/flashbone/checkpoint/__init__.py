@@ -20,6 +20,8 @@ class Adapter:
             that were trained as a whole).
         config: the configuration as it was read.
         base_model: folder or hub id of the model that it was trained on, if the file says.
+        transposed: names of `blocks` whose weight is stored as (in, out): embeddings, experts of some models.
+        parameters: names of `blocks` that are parameters themselves (`target_parameters`), not modules with a weight.
     """
 
     variant: Variant
@@ -27,6 +29,12 @@ class Adapter:
     replacements: dict[str, Tensor]
     config: dict[str, Any]
     base_model: str | None = None
+    transposed: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+
+    def parameter(self, name: str) -> str:
+        """The parameter in the base model that the block of this name shifts."""
+        return name if name in self.parameters else f"{name}.weight"
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

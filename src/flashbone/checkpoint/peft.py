@@ -2,7 +2,8 @@
 
 adapter_config.json          peft_type "BONE", r, variant (ours) or init_weights (PEFT's own), rank_pattern, bias, ...
 adapter_model.safetensors    or adapter_model.bin:
-    base_model.model.<module>.bone_block            the block of an adapted module
+    base_model.model.<module>.bone_block            the block of an adapted module, or parameter (target_parameters)
+    base_model.model.<module>.bone_transposed       the same where the weight is stored as (in, out): embeddings
     base_model.model.<module>[.base_layer].bias     a trained bias
     base_model.model.<parameter>                    a parameter of a module to save
 """
@@ -25,7 +26,7 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 ROOT = "base_model.model."
-BLOCK = ".bone_block"
+BLOCK, BLOCK_OF_TRANSPOSED = ".bone_block", ".bone_transposed"
 # PEFT saves embeddings along with the adapter when they are targeted or were resized, listed nowhere.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 DEFAULTS = {
@@ -35,6 +36,7 @@ DEFAULTS = {
     "orthogonal_eps": DEFAULT_EPS,
     "bias": "none",
     "modules_to_save": [],
+    "target_parameters": [],
 }
 
 
@@ -48,13 +50,15 @@ def read(path: str | Path) -> Adapter:
     config = _read_config(folder)
     variant = _variant(folder / CONFIG, config)
     file = weights_file(folder)
-    blocks, replacements, problems = _sort_keys(read_state(file), config)
+    blocks, replacements, transposed, problems = _sort_keys(read_state(file), config)
     problems += [p for module, block in blocks.items() for p in _block_problems(module, block, variant, config)]
     if not blocks and not problems:
         problems.append("it holds no bone_block")
     if problems:
         raise FormatError(f"{file}: {'; '.join(problems)}")
-    return Adapter(variant, blocks, replacements, config, config.get("base_model_name_or_path") or None)
+    parameters = frozenset(name for name in blocks if _is_parameter(name, config))
+    base = config.get("base_model_name_or_path") or None
+    return Adapter(variant, blocks, replacements, config, base, transposed, parameters)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -95,6 +99,8 @@ def _check_fields(file: Path, config: dict[str, Any]) -> None:
     check(config["bias"] in ("none", "all", "bone_only"), "bias", "'none', 'all' or 'bone_only'")
     modules = config["modules_to_save"]
     check(isinstance(modules, list) and all(isinstance(m, str) and m for m in modules), "modules_to_save", "names")
+    targets = config["target_parameters"]
+    check(isinstance(targets, list) and all(isinstance(t, str) and t for t in targets), "target_parameters", "names")
     pattern = config["rank_pattern"]
     check(
         isinstance(pattern, dict) and all(_is_pattern(k) and _is_size(v) for k, v in pattern.items()),
@@ -149,24 +155,32 @@ def weights_file(folder: Path) -> Path:
 
 def _sort_keys(
     state: dict[str, Tensor], config: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Blocks by module, replacements by parameter, and what is wrong with the keys."""
-    blocks, replacements, problems = {}, {}, []
+) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str], list[str]]:
+    """Blocks by module, replacements by parameter, modules of transposed weights, and what is wrong with the keys."""
+    blocks, replacements, transposed, problems = {}, {}, set(), []
     for key, tensor in state.items():
         name = key.removeprefix(ROOT)
-        is_block = name.endswith(BLOCK)
+        suffix = next((s for s in (BLOCK, BLOCK_OF_TRANSPOSED) if name.endswith(s)), "")
+        module, is_block = name.removesuffix(suffix), bool(suffix)
         parameter = _plain_name(name)
         if name == key or not (is_block or _is_replacement(parameter, config)):
             problems.append(f"unknown key {key!r}")
         elif not tensor.is_floating_point():
             problems.append(f"{key}: got {tensor.dtype}, wanted floating point numbers")
+        elif module in blocks and is_block:
+            problems.append(f"{key}: the file holds two blocks of {module}")
         elif is_block:
-            blocks[name.removesuffix(BLOCK)] = tensor
+            blocks[module] = tensor
+            transposed |= {module} if suffix == BLOCK_OF_TRANSPOSED else set()
         elif ".original_module." not in name:  # the frozen twin of a module to save, which `bias="all"` sweeps up
             if parameter in replacements and not same_values(replacements[parameter], tensor):
                 problems.append(f"{key}: the file holds two different values of {parameter}")
             replacements[parameter] = tensor
-    return blocks, replacements, problems
+    return blocks, replacements, frozenset(transposed), problems
+
+
+def _is_parameter(name: str, config: dict[str, Any]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in config["target_parameters"])
 
 
 def _plain_name(name: str) -> str:
@@ -190,12 +204,13 @@ def _block_problems(module: str, block: Tensor, variant: variants.Variant, confi
     where = f"{module}{BLOCK}"
     wanted_dimensions = variants.dimensions(variant)
     shape = tuple(block.shape)
-    if block.ndim != wanted_dimensions or not all(shape):
+    stacked = _is_parameter(module, config) and block.ndim == wanted_dimensions + 1  # one for each expert
+    if block.ndim != wanted_dimensions + stacked or not all(shape):
         return [f"{where}: got shape {shape}, a {variant.name} block has {wanted_dimensions} axes, none of them empty"]
     r = next((v for k, v in config["rank_pattern"].items() if re.match(rf"(.*\.)?({k})$", module)), config["r"])
     problems = []
-    if shape[0 if wanted_dimensions == 2 else -1] != r or (wanted_dimensions == 3 and shape[-2] != r):
+    if shape[-2] != r or (wanted_dimensions == 3 and shape[-1] != r):
         problems.append(f"{where}: got shape {shape}, but {CONFIG} says r={r}")
-    if variant.name == "mini" and shape[1] != config["mini_r"]:
+    if variant.name == "mini" and shape[-1] != config["mini_r"]:
         problems.append(f"{where}: got shape {shape}, but {CONFIG} says mini_r={config['mini_r']}")
     return problems

@@ -42,7 +42,7 @@ def check_block(where: str, variant: Variant, block: Tensor, out_features: int, 
         ShapeError: it does not.
     """
     if block.ndim == dimensions(variant) and all(block.shape):
-        r, mini_r = (block.shape[-1], 1) if block.ndim == 3 else (block.shape[0], block.shape[1])
+        r, mini_r = block.shape[-2], block.shape[-1]
         try:
             wanted = variant.block_shape(out_features, in_features, r, mini_r)
         except ShapeError as error:

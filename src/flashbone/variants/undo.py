@@ -18,8 +18,8 @@ UNDO_TOLERANCE_FP32 = 1e-4
 
 
 def check_undoable(
-    pristine: Float[Tensor, "out in"],
-    merged: Float[Tensor, "out in"],
+    pristine: Float[Tensor, "*experts out in"],
+    merged: Float[Tensor, "*experts out in"],
     adapters: Iterable[tuple[Variant, Tensor, float]],
 ) -> None:
     """Check that `undo(merged, adapters)` gives the pristine weight back, by doing it.
@@ -42,12 +42,17 @@ def check_undoable(
     )
 
 
-def undo(merged: Float[Tensor, "out in"], adapters: Iterable[tuple[Variant, Tensor, float]]) -> Float[Tensor, "out in"]:
+def undo(
+    merged: Float[Tensor, "*experts out in"], adapters: Iterable[tuple[Variant, Tensor, float]]
+) -> Float[Tensor, "*experts out in"]:
     """The W from which `variants.merged_weight(W, adapters)` came; fp32 (or fp64) inside, then merged's dtype.
 
     Additive adapters are subtracted; at most one that depends on W (bat-*, orthogonal) is then solved for.
     """
     adapters = list(adapters)
+    if merged.ndim == 3:
+        stack = [[(v.inner, block[e], s) for v, block, s in adapters] for e in range(len(merged))]  # pyright: ignore
+        return torch.stack([undo(W, own) for W, own in zip(merged, stack, strict=True)])
     dtype = shards.opmath_dtype(merged, *(block for _, block, _ in adapters))
     W = merged.to(dtype)
     solve_for = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flashbone import variants
+from flashbone.checkpoint import peft
 from flashbone.report.inspect.data import Engine
 from flashbone.report.inspect.held import Held
 
@@ -22,6 +24,12 @@ def _judge(engine: str, held: Held) -> Engine:
     if held.others:
         kinds = "tensors besides the blocks, which a plain LoRA has no place for"
         return Engine(engine, "no", f"it holds {len(held.others)} {kinds}; merge it")
+    if held.bone and any(
+        suffix == peft.BLOCK_OF_TRANSPOSED or block.ndim > variants.dimensions(held.bone)
+        for parts in held.blocks.values()
+        for suffix, block in parts.items()
+    ):
+        return Engine(engine, "no", "it adapts embeddings or experts, not only linear layers; merge it")
     if held.is_dora:
         return Engine(engine, "no", "it is a DoRA, not a plain LoRA; merge it")
     limits = f", {BASES[engine]}" if engine in BASES else ""

@@ -82,8 +82,11 @@ def _read_bone(folder: Path) -> Held:
         evidence=f"{peft.CONFIG}: "
         + (f"variant {named!r}" if named else f"no variant, {_init_weights(adapter.config)}"),
         base_model=adapter.base_model,
-        blocks={module: {peft.BLOCK: block} for module, block in adapter.blocks.items()},
-        sizes={m: b.shape[0] if b.ndim == 2 else b.shape[-1] for m, b in adapter.blocks.items()},
+        blocks={
+            module: {peft.BLOCK_OF_TRANSPOSED if module in adapter.transposed else peft.BLOCK: block}
+            for module, block in adapter.blocks.items()
+        },
+        sizes={module: block.shape[-2] for module, block in adapter.blocks.items()},
         others=adapter.replacements,
         bone=adapter.variant,
     )
