@@ -222,7 +222,7 @@ def test_a_quantised_config_is_counted_as_the_plain_model(tmp_path):
         ({"layers_to_transform": [0]}, r"^adapter: layers_to_transform without target_modules.*\[q_proj, v_proj\]$"),
         ({"r": 4, "layers_pattern": "h"}, "^adapter: layers_pattern without target_modules"),
         ({"bottleneck_size": 24, "target_modules": ["q_proj"]}, "a bottleneck of 24 is larger than the 20 input"),
-        ({"r": 4, "target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens: inspect counts what linear layers cost"),
     ],
 )
 def test_a_wrong_adapter_is_said_in_one_line(tmp_path, fields, message):

@@ -416,7 +416,7 @@ def test_old_signatures_still_work():
             lambda: BoneLinear(nn.Linear(4, 4), "a", r=2, variant="bta"),
             "variant: got 'bta', wanted one of 'bone', 'mini'",
         ),
-        (lambda: BoneLinear(nn.Embedding(4, 4), "a", r=2), "it is a Embedding, and only torch.nn.Linear"),
+        (lambda: BoneLinear(nn.Embedding(4, 4), "a", r=2), "it is an Embedding, and only torch.nn.Linear"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):

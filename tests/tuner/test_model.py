@@ -429,14 +429,14 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.embed = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(5, 8)
+        self.q_proj, self.k_proj, self.embed = nn.Linear(8, 8), nn.Linear(8, 8), nn.EmbeddingBag(5, 8)
         self.k_proj.requires_grad_(False)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": ["q_proj", "embed"]}, "embed: target module cannot be adapted, it is a Embedding"),
+        ({"target_modules": ["q_proj", "embed"]}, "embed: target module cannot be adapted, it is an EmbeddingBag"),
         ({"target_modules": ["q_porj"]}, r"q_porj.* not found .* Linear layers of this model end in: q_proj, k_proj\."),
         ({"target_modules": "nothing"}, "Linear layers of this model end in: q_proj, k_proj"),
         ({"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["q_proj"]}, "only targeted modules"),

@@ -62,7 +62,7 @@ class Unknown(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.query = nn.Linear(8, 8), nn.Embedding(4, 8)
+        self.embed, self.query = nn.Linear(8, 8), nn.EmbeddingBag(4, 8)
         self.blocks = nn.Sequential(Block(), Block())
         self.head = Linears(out_proj=(8, 8), down_proj=(8, 3))
 
@@ -139,9 +139,10 @@ def test_a_model_that_no_table_knows_is_adapted_by_its_usual_names():
     assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
 
 
-def test_a_layer_that_is_read_but_never_called_holds_no_role():
+def test_the_output_of_torchs_own_attention_holds_its_role():
     model = nn.ModuleDict({"self_attn": nn.MultiheadAttention(8, 2), "up_proj": nn.Linear(8, 8)})
-    assert roles_of(model) == {"mlp.up": ["up_proj"], "intermediate": ["up_proj"], "all-mlp": ["up_proj"]}
+    assert roles_of(model)["attention.output"] == ["self_attn.out_proj"]
+    assert roles_of(model)["mlp.up"] == ["up_proj"]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_what_is_neither_name_nor_role_is_left_to_peft():
 def test_a_name_of_a_module_that_cannot_be_adapted_says_so():
     wanted = config("query", "intermediate")
     for attempt in (resolved, get_peft_model):
-        with pytest.raises(ConfigError, match="query: target module cannot be adapted, it is a Embedding"):
+        with pytest.raises(ConfigError, match="query: target module cannot be adapted, it is an EmbeddingBag"):
             attempt(Unknown(), wanted)
         assert wanted.target_modules == {"query", "intermediate"}
 

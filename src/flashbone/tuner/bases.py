@@ -18,6 +18,12 @@ class BaseKind:
     are here and nowhere else, so that whoever shards, quantises or offloads weights is met in one place.
     """
 
+    parameter_name = "weight"
+
+    def parameter(self, module: Any) -> Any:
+        """What holds W."""
+        return getattr(module, self.parameter_name)
+
     def sizes(self, module: Any) -> tuple[int, int]:
         """(out, in) of W."""
         return module.out_features, module.in_features
@@ -32,7 +38,7 @@ class BaseKind:
 
     def weight(self, module: Any) -> Tensor:
         """W, a view of the module's parameter: gradients reach it."""
-        return self.matrix(module.weight)
+        return self.matrix(self.parameter(module))
 
     def is_refetched(self, module: nn.Module) -> bool:
         """Whether W is made for each reader, so that nobody is to keep it: bat-col reads it again in backward."""
@@ -43,7 +49,7 @@ class BaseKind:
         Raises:
             ConfigError: the weight is computed, so that it cannot be set.
         """
-        if "weight" not in module._parameters:
+        if self.parameter_name not in module._parameters:
             raise ConfigError(
                 "the base weight is computed by a parametrisation, such as weight_norm, and cannot be merged into;"
                 " remove the parametrisation first"
@@ -51,23 +57,24 @@ class BaseKind:
 
     def write(self, module: Any, W: Tensor) -> None:
         """Make W the module's weight; the parameter stays the same object."""
-        module.weight.data = self.stored(W, module).contiguous()
+        self.parameter(module).data = self.stored(W, module).contiguous()
 
     def keep(self, module: Any) -> Tensor:
         """The weight in host memory, to be restored. On the CPU this is its own storage: `write` makes a new one."""
-        return module.weight.data.to("cpu")
+        return self.parameter(module).data.to("cpu")
 
     def kept_weight(self, module: Any, kept: Tensor) -> Tensor:
         """W of what `keep` returned, on the module's device."""
-        return self.matrix(kept.to(module.weight.device))
+        return self.matrix(kept.to(self.parameter(module).device))
 
     def restore(self, module: Any, kept: Tensor) -> None:
         """Give the module back what `keep` returned."""
-        module.weight.data = kept.to(module.weight.device, module.weight.dtype)
+        parameter = self.parameter(module)
+        parameter.data = kept.to(parameter.device, parameter.dtype)
 
 
-class Conv1DKind(BaseKind):
-    """transformers' Conv1D, GPT-2's linear layer: stores the transpose, (in, out)."""
+class TransposedKind(BaseKind):
+    """transformers' Conv1D, GPT-2's linear layer, and Embedding: store the transpose, (in, out)."""
 
     def sizes(self, module: Any) -> tuple[int, int]:
         in_features, out_features = getattr(module.weight, "ds_shape", module.weight.shape)
@@ -80,7 +87,7 @@ class Conv1DKind(BaseKind):
         return W.mT
 
 
-LINEAR, CONV1D = BaseKind(), Conv1DKind()
+LINEAR, TRANSPOSED = BaseKind(), TransposedKind()
 
 
 def kind_of(module: nn.Module) -> BaseKind:
@@ -91,7 +98,7 @@ def kind_of(module: nn.Module) -> BaseKind:
     """
     if (reason := unsupported_reason(module)) is not None:
         raise ConfigError(f"a Bone adapter cannot be put on this layer: {reason}")
-    return CONV1D if isinstance(module, Conv1D) else LINEAR
+    return TRANSPOSED if isinstance(module, Conv1D) else LINEAR
 
 
 def unsupported_reason(base_layer: nn.Module) -> str | None:
@@ -100,18 +107,24 @@ def unsupported_reason(base_layer: nn.Module) -> str | None:
     if resolve_quantization_backend(base_layer) is not None:
         return f"its base is a quantised {kind}, which is not supported yet; load the model without quantisation"
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
-        return f"it is a {kind}, and only torch.nn.Linear and transformers' Conv1D are supported; leave it out"
+        supported = "only torch.nn.Linear and transformers' Conv1D are supported"
+        return f"it is {article(kind)} {kind}, and {supported}; leave it out"
     return None
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling the layer is its matrix product and nothing else: no other forward, no hooks, no adapter."""
+def article(word: str) -> str:
+    """ "a" or "an"."""
+    return "an" if word[:1].upper() in "AEIOU" else "a"
+
+
+def is_plain(module: nn.Module, forwards: tuple | None = None) -> bool:
+    """Whether calling the layer is its own product and nothing else: no other forward, no hooks, no adapter."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+        or type(module).forward not in (forwards or (nn.Linear.forward, Conv1D.forward))
         or "forward" in vars(module)
         or nn.modules.module._has_any_global_hook()
     )

@@ -47,6 +47,8 @@ class BoneConfig(PeftConfig):
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None takes
             PEFT's table for the model's type, and "all-linear" for models that it does not know. Names may also be
             containers, such as "layers.3", and roles, such as "attention.output": docs/adapters.md, Where adapters go.
+        target_parameters: Names (suffixes) of single parameters to adapt, (out, in) or fused experts (experts, out, in)
+            with a block for each expert: ["experts.gate_up_proj"]. `target_modules=None` then adapts no modules.
         exclude_modules: Names or a regular expression of modules that stay as they are.
         layers_to_transform: Index or indices of the layers to adapt; the others stay as they are.
         layers_pattern: Name of the list that holds the layers, used with `layers_to_transform`.
@@ -74,6 +76,9 @@ class BoneConfig(PeftConfig):
     )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, roles or regular expression of the modules to adapt, or 'all-linear'."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of single parameters to adapt, such as fused experts."}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names or regular expression of the modules to leave alone."}
@@ -192,6 +197,7 @@ class BoneConfig(PeftConfig):
                 for name in ("layers_to_transform", "layers_pattern")
                 if getattr(self, name) is not None
             ]
+        problems += self._problems_of_parameters()
         patterns = {"rank_pattern": [*self.rank_pattern] if isinstance(self.rank_pattern, dict) else []}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -205,6 +211,25 @@ class BoneConfig(PeftConfig):
             for pattern in values
             if (error := _pattern_error(pattern)) is not None
         ]
+        return problems
+
+    def _problems_of_parameters(self) -> list[str]:
+        names = self.target_parameters
+        if names is None:
+            return []
+        if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
+            return [f"target_parameters: got {names!r}, wanted a list of names"]
+        if not names:
+            return []
+        problems = [
+            f"{name} does not choose among target_parameters; write the names in full, such as 'layers.0.mlp.experts.x'"
+            for name in ("layers_to_transform", "layers_pattern")
+            if getattr(self, name) is not None
+        ]
+        if self.dropout:
+            problems.append(
+                f"dropout={self.dropout!r} has no place in target_parameters, whose input is not seen; leave it out"
+            )
         return problems
 
     def to_dict(self) -> dict[str, Any]:

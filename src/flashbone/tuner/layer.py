@@ -13,7 +13,7 @@ from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
-from flashbone.tuner.bases import is_plain, kind_of
+from flashbone.tuner.bases import BaseKind, is_plain, kind_of
 from flashbone.tuner.merging import MergeableLayer
 from flashbone.tuner.mixed_batch import RowNames
 from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
@@ -31,6 +31,7 @@ class BoneLayer(MergeableLayer):
     out_features: int
     base_layer: nn.Module
 
+    converts_to_lora = True  # whether a linear layer of LoRA could stand in its place
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_r", "bone_mini_r", "bone_variant", "bone_scale", "bone_dropout")
 
@@ -52,7 +53,7 @@ class BoneLayer(MergeableLayer):
         self.kwargs = kwargs
 
         base = self.get_base_layer()
-        self._kind = kind_of(base)
+        self._kind = self._kind_of(base)
         self.out_features, self.in_features = self._kind.sizes(base)
 
     def update_layer(
@@ -90,7 +91,7 @@ class BoneLayer(MergeableLayer):
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")
         variant = variant or ("bat-col" if init_weights == "bat" else "bone")
         settings = {"use_orthogonal": use_orthogonal, "eps": orthogonal_eps} if variant == Orthogonal.name else {}
-        kind = variants.get(variant, **settings)
+        kind = self._fitted(variants.get(variant, **settings), dropout)
         shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)
 
         self.bone_r[adapter_name], self.bone_mini_r[adapter_name] = r, mini_r
@@ -101,6 +102,21 @@ class BoneLayer(MergeableLayer):
             variants.random_block_(self.bone_block[adapter_name])
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def base_parameter(self) -> Any:
+        """The base's parameter that is adapted, as the base holds it."""
+        return self._kind.parameter(self.get_base_layer())
+
+    def _kind_of(self, base: nn.Module) -> BaseKind:
+        return kind_of(base)
+
+    def _fitted(self, variant: variants.Variant, dropout: float) -> variants.Variant:
+        """The variant as this kind of layer has it.
+
+        Raises:
+            ConfigError: this kind of layer cannot have it, or cannot have the dropout.
+        """
+        return variant
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._cache.clear()
@@ -126,7 +142,7 @@ class BoneLayer(MergeableLayer):
             self.bone_scale[name] = 1.0 if scale is None else self.bone_scale[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.converts_to_lora
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.bone_block]

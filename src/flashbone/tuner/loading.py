@@ -80,7 +80,7 @@ def trained_names(model: nn.Module) -> list[str]:
 def take_back(model: nn.Module, adapter_name: str, trained: list[str]) -> None:
     """Remove an adapter from a model. Layers and saved modules that hold no other one become the originals again, and
     exactly the parameters named by `trained` are trained."""
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # what is inside others comes first
         if isinstance(module, BoneLayer):
             if adapter_name in module.bone_block:
                 module.delete_adapter(adapter_name)

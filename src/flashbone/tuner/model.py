@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, FlashboneError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import weighted
-from flashbone.tuner.bases import unsupported_reason
+from flashbone.tuner import keys, weighted
 from flashbone.tuner.config import BoneConfig
+from flashbone.tuner.dispatch import layer_class, why_not
 from flashbone.tuner.layer import BoneLayer, BoneLinear
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
 from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.neighbours import check_order
+from flashbone.tuner.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 
 REFERENCE = "ref"  # what TRL calls it
@@ -31,11 +34,11 @@ _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
 
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
-    """Errors of sizes say which layer they are about."""
+    """Errors of sizes and settings say which layer they are about."""
     try:
         yield
-    except ShapeError as error:
-        raise ShapeError(f"{layer}: {error}") from None
+    except (ShapeError, ConfigError) as error:
+        raise type(error)(f"{layer}: {error}") from None
 
 
 class BoneModel(BaseTuner):
@@ -62,7 +65,13 @@ class BoneModel(BaseTuner):
         config = self.peft_config[adapter_name]
         trained, asked = trained_names(model), config.target_modules
         try:
+            inside, outside = inside_wrappers(model, config)
+            if inside and not outside:  # nothing is left for PEFT, which passes over what is inside adapted modules
+                config.target_modules = set() if config.target_parameters else DUMMY_TARGET_MODULES
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if inside:
+                config.target_modules = config.target_modules if outside else asked
+                self._inject_inside(inside, adapter_name, *args, **kwargs)
         except Exception as error:
             config.target_modules = asked
             take_back(model, adapter_name, trained)
@@ -88,10 +97,13 @@ class BoneModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model_config["model_type"])
+            names_parameters = bool(peft_config.target_parameters)
+            peft_config.target_modules = set() if names_parameters else default_targets(model_config["model_type"])
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if problems := check_targets(model, peft_config.target_parameters or []):
+            raise TargetError("; ".join(problems))
         peft_config.target_modules = resolve(model, peft_config)
 
     def _create_and_replace(
@@ -114,23 +126,44 @@ class BoneModel(BaseTuner):
             "use_orthogonal": peft_config.use_orthogonal,
             "orthogonal_eps": peft_config.orthogonal_eps,
         }
-        if isinstance(target, BoneLayer):
+        wraps = parameter_name is not None and getattr(target, "parameter_name", None) != parameter_name
+        if isinstance(target, BoneLayer) and not wraps:
             with _naming(current_key):
                 target.update_layer(adapter_name, **fields)
             return
         base = target
         if isinstance(target, BaseTunerLayer):
-            check_order(current_key, target, peft_config.variant)
+            if not isinstance(target, BoneLayer):
+                check_order(current_key, target, peft_config.variant)
             base = target.get_base_layer()
-        if (reason := unsupported_reason(base)) is not None:
+        if parameter_name is None and (reason := why_not(base)) is not None:
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
         with _naming(current_key):
-            new_module = BoneLinear(target, adapter_name, **fields)
+            if parameter_name is None:
+                new_module = layer_class(base)(target, adapter_name, **fields)
+            else:
+                new_module = ParamWrapper(target, adapter_name, parameter_name, **fields)
         new_module.keep_original, new_module.caches = self._keeps_originals, self._caches
         new_module.backend = self._backend
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _inject_inside(
+        self,
+        names: dict[str, str],
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Any = None,
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        for name, own in names.items():
+            parent, _, child = name.rpartition(".")
+            target = self.model.get_submodule(name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(config, adapter_name, target, child, self.model.get_submodule(parent), own)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT copies `weight` onto whatever replaces a layer, also when it unloads, where the replacement is the bare
@@ -146,10 +179,19 @@ class BoneModel(BaseTuner):
         return _INSIDE.sub(".bone_block", super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What a file of this adapter holds, under the names of `keys`."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return keys.to_file(model, found, adapter_name)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map a checkpoint's keys to the model's, and check every one of them before any tensor is loaded."""
+        state_dict = keys.from_file(model, state_dict, adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, mapped)
         return mapped
@@ -187,7 +229,7 @@ class BoneModel(BaseTuner):
                 raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(self.peft_config)}")
         owners: dict[int, str] = {}
         for name, layer in self._bone_layers():
-            first = owners.setdefault(id(layer.weight), name)
+            first = owners.setdefault(id(layer.base_parameter()), name)
             if first != name:
                 raise ConfigError(
                     f"{first} and {name} share one weight and are both adapted, so that no merged weight serves both;"

@@ -17,10 +17,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.bases import unsupported_reason
+from flashbone.tuner.dispatch import why_not
+from flashbone.tuner.parameters import ParamWrapper
 from flashbone.tuner.roles import DERIVED, NAMES, ROLES, held_by
 
 MAX_SUGGESTIONS = 8
@@ -40,18 +41,17 @@ def _modules(model: nn.Module, closed: type | tuple[type, ...]) -> Iterator[tupl
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
-    """Names of the layers that the family can adapt, in the model's order; adapted layers are among them, what is
-    inside an adapter or inside a module that is trained as a whole is not."""
+    """Names of the linear layers that the family can adapt, in the model's order; adapted layers are among them, what
+    is inside an adapter or inside a module that is trained as a whole is not."""
     return [
         name
         for name, module in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        # nn.MultiheadAttention reads the weight of its out_proj and never calls it.
-        if not isinstance(module, NonDynamicallyQuantizableLinear) and _unsupported(module) is None
+        if not isinstance(module, ParamWrapper) and unsupported_reason(_bare(module)) is None
     ]
 
 
-def _unsupported(module: nn.Module) -> str | None:
-    return unsupported_reason(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+def _bare(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def nearest_names(model: nn.Module, wanted: Iterable[str] | str | None) -> list[str]:
@@ -91,6 +91,7 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
             roles are named.
     """
     asked, layers, roles = config.target_modules, adaptable_modules(model), roles_of(model)
+    attentions = [name for name, module in model.named_modules() if isinstance(_bare(module), nn.MultiheadAttention)]
     _refuse_roles_elsewhere(config, layers, roles)
     if isinstance(asked, str):
         if asked not in ROLES or any(match_target_against_key(asked, name) for name, _ in model.named_modules()):
@@ -101,6 +102,8 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
         if matches := [name for name in layers if f".{name}".endswith(f".{entry}")]:
             kept.add(entry)
             literal.update(matches)
+        elif any(f".{name}".endswith(f".{entry}") for name in attentions):
+            kept.add(entry)  # which is refused: it would mean its out_proj alone
         elif inside := [name for name in layers if f".{entry}." in f".{name}"]:
             found.update(inside)
         elif entry in roles:
@@ -168,14 +171,14 @@ def resolved(model: nn.Module, config: Any) -> list[str]:
         TargetError: the model has no layer with a role that is asked for.
     """
     probe = copy.copy(config)
-    if probe.target_modules is None:
+    if probe.target_modules is None and not probe.target_parameters:
         probe.target_modules = default_targets(BaseTuner.get_model_config(model)["model_type"])
     probe.target_modules = resolve(model, probe)
     probe = _maybe_include_all_linear_layers(probe, model)
     matched = {
         name: module for name, module in _modules(model, BaseTunerLayer) if check_target_module_exists(probe, name)
     }
-    if unfit := {name: reason for name, module in matched.items() if (reason := _unsupported(module))}:
+    if unfit := {name: reason for name, module in matched.items() if (reason := why_not(_bare(module)))}:
         problems = "; ".join(f"{name}: target module cannot be adapted, {reason}" for name, reason in unfit.items())
         raise ConfigError(problems)
     return list(matched)

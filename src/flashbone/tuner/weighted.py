@@ -13,6 +13,7 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.parameters import ParamWrapper, own_name
 
 if TYPE_CHECKING:
     from flashbone.tuner.model import BoneModel
@@ -32,7 +33,7 @@ def add_weighted_adapter(
     if _layouts(combined) > 1:  # one adapter has one variant and one mini_r: mini is bone with repeated columns
         for name, layer in model._bone_layers():
             if combined.get(name, ("",))[0] == "mini":
-                combined[name] = "bone", shards.tile(combined[name][1], layer.out_features)
+                combined[name] = "bone", shards.tile(combined[name][1], layer.out_features).contiguous()
     if _layouts(combined) > 1:
         kinds = "; ".join(f"{name} is {variant}" for name, (variant, _) in combined.items())
         raise ConfigError(
@@ -43,12 +44,16 @@ def add_weighted_adapter(
     config = copy.deepcopy(model.peft_config[adapters[0]])
     variant, first = next(iter(combined.values()))
     config.variant, config.init_weights = variant, "bat" if variant == "bat-col" else True
-    config.target_modules, config.exclude_modules = _exactly(model, set(combined)), None
+    wrappers = {name: layer for name, layer in model._bone_layers() if isinstance(layer, ParamWrapper)}
+    own_names = {name: own_name(name, layer, list(wrappers)) for name, layer in model._bone_layers()}
+    config.target_parameters = [own_names[name] for name in combined if name in wrappers] or None
+    config.target_modules = _exactly(model, {own_names[name] for name in combined if name not in wrappers})
+    config.exclude_modules = None
     config.layers_to_transform = config.layers_pattern = None
-    sizes = {name: _block_size(block) for name, (_, block) in combined.items()}
-    config.r, config.bottleneck_size = _block_size(first), None
+    sizes = {own_names[name]: _block_size(*found) for name, found in combined.items()}
+    config.r, config.bottleneck_size = _block_size(variant, first), None
     config.rank_pattern = {rf"\A{re.escape(name)}": r for name, r in sizes.items() if r != config.r}
-    config.mini_r = first.shape[1] if variant == "mini" else 1
+    config.mini_r = first.shape[-1] if variant == "mini" else 1
     config.dropout, config.bias, config.modules_to_save = 0.0, "none", None
     config.inference_mode = True
     model.peft_config[adapter_name] = config
@@ -60,7 +65,7 @@ def add_weighted_adapter(
 
 def _layouts(combined: dict[str, tuple[str, Tensor]]) -> int:
     """How many different adapters it would take to hold these blocks."""
-    return len({(variant, block.shape[1] if variant == "mini" else 0) for variant, block in combined.values()})
+    return len({(variant, block.shape[-1] if variant == "mini" else 0) for variant, block in combined.values()})
 
 
 def _exactly(model: BoneModel, names: set[str]) -> set[str] | str:
@@ -89,7 +94,7 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
     if len(variants) == 1 and len(shapes) == 1 and (is_copy or all(variant.is_linear for variant in variants)):
         return kinds.pop(), _weighted_sum(blocks, factors)
     if kinds <= {"bone", "mini"}:
-        r = min(math.lcm(*(block.shape[0] for block in blocks.values())), layer.in_features)
+        r = min(math.lcm(*(layer.bone_r[name] for name in blocks)), layer.in_features)
         wide = {n: shards.tile(shards.tile(b, layer.out_features).mT, r).mT for n, b in blocks.items()}
         return "bone", _weighted_sum(wide, factors)
     got = ", ".join(f"{n!r} is {layer.bone_variant[n].name} with r={layer.bone_r[n]}" for n in factors)
@@ -106,8 +111,8 @@ def _weighted_sum(blocks: dict[str, Tensor], factors: dict[str, float]) -> Tenso
     return total.to(next(iter(blocks.values())).dtype).contiguous()
 
 
-def _block_size(block: Tensor) -> int:
-    return block.shape[-1] if block.ndim == 3 else block.shape[0]
+def _block_size(variant: str, block: Tensor) -> int:
+    return block.shape[-2] if variant in ("bone", "mini") else block.shape[-1]
 
 
 def _check_request(

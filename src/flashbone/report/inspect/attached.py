@@ -18,7 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.report.inspect.calls import Calls, trace_calls
 from flashbone.tuner.config import BoneConfig
+from flashbone.tuner.conv import BoneConv
+from flashbone.tuner.embedding import BoneEmbedding
 from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.parameters import ParamWrapper, own_name
 from flashbone.tuner.presets import KIND, parameter_count, published_preset, without_empty_kind
 from flashbone.tuner.skeleton import skeleton
 
@@ -92,6 +95,7 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
     }
     config = _config(base, fields, recommend)
     model = _adapted(base, config)
+    _check_kinds(model)
     layers = [
         Layer(name, m.out_features, m.in_features, m.bone_r[ADAPTER], m.bone_block[ADAPTER], counts[name])
         for name, m in model.base_model.model.named_modules()
@@ -149,6 +153,18 @@ def _adapted(base: Any, config: BoneConfig) -> Any:
         raise
     except (ValueError, TypeError, re.error) as error:  # of PEFT, over fields that BoneConfig takes as they come
         raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
+
+
+def _check_kinds(model: Any) -> None:
+    """Costs are counted for layers that multiply each token with a matrix."""
+    others = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, BoneLayer)}
+    others = {n: m for n, m in others.items() if isinstance(m, (BoneConv, BoneEmbedding, ParamWrapper))}
+    if others:
+        names = ", ".join(own_name(n, m, [*others]) for n, m in others.items())
+        raise ConfigError(
+            f"adapter: {names}: inspect counts what linear layers cost, and no convolutions, embeddings or"
+            " target_parameters; leave them out"
+        )
 
 
 def _plain(name: str) -> str:

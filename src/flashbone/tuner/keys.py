@@ -1,0 +1,51 @@
+"""Names of blocks in adapter files: they say which parameter a block belongs to, and how that is stored."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flashbone.tuner.embedding import BoneEmbedding
+from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.parameters import ParameterKind, ParamWrapper, own_name
+
+BLOCK = "bone_block"
+# The block of a weight that is stored (in, out): an embedding's table, experts with `is_transposed`. transformers'
+# Conv1D keeps the plain name, which PEFT 0.14 to 0.18 know.
+BLOCK_OF_TRANSPOSED = "bone_transposed"
+_HOSTS = ("_fsdp_wrapped_module.", "_orig_mod.")
+
+
+def file_keys(model: nn.Module) -> dict[str, str]:
+    """Key of a block in the model -> key in a file, both without the adapter's name, where they differ."""
+    modules = [(_plain(name), module) for name, module in model.named_modules()]
+    wrappers = [name for name, module in modules if isinstance(module, ParamWrapper)]
+    found = {}
+    for name, layer in modules:
+        if not isinstance(layer, BoneLayer):
+            continue
+        kind = layer._kind
+        is_transposed = isinstance(layer, BoneEmbedding) or (isinstance(kind, ParameterKind) and kind.is_transposed)
+        block = BLOCK_OF_TRANSPOSED if is_transposed else BLOCK
+        found[f"{name}.{BLOCK}"] = f"{own_name(name, layer, wrappers)}.{block}"
+    return {own: key for own, key in found.items() if own != key}
+
+
+def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A selection of a model's state with the names that files have; they still end in the adapter's name."""
+    end = f".{adapter_name}"
+    names = {f"{own}{end}": f"{key}{end}" for own, key in file_keys(model).items()}
+    return {names.get(key, key): tensor for key, tensor in state.items()}
+
+
+def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A file's state with the names of the model where those differ; they then end in the adapter's name."""
+    names = {}
+    for own, key in file_keys(model).items():
+        names[key] = names[f"base_model.model.{key}"] = f"{own}.{adapter_name}"
+    return {names.get(key, key): tensor for key, tensor in state.items()}
+
+
+def _plain(name: str) -> str:
+    for marker in _HOSTS:
+        name = name.replace(marker, "")
+    return name
