@@ -61,7 +61,8 @@ demo-orthogonal: .venv/.demo-classification
 	$(BIN)/python -m examples.classification.prepare
 	$(BIN)/python -m examples.classification.classify examples/classification/orthogonal.yaml
 
-# PEFT's own tests of custom models and configs, turned into tests of BONE. The deselected ones load from the hub.
+# PEFT's own tests of custom models and configs, turned into tests of BONE. The deselected ones load from the hub,
+# or set a dropout where a weight is read and nothing is called.
 .venv/.peft-suite: .venv/.dev
 	$(PIP) --no-deps --upgrade --target .venv/peft-suite parameterized
 	@touch $@
@@ -69,7 +70,7 @@ demo-orthogonal: .venv/.demo-classification
 test-peft: .venv/.peft-suite
 	$(BIN)/python tests/peft_suite/prepare.py .cache/peft-suite
 	cd .cache/peft-suite && PYTHONPATH=$(CURDIR)/.venv/peft-suite OMP_NUM_THREADS=1 \
-		$(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -n 2 -q -W ignore -k "Bone or bone" suite \
+		$(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -n 2 -q -W ignore -k "(Bone or bone) and not (MHA and deterministic_in_train_mode)" suite \
 		--deselect suite/test_config.py::TestPeftConfig::test_from_pretrained \
 		--deselect suite/test_config.py::TestPeftConfig::test_save_pretrained_with_runtime_config
 

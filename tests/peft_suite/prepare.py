@@ -19,6 +19,17 @@ ROWS = """    ("{variant} 1 Bone", "MLP", BoneConfig, {{"target_modules": "lin0"
     ("{variant} 2 Bone", "MLP", BoneConfig, {{"target_modules": ["lin0", "lin1"], {fields}}}),
     ("{variant} 3 Bone", "MLP", BoneConfig, {{"target_modules": "lin0", "modules_to_save": ["lin1"], {fields}}}),
     ("{variant} 4 Bone", "EmbConv1D", BoneConfig, {{"target_modules": ["conv1d"], {fields}}}),
+    ("{variant} 6 Bone", "Conv2d", BoneConfig, {{"target_modules": ["conv2d", "lin0"], {fields}}}),
+    ("{variant} 8 Bone", "Conv2dGroups", BoneConfig, {{"target_modules": ["conv2d"], {fields}}}),
+    ("{variant} 9 Bone", "Conv3d", BoneConfig, {{"target_modules": ["conv3d"], {fields}}}),
+    ("{variant} 10 Bone", "MHA", BoneConfig, {{"target_modules": ["out_proj"], {fields}}}),
+    ("{variant} 11 Bone", "MlpUsingParameters", BoneConfig, {{"target_parameters": ["lin0.weight"], {fields}}}),
+"""
+# No rotations: the inputs of these layers have one or two features.
+SMALL = """    ("{variant} 5 Bone", "Conv1d", BoneConfig, {{"target_modules": ["conv1d"], {fields}}}),
+    ("{variant} 7 Bone", "Conv2d1x1", BoneConfig, {{"target_modules": ["conv2d"], {fields}}}),
+"""
+EMBEDDINGS = """    ("{variant} 12 Bone", "EmbConv1D", BoneConfig, {{"target_modules": ["emb", "conv1d"], {fields}}}),
 """
 NAMES = ("bone", "mini", "bat-col", "bat-row", "orthogonal")
 VARIANTS = {name: f'"variant": "{name}", "r": 3, "mini_r": 2' for name in NAMES}
@@ -41,6 +52,8 @@ def for_bone(text: str) -> str:
         text = text.replace(old, new)
     text = text.replace('"init_weights": "bat"', '"variant": "bat-col"')
     rows = "".join(ROWS.format(variant=name, fields=fields) for name, fields in VARIANTS.items())
+    rows += "".join(SMALL.format(variant=name, fields=VARIANTS[name]) for name in NAMES if name != "orthogonal")
+    rows += "".join(EMBEDDINGS.format(variant=name, fields=VARIANTS[name]) for name in ("bone", "mini"))
     text, _ = HEADER.subn(lambda match: match.group() + rows, text)
     return text
 
