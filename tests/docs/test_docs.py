@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 
 
-@pytest.mark.parametrize("page", ["docs/adapters.md"])  # docs/trainers.md: test_trainers_page.py
+@pytest.mark.parametrize("page", ["docs/adapters.md", "docs/layers.md"])  # docs/trainers.md: test_trainers_page.py
 def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / page).read_text())
