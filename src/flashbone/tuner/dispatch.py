@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -11,6 +10,7 @@ from flashbone.tuner.attention import BoneOutProj
 from flashbone.tuner.conv import CONVOLUTIONS, BoneConv
 from flashbone.tuner.embedding import BoneEmbedding
 from flashbone.tuner.layer import BoneLinear
+from flashbone.tuner.quantized import quantized_kind_of
 
 _KINDS = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Embedding"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,7 +30,7 @@ def why_not(base: nn.Module) -> str | None:
     if isinstance(base, (*CONVOLUTIONS, nn.Embedding)) and not isinstance(base, _TRANSPOSED):
         return None
     reason = bases.unsupported_reason(base)
-    if reason is None or resolve_quantization_backend(base) is not None:
+    if reason is None or quantized_kind_of(base) is not None:
         return reason
     kind = type(base).__name__
     it_is = f"it is {bases.article(kind)} {kind}"

@@ -92,6 +92,8 @@ class BoneLayer(MergeableLayer):
         variant = variant or ("bat-col" if init_weights == "bat" else "bone")
         settings = {"use_orthogonal": use_orthogonal, "eps": orthogonal_eps} if variant == Orthogonal.name else {}
         kind = self._fitted(variants.get(variant, **settings), dropout)
+        if kind.reads_weight and (problem := self._kind.unreadable(self.get_base_layer())) is not None:
+            raise ConfigError(f"{variant} reads the base weight, and {problem}; use variant bat-row, which reads none")
         shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)
 
         self.bone_r[adapter_name], self.bone_mini_r[adapter_name] = r, mini_r
@@ -108,7 +110,7 @@ class BoneLayer(MergeableLayer):
         return self._kind.parameter(self.get_base_layer())
 
     def _kind_of(self, base: nn.Module) -> BaseKind:
-        return kind_of(base)
+        return kind_of(base, self.kwargs.get("get_apply_tensor_subclass"))
 
     def _fitted(self, variant: variants.Variant, dropout: float) -> variants.Variant:
         """The variant as this kind of layer has it.
@@ -177,7 +179,8 @@ class BoneLinear(nn.Module, BoneLayer):
         for name in active:
             seen = self._dropped(name, x) if self.training else x
             self.bone_variant[name].move(moves, seen, self._block(name), self.bone_scale[name])
-        base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
+        call = self._kind.caller(base_layer)
+        base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
         refetch = self._kind.is_refetched(self.get_base_layer())
         return moves.run(base, self._weight_and_bias, is_plain(base_layer), refetch)
 

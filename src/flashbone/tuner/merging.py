@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -26,7 +27,7 @@ class MergeableLayer(BaseTunerLayer):
 
     `keep_original` (default True): a merge keeps the pristine weight in host memory, so that unmerging gives it back
     bit for bit. Where host memory is short, set it to False before merging; unmerging then computes the base back, with
-    rounding.
+    rounding. Of a quantised base the original, which is small, is kept in any case.
     """
 
     bone_block: nn.ParameterDict
@@ -38,9 +39,14 @@ class MergeableLayer(BaseTunerLayer):
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
         self.keep_original = True
-        self._original_weight: Tensor | None = None
+        self._original_weight: Any = None
         # What stands merged, as it was merged: blocks and scales may change while a merge stands.
         self._merged_as: dict[str, _Term] = {}
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the next merge keeps the original."""
+        return self.keep_original or self._kind.keeps_always
 
     def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None) -> Tensor:
         """The difference that merging the adapter makes to the base weight, in the base's layout, in every variant.
@@ -124,13 +130,19 @@ class MergeableLayer(BaseTunerLayer):
         names = self._to_merge(adapter_names)
         if not names:
             return
-        merged = self._prepare_merge(names, must_be_finite=safe_merge, undoable=not self.keep_original)
+        merged = self._prepare_merge(names, must_be_finite=safe_merge, undoable=not self.keeps_original)
         base = self.get_base_layer()
-        if self.keep_original and self._original_weight is None:
+        is_first_kept = self.keeps_original and self._original_weight is None
+        if is_first_kept:
             if self.merged:  # by a merge that kept none: what it is computed back to
                 self._kind.write(base, self._unmerged_by_subtraction())
             self._original_weight = self._kind.keep(base)
-        self._kind.write(base, merged)
+        try:
+            self._kind.write(base, merged)
+        except Exception:
+            if is_first_kept:
+                self._original_weight = None
+            raise
         self._cache.clear()
         self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
         self.merged_adapters.extend(names)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -26,6 +26,7 @@ from flashbone.tuner.loading import check_state_dict, take_back, trained_names
 from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.neighbours import check_order
 from flashbone.tuner.parameters import ParamWrapper, check_targets, inside_wrappers
+from flashbone.tuner.quantized import keep_trainable
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 
 REFERENCE = "ref"  # what TRL calls it
@@ -105,6 +106,7 @@ class BoneModel(BaseTuner):
         if problems := check_targets(model, peft_config.target_parameters or []):
             raise TargetError("; ".join(problems))
         peft_config.target_modules = resolve(model, peft_config)
+        keep_trainable(model)
 
     def _create_and_replace(
         self,
@@ -140,7 +142,7 @@ class BoneModel(BaseTuner):
             raise ConfigError(f"{current_key}: target module cannot be adapted, {reason}")
         with _naming(current_key):
             if parameter_name is None:
-                new_module = layer_class(base)(target, adapter_name, **fields)
+                new_module = layer_class(base)(target, adapter_name, **fields, **get_quantization_kwargs(self))
             else:
                 new_module = ParamWrapper(target, adapter_name, parameter_name, **fields)
         new_module.keep_original, new_module.caches = self._keeps_originals, self._caches
@@ -237,7 +239,7 @@ class BoneModel(BaseTuner):
                 )
             names = [*layer.merged_adapters, *(layer.active_adapters if adapter_names is None else adapter_names)]
             try:
-                layer.check_merge(names, must_be_finite=safe_merge, undoable=not (unload or layer.keep_original))
+                layer.check_merge(names, must_be_finite=safe_merge, undoable=not (unload or layer.keeps_original))
             except FlashboneError as error:
                 raise type(error)(f"{name}: {error}") from None
 

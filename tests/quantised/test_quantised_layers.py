@@ -1,0 +1,142 @@
+"""Adapters on quantised layers: outputs, gradients, what is read and what is kept."""
+
+import pytest
+import torch
+
+from flashbone.ops import reference
+from flashbone.tuner.layer import BoneLinear
+from helpers.blocks import VARIANT_NAMES, random_block
+from helpers.comparison import close, relative_error
+from helpers.quantised import BACKENDS, dequantised, quantised_linear
+
+OUT, IN, R = 96, 64, 10
+
+
+def adapted(made, *names: str) -> BoneLinear:
+    """The layer with one adapter of each variant, all active, with random blocks."""
+    layer = BoneLinear(made.layer, names[0], R, variant=names[0], mini_r=3, **made.settings)
+    for name in names[1:]:
+        layer.update_layer(name, R, True, variant=name, mini_r=3)
+    for name in names:
+        layer.bone_block[name].data = random_block(name, OUT, IN, R, dtype=torch.float32, std=0.1)
+    layer.set_adapter(list(names))
+    return layer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("names", [*[(name,) for name in VARIANT_NAMES], VARIANT_NAMES], ids=str)
+def test_output_and_gradients_are_those_of_the_dequantised_layer(backend, names):
+    made = quantised_linear(backend)
+    layer = adapted(made, *names)
+    x = torch.randn(2, 5, IN, requires_grad=True)
+    W, bias = layer._kind.weight(made.layer), made.layer.bias.float()
+    blocks = [layer.bone_block[name] for name in names]
+    got = layer(x)
+    want = reference.forward(x, W, bias, [(n, b, 1.0) for n, b in zip(names, blocks, strict=True)])
+    weights = torch.randn(got.shape)
+    grads = [torch.autograd.grad((y * weights).sum(), [x, *blocks]) for y in (got, want)]
+    tolerance = 2e-2 if made.rounds_input else 3e-6
+    assert relative_error(got, want) <= tolerance
+    for g, w in zip(*grads, strict=True):
+        assert relative_error(g, w) <= tolerance
+    if not made.rounds_input:
+        assert close(W, dequantised(made.layer))
+
+
+# Where the input is rounded, the gradient of the input goes through the dequantised weight, with any adapter or none.
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "activations" not in name])
+@pytest.mark.parametrize("name", [name for name in VARIANT_NAMES if name != "bat-col"])
+def test_all_variants_but_bat_col_train_without_dequantising_the_weight(backend, name, monkeypatch):
+    made = quantised_linear(backend)
+    layer = adapted(made, name)
+    monkeypatch.setattr(type(layer._kind.backend), "get_base_weight", refuse)
+    x = torch.randn(2, IN, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.bone_block[name].grad.abs().max() > 0
+    layer.eval()
+    with torch.no_grad():
+        assert layer(x).isfinite().all()
+    with pytest.raises(AssertionError, match="was dequantised"):
+        layer.get_delta_weight(name)
+
+
+def refuse(*_):
+    raise AssertionError("the weight was dequantised")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bat_col_dequantises_in_forward_and_in_backward_and_keeps_nothing_between(backend, monkeypatch):
+    made = quantised_linear(backend)
+    layer, reads = adapted(made, "bat-col", "bat-row", "bone"), []
+    read = type(layer._kind.backend).get_base_weight
+    monkeypatch.setattr(type(layer._kind.backend), "get_base_weight", lambda *a: reads.append(1) or read(*a))
+    x = torch.randn(2, IN, requires_grad=True)
+    y, kept = run_and_kept(layer, x)
+    own = run_and_kept(made.layer, x)[1]  # torchao keeps what it multiplied with, without any adapter, too
+    assert kept == (0 if made.rounds_input else own)
+    assert len(reads) == 1
+    y.sum().backward()
+    assert len(reads) == (3 if made.rounds_input else 2)  # one for the base's own gradient
+    with torch.no_grad():
+        layer.eval()(x)
+    assert len(layer._cache) == 0
+
+
+def run_and_kept(layer, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The output, and how many weight-sized float tensors were kept for backward."""
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    return y, sum(t.is_floating_point() and t.numel() >= OUT * IN for t in kept)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("bnb")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_fp32_adapters_train_on_half_precision_activations(backend, dtype, name):
+    made = quantised_linear(backend)
+    if hasattr(made.layer, "compute_dtype"):
+        made.layer.compute_dtype = dtype
+    layer = adapted(made, name)
+    x = torch.randn(4, IN, dtype=dtype, requires_grad=True)
+    got = layer(x)
+    assert got.dtype == dtype
+    block = layer.bone_block[name]
+    want = reference.forward(x, layer._kind.weight(made.layer), made.layer.bias, [(name, block, 1.0)])
+    assert close(got, want)
+    grads = [torch.autograd.grad(y.sum(), [x, block]) for y in (got, want)]
+    assert grads[0][1].dtype == torch.float32
+    assert close(grads[0][0], grads[1][0])
+    assert close(grads[0][1], grads[1][1], dtype)
+
+
+def test_evaluating_a_4_bit_model_before_training_leaves_its_gradients_whole():
+    """On CPUs with AVX512-BF16 bitsandbytes rewrites layers that are called in eval mode, for good."""
+    from peft import BoneConfig, get_peft_model
+
+    model = torch.nn.Sequential(*(quantised_linear("bnb nf4 double", 64, 64, bias=False).layer for _ in range(3)))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        want = model(x)
+        model.eval()(x)  # before there is an adapter
+    model = get_peft_model(model, BoneConfig(r=8, target_modules=["0"], variant="bat-col"))
+    with torch.no_grad():
+        assert relative_error(model.eval()(x), want) < 1e-2  # scales were rounded to bf16
+    model.train()(x).square().sum().backward()
+    assert model.base_model.model[0].bone_block["default"].grad.abs().max() > 0
+
+
+def test_a_4_bit_layer_that_nobody_evaluated_is_not_changed_by_evaluation():
+    from peft import BoneConfig, get_peft_model
+
+    model = torch.nn.Sequential(quantised_linear("bnb nf4", 64, 64).layer)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        want = model(x)
+        model = get_peft_model(model, BoneConfig(r=8, target_modules=["0"])).eval()
+        assert torch.equal(model(x), want)

@@ -1,0 +1,180 @@
+"""Merging into quantised layers: requantised with the same settings, and taken out again bit for bit."""
+
+import pytest
+import torch
+
+from flashbone import variants
+from flashbone.errors import FlashboneError, NonFiniteError
+from flashbone.tuner.layer import BoneLinear
+from helpers.blocks import VARIANT_NAMES, random_block
+from helpers.comparison import close, relative_error
+from helpers.quantised import BACKENDS, quantised_linear
+
+OUT, IN, R = 96, 64, 10
+
+
+def adapted(made, *names: str) -> BoneLinear:
+    layer = BoneLinear(made.layer, names[0], R, variant=names[0], mini_r=3, **made.settings)
+    for name in names[1:]:
+        layer.update_layer(name, R, True, variant=name, mini_r=3)
+    for name in names:
+        layer.bone_block[name].data = random_block(name, OUT, IN, R, dtype=torch.float32, std=0.1)
+    layer.set_adapter(list(names))
+    return layer.eval()
+
+
+def tensors_of(value, found=None) -> list[torch.Tensor]:
+    """Every tensor that makes up a quantised weight, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        inner = getattr(value, "tensor_data_names", None)
+        return [getattr(value, name) for name in inner] if inner else [value.data]
+    if type(value).__name__ in ("QuantState", "MatmulLtState"):
+        value = vars(value)
+    if isinstance(value, dict):
+        return [t for key in sorted(value, key=str) for t in tensors_of(value[key])]
+    return []
+
+
+def weight_tensors(layer: BoneLinear) -> list[torch.Tensor]:
+    return tensors_of(layer._kind._state(layer.get_base_layer()))
+
+
+def settings_of(value) -> dict:
+    """What is not a tensor in what makes up a quantised weight: types, packing, group sizes."""
+    if type(value).__name__ in ("QuantState", "MatmulLtState"):
+        value = vars(value)
+    if isinstance(value, dict):
+        kept = {key: settings_of(inner) for key, inner in value.items() if key not in ("module", "code")}
+        return {key: inner for key, inner in kept.items() if inner not in (None, {})}
+    if isinstance(value, torch.Tensor):
+        names = getattr(value, "tensor_attribute_names", ())
+        return {"type": type(value), "shape": value.shape, **{name: str(getattr(value, name)) for name in names}}
+    return value
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def made(backend):
+    return quantised_linear(backend)
+
+
+@pytest.mark.parametrize("names", [*[(name,) for name in VARIANT_NAMES], VARIANT_NAMES], ids=str)
+def test_a_merge_requantises_with_the_same_settings_and_unmerge_restores_every_bit(backend, made, names):
+    layer = adapted(made, *names)
+    x = torch.randn(5, IN)
+    base = made.layer(x)
+    before, settings = [t.clone() for t in weight_tensors(layer)], settings_of(layer._kind._state(made.layer))
+    places = [t.data_ptr() for t in weight_tensors(layer)]
+    deltas = {name: layer.get_delta_weight(name) for name in names}
+    W = layer._kind.weight(made.layer)
+    want = W + sum(deltas.values())
+    assert close(layer.merged_weight(list(names)), want, torch.float32)
+
+    layer.merge(safe_merge=True)
+    merged = layer(x)
+    assert settings_of(layer._kind._state(made.layer)) == settings
+    got = layer._kind.weight(made.layer)
+    noise = relative_error(requantised(backend, want), want)
+    assert 0 < relative_error(got, want) <= 1.01 * noise
+    assert relative_error(got, want) < 0.5 * relative_error(W, want)
+    assert torch.equal(merged, made.layer(x))
+    assert all(close(layer.get_delta_weight(name), deltas[name]) for name in names)
+
+    layer.unmerge()
+    after = weight_tensors(layer)
+    assert [t.data_ptr() for t in after] == places
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert torch.equal(made.layer(x), base)
+
+
+def requantised(backend: str, W: torch.Tensor) -> torch.Tensor:
+    """What the backend makes of W, in a layer of its own."""
+    made = quantised_linear(backend, *W.shape, weight=W)
+    return BoneLinear(made.layer, "default", R, **made.settings)._kind.weight(made.layer)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_twenty_rounds_of_merging_leave_the_outputs_as_they_were(made):
+    layer, x = adapted(made, "bat-col", "bone"), torch.randn(5, IN)
+    layer.keep_original = False  # a quantised original is kept in any case
+    with torch.no_grad():
+        want, base = layer(x), made.layer(x)
+        merged = []
+        for _ in range(20):
+            layer.merge(adapter_names=["bone"])
+            layer.merge(adapter_names=["bat-col"])
+            merged.append(layer(x))
+            layer.unmerge()
+        assert all(torch.equal(y, merged[0]) for y in merged)
+        assert torch.equal(layer(x), want)
+        assert torch.equal(made.layer(x), base)
+
+
+def test_unloading_gives_the_bare_quantised_layer_with_the_adapters_in_it(made):
+    layer, x = adapted(made, "bat-row", "mini"), torch.randn(5, IN)
+    with torch.no_grad():
+        layer.merge()
+        want = layer(x)
+        layer.unmerge()
+        bare = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        assert bare is made.layer
+        assert torch.equal(bare(x), want)
+        assert layer._original_weight is None
+
+
+def test_a_safe_merge_of_nan_changes_nothing(made):
+    layer, x = adapted(made, "bone"), torch.randn(5, IN)
+    layer.bone_block["bone"].data[0, 0] = torch.nan
+    base = made.layer(x)
+    with pytest.raises(NonFiniteError, match="nothing was changed"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    assert torch.equal(made.layer(x), base)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("standing", [[], ["bone"]], ids=["first", "second"])
+def test_a_merge_that_fails_while_it_requantises_leaves_the_layer_as_it_was(made, standing, monkeypatch):
+    layer, x = adapted(made, "bone", "bat-row"), torch.randn(5, IN)
+    base = made.layer(x)
+    if standing:
+        layer.merge(adapter_names=standing)
+    want = made.layer(x)
+
+    def fail(self, holder, W):
+        parameters = holder.get_base_layer()._parameters
+        parameters.pop("weight", None), parameters.pop("W_q", None)
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer._kind.backend), "set_base_weight", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            layer.merge(adapter_names=["bat-row"])
+    assert layer.merged_adapters == standing
+    assert torch.equal(made.layer(x), want)
+    if standing:
+        layer.unmerge()
+    assert layer._original_weight is None
+    assert torch.equal(made.layer(x), base)
+
+
+def test_a_torchao_layer_of_unknown_settings_trains_but_is_not_merged_into():
+    made = quantised_linear("torchao int8")
+    layer = adapted(made._replace(settings={}), "bat-col")
+    layer(torch.randn(2, IN)).sum().backward()
+    assert layer.bone_block["bat-col"].grad.abs().max() > 0
+    with pytest.raises(FlashboneError, match=r"settings .* not known.*TorchAoConfig"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_the_difference_of_an_adapter_is_that_of_the_dequantised_weight(made):
+    layer = adapted(made, *VARIANT_NAMES)
+    W = layer._kind.weight(made.layer).double()
+    for name in VARIANT_NAMES:
+        want = variants.get(name).delta(W, layer.bone_block[name].detach().double())
+        assert close(layer.get_delta_weight(name), want, torch.float32)
