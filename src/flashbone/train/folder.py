@@ -22,7 +22,7 @@ from flashbone.train.recipe import Recipe
 log = logging.getLogger(__name__)
 
 # What decides the losses: a resumed run must not change it. `training` may change (more steps), with a notice.
-FIXED = ("model", "task", "data", "adapter", "seed")
+FIXED = ("model", "task", "data", "adapter", "quantization", "seed")
 
 
 class RunFolder:
@@ -106,7 +106,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _compare(recipe: Recipe, before: dict[str, Any], folder: RunFolder) -> None:
-    now = _plain(recipe)
+    now, before = _plain(recipe), {"quantization": {}, **before}  # which recipes of 0.1 did not have
     changed = [f"{name}{_change(before.get(name), now[name])}" for name in FIXED if before.get(name) != now[name]]
     if changed:
         raise ConfigError(

@@ -1,10 +1,12 @@
 """Loading the model and its tokenizer: from a folder, a hub id or a .gguf file, ready to be adapted and saved again."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
+from flashbone.train.recipe import Recipe, quantization_of
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> Any:
@@ -47,6 +49,36 @@ def load_classifier(name: str, dtype: Any, labels: list[str], tokenizer: Any, **
     model = _load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **extra, **kwargs)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token before the padding
     return _plain(model, name) if extra else model
+
+
+def quantized_loading(recipe: Recipe, dtype: Any) -> dict[str, Any]:
+    """What the loaders above are to be given so that the base is quantised as the recipe says; nothing if it does not.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    quantization = quantization_of(recipe)
+    if quantization is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "quantization: the package bitsandbytes is not installed; pip install flashbone[quant], or leave it out"
+        )
+    if recipe.model.endswith(".gguf"):
+        raise ConfigError(
+            f"quantization: {recipe.model} is dequantised on loading; use the model's own folder or hub id"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization.bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type or "nf4",
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:

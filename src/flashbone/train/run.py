@@ -1,14 +1,17 @@
 """One training run from recipe to results on disk: prepare, train or resume, evaluate, save, sum up."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 
@@ -19,7 +22,7 @@ from flashbone.train.callbacks import MetricsLog, Progress, Recorder
 from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data import Data, load_data
 from flashbone.train.folder import RunFolder
-from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
+from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe
 from flashbone.train.summary import summarise
@@ -65,7 +68,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
 def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
         data = load_data(recipe)
-    trainer, data = _trainer(recipe, args, data)
+    trainer, load_plain = _trainer(recipe, args, data)
     trainer.accelerator.wait_for_everyone()
     checkpoint = folder.last_checkpoint()
     metrics = MetricsLog(folder.metrics, _step_of(checkpoint) if checkpoint else None)
@@ -82,30 +85,32 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     if data.eval is not None and _missing_on_main(trainer, metrics, step):
         trainer.evaluate()
     summary = summarise(recipe, trainer, data, metrics, recorder)
-    _save(recipe, folder, trainer)
+    _save(recipe, folder, trainer, load_plain)
     if args.process_index == 0:
         outputs.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()
     return Result(folder, summary, args.process_index == 0)
 
 
-def _trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Data]:
-    """The model, adapted, in the trainer of its task."""
+def _trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
+    """The model, adapted, in the trainer of its task; and how to load it without adapter and quantisation."""
     transformers.set_seed(recipe.seed)
+    dtype = model_dtype(args)
     try:
         if recipe.task == "classification":
             tokenizer = load_tokenizer(recipe.model)
-            model = load_classifier(recipe.model, model_dtype(args), data.labels, tokenizer)
+            load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
+            model = load(**quantized_loading(recipe, dtype))
             max_length = recipe.training.get("max_length") or MAX_LENGTH
-            return classification_trainer(model, adapter_config(recipe), args, data, tokenizer, max_length), data
-        return _sft_trainer(recipe, args, data), data
+            return classification_trainer(model, adapter_config(recipe), args, data, tokenizer, max_length), load
+        return _sft_trainer(recipe, args, data)
     except FlashboneError:
         raise
     except (ValueError, TypeError) as error:  # PEFT's and TRL's word on a recipe that does not fit the model
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> Any:
+def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
     from trl.trainer.sft_trainer import SFTTrainer
 
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
@@ -115,7 +120,8 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> Any:
     _check_tokenizer(recipe, tokenizer, data)
     init = args.model_init_kwargs or {}
     args.model_init_kwargs = None  # they are used here
-    model = load_causal_lm(recipe.model, model_dtype(args), **{**trust, **init})
+    load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
+    model = load(**quantized_loading(recipe, model_dtype(args)))
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -124,9 +130,12 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> Any:
         processing_class=tokenizer,
         peft_config=adapter_config(recipe),
     )
+    if recipe.quantization:  # TRL makes adapters on such models bf16
+        for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     if not args.packing:
         _report_dropped(len(data.train), len(trainer.train_dataset), args.max_length)  # pyright: ignore[reportArgumentType]
-    return trainer
+    return trainer, load
 
 
 def _check_tokenizer(recipe: Recipe, tokenizer: Any, data: Data) -> None:
@@ -201,7 +210,7 @@ def _missing_on_main(trainer: Any, metrics: MetricsLog, step: int) -> bool:
     return bool(broadcast_object_list(answer)[0]) if trainer.accelerator.num_processes > 1 else answer[0]
 
 
-def _save(recipe: Recipe, folder: RunFolder, trainer: Any) -> None:
+def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable) -> None:
     """Adapter and tokenizer, and the merged model if asked for; each folder appears whole."""
     main = trainer.accelerator.is_main_process
     trainer.accelerator.wait_for_everyone()
@@ -211,7 +220,10 @@ def _save(recipe: Recipe, folder: RunFolder, trainer: Any) -> None:
             trainer.processing_class.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     if recipe.merge and main:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        if recipe.quantization:  # into the weights as they are on disk: quantised ones would lose much of the adapter
+            adapted = peft.PeftModel.from_pretrained(load_plain(), folder.adapter)
+        merged = adapted.merge_and_unload()
         with outputs.whole_folder(folder.merged) as partial:
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
