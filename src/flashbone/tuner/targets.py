@@ -17,11 +17,13 @@ from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
+from transformers import PreTrainedModel
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.bases import unsupported_reason
 from flashbone.tuner.dispatch import why_not
 from flashbone.tuner.parameters import ParamWrapper
+from flashbone.tuner.quantized import quantized_kind_of
 from flashbone.tuner.roles import DERIVED, NAMES, ROLES, held_by
 
 MAX_SUGGESTIONS = 8
@@ -94,6 +96,9 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
     attentions = [name for name, module in model.named_modules() if isinstance(_bare(module), nn.MultiheadAttention)]
     _refuse_roles_elsewhere(config, layers, roles)
     if isinstance(asked, str):
+        if asked.lower() == "all-linear" and (hidden := _linear_of_no_known_class(model)):
+            known: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+            return known.target_modules | hidden
         if asked not in ROLES or any(match_target_against_key(asked, name) for name, _ in model.named_modules()):
             return asked
         asked = {asked}
@@ -115,6 +120,16 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
     if missing:
         raise TargetError(_missing_roles(model, missing, [role for role in roles if role in NAMES]))
     return kept | _exact_names(model, config, found - literal, literal) if found else kept
+
+
+def _linear_of_no_known_class(model: nn.Module) -> set[str]:
+    """Names of quantised linear layers that are no `torch.nn.Linear` (HQQ, GPTQ, ...), which PEFT would pass over."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name
+        for name, module in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if module is not output and not isinstance(module, nn.Linear) and quantized_kind_of(module) is not None
+    }
 
 
 def _refuse_roles_elsewhere(config: Any, layers: list[str], roles: dict[str, list[str]]) -> None:
