@@ -82,6 +82,19 @@ def test_bat_col_dequantises_in_forward_and_in_backward_and_keeps_nothing_betwee
     assert len(layer._cache) == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_row_of_a_mixed_batch_has_the_output_of_its_own_adapter(backend):
+    made = quantised_linear(backend)
+    layer, x = adapted(made, "bat-col", "bone"), torch.randn(4, 3, IN)
+    got = layer(x, adapter_names=["bone", "bat-col", "__base__", "bone"])
+    wanted = [made.layer(x[2:3])]
+    for name, rows in (("bone", [0, 3]), ("bat-col", [1])):
+        layer.set_adapter(name)
+        wanted.append(layer(x[rows]))
+    tolerance = 2e-2 if made.rounds_input else 3e-6
+    assert relative_error(got[[2, 0, 3, 1]], torch.cat(wanted)) <= tolerance
+
+
 def run_and_kept(layer, x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The output, and how many weight-sized float tensors were kept for backward."""
     kept = []

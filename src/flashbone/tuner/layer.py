@@ -203,9 +203,11 @@ class BoneLinear(nn.Module, BoneLayer):
                 moves = Moves(x.narrow(0, start, size), own_cache, self.backend)
                 self.bone_variant[name].move(moves, moves.x, self._block(name), self.bone_scale[name])
                 parts.append(Part(start, size, moves))
-        base = (lambda base_x: base_layer(base_x, *args, **kwargs)) if args or kwargs else base_layer
+        call = self._kind.caller(base_layer)
+        base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
         refetch = self._kind.is_refetched(self.get_base_layer())
-        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, is_plain(base_layer), refetch))
+        plain = is_plain(base_layer) and not refetch
+        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
 
     def _block(self, name: str) -> Tensor:
         # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, replicate or
