@@ -98,8 +98,13 @@ class Case:
 
     def delta(self, name: str) -> Tensor:
         """The adapter's delta by the formula, in fp64."""
-        value = self.value(name).to(self.stored_dtype(name)).double()
-        return reference.delta(self._variant(name), self.host.matrix(self._bare), value)
+        return self._delta_of(self._variant(name), self.value(name).to(self.stored_dtype(name)).double())
+
+    def _delta_of(self, variant: str, block: Tensor) -> Tensor:
+        W = self.host.matrix(self._bare)
+        if W.ndim == 2:
+            return reference.delta(variant, W, block)
+        return torch.stack([reference.delta(variant, W_e, block_e) for W_e, block_e in zip(W, block, strict=True)])
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the block is kept in."""
@@ -122,7 +127,7 @@ class Case:
         block = self.value(name).to(self.stored_dtype(name)).double().requires_grad_()
         x = self.x.double().requires_grad_() if with_input else self.x
         W = self.host.matrix(self._bare)
-        W = W + reference.delta(self.variant, W, block)
+        W = W + self._delta_of(self.variant, block)
         loss = (self.host.output(self._bare, W, x) * factors.double()).sum()
         return list(torch.autograd.grad(loss, [block, x] if with_input else [block]))
 

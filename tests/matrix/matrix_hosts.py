@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ class Refusal:
 
 
 # On every kind of layer.
-EVERYWHERE = {
+EVERYWHERE: dict[tuple[str, str], Refusal | None] = {
     ("weighted", "orthogonal"): Refusal(
         "no single adapter is their sum", "a sum of two rotations is no rotation; activate both with scales"
     ),
@@ -43,7 +44,7 @@ class Host:
         output: what the bare layer would give with another W, in fp64.
         dtypes: those that are tried.
         target: the config's fields that choose the layer.
-        refuses: by operation and variant, or "*" for all.
+        refuses: by operation and variant, or "*" for all; the most special one decides, None is an exception.
         requantised: the largest relative error of an output after a merge that quantises the weight anew.
     """
 
@@ -55,13 +56,13 @@ class Host:
     output: Callable[[Any, Tensor, Tensor], Tensor]
     dtypes: tuple[torch.dtype, ...] = HALVES_TOO
     target: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["layer"]})
-    refuses: dict[tuple[str, str], Refusal] = field(default_factory=dict)
+    refuses: dict[tuple[str, str], Refusal | None] = field(default_factory=dict)
 
     requantised: float = 0.0
 
     def refusal(self, operation: str, variant: str) -> Refusal | None:
         """Why this cannot be; None if it can."""
-        keys = [("*", "*"), ("*", variant), (operation, "*"), (operation, variant)]
+        keys = [(operation, variant), (operation, "*"), ("*", variant), ("*", "*")]
         refuses = EVERYWHERE | self.refuses
         return next((refuses[key] for key in keys if key in refuses), None)
 
@@ -94,4 +95,89 @@ CONV1D = Host(
     _linear_output,
 )
 
-HOSTS = (LINEAR, CONV1D)
+SHIFTED_AT_ONCE = Refusal(
+    "shifts one weight for all rows of a batch", "the weight is read once for all rows; run one batch for each adapter"
+)
+NOT_CALLED = Refusal("has no place", "the layer is never called, so that there is no input to drop")
+
+
+def _conv(build: Callable[[], nn.Module], x: tuple[int, ...], name: str, what: str) -> Host:
+    return Host(
+        name,
+        what,
+        lambda dtype: build().to(dtype),
+        lambda dtype: torch.randn(x, dtype=dtype),
+        lambda layer: layer.weight.double().flatten(1),
+        lambda layer, W, x: (
+            copy.deepcopy(layer).double()._conv_forward(x.double(), W.view(layer.weight.shape), layer.bias.double())
+        ),
+    )
+
+
+CONV2D_1X1 = _conv(
+    lambda: nn.Conv2d(IN, OUT, 1, stride=2), (ROWS, IN, 5, 4), "Conv2d-1x1", "torch.nn.Conv2d with a kernel of 1 x 1"
+)
+CONV2D = _conv(
+    lambda: nn.Conv2d(6, OUT, 3, padding=1), (ROWS, 6, 5, 4), "Conv2d-3x3", "torch.nn.Conv2d with a kernel of 3 x 3"
+)
+CONV = _conv(lambda: nn.Conv1d(6, OUT, 3), (ROWS, 6, 7), "Conv1d", "torch.nn.Conv1d with a kernel of 3")
+
+NO_DENSE_INPUT = Refusal(
+    "multiplies the weight of Embedding",
+    "it multiplies all rows of the table in every call; bone and mini look rows up",
+)
+EMBEDDING = Host(
+    "Embedding",
+    "torch.nn.Embedding, a linear layer on one-hot rows",
+    lambda dtype: nn.Embedding(IN, OUT, dtype=dtype),
+    lambda dtype: torch.randint(IN, (ROWS, 3)),
+    lambda layer: layer.weight.double().mT,
+    lambda layer, W, x: nn.functional.embedding(x, W.mT),
+    refuses={("wrong-size", "*"): None, ("weighted", "orthogonal"): NO_DENSE_INPUT}
+    | {("*", variant): NO_DENSE_INPUT for variant in ("bat-col", "bat-row", "orthogonal")},
+)
+
+
+def _attention_output(layer: Any, W: Tensor, x: Tensor) -> Tensor:
+    layer, x = copy.deepcopy(layer).double(), x.double()
+    in_proj, bias = layer.in_proj_weight, layer.in_proj_bias
+    q, k, v = nn.functional.linear(x, in_proj, bias).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    heads = nn.functional.scaled_dot_product_attention(q, k, v)
+    return nn.functional.linear(heads.transpose(1, 2).flatten(-2), W, layer.out_proj.bias)
+
+
+OUT_PROJ = Host(
+    "MultiheadAttention",
+    "out_proj of torch.nn.MultiheadAttention, whose weight is read and which is never called",
+    lambda dtype: nn.MultiheadAttention(12, 2, batch_first=True, dtype=dtype),
+    lambda dtype: torch.randn(ROWS, 3, 12, dtype=dtype),
+    lambda layer: layer.out_proj.weight.double(),
+    _attention_output,
+    target={"target_modules": ["layer.out_proj"]},
+    refuses={("rows", "*"): SHIFTED_AT_ONCE, ("dropout", "*"): NOT_CALLED},
+)
+
+
+class Experts(nn.Module):
+    """Three experts in one parameter, (experts, out, in), as mixtures keep them; every expert sees every token."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.fused = nn.Parameter(torch.randn(3, OUT, IN, dtype=dtype) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i, eoi -> ...eo", x, self.fused)
+
+
+EXPERTS = Host(
+    "experts",
+    "the fused experts of a mixture, one parameter (experts, out, in), by target_parameters",
+    Experts,
+    _features,
+    lambda layer: layer.fused.double(),
+    lambda layer, W, x: torch.einsum("...i, eoi -> ...eo", x.double(), W),
+    target={"target_modules": [], "target_parameters": ["layer.fused"]},
+    refuses={("rows", "*"): SHIFTED_AT_ONCE, ("dropout", "*"): NOT_CALLED},
+)
+
+HOSTS = (LINEAR, CONV1D, CONV2D_1X1, CONV2D, CONV, EMBEDDING, OUT_PROJ, EXPERTS)

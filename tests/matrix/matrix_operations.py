@@ -62,8 +62,8 @@ def train(case: Case) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("bone_block" in name for name in trained)
     before = case.state_of_base(model)
-    wanted = torch.randn(case.base_output().shape).to(case.base_output()) + model(case.x).detach()
-    optimizer = torch.optim.Adam(trained.values(), lr=2e-2)
+    wanted = case.base_output()  # within reach: at a zero block
+    optimizer = torch.optim.Adam(trained.values(), lr=5e-3)
     losses = []
     for _ in range(6):
         loss = (model(case.x) - wanted).float().square().mean()
@@ -240,10 +240,10 @@ def delta(case: Case) -> None:
 def save(case: Case) -> None:
     """save and load"""
     model = case.adapted().eval()
-    want = model(case.x)
     model.save_pretrained(case.folder)
     again = PeftModel.from_pretrained(case.model(), case.folder / "first").eval()
-    assert torch.equal(again(case.x), want)
+    with torch.no_grad():
+        assert torch.equal(again(case.x), model(case.x))
 
 
 @operation
@@ -262,7 +262,9 @@ def load_on_meta(case: Case) -> None:
     model = case.adapted().eval()
     model.save_pretrained(case.folder)
     again = PeftModel.from_pretrained(case.model(), case.folder / "first", low_cpu_mem_usage=True).eval()
-    assert torch.equal(again(case.x), model(case.x))
+    assert torch.equal(case.blocks(again, "default")[0], case.blocks(model, "first")[0])
+    with torch.no_grad():
+        assert torch.equal(again(case.x), model(case.x))
 
 
 @operation

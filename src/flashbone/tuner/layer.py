@@ -102,8 +102,17 @@ class BoneLayer(MergeableLayer):
         self.bone_block[adapter_name] = nn.Parameter(torch.zeros(shape))
         if not init_weights:
             variants.random_block_(self.bone_block[adapter_name])
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's hook for blocks that were loaded in the place of meta tensors; they keep the dtype of their file, which
+        PEFT would round to the base's."""
+        loaded = self.bone_block[adapter_name]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        moved = self.bone_block[adapter_name]
+        if moved.dtype != loaded.dtype:
+            moved.data = loaded.data.to(moved.device)
 
     def base_parameter(self) -> Any:
         """The base's parameter that is adapted, as the base holds it."""
