@@ -13,6 +13,7 @@ from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
+from flashbone.tuner import hosts
 from flashbone.tuner.bases import BaseKind, is_plain, kind_of
 from flashbone.tuner.merging import MergeableLayer
 from flashbone.tuner.mixed_batch import RowNames
@@ -96,6 +97,7 @@ class BoneLayer(MergeableLayer):
             raise ConfigError(f"{variant} reads the base weight, and {problem}; use variant bat-row, which reads none")
         shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)
 
+        hosts.keep_here(self.bone_block)  # whose hook would not know the new one
         self.bone_r[adapter_name], self.bone_mini_r[adapter_name] = r, mini_r
         self.bone_variant[adapter_name], self.bone_scale[adapter_name] = kind, 1.0
         self.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -128,6 +130,11 @@ class BoneLayer(MergeableLayer):
             ConfigError: this kind of layer cannot have it, or cannot have the dropout.
         """
         return variant
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # An offloaded base is on the meta device: a block that followed it there would lose its numbers.
+        device = hosts.execution_device(self.get_base_layer()) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._cache.clear()
@@ -190,7 +197,7 @@ class BoneLinear(nn.Module, BoneLayer):
             self.bone_variant[name].move(moves, seen, self._block(name), self.bone_scale[name])
         call = self._kind.caller(base_layer)
         base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
-        refetch = self._kind.is_refetched(self.get_base_layer())
+        refetch = moves.shifts_weight and self._is_refetched()
         return moves.run(base, self._weight_and_bias, is_plain(base_layer), refetch)
 
     def _forward_by_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -219,10 +226,10 @@ class BoneLinear(nn.Module, BoneLayer):
         return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
 
     def _block(self, name: str) -> Tensor:
-        # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, replicate or
-        # parametrise keep a parameter elsewhere: it is an attribute then.
-        block = self.bone_block._parameters.get(name)
-        return getattr(self.bone_block, name) if block is None else block
+        # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, offload,
+        # replicate or parametrise keep a parameter elsewhere.
+        block: Any = self.bone_block._parameters.get(name)
+        return block if hosts.is_simply_there(block) else hosts.for_autograd(self.bone_block, name, self)
 
     def _dropped(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]
@@ -250,7 +257,15 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
-        return self._kind.weight(base), base.bias
+        if not hosts.comes_and_goes(base):
+            return self._kind.weight(base), base.bias
+        hosts.prepare_reading(base, self)
+        with hosts.whole(base):
+            return self._kind.weight(base).detach(), base.bias
+
+    def _is_refetched(self) -> bool:
+        base = self.get_base_layer()
+        return hosts.comes_and_goes(base) or self._kind.is_refetched(base)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n].name} r={r}" for n, r in self.bone_r.items())

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flashbone.errors import FormatError, ShapeError
+from flashbone.tuner import hosts
 from flashbone.tuner.layer import BoneLayer
 
 _WRAPPED_BY_HOSTS = ("_fsdp_wrapped_module.", "_orig_mod.")
@@ -157,6 +159,33 @@ def no_trace(model: nn.Module, adapter_name: str, source: object) -> Iterator[No
         raise
 
 
+@contextmanager
+def _as_dispatched(model: Any, model_id: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Leave an offloaded model as accelerate dispatched it: blocks are not offloaded, and base layers keep their hooks.
+
+    PEFT would take the hooks away and dispatch the model anew, from files that it rewrites for LoRA's names.
+    """
+    device_map = vars(model).get("hf_device_map") or {}
+    if not {"cpu", "disk"} & set(device_map.values()) or not _is_bone(model_id, kwargs):
+        yield
+        return
+    del model.hf_device_map
+    try:
+        yield
+    finally:
+        model.hf_device_map = device_map
+
+
+def _is_bone(model_id: Any, kwargs: dict[str, Any]) -> bool:
+    if kwargs.get("config") is not None:
+        return kwargs["config"].peft_type == "BONE"
+    where = ("subfolder", "revision", "cache_dir", "token")
+    try:
+        return PeftConfig._get_peft_type(model_id, **{key: kwargs[key] for key in where if key in kwargs}) == "BONE"
+    except Exception:  # PEFT says in its own words that there is no adapter
+        return False
+
+
 def clean_up_after_failed_loads(peft_model: Any) -> None:
     """Wrap `PeftModel.from_pretrained` and `load_adapter` so that a BONE adapter that cannot be loaded leaves no trace.
 
@@ -172,8 +201,11 @@ def _clean_load_adapter(original: Callable) -> Callable:
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "get_base_model"):  # PeftMixedModel borrows this method, and holds no BONE
             return original(self, model_id, adapter_name, *args, **kwargs)
-        ignores = bool(kwargs.get("ignore_mismatched_sizes", False))
-        with no_trace(self.get_base_model(), adapter_name, model_id), ignoring_sizes(ignores):
+        for layer in self.modules():
+            if isinstance(layer, BoneLayer):
+                hosts.keep_here(layer.bone_block)
+        model, ignores = self.get_base_model(), bool(kwargs.get("ignore_mismatched_sizes", False))
+        with no_trace(model, adapter_name, model_id), ignoring_sizes(ignores), _as_dispatched(model, model_id, kwargs):
             return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -184,7 +216,7 @@ def _clean_from_pretrained(original: Callable) -> Callable:
     def from_pretrained(
         cls: Any, model: nn.Module, model_id: Any, adapter_name: str = "default", *a: Any, **k: Any
     ) -> Any:
-        with no_trace(model, adapter_name, model_id):
+        with no_trace(model, adapter_name, model_id), _as_dispatched(model, model_id, k):
             return original(cls, model, model_id, adapter_name, *a, **k)
 
     return from_pretrained

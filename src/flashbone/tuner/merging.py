@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from flashbone import shards, variants
 from flashbone.ops.cache import Cache
+from flashbone.tuner import hosts
 from flashbone.tuner.bases import BaseKind
 from flashbone.variants.undo import check_undoable, undo
 
@@ -20,6 +23,20 @@ _Term = tuple[variants.Variant, Tensor, float]
 def _terms(adapters: dict[str, _Term]) -> list[_Term]:
     # Sorted by name: the sum is then the same to the last bit, in whatever order the adapters were given.
     return [adapters[name] for name in sorted(adapters)]
+
+
+def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:
+    """The method finds the layer's parameters whole, whoever shards or offloads them; `write`: it changes the base."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def on_whole_weights(self: MergeableLayer, *args: Any, **kwargs: Any) -> Any:
+            with hosts.whole(self.get_base_layer(), write), hosts.whole(self.bone_block):
+                return method(self, *args, **kwargs)
+
+        return on_whole_weights
+
+    return decorate
 
 
 class MergeableLayer(BaseTunerLayer):
@@ -48,6 +65,7 @@ class MergeableLayer(BaseTunerLayer):
         """Whether the next merge keeps the original."""
         return self.keep_original or self._kind.keeps_always
 
+    @_on_whole_weights()
     def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None) -> Tensor:
         """The difference that merging the adapter makes to the base weight, in the base's layout, in every variant.
 
@@ -68,6 +86,7 @@ class MergeableLayer(BaseTunerLayer):
         delta = delta if orig_weight is None else delta.to(orig_weight.dtype)
         return self._kind.stored(delta, self.get_base_layer())
 
+    @_on_whole_weights()
     def merged_weight(self, adapter_names: list[str], must_be_finite: bool = False) -> Tensor:
         """The base weight, in its own layout and dtype, with exactly the named adapters in it; nothing is changed.
 
@@ -86,6 +105,7 @@ class MergeableLayer(BaseTunerLayer):
         where = f"adapter {', '.join(map(repr, names))}"
         return variants.merged_weight(self._pristine_weight(), terms, where, must_be_finite)
 
+    @_on_whole_weights()
     def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
         """Find out, without changing anything, whether these adapters can be merged: to finite values, and so that
         the pristine weight could be computed back.
@@ -112,6 +132,7 @@ class MergeableLayer(BaseTunerLayer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @_on_whole_weights(write=True)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base weight.
 
@@ -149,6 +170,7 @@ class MergeableLayer(BaseTunerLayer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @_on_whole_weights(write=True)
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again: bit for bit where the original was kept."""
         if not self.merged:
@@ -165,6 +187,7 @@ class MergeableLayer(BaseTunerLayer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @_on_whole_weights(write=True)
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

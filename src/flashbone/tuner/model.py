@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, FlashboneError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import keys, weighted
+from flashbone.tuner import hosts, keys, weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.dispatch import layer_class, why_not
 from flashbone.tuner.layer import BoneLayer, BoneLinear
@@ -168,6 +168,10 @@ class BoneModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT moves the blocks to the device of the base's weight: an offloaded one is on the meta device.
+        if isinstance(new_module, BoneLinear) and hosts.execution_device(new_module.get_base_layer()) is not None:
+            setattr(parent, child_name, new_module)
+            return
         # PEFT copies `weight` onto whatever replaces a layer, also when it unloads, where the replacement is the bare
         # module itself: that fails on a saved module that is a container, such as BERT's pooler.
         if hasattr(new_module, "base_layer"):
@@ -229,6 +233,7 @@ class BoneModel(BaseTuner):
             unknown = [name for name in adapter_names or [] if name not in self.peft_config]
             if unknown:
                 raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(self.peft_config)}")
+        self._check_bases_are_their_own()
         owners: dict[int, str] = {}
         for name, layer in self._bone_layers():
             first = owners.setdefault(id(layer.base_parameter()), name)
@@ -239,9 +244,30 @@ class BoneModel(BaseTuner):
                 )
             names = [*layer.merged_adapters, *(layer.active_adapters if adapter_names is None else adapter_names)]
             try:
+                hosts.check_onloadable(layer.get_base_layer())
                 layer.check_merge(names, must_be_finite=safe_merge, undoable=not (unload or layer.keeps_original))
             except FlashboneError as error:
                 raise type(error)(f"{name}: {error}") from None
+
+    def _check_bases_are_their_own(self) -> None:
+        """
+        Raises:
+            ConfigError: a base layer, or its weight, is also used where no adapter is, which a merge would change, too.
+        """
+        adapted = {layer.get_base_layer(): name for name, layer in self._bone_layers()}
+        weights = {id(layer.base_parameter()): layer.get_base_layer() for _, layer in self._bone_layers()}
+        wrappers = set(adapted) | {layer for _, layer in self._bone_layers()}
+        for path, module in self.model.named_modules():
+            if module in wrappers or isinstance(module, BaseTunerLayer):
+                continue
+            for key, used in [*module._modules.items(), *module._parameters.items()]:
+                base = used if used in adapted else weights.get(id(used))
+                if base is not None:
+                    raise ConfigError(
+                        f"{adapted[base]} is adapted, and {path}.{key} uses the same weight without it, so that no"
+                        " merged weight serves both; untie them (tie_word_embeddings=False, and a copy of the weight),"
+                        " or leave the adapter unmerged"
+                    )
 
     def _bone_layers(self) -> Iterator[tuple[str, BoneLinear]]:
         for name, module in self.model.named_modules():

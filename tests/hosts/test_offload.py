@@ -1,0 +1,212 @@
+"""Models whose weights accelerate keeps in host memory or on disk: the same results as of the plain model.
+
+The device that computes is the CPU, too; the weights are on the meta device between calls all the same.
+"""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.utils import offload_state_dict
+from peft import BoneConfig, PeftModel, get_peft_model
+from torch import nn
+
+from flashbone.errors import ConfigError
+from helpers.adapter_folders import tiny_gpt2, tiny_llama
+from helpers.blocks import VARIANT_NAMES
+from helpers.comparison import close
+from helpers.mlp import fill_blocks
+
+TOKENS = torch.arange(10).view(2, 5)
+SPLIT = {"model": "disk", "lm_head": "cpu"}
+
+
+def config(variant: str, **fields) -> BoneConfig:
+    return BoneConfig(r=6, variant=variant, mini_r=4, **{"target_modules": ["q_proj", "down_proj"], **fields})
+
+
+def adapted(base: nn.Module, variant: str, **fields) -> nn.Module:
+    model = get_peft_model(base, config(variant, **fields))
+    fill_blocks(model)
+    return model
+
+
+def offloaded(model: nn.Module, where: str, folder) -> nn.Module:
+    if where == "cpu":
+        return cpu_offload(model, torch.device("cpu"))
+    return disk_offload(model, folder / "offloaded", torch.device("cpu"))
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)  # dropout
+    model.train()(input_ids=TOKENS).logits.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def saved_llama(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def plain(llama):
+    """The same model, adapted, with its weights where they were."""
+    return lambda variant: adapted(copy.deepcopy(llama), variant)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_adapter_on_an_offloaded_model_trains_and_generates_as_on_a_plain_one(
+    where, variant, llama, plain, tmp_path
+):
+    model, want = adapted(offloaded(copy.deepcopy(llama), where, tmp_path), variant), plain(variant)
+    assert close(outputs(model), outputs(want))
+    grads, wanted = gradients(model), gradients(want)
+    assert len(wanted) == 4
+    assert grads.keys() == wanted.keys()
+    assert all(close(grads[name], wanted[name]) for name in wanted)
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert base.weight.is_meta  # given back
+    generate = {"input_ids": TOKENS, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.eval().generate(**generate), want.eval().generate(**generate))
+
+
+@pytest.mark.parametrize("variant", ["bone", "bat-col"])
+def test_conv1d_is_offloaded_as_linear_is(variant):
+    torch.manual_seed(0)
+    base, fields = tiny_gpt2(), {"target_modules": ["c_attn"]}
+    want = adapted(copy.deepcopy(base), variant, **fields)
+    model = adapted(cpu_offload(base, torch.device("cpu")), variant, **fields)
+    assert close(outputs(model), outputs(want))
+    grads, wanted = gradients(model), gradients(want)
+    assert all(close(grads[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_an_adapter_that_is_offloaded_with_its_model_gives_the_same_outputs_and_is_not_trained(
+    variant, plain, tmp_path
+):
+    model, want = offloaded(plain(variant), "cpu", tmp_path), plain(variant)
+    assert close(outputs(model), outputs(want))
+    assert all(p.is_meta for name, p in model.named_parameters() if "bone_" in name)
+    with pytest.raises(ConfigError, match="'default' was offloaded with the model, so that it cannot be trained"):
+        model.train()(input_ids=TOKENS)
+    model.add_adapter("second", config(variant))  # takes the blocks out of offloading
+    assert close(outputs(model), outputs(want))
+    assert gradients(model).keys() == gradients(want).keys()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_an_adapter_is_loaded_onto_a_model_on_disk(variant, low_cpu_mem_usage, saved_llama, plain, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    want = plain(variant)
+    want.save_pretrained(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(saved_llama, device_map=SPLIT, offload_folder=tmp_path / "offload")
+    folder, files = tmp_path / "adapter", sorted(tmp_path.rglob("*"))
+    model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True)
+    assert close(outputs(model), outputs(want))
+    assert gradients(model).keys() == gradients(want).keys()
+    model.load_adapter(folder, "again", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("again")
+    assert close(outputs(model), outputs(want))
+    assert model.hf_device_map == SPLIT
+    assert sorted(tmp_path.rglob("*")) == files  # nothing is written
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+@pytest.mark.parametrize("where", ["cpu", "disk", "files"])
+def test_an_offloaded_model_is_merged_and_unmerged(where, variant, llama, saved_llama, plain, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    if where == "files":
+        base = LlamaForCausalLM.from_pretrained(saved_llama, device_map=SPLIT, offload_folder=tmp_path / "offload")
+    else:
+        base = offloaded(copy.deepcopy(llama), where, tmp_path)
+    before = (saved_llama / "model.safetensors").read_bytes()
+    model, want = adapted(base, variant), outputs(plain(variant))
+    model.merge_adapter(safe_merge=True)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.merged
+    assert layer.base_layer.weight.is_meta
+    assert close(outputs(model), want)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), outputs(llama))  # bit for bit
+    assert close(outputs(model), want)
+    merged = model.merge_and_unload()
+    assert not any("bone" in name for name, _ in merged.named_parameters())
+    assert close(outputs(merged), want)
+    assert (saved_llama / "model.safetensors").read_bytes() == before
+
+
+def test_a_single_layer_is_merged_without_peft_bringing_its_weight(llama, plain):
+    model, want = adapted(cpu_offload(copy.deepcopy(llama), torch.device("cpu")), "bat-col"), plain("bat-col")
+    layers = [m.get_base_model().model.layers[0].self_attn.q_proj for m in (model, want)]
+    assert close(*(layer.get_delta_weight("default") for layer in layers))
+    for layer in layers:
+        layer.merge()
+    assert close(outputs(model), outputs(want))
+    layers[0].unmerge()
+    layers[1].unmerge()
+    assert close(outputs(model), outputs(want))
+
+
+def test_weights_in_files_that_peft_cannot_bring_are_refused_and_nothing_is_merged(llama, plain, tmp_path):
+    with torch.device("meta"):
+        base = tiny_llama()
+    offload_state_dict(tmp_path, llama.state_dict())
+    base.model.rotary_emb = copy.deepcopy(llama.model.rotary_emb)  # in no file
+    base = dispatch_model(base, {"": "disk"}, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    model = adapted(base, "bone")
+    assert close(outputs(model), outputs(plain("bone")))
+    with pytest.raises(ConfigError, match=r"q_proj: its weight is offloaded to a .dat file, .* `flashbone merge`"):
+        model.merge_adapter()
+    assert close(outputs(model), outputs(plain("bone")))
+
+
+@pytest.mark.parametrize("variant", ["bone", "bat-col"])
+def test_nothing_is_kept_of_an_offloaded_weight(variant, llama, plain):
+    want = plain(variant)
+    outputs(want)
+    model = cpu_offload(want, torch.device("cpu"))
+    outputs(model)
+    with torch.no_grad():
+        model.eval()(input_ids=TOKENS[:1, :1])
+    assert [len(m._cache) for m in model.modules() if hasattr(m, "_cache")] == [0] * 4
+
+
+def test_a_merge_does_not_write_into_the_file_that_weights_are_mapped_from(saved_llama, plain):
+    from transformers import LlamaForCausalLM
+
+    before = (saved_llama / "model.safetensors").read_bytes()
+    model = adapted(LlamaForCausalLM.from_pretrained(saved_llama), "bat-col")
+    model.merge_adapter()
+    assert close(outputs(model), outputs(plain("bat-col")))
+    model.unmerge_adapter()
+    assert (saved_llama / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_blocks_are_made_on_the_meta_device_and_loaded(variant, llama, plain, tmp_path):
+    want = plain(variant)
+    want.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path, low_cpu_mem_usage=True)
+    assert close(outputs(model), outputs(want))
+    empty = get_peft_model(copy.deepcopy(llama), config(variant), low_cpu_mem_usage=True)
+    assert all(p.is_meta for name, p in empty.named_parameters() if "bone_" in name)
