@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-quantised test-peft test-triton demo demo-classification demo-orthogonal golden benchmarks benchmarks-quick clean help
+.PHONY: check test test-quantised test-peft test-triton test-deepspeed demo demo-classification demo-orthogonal golden benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test-quantised  only the tests on quantised models, with bitsandbytes, torchao and HQQ"
 	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
+	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
@@ -94,6 +95,17 @@ WITH_TRITON := PYTHONPATH=.venv/triton TRITON_CACHE_DIR=.cache/triton OMP_NUM_TH
 test-triton: .venv/.triton
 	$(WITH_TRITON) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/triton_kernels/test_triton_results.py
 	$(WITH_TRITON) $(BIN)/pytest -n 2 tests/triton_kernels/test_triton_compiled.py
+
+# Beside the environment: DeepSpeed is in no extra, and its import alone would change how accelerate saves and loads. It
+# compiles a library of its own once (80 s), for processes on one machine.
+.venv/.deepspeed: .venv/.dev
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target .venv/deepspeed \
+		deepspeed hjson msgpack py-cpuinfo ninja
+	@touch $@
+
+test-deepspeed: .venv/.deepspeed
+	PYTHONPATH=.venv/deepspeed TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions OMP_NUM_THREADS=1 \
+		$(BIN)/pytest tests/distributed/test_distributed.py -k zero
 
 golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py

@@ -69,6 +69,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
         data = load_data(recipe)
     trainer, load_plain = _trainer(recipe, args, data)
+    _check_engine(trainer)
     trainer.accelerator.wait_for_everyone()
     checkpoint = folder.last_checkpoint()
     metrics = MetricsLog(folder.metrics, _step_of(checkpoint) if checkpoint else None)
@@ -79,7 +80,10 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
     if data.eval is not None and metrics.evaluation(0) is None and checkpoint is None:
-        trainer.evaluate()
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # they need the optimiser to prepare a model
+            trainer.args.eval_on_start = True
+        else:
+            trainer.evaluate()
     _fit(trainer, checkpoint)
     step = trainer.state.global_step
     if data.eval is not None and _missing_on_main(trainer, metrics, step):
@@ -108,6 +112,18 @@ def _trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
         raise
     except (ValueError, TypeError) as error:  # PEFT's and TRL's word on a recipe that does not fit the model
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _check_engine(trainer: Any) -> None:
+    """accelerate takes processes without an accelerator for single ones, and FSDP without one for DDP, in silence."""
+    launched, running = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
+    if launched != running:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone, since there is no accelerator; set"
+            " training.use_cpu: true, or training.ddp_backend: gloo for DeepSpeed"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise ConfigError("accelerate runs FSDP on accelerators only; on CPUs launch with a config for DDP")
 
 
 def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
@@ -213,6 +229,8 @@ def _missing_on_main(trainer: Any, metrics: MetricsLog, step: int) -> bool:
 def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable) -> None:
     """Adapter and tokenizer, and the merged model if asked for; each folder appears whole."""
     main = trainer.accelerator.is_main_process
+    if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would write no adapter, without a word
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.accelerator.wait_for_everyone()
     with outputs.whole_folder(folder.adapter) if main else contextlib.nullcontext(folder.adapter) as partial:
         trainer.save_model(str(partial))  # sharded models need every process here

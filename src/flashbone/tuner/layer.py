@@ -221,7 +221,7 @@ class BoneLinear(nn.Module, BoneLayer):
                 parts.append(Part(start, size, moves))
         call = self._kind.caller(base_layer)
         base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
-        refetch = self._kind.is_refetched(self.get_base_layer())
+        refetch = self._is_refetched()
         plain = is_plain(base_layer) and not refetch
         return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
 
