@@ -104,17 +104,8 @@ class BoneLayer(MergeableLayer):
         self.bone_block[adapter_name] = nn.Parameter(torch.zeros(shape))
         if not init_weights:
             variants.random_block_(self.bone_block[adapter_name])
-        super()._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name, keep_dtype=False)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's hook for blocks that were loaded in the place of meta tensors; they keep the dtype of their file, which
-        PEFT would round to the base's."""
-        loaded = self.bone_block[adapter_name]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        moved = self.bone_block[adapter_name]
-        if moved.dtype != loaded.dtype:
-            moved.data = loaded.data.to(moved.device)
 
     def base_parameter(self) -> Any:
         """The base's parameter that is adapted, as the base holds it."""
@@ -131,10 +122,18 @@ class BoneLayer(MergeableLayer):
         """
         return variant
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, keep_dtype: bool = True
+    ) -> None:
+        """PEFT's hook, also for blocks that were loaded in the place of meta tensors: these keep the dtype of their
+        file, which PEFT would round to the base's."""
         # An offloaded base is on the meta device: a block that followed it there would lose its numbers.
         device = hosts.execution_device(self.get_base_layer()) if device is None else device
+        before = self.bone_block[adapter_name].data
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        block = self.bone_block[adapter_name]
+        if keep_dtype and block.dtype != before.dtype:
+            block.data = before.to(block.device)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._cache.clear()
