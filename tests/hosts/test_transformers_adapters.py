@@ -88,7 +88,7 @@ def test_adapters_are_added_switched_disabled_saved_loaded_and_deleted(variant, 
     ("fields", "message"),
     [
         ({"target_modules": ["typo"]}, "Target modules {'typo'} not found"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens: target module cannot be adapted"),
+        ({"target_modules": ["q_proj", "rotary_emb"]}, "model.rotary_emb: target module cannot be adapted"),
         ({"bottleneck_size": 64, "r": 64}, "64"),
     ],
 )

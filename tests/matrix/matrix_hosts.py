@@ -45,6 +45,7 @@ class Host:
         dtypes: those that are tried.
         target: the config's fields that choose the layer.
         refuses: by operation and variant, or "*" for all; the most special one decides, None is an exception.
+        package: what has to be installed for it.
         requantised: the largest relative error of an output after a merge that quantises the weight anew.
     """
 
@@ -58,6 +59,7 @@ class Host:
     target: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["layer"]})
     refuses: dict[tuple[str, str], Refusal | None] = field(default_factory=dict)
 
+    package: str = ""
     requantised: float = 0.0
 
     def refusal(self, operation: str, variant: str) -> Refusal | None:
@@ -180,4 +182,76 @@ EXPERTS = Host(
     refuses={("rows", "*"): SHIFTED_AT_ONCE, ("dropout", "*"): NOT_CALLED},
 )
 
-HOSTS = (LINEAR, CONV1D, CONV2D_1X1, CONV2D, CONV, EMBEDDING, OUT_PROJ, EXPERTS)
+# Sizes that every quantisation takes.
+QUANTISED_OUT, QUANTISED_IN = 96, 64
+PACKAGES = {"bnb": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
+
+
+def _quantised(name: str, backend: str, what: str, **fields: Any) -> Host:
+    """A layer of tests/helpers/quantised.py; its W is what its calls show."""
+
+    def build(dtype: torch.dtype) -> nn.Module:
+        from helpers.quantised import quantised_linear
+
+        made = quantised_linear(backend, QUANTISED_OUT, QUANTISED_IN)
+        layer: Any = made.layer
+        if backend.startswith("bnb nf4"):  # else bitsandbytes calls it in bf16 on some CPUs, until it has an adapter
+            layer.support_avx512bf16_for_cpu = False
+        layer.requantised_with = made.settings.get("get_apply_tensor_subclass")
+        return layer
+
+    def matrix(layer: Any) -> Tensor:
+        from helpers.quantised import dequantised
+
+        return dequantised(layer, QUANTISED_IN).double()
+
+    package = next(package for prefix, package in PACKAGES.items() if backend.startswith(prefix))
+    return Host(
+        name,
+        what,
+        build,
+        lambda dtype: torch.randn(ROWS, 3, QUANTISED_IN, dtype=dtype),
+        matrix,
+        _linear_output,
+        dtypes=(torch.float32,),
+        package=package,
+        **fields,
+    )
+
+
+NF4_PICKLES = Refusal("no attribute 'SCB'", "bitsandbytes' 4-bit weights lose their class when they are pickled")
+TORCHAO_PICKLES = Refusal("has no attribute '__name__'", "torchao's layers cannot be pickled, with adapters or without")
+HQQ_COPIES = Refusal("the deepcopy protocol", "HQQ's layers cannot be copied, with adapters or without")
+HQQ_DTYPES = Refusal("the same dtype", "HQQ's layers keep the dtype that they were made for, with adapters or without")
+HQQ_AUTOCAST = Refusal("the same dtype", "HQQ's layers give no gradient of their input under autocast")
+QUANTISED = (
+    _quantised(
+        "bnb-nf4",
+        "bnb nf4",
+        "bitsandbytes' 4-bit linear layer (nf4)",
+        requantised=0.12,
+        refuses={("pickle", "bat-col"): NF4_PICKLES},
+    ),
+    _quantised("bnb-int8", "bnb int8", "bitsandbytes' 8-bit linear layer", requantised=0.02),
+    _quantised(
+        "torchao-int8",
+        "torchao int8",
+        "torchao's weight-only int8",
+        requantised=0.02,
+        refuses={("pickle", "*"): TORCHAO_PICKLES},
+    ),
+    _quantised(
+        "hqq-4",
+        "hqq 4",
+        "HQQ's 4-bit linear layer",
+        requantised=0.12,
+        refuses={
+            ("deepcopy", "*"): HQQ_COPIES,
+            ("cast", "*"): HQQ_DTYPES,
+            ("autocast", "bat-row"): HQQ_AUTOCAST,
+            ("autocast", "orthogonal"): HQQ_AUTOCAST,
+        },
+    ),
+)
+
+HOSTS = (LINEAR, CONV1D, CONV2D_1X1, CONV2D, CONV, EMBEDDING, OUT_PROJ, EXPERTS, *QUANTISED)

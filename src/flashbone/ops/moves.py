@@ -194,7 +194,8 @@ class Moves:
         """The base's output; and whether it is ours alone, to be overwritten."""
         if is_plain and type(self.x) in (Tensor, torch.nn.Parameter):
             return base(flat(self.x) if base_x is None else base_x), True
-        return base(self.x if base_x is None else base_x.view(self.x.shape)), False
+        # In the dtype of x: some quantised layers know nothing of autocast.
+        return base(self.x if base_x is None else base_x.view(self.x.shape).to(self.x.dtype)), False
 
     def _weight_shifted_call(
         self, base_x: Tensor | None, base: Callable, weight: Callable, is_plain: bool, refetch: bool

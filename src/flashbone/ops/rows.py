@@ -46,8 +46,10 @@ def run_by_rows(
     parts = [part for part in parts if part not in replaced]
     shifted = [(part, base_x) for part in parts if (base_x := part.moves.begin()) is not None]
     if shifted:
-        x = compute_input(x)
-        x = _assembled(x, [(part, base_x.view(x[: part.size].shape)) for part, base_x in shifted])
+        pieces = [(part, base_x.view(x[: part.size].shape)) for part, base_x in shifted]
+        # A base that is not plain gets the dtype of x: some quantised layers know nothing of autocast.
+        x, dtype = _assembled(compute_input(x), pieces), x.dtype
+        x = x if is_flat else x.to(dtype)
     if replaced:
         y, own = _beside_replaced(x, replaced, base, weight), True
     else:

@@ -128,7 +128,10 @@ class BoneLayer(MergeableLayer):
         """PEFT's hook, also for blocks that were loaded in the place of meta tensors: these keep the dtype of their
         file, which PEFT would round to the base's."""
         # An offloaded base is on the meta device: a block that followed it there would lose its numbers.
-        device = hosts.execution_device(self.get_base_layer()) if device is None else device
+        base = self.get_base_layer()
+        device = hosts.execution_device(base) if device is None else device
+        if device is None and not (hasattr(base, "weight") or hasattr(base, "qweight")):  # PEFT looks for no other
+            device = getattr(self.base_parameter(), "device", None)
         before = self.bone_block[adapter_name].data
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         block = self.bone_block[adapter_name]

@@ -168,16 +168,9 @@ class BoneModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves the blocks to the device of the base's weight: an offloaded one is on the meta device.
-        if isinstance(new_module, BoneLinear) and hosts.execution_device(new_module.get_base_layer()) is not None:
-            setattr(parent, child_name, new_module)
-            return
-        # PEFT copies `weight` onto whatever replaces a layer, also when it unloads, where the replacement is the bare
-        # module itself: that fails on a saved module that is a container, such as BERT's pooler.
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        # No more than that: blocks are where they belong. PEFT would move the whole layer once more, which fails beside
+        # blocks on the meta device, and copy `weight` onto what stands in when it unloads, which may be a container.
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
