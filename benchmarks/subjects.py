@@ -121,8 +121,8 @@ class ForwardSubject:
         return repetition
 
 
-class MixedSubject:
-    """Forward of a language model over a batch whose rows take turns with the adapters of a setting; inference mode."""
+class LanguageModelSubject:
+    """A language model and random tokens for it."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -130,6 +130,10 @@ class MixedSubject:
         torch.manual_seed(0)
         size = (case.shape["batch"], case.shape["seq"])
         self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
+
+
+class MixedSubject(LanguageModelSubject):
+    """Forward of a language model over a batch whose rows take turns with the adapters of a setting; inference mode."""
 
     def prepare(self, setting: Setting) -> Repetition:
         """Its time. With one adapter that is active as usual; several are named row by row."""
@@ -148,15 +152,8 @@ class MixedSubject:
         return repetition
 
 
-class StepSubject:
+class StepSubject(LanguageModelSubject):
     """A training step of a model: forward, backward, AdamW, gradients cleared."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.base = load_model(case.shape["model"], case.dtype, case.device)
-        torch.manual_seed(0)
-        size = (case.shape["batch"], case.shape["seq"])
-        self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
 
     def step(self, setting: Setting) -> Callable[[], None]:
         """One step of a setting. The frozen base has nothing to train: there it is forward and backward to the output

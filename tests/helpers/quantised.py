@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flashbone import BoneLinear
+from helpers.blocks import random_block
+
 for package in ("bitsandbytes", "torchao", "hqq"):
     pytest.importorskip(package, reason=f"{package} is not installed; `make test-quantised` runs these tests with it")
 
@@ -95,6 +98,18 @@ def quantised_linear(
     made = _MAKERS[backend](copy.deepcopy(linear))
     made.layer.requires_grad_(False)
     return made
+
+
+def adapted(made: Quantised, r: int, *names: str) -> BoneLinear:
+    """The layer with one adapter of each variant, all active, with random blocks."""
+    layer = BoneLinear(made.layer, names[0], r, variant=names[0], mini_r=3, **made.settings)
+    for name in names[1:]:
+        layer.update_layer(name, r, True, variant=name, mini_r=3)
+    for name in names:
+        sizes = layer.out_features, layer.in_features
+        layer.bone_block[name].data = random_block(name, *sizes, r, dtype=torch.float32, std=0.1)
+    layer.set_adapter(list(names))
+    return layer
 
 
 def dequantised(layer: nn.Module, in_: int = 64) -> Tensor:

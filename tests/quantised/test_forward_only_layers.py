@@ -137,3 +137,4 @@ def test_a_real_gptq_layer_is_adapted():
     layer = TorchQuantLinear(bits=4, group_size=32, sym=True, desc_act=False, in_features=64, out_features=64)
     model = get_peft_model(nn.Sequential(layer), BoneConfig(r=8, variant="bat-row", target_modules=["0"]))
     model(torch.randn(2, 64, dtype=torch.float16)).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)

@@ -4,30 +4,18 @@ import pytest
 import torch
 
 from flashbone.ops import reference
-from flashbone.tuner.layer import BoneLinear
-from helpers.blocks import VARIANT_NAMES, random_block
+from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close, relative_error
-from helpers.quantised import BACKENDS, dequantised, quantised_linear
+from helpers.quantised import BACKENDS, adapted, dequantised, quantised_linear
 
 OUT, IN, R = 96, 64, 10
-
-
-def adapted(made, *names: str) -> BoneLinear:
-    """The layer with one adapter of each variant, all active, with random blocks."""
-    layer = BoneLinear(made.layer, names[0], R, variant=names[0], mini_r=3, **made.settings)
-    for name in names[1:]:
-        layer.update_layer(name, R, True, variant=name, mini_r=3)
-    for name in names:
-        layer.bone_block[name].data = random_block(name, OUT, IN, R, dtype=torch.float32, std=0.1)
-    layer.set_adapter(list(names))
-    return layer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("names", [*[(name,) for name in VARIANT_NAMES], VARIANT_NAMES], ids=str)
 def test_output_and_gradients_are_those_of_the_dequantised_layer(backend, names):
     made = quantised_linear(backend)
-    layer = adapted(made, *names)
+    layer = adapted(made, R, *names)
     x = torch.randn(2, 5, IN, requires_grad=True)
     W, bias = layer._kind.weight(made.layer), made.layer.bias.float()
     blocks = [layer.bone_block[name] for name in names]
@@ -48,7 +36,7 @@ def test_output_and_gradients_are_those_of_the_dequantised_layer(backend, names)
 @pytest.mark.parametrize("name", [name for name in VARIANT_NAMES if name != "bat-col"])
 def test_all_variants_but_bat_col_train_without_dequantising_the_weight(backend, name, monkeypatch):
     made = quantised_linear(backend)
-    layer = adapted(made, name)
+    layer = adapted(made, R, name)
     monkeypatch.setattr(type(layer._kind.backend), "get_base_weight", refuse)
     x = torch.randn(2, IN, requires_grad=True)
     layer(x).sum().backward()
@@ -67,7 +55,7 @@ def refuse(*_):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bat_col_dequantises_in_forward_and_in_backward_and_keeps_nothing_between(backend, monkeypatch):
     made = quantised_linear(backend)
-    layer, reads = adapted(made, "bat-col", "bat-row", "bone"), []
+    layer, reads = adapted(made, R, "bat-col", "bat-row", "bone"), []
     read = type(layer._kind.backend).get_base_weight
     monkeypatch.setattr(type(layer._kind.backend), "get_base_weight", lambda *a: reads.append(1) or read(*a))
     x = torch.randn(2, IN, requires_grad=True)
@@ -85,7 +73,7 @@ def test_bat_col_dequantises_in_forward_and_in_backward_and_keeps_nothing_betwee
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_row_of_a_mixed_batch_has_the_output_of_its_own_adapter(backend):
     made = quantised_linear(backend)
-    layer, x = adapted(made, "bat-col", "bone"), torch.randn(4, 3, IN)
+    layer, x = adapted(made, R, "bat-col", "bone"), torch.randn(4, 3, IN)
     got = layer(x, adapter_names=["bone", "bat-col", "__base__", "bone"])
     wanted = [made.layer(x[2:3])]
     for name, rows in (("bone", [0, 3]), ("bat-col", [1])):
@@ -115,7 +103,7 @@ def test_fp32_adapters_train_on_half_precision_activations(backend, dtype, name)
     made = quantised_linear(backend)
     if hasattr(made.layer, "compute_dtype"):
         made.layer.compute_dtype = dtype
-    layer = adapted(made, name)
+    layer = adapted(made, R, name)
     x = torch.randn(4, IN, dtype=dtype, requires_grad=True)
     got = layer(x)
     assert got.dtype == dtype

@@ -6,21 +6,11 @@ import torch
 from flashbone import variants
 from flashbone.errors import FlashboneError, NonFiniteError
 from flashbone.tuner.layer import BoneLinear
-from helpers.blocks import VARIANT_NAMES, random_block
+from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close, relative_error
-from helpers.quantised import BACKENDS, quantised_linear
+from helpers.quantised import BACKENDS, adapted, quantised_linear
 
 OUT, IN, R = 96, 64, 10
-
-
-def adapted(made, *names: str) -> BoneLinear:
-    layer = BoneLinear(made.layer, names[0], R, variant=names[0], mini_r=3, **made.settings)
-    for name in names[1:]:
-        layer.update_layer(name, R, True, variant=name, mini_r=3)
-    for name in names:
-        layer.bone_block[name].data = random_block(name, OUT, IN, R, dtype=torch.float32, std=0.1)
-    layer.set_adapter(list(names))
-    return layer.eval()
 
 
 def tensors_of(value, found=None) -> list[torch.Tensor]:
@@ -64,7 +54,7 @@ def made(backend):
 
 @pytest.mark.parametrize("names", [*[(name,) for name in VARIANT_NAMES], VARIANT_NAMES], ids=str)
 def test_a_merge_requantises_with_the_same_settings_and_unmerge_restores_every_bit(backend, made, names):
-    layer = adapted(made, *names)
+    layer = adapted(made, R, *names)
     x = torch.randn(5, IN)
     base = made.layer(x)
     before, settings = [t.clone() for t in weight_tensors(layer)], settings_of(layer._kind._state(made.layer))
@@ -99,7 +89,7 @@ def requantised(backend: str, W: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 def test_twenty_rounds_of_merging_leave_the_outputs_as_they_were(made):
-    layer, x = adapted(made, "bat-col", "bone"), torch.randn(5, IN)
+    layer, x = adapted(made, R, "bat-col", "bone"), torch.randn(5, IN)
     layer.keep_original = False  # a quantised original is kept in any case
     with torch.no_grad():
         want, base = layer(x), made.layer(x)
@@ -115,7 +105,7 @@ def test_twenty_rounds_of_merging_leave_the_outputs_as_they_were(made):
 
 
 def test_unloading_gives_the_bare_quantised_layer_with_the_adapters_in_it(made):
-    layer, x = adapted(made, "bat-row", "mini"), torch.randn(5, IN)
+    layer, x = adapted(made, R, "bat-row", "mini"), torch.randn(5, IN)
     with torch.no_grad():
         layer.merge()
         want = layer(x)
@@ -127,7 +117,7 @@ def test_unloading_gives_the_bare_quantised_layer_with_the_adapters_in_it(made):
 
 
 def test_a_safe_merge_of_nan_changes_nothing(made):
-    layer, x = adapted(made, "bone"), torch.randn(5, IN)
+    layer, x = adapted(made, R, "bone"), torch.randn(5, IN)
     layer.bone_block["bone"].data[0, 0] = torch.nan
     base = made.layer(x)
     with pytest.raises(NonFiniteError, match="nothing was changed"):
@@ -139,7 +129,7 @@ def test_a_safe_merge_of_nan_changes_nothing(made):
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.parametrize("standing", [[], ["bone"]], ids=["first", "second"])
 def test_a_merge_that_fails_while_it_requantises_leaves_the_layer_as_it_was(made, standing, monkeypatch):
-    layer, x = adapted(made, "bone", "bat-row"), torch.randn(5, IN)
+    layer, x = adapted(made, R, "bone", "bat-row"), torch.randn(5, IN)
     base = made.layer(x)
     if standing:
         layer.merge(adapter_names=standing)
@@ -164,7 +154,7 @@ def test_a_merge_that_fails_while_it_requantises_leaves_the_layer_as_it_was(made
 
 def test_a_torchao_layer_of_unknown_settings_trains_but_is_not_merged_into():
     made = quantised_linear("torchao int8")
-    layer = adapted(made._replace(settings={}), "bat-col")
+    layer = adapted(made._replace(settings={}), R, "bat-col")
     layer(torch.randn(2, IN)).sum().backward()
     assert layer.bone_block["bat-col"].grad.abs().max() > 0
     with pytest.raises(FlashboneError, match=r"settings .* not known.*TorchAoConfig"):
@@ -173,7 +163,7 @@ def test_a_torchao_layer_of_unknown_settings_trains_but_is_not_merged_into():
 
 
 def test_the_difference_of_an_adapter_is_that_of_the_dequantised_weight(made):
-    layer = adapted(made, *VARIANT_NAMES)
+    layer = adapted(made, R, *VARIANT_NAMES)
     W = layer._kind.weight(made.layer).double()
     for name in VARIANT_NAMES:
         want = variants.get(name).delta(W, layer.bone_block[name].detach().double())
