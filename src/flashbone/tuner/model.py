@@ -16,13 +16,14 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from flashbone.errors import ConfigError, FlashboneError, ShapeError
+from flashbone.errors import ConfigError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import hosts, keys, weighted
+from flashbone.tuner import keys, weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.dispatch import layer_class, why_not
 from flashbone.tuner.layer import BoneLayer, BoneLinear
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
+from flashbone.tuner.merge_checks import check_merge
 from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.neighbours import check_order
 from flashbone.tuner.parameters import ParamWrapper, check_targets, inside_wrappers
@@ -204,7 +205,7 @@ class BoneModel(BaseTuner):
             NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity.
             FlashboneError: originals are not kept, and a merge could not be taken back.
         """
-        self._check_merge(adapter_names, safe_merge)
+        check_merge(self, adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
@@ -215,52 +216,8 @@ class BoneModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_merge(adapter_names, safe_merge, unload=True)
+            check_merge(self, adapter_names, safe_merge, unload=True)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
-        """Find out what would fail before the first layer is touched: a safe merge computes every weight twice."""
-        if not isinstance(adapter_names, str):  # else PEFT says what was wanted
-            unknown = [name for name in adapter_names or [] if name not in self.peft_config]
-            if unknown:
-                raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(self.peft_config)}")
-        self._check_bases_are_their_own()
-        owners: dict[int, str] = {}
-        for name, layer in self._bone_layers():
-            first = owners.setdefault(id(layer.base_parameter()), name)
-            if first != name:
-                raise ConfigError(
-                    f"{first} and {name} share one weight and are both adapted, so that no merged weight serves both;"
-                    " untie them, or leave one out of target_modules"
-                )
-            names = [*layer.merged_adapters, *(layer.active_adapters if adapter_names is None else adapter_names)]
-            try:
-                hosts.check_onloadable(layer.get_base_layer())
-                layer.check_merge(names, must_be_finite=safe_merge, undoable=not (unload or layer.keeps_original))
-            except FlashboneError as error:
-                raise type(error)(f"{name}: {error}") from None
-
-    def _check_bases_are_their_own(self) -> None:
-        """
-        Raises:
-            ConfigError: a base layer, or its weight, is also used where no adapter is, which a merge would change, too.
-        """
-        adapted = {layer.get_base_layer(): name for name, layer in self._bone_layers()}
-        weights = {id(layer.base_parameter()): layer.get_base_layer() for _, layer in self._bone_layers()}
-        wrappers = set(adapted) | {layer for _, layer in self._bone_layers()}
-        for path, module in self.model.named_modules():
-            if module in wrappers or isinstance(module, BaseTunerLayer):
-                continue
-            for key, used in [*module._modules.items(), *module._parameters.items()]:
-                base = used if used in adapted else weights.get(id(used))
-                if base is not None:
-                    raise ConfigError(
-                        f"{adapted[base]} is adapted, and {path}.{key} uses the same weight without it, so that no"
-                        " merged weight serves both; untie them (tie_word_embeddings=False, and a copy of the weight),"
-                        " or leave the adapter unmerged"
-                    )
 
     def _bone_layers(self) -> Iterator[tuple[str, BoneLinear]]:
         for name, module in self.model.named_modules():
