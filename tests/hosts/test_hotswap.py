@@ -177,3 +177,19 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path):
         check=False,
     )
     assert done.stdout == "swapped\n", done.stderr
+
+
+def test_an_embedding_s_adapter_is_swapped_too(tmp_path):
+    def model(seed: int) -> PeftModel:
+        torch.manual_seed(0)
+        embedding = torch.nn.Sequential(torch.nn.Embedding(9, 6))
+        adapted = get_peft_model(embedding, BoneConfig(r=4, target_modules=["0"]))
+        fill_blocks(adapted, seed)
+        return adapted.eval()
+
+    old, new = model(1), model(2)
+    new.save_pretrained(tmp_path)
+    ids = torch.arange(9)
+    assert not torch.equal(old(ids), new(ids))
+    swap(old, tmp_path)
+    assert torch.equal(old(ids), new(ids))

@@ -10,6 +10,8 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.utils import offload_state_dict
 from peft import BoneConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from flashbone.errors import ConfigError
@@ -210,3 +212,59 @@ def test_blocks_are_made_on_the_meta_device_and_loaded(variant, llama, plain, tm
     assert close(outputs(model), outputs(want))
     empty = get_peft_model(copy.deepcopy(llama), config(variant), low_cpu_mem_usage=True)
     assert all(p.is_meta for name, p in empty.named_parameters() if "bone_" in name)
+
+
+@pytest.mark.parametrize("first", ["adapter", "offload"])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_an_offloaded_convolution_gives_the_plain_one_s_outputs_and_gradients(variant, kernel, first):
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Conv2d(6, 5, kernel)), torch.randn(2, 6, 4, 4)
+    want = adapted(copy.deepcopy(plain), variant, target_modules=["0"])
+    if first == "adapter":
+        model = copy.deepcopy(want)
+        cpu_offload(model.base_model.model[0].base_layer, torch.device("cpu"))
+    else:
+        model = adapted(cpu_offload(plain, torch.device("cpu")), variant, target_modules=["0"])
+    (block,), (wanted_block,) = ([p for n, p in m.named_parameters() if "bone_block" in n] for m in (model, want))
+    for _ in range(2):
+        got, wanted = model(x), want(x)
+        assert close(got, wanted)
+        grads = [torch.autograd.grad(y.square().sum(), b)[0] for y, b in ((got, block), (wanted, wanted_block))]
+        assert close(*grads)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Parameter(torch.randn(3, 5, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...i, eoi -> ...eo", x, self.fused)
+
+
+def test_offloaded_experts_are_refused_by_name():
+    model = nn.ModuleDict({"experts": Experts()})
+    cpu_offload(model, torch.device("cpu"))
+    peft_model = get_peft_model(model, config("bone", target_modules=[], target_parameters=["experts.fused"]))
+    with pytest.raises(ConfigError, match=r"the weight of this Experts is sharded or offloaded.*keep the layer"):
+        peft_model.base_model.model["experts"](torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("how", ["swap", "state dict", "weighted"])
+def test_adapters_that_were_offloaded_with_their_model_are_written_and_read(llama, how, tmp_path):
+    want = adapted(copy.deepcopy(llama), "bone")
+    fill_blocks(want, seed=5)
+    want.save_pretrained(tmp_path)
+    model = cpu_offload(adapted(copy.deepcopy(llama), "bone"), torch.device("cpu"))
+    if how == "swap":
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    elif how == "state dict":
+        set_peft_model_state_dict(model, get_peft_model_state_dict(want))
+    else:
+        before = outputs(model)
+        model.add_weighted_adapter(["default"], [1.0], "twin")
+        model.set_adapter("twin")
+        assert close(outputs(model), before)
+        return
+    assert close(outputs(model), outputs(want))

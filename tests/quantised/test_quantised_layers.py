@@ -1,8 +1,14 @@
 """Adapters on quantised layers: outputs, gradients, what is read and what is kept."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from peft import BoneConfig, get_peft_model
 
+from flashbone.errors import ConfigError
 from flashbone.ops import reference
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close, relative_error
@@ -73,7 +79,7 @@ def test_bat_col_dequantises_in_forward_and_in_backward_and_keeps_nothing_betwee
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_row_of_a_mixed_batch_has_the_output_of_its_own_adapter(backend):
     made = quantised_linear(backend)
-    layer, x = adapted(made, R, "bat-col", "bone"), torch.randn(4, 3, IN)
+    layer, x = adapted(made, R, "bat-col", "bone").eval(), torch.randn(4, 3, IN)
     got = layer(x, adapter_names=["bone", "bat-col", "__base__", "bone"])
     wanted = [made.layer(x[2:3])]
     for name, rows in (("bone", [0, 3]), ("bat-col", [1])):
@@ -141,3 +147,33 @@ def test_a_4_bit_layer_that_nobody_evaluated_is_not_changed_by_evaluation():
         want = model(x)
         model = get_peft_model(model, BoneConfig(r=8, target_modules=["0"])).eval()
         assert torch.equal(model(x), want)
+
+
+def test_a_quantised_embedding_is_refused_by_name():
+    import bitsandbytes as bnb
+
+    model = torch.nn.Sequential(bnb.nn.EmbeddingNF4(64, 64).to("cpu"))
+    with pytest.raises(ConfigError, match="0: target module cannot be adapted, it is a quantised EmbeddingNF4"):
+        get_peft_model(model, BoneConfig(r=4, target_modules=["0"]))
+
+
+COMPILED = """
+import sys, torch, flashbone
+sys.path.append(sys.argv[1])
+from helpers.quantised import adapted, quantised_linear
+
+for variant in ("bat-col", "bone"):
+    layer = adapted(quantised_linear("bnb nf4"), 10, variant)
+    x, block = torch.randn(5, 64), layer.bone_block[variant]
+    runs = layer, torch.compile(layer, backend="eager")
+    want, got = (torch.autograd.grad(run(x).square().sum(), block)[0] for run in runs)
+    assert torch.allclose(want, got, rtol=1e-5, atol=1e-6) and want.abs().max() > 0
+print("compiled")
+"""
+
+
+def test_a_compiled_4_bit_layer_gives_the_same_gradients():
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", COMPILED, str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("compiled\n"), done.stderr

@@ -163,3 +163,14 @@ def test_what_the_shifted_weight_is_made_from_is_seen_at_every_call():
         out_proj.set_scale("x", 0.5)
         assert close(model(inputs()), first)
     assert close(out_proj.weight, out_proj.base_layer.weight + out_proj.get_delta_weight("x"))
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_inference_keeps_no_shifted_weight(variant):
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(12, 2, batch_first=True)})
+    config = BoneConfig(r=4, variant=variant, mini_r=2, target_modules=["attention.out_proj"], init_weights=False)
+    model = get_peft_model(attention, config).eval().base_model.model["attention"]
+    x = torch.randn(2, 3, 12)
+    with torch.no_grad():
+        model(x, x, x)
+    assert len(model.out_proj._cache) == 0

@@ -283,3 +283,30 @@ def test_wrong_names_are_refused_and_leave_nothing_behind():
         model.train()(ids, adapter_names=["BONE", "MINI"])
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, want)
+
+
+class Head(nn.Module):
+    """Calls its head by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(input=self.body(x))
+
+
+def test_saved_modules_that_are_called_by_keyword_take_part():
+    config = BoneConfig(r=3, target_modules=["body"], modules_to_save=["head"], init_weights=False)
+    model = get_peft_model(Head(), config, adapter_name="A")
+    model.add_adapter("B", BoneConfig(r=2, target_modules=["body"], modules_to_save=["head"], init_weights=False))
+    model.base_model.model.head.modules_to_save["B"].weight.data.mul_(-3)
+    model, x, names = model.eval(), torch.randn(3, 6), ["B", "A", "B"]
+    with torch.no_grad():
+        assert close(model(x, adapter_names=names), torch.cat(one_by_one(model, names, lambda i: model(x[i : i + 1]))))
+
+
+def test_a_layer_in_training_mode_takes_no_names():
+    layer = layer_of(["bone"]).train()
+    with pytest.raises(ConfigError, match=r"training mode; call eval\(\) first"):
+        layer(torch.randn(2, IN, dtype=torch.float64), adapter_names=["0", "0"])

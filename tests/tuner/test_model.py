@@ -721,3 +721,14 @@ def test_state_of_merged_models_is_saved_and_pickled_as_usual(tmp_path):
     clone = copy.deepcopy(model)
     clone.unmerge_adapter()
     assert torch.equal(model(inputs()), want)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_on_fewer_layers_loads_beside_another(low_cpu_mem_usage, tmp_path):
+    model = adapted("bone")
+    other = get_peft_model(MLP(SIZES), config("mini", target_modules=["lin0"]), adapter_name="other")
+    fill_blocks(other)
+    other.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path / "other", "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("other")
+    assert torch.equal(model(inputs()), other(inputs()))

@@ -85,9 +85,13 @@ def _shifted(W: Tensor, D: Tensor, with_base: bool) -> Tensor:
 
 
 def _forward(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:
-    if 2 * x.shape[0] < min(D.shape[-1] for D in blocks):
+    if 2 * x.shape[0] < min(D.shape[-1] for D in blocks) and W.numel() > _SMALL:
         return _of_few_tokens(x, W, bias, blocks, with_base)
     return linear(x, shifted_weight(W, blocks, with_base).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+# Weights of fewer entries are shifted as fast as anything else is called.
+_SMALL = 1 << 16
 
 
 def _of_few_tokens(x: Tensor, W: Tensor, bias: Tensor | None, blocks: Sequence[Tensor], with_base: bool) -> Tensor:

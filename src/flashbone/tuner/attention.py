@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.layer import BoneLinear
-from flashbone.tuner.shifts import acting, shifted_weight, terms
+from flashbone.tuner.shifts import acting, check_is_there, shifted_weight, terms
 from flashbone.variants import Variant
 
 
@@ -40,15 +39,12 @@ class BoneOutProj(BoneLinear):
 
 
 def shifted_parameter(layer: BoneLinear, names: list[str]) -> Tensor:
-    """What the layer's parameter becomes with these adapters, as it is stored; kept in inference."""
+    """What the layer's parameter becomes with these adapters, as it is stored; made anew in each call, since it is as
+    large as the parameter.
+
+    Raises:
+        ConfigError: a host takes the parameter away between calls.
+    """
+    check_is_there(layer)
     base = layer.get_base_layer()
-    W, adapters = layer._kind.weight(base), terms(layer, names)
-
-    def build() -> Tensor:
-        return layer._kind.stored(shifted_weight(W, adapters), base)
-
-    cache = layer._usable_cache(W)
-    if cache is None or torch.is_grad_enabled():
-        return build()
-    settings = tuple((variant, scale) for variant, _, scale in adapters)
-    return cache.get("parameter", settings, [W, *(block for _, block, _ in adapters)], build)
+    return layer._kind.stored(shifted_weight(layer._kind.weight(base), terms(layer, names)), base)

@@ -14,7 +14,7 @@ from flashbone.errors import ConfigError
 from flashbone.ops.moves import Moves
 from flashbone.tuner.bases import BaseKind, is_plain
 from flashbone.tuner.layer import BoneLinear
-from flashbone.tuner.shifts import Term, by_rows, call_with, depth, shifted_weight, terms, weight_delta
+from flashbone.tuner.shifts import Term, by_rows, call_with, shifted_weight, terms, weight_delta
 from flashbone.variants import Variant
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,7 +33,7 @@ class ConvKind(BaseKind):
         return stored.flatten(1)
 
     def stored(self, W: Tensor, module: Any) -> Tensor:
-        return W.reshape(module.weight.shape)
+        return W.reshape(getattr(module.weight, "ds_shape", module.weight.shape))
 
 
 CONV = ConvKind()
@@ -66,8 +66,7 @@ class BoneConv(BoneLinear):
         base: Any = self.get_base_layer()
         if args or kwargs or not _calls_one_convolution(base):
             W = shifted_weight(self._kind.weight(base), terms(self, names))
-            path = "base_layer." * depth(self) + "weight"
-            return call_with(self.base_layer, path, self._kind.stored(W, base), (x, *args), kwargs)
+            return call_with(self, "weight", self._kind.stored(W, base), (x, *args), kwargs)
         if _is_pointwise(base) and is_plain(self.base_layer, _FORWARDS):
             return self._as_linear(x, names)
         return self._with_shifts(x, names)
@@ -103,13 +102,13 @@ class BoneConv(BoneLinear):
             else:
                 apart.append((seen, term))
         if at_base and is_plain(self.base_layer, _FORWARDS):
-            W = shifted_weight(self._kind.weight(base), at_base)
+            W = shifted_weight(self._weight_and_bias()[0], at_base)
             y = base._conv_forward(x, self._kind.stored(W, base), base.bias)
         else:
             apart += [(x, term) for term in at_base]
             y = self.base_layer(x)
         for seen, term in apart:
-            W = weight_delta(self._kind.weight(base), [term])
+            W = weight_delta(self._weight_and_bias()[0], [term])
             y = y + base._conv_forward(seen, self._kind.stored(W, base), None)
         for seen, B in factors.values():
             y = y + self._factored(seen, B).to(y.dtype)
@@ -122,7 +121,7 @@ class BoneConv(BoneLinear):
         # In fp16 a sum of many shards may leave the range: divided by a power of two, which rounds nothing.
         unit = 1 << (n - 1).bit_length() if torch.float16 in (x.dtype, base.weight.dtype) else 1
         ones = shards.tile(torch.eye(r, dtype=x.dtype, device=x.device) / unit, self.in_features)
-        s = base._conv_forward(x, ones.view(r, *base.weight.shape[1:]), None)
+        s = base._conv_forward(x, ones.view(r, *getattr(base.weight, "ds_shape", base.weight.shape)[1:]), None)
         pointwise = _FUNCTIONS[len(base.kernel_size)]
         return pointwise(s, (B * unit).to(x.dtype).mT.reshape(self.out_features, r, *[1] * len(base.kernel_size)))
 

@@ -28,7 +28,11 @@ def layer_class(base: nn.Module) -> type[BoneLinear]:
 def why_not(base: nn.Module) -> str | None:
     """Why the family cannot adapt this module, and what would work; None if it can."""
     if isinstance(base, (*CONVOLUTIONS, nn.Embedding)) and not isinstance(base, _TRANSPOSED):
-        return None
+        weight = base.weight
+        if weight.is_floating_point() and not hasattr(weight, "tensor_data_names"):
+            return None
+        kind = type(base).__name__
+        return f"it is a quantised {kind}, and of quantised layers only linear ones are supported; leave it out"
     reason = bases.unsupported_reason(base)
     if reason is None or quantized_kind_of(base) is not None:
         return reason

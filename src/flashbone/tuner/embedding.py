@@ -12,7 +12,7 @@ from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.tuner.bases import TRANSPOSED, BaseKind
 from flashbone.tuner.layer import BoneLinear
-from flashbone.tuner.shifts import by_rows, call_with, depth, shifted_weight, terms
+from flashbone.tuner.shifts import by_rows, call_with, shifted_weight, terms
 from flashbone.variants import Variant
 
 
@@ -57,8 +57,7 @@ class BoneEmbedding(BoneLinear):
         base: Any = self.get_base_layer()
         if args or kwargs or not _looks_up_ids(base):
             W = shifted_weight(self._kind.weight(base), terms(self, names))
-            path = "base_layer." * depth(self) + "weight"
-            return call_with(self.base_layer, path, self._kind.stored(W, base), (ids, *args), kwargs)
+            return call_with(self, "weight", self._kind.stored(W, base), (ids, *args), kwargs)
         y = self.base_layer(ids)
         factor = self._get_embed_scale()
         for name, (_, block, scale) in zip(names, terms(self, names), strict=True):

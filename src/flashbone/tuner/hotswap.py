@@ -15,6 +15,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError
+from flashbone.tuner import keys
 from flashbone.tuner.config import BoneConfig, BoneType
 from flashbone.tuner.layer import BoneLayer
 
@@ -52,8 +53,9 @@ def swap(model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: B
         ShapeError: the new adapter has other layers or other sizes.
     """
     _check(model, adapter_name, config)
-    end = f".bone_block.{adapter_name}"
-    plain = {key.removesuffix(end) + ".bone_block" if key.endswith(end) else key: t for key, t in state_dict.items()}
+    ends = tuple(f".{block}.{adapter_name}" for block in (keys.BLOCK, keys.BLOCK_OF_TRANSPOSED))
+    name = f".{adapter_name}"  # PEFT has put it there
+    plain = {key.removesuffix(name) if key.endswith(ends) else key: t for key, t in state_dict.items()}
     set_peft_model_state_dict(model, plain, adapter_name)
     for layer in model.modules():
         if isinstance(layer, BoneLayer) and adapter_name in layer.bone_block:

@@ -127,6 +127,8 @@ class BoneLayer(MergeableLayer):
     ) -> None:
         """PEFT's hook, also for blocks that were loaded in the place of meta tensors: these keep the dtype of their
         file, which PEFT would round to the base's."""
+        if adapter_name not in self.bone_block:  # PEFT asks every layer
+            return
         # An offloaded base is on the meta device: a block that followed it there would lose its numbers.
         base = self.get_base_layer()
         device = hosts.execution_device(base) if device is None else device
@@ -210,6 +212,8 @@ class BoneLinear(nn.Module, BoneLayer):
             if self.merged_adapters:
                 self.unmerge()
             return base_layer(x, *args, **kwargs)
+        if self.training:
+            raise ConfigError("adapter_names: the layer is in training mode; call eval() first")
         if self.merged_adapters:
             raise ConfigError("adapter_names: adapters stand merged, so that no row can be without; unmerge them first")
         groups = rows.groups(len(x))

@@ -114,7 +114,8 @@ def adapters_by_row(layers: Sequence[Any], wrappers: Sequence[nn.Module], rows: 
     """Inside, the layers take each row's adapter from `rows`, and so do saved modules (`modules_to_save`)."""
 
     def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs | {"adapter_names": rows.for_rows(len(args[0]))} if args else kwargs
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        return args, kwargs if given is None else kwargs | {"adapter_names": rows.for_rows(len(given))}
 
     hooks = [wrapper.register_forward_pre_hook(name_rows, with_kwargs=True) for wrapper in wrappers]
     before = [layer.row_names for layer in layers]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import keys, weighted
+from flashbone.tuner import hosts, keys, weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.dispatch import layer_class, why_not
+from flashbone.tuner.embedding import BoneEmbedding
 from flashbone.tuner.layer import BoneLayer, BoneLinear
 from flashbone.tuner.loading import check_state_dict, take_back, trained_names
 from flashbone.tuner.merge_checks import check_merge
@@ -41,6 +42,12 @@ def _naming(layer: str) -> Iterator[None]:
         yield
     except (ShapeError, ConfigError) as error:
         raise type(error)(f"{layer}: {error}") from None
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[BoneLayer]:
+    for module in model.modules():
+        if isinstance(module, BoneLayer) and adapter_name in module.bone_block:
+            yield module
 
 
 class BoneModel(BaseTuner):
@@ -93,6 +100,7 @@ class BoneModel(BaseTuner):
         """
         sources = [name for name, other in self.peft_config.items() if other is config and name != REFERENCE]
         for _, layer in self._bone_layers() if sources else ():
+            hosts.keep_here(layer.bone_block)
             if sources[0] in layer.bone_block and REFERENCE in layer.bone_block:
                 layer.bone_block[REFERENCE].data = layer.bone_block[sources[0]].detach().clone()
                 layer.bone_scale[REFERENCE] = layer.bone_scale[sources[0]]
@@ -182,7 +190,16 @@ class BoneModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """What a file of this adapter holds, under the names of `keys`."""
+        """What a file of this adapter holds, under the names of `keys`.
+
+        Raises:
+            ConfigError: an embedding stands merged, whose table PEFT writes along.
+        """
+        if any(isinstance(layer, BoneEmbedding) and layer.merged for layer in _layers_of(model, adapter_name)):
+            raise ConfigError(
+                f"adapter {adapter_name!r}: an embedding stands merged, and the merged table would be saved with the"
+                " adapter, so that it counted twice; call unmerge_adapter() first"
+            )
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         return keys.to_file(model, found, adapter_name)
 
@@ -194,6 +211,8 @@ class BoneModel(BaseTuner):
         state_dict = keys.from_file(model, state_dict, adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, mapped)
+        for layer in _layers_of(model, adapter_name):  # what is copied to an offloaded block is lost
+            hosts.keep_here(layer.bone_block)
         return mapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

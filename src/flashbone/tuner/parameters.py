@@ -15,7 +15,7 @@ from flashbone.tuner.attention import shifted_parameter
 from flashbone.tuner.bases import BaseKind, article
 from flashbone.tuner.conv import CONVOLUTIONS
 from flashbone.tuner.layer import BoneLayer, BoneLinear
-from flashbone.tuner.shifts import acting, call_with, depth
+from flashbone.tuner.shifts import acting, call_with
 from flashbone.variants import Variant
 from flashbone.variants.stacked import PerExpert
 
@@ -87,8 +87,7 @@ class ParamWrapper(BoneLinear):
         names = acting(self)
         if not names:
             return self.base_layer(*args, **kwargs)
-        path = "base_layer." * depth(self) + self.parameter_name
-        return call_with(self.base_layer, path, shifted_parameter(self, names), args, kwargs)
+        return call_with(self, self.parameter_name, shifted_parameter(self, names), args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

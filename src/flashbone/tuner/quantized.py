@@ -142,7 +142,8 @@ class Bnb8bitKind(QuantizedKind):
 class Bnb4bitKind(Bnb8bitKind):
     """As 8-bit ones, and never in the layout of which bitsandbytes makes use on CPUs; see `keep_trainable`."""
 
-    def weight(self, module: Any) -> Tensor:
+    @torch.compiler.disable  # bitsandbytes' attributes send the compiler round in circles
+    def weight(self, module: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         _unpack(module)
         return super().weight(module)
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from flashbone import shards, variants
 from flashbone.errors import ConfigError
 from flashbone.ops.autocast import without_autocast
+from flashbone.tuner import hosts
 from flashbone.tuner.layer import BoneLayer, BoneLinear
 
 Term = tuple[variants.Variant, Tensor, float]
@@ -83,12 +84,31 @@ def weight_delta(W: Tensor, adapters: list[Term]) -> Tensor:
         return sum(deltas[1:], deltas[0])
 
 
-def call_with(module: nn.Module, parameter: str, value: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`module(*args, **kwargs)` with another value of one parameter, given by its path, for this call."""
-    return functional_call(module, {parameter: value}, args, kwargs, tie_weights=False)
+def check_is_there(layer: BoneLayer) -> None:
+    """
+    Raises:
+        ConfigError: a host takes the base's weight away between calls, and would put its own over a shifted one.
+    """
+    base = layer.get_base_layer()
+    if hosts.comes_and_goes(base):
+        raise ConfigError(
+            f"the weight of this {type(base).__name__} is sharded or offloaded, and {type(layer).__name__} has to shift"
+            " it before the layer is called; keep the layer where it computes, or leave it out"
+        )
 
 
-def depth(layer: BoneLayer) -> int:
+def call_with(layer: BoneLayer, parameter: str, value: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call of what lies inside the layer, with another value of one of the base's parameters for this call.
+
+    Raises:
+        ConfigError: see `check_is_there`.
+    """
+    check_is_there(layer)
+    path = "base_layer." * _depth(layer) + parameter
+    return functional_call(layer.base_layer, {path: value}, args, kwargs, tie_weights=False)
+
+
+def _depth(layer: BoneLayer) -> int:
     """How many adapters of other layers or methods lie between the layer and its base."""
     count, inner = 0, layer.base_layer
     while hasattr(inner, "base_layer"):

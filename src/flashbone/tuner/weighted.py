@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashbone import shards
 from flashbone.errors import ConfigError
+from flashbone.tuner import hosts
 from flashbone.tuner.layer import BoneLayer
 from flashbone.tuner.parameters import ParamWrapper, own_name
 
@@ -27,6 +28,7 @@ def add_weighted_adapter(
     factors = dict(zip(adapters, weights, strict=True))
     combined: dict[str, tuple[str, Tensor]] = {}
     for name, layer in model._bone_layers():
+        hosts.keep_here(layer.bone_block)  # an offloaded block holds no numbers
         present = {n: factor * layer.bone_scale[n] for n, factor in factors.items() if n in layer.bone_block}
         if present:
             combined[name] = combine(name, layer, present)
