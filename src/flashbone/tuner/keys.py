@@ -12,12 +12,13 @@ BLOCK = "bone_block"
 # The block of a weight that is stored (in, out): an embedding's table, experts with `is_transposed`. transformers'
 # Conv1D keeps the plain name, which PEFT 0.14 to 0.18 know.
 BLOCK_OF_TRANSPOSED = "bone_transposed"
-_HOSTS = ("_fsdp_wrapped_module.", "_orig_mod.")
+FSDP1 = "_fsdp_wrapped_module."
+_WRAPPED_BY_HOSTS = (FSDP1, "_orig_mod.")
 
 
 def file_keys(model: nn.Module) -> dict[str, str]:
     """Key of a block in the model -> key in a file, both without the adapter's name, where they differ."""
-    modules = [(_plain(name), module) for name, module in model.named_modules()]
+    modules = [(plain(name), module) for name, module in model.named_modules()]
     wrappers = [name for name, module in modules if isinstance(module, ParamWrapper)]
     found = {}
     for name, layer in modules:
@@ -45,7 +46,8 @@ def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> 
     return {names.get(key, key): tensor for key, tensor in state.items()}
 
 
-def _plain(name: str) -> str:
-    for marker in _HOSTS:
+def plain(name: str) -> str:
+    """A module's or tensor's name without what FSDP1 and torch.compile put into it."""
+    for marker in _WRAPPED_BY_HOSTS:
         name = name.replace(marker, "")
     return name

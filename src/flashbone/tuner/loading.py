@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner import hosts
+from flashbone.tuner.keys import FSDP1, file_keys, plain
 from flashbone.tuner.layer import BoneLayer
 
-_WRAPPED_BY_HOSTS = ("_fsdp_wrapped_module.", "_orig_mod.")
 _LOADED = "_hf_peft_config_loaded"  # transformers' flag
 _ignore_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
 
@@ -32,18 +32,21 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     """
     suffix = f".bone_block.{adapter_name}"
     layers = {
-        _plain(name): module
+        plain(name): module
         for name, module in model.named_modules()
         if isinstance(module, BoneLayer) and adapter_name in module.bone_block
     }
+    in_files = file_keys(model)  # so that an error names a wrapped parameter, not its place among wrappers
     problems = [
-        f"{_short(name)}: the checkpoint has no block for it" for name in layers if name + suffix not in state_dict
+        f"{_short(in_files.get(f'{name}.bone_block', name))}: the checkpoint has no block for it"
+        for name in layers
+        if name + suffix not in state_dict
     ]
-    sharded = any(marker in name for name, _ in model.named_modules() for marker in _WRAPPED_BY_HOSTS[:1])
-    tensors = {_plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    sharded = any(FSDP1 in name for name, _ in model.named_modules())
+    tensors = {plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     for key, loaded in state_dict.items():
         # With bias="all", PEFT also writes biases of saved modules, without the adapter's name; nothing reads those.
-        name = _plain(key).replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
+        name = plain(key).replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
         own = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
         if own is None:
             problems.append(f"{_short(key)}: the model has no such tensor")
@@ -62,12 +65,6 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         )
     if problems:
         raise ShapeError(f"adapter {adapter_name!r} does not fit this model: " + "; ".join(problems))
-
-
-def _plain(name: str) -> str:
-    for marker in _WRAPPED_BY_HOSTS:
-        name = name.replace(marker, "")
-    return name
 
 
 def _short(name: str) -> str:
