@@ -126,7 +126,7 @@ CONV = _conv(lambda: nn.Conv1d(6, OUT, 3), (ROWS, 6, 7), "Conv1d", "torch.nn.Con
 
 NO_DENSE_INPUT = Refusal(
     "multiplies the weight of Embedding",
-    "it multiplies all rows of the table in every call; bone and mini look rows up",
+    "the variant multiplies all rows of the table in every call; bone and mini look rows up",
 )
 EMBEDDING = Host(
     "Embedding",
