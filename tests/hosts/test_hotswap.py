@@ -1,7 +1,5 @@
 """PEFT's hotswap_adapter with BONE: as a fresh load, without compiling again; what does not fit changes nothing."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from flashbone.errors import ConfigError, FlashboneError, ShapeError
 from helpers.blocks import VARIANT_NAMES
 from helpers.mlp import MLP, fill_blocks
+from helpers.processes import run_apart
 
 SIZES = (13, 9, 6)
 ROWS = torch.randn(4, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -168,14 +167,7 @@ print("swapped")
 
 
 def test_a_compiled_model_is_not_compiled_again(tmp_path):
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(tests), str(tests.parent)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_apart(COMPILED, tmp_path)
     assert done.stdout == "swapped\n", done.stderr
 
 

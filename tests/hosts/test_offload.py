@@ -268,3 +268,14 @@ def test_adapters_that_were_offloaded_with_their_model_are_written_and_read(llam
         assert close(outputs(model), before)
         return
     assert close(outputs(model), outputs(want))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_an_offloaded_layer_with_a_forward_of_its_own_is_refused_by_name():
+    model = adapted(cpu_offload(nn.Sequential(Doubled(6, 5, 3)), torch.device("cpu")), "bat-row", target_modules=["0"])
+    with pytest.raises(ConfigError, match="the weight of this Doubled is sharded or offloaded"):
+        model(torch.randn(2, 6, 4, 4))

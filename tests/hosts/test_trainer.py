@@ -1,9 +1,5 @@
 """transformers' Trainer, gradient checkpointing and torch.compile on a whole model, with adapters of every variant."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import BoneConfig, LoraConfig, get_peft_model
@@ -11,6 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from helpers.adapter_folders import tiny_llama
 from helpers.blocks import VARIANT_NAMES
+from helpers.processes import run_apart
 
 # transformers 5.23 about what peft 0.21 and its own Trainer call
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -88,14 +85,7 @@ print("trained")
 
 
 def test_a_compiled_model_with_every_variant_trains_as_in_eager_mode(tmp_path):
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(tests), str(tests.parent)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_apart(COMPILED, tmp_path)
     assert done.stdout == "trained\n", done.stderr
 
 

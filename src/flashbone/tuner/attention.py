@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from flashbone.errors import ConfigError
 from flashbone.tuner.layer import BoneLinear
-from flashbone.tuner.shifts import acting, check_is_there, shifted_weight, terms
+from flashbone.tuner.shifts import acting, shifted_parameter
 from flashbone.variants import Variant
 
 
@@ -36,15 +34,3 @@ class BoneOutProj(BoneLinear):
         if not names:
             return base.weight
         return shifted_parameter(self, names)
-
-
-def shifted_parameter(layer: BoneLinear, names: list[str]) -> Tensor:
-    """What the layer's parameter becomes with these adapters, as it is stored; made anew in each call, since it is as
-    large as the parameter.
-
-    Raises:
-        ConfigError: a host takes the parameter away between calls.
-    """
-    check_is_there(layer)
-    base = layer.get_base_layer()
-    return layer._kind.stored(shifted_weight(layer._kind.weight(base), terms(layer, names)), base)

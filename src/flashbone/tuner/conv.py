@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashbone import shards
-from flashbone.errors import ConfigError
 from flashbone.ops.moves import Moves
 from flashbone.tuner.bases import BaseKind, is_plain
 from flashbone.tuner.layer import BoneLinear
-from flashbone.tuner.shifts import Term, by_rows, call_with, shifted_weight, terms, weight_delta
+from flashbone.tuner.shifts import (
+    Term,
+    by_rows,
+    call_with,
+    refuse_dropout_in_own_forward,
+    shifted_parameter,
+    shifted_weight,
+    terms,
+    weight_delta,
+)
 from flashbone.variants import Variant
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,11 +57,8 @@ class BoneConv(BoneLinear):
 
     def _fitted(self, variant: Variant, dropout: float) -> Variant:
         base = self.get_base_layer()
-        if dropout and not _calls_one_convolution(base):
-            raise ConfigError(
-                f"{type(base).__name__} has a forward of its own, in which only its weight can be shifted, so that"
-                f" dropout={dropout} has no place; use dropout=0, or leave the layer out"
-            )
+        if not _calls_one_convolution(base):
+            refuse_dropout_in_own_forward(base, dropout)
         return variant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,8 +70,7 @@ class BoneConv(BoneLinear):
             return self.base_layer(x, *args, **kwargs)
         base: Any = self.get_base_layer()
         if args or kwargs or not _calls_one_convolution(base):
-            W = shifted_weight(self._kind.weight(base), terms(self, names))
-            return call_with(self, "weight", self._kind.stored(W, base), (x, *args), kwargs)
+            return call_with(self, "weight", shifted_parameter(self, names), (x, *args), kwargs)
         if _is_pointwise(base) and is_plain(self.base_layer, _FORWARDS):
             return self._as_linear(x, names)
         return self._with_shifts(x, names)

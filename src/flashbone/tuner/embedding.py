@@ -12,7 +12,7 @@ from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.tuner.bases import TRANSPOSED, BaseKind
 from flashbone.tuner.layer import BoneLinear
-from flashbone.tuner.shifts import by_rows, call_with, shifted_weight, terms
+from flashbone.tuner.shifts import by_rows, call_with, refuse_dropout_in_own_forward, shifted_parameter, terms
 from flashbone.variants import Variant
 
 
@@ -40,11 +40,8 @@ class BoneEmbedding(BoneLinear):
                 f"{type(base).__name__} has max_norm={base.max_norm}, and rescales its rows in every call, so that no"
                 " shift of them stays; leave the layer out, or set its max_norm to None"
             )
-        if dropout and not _looks_up_ids(base):
-            raise ConfigError(
-                f"{type(base).__name__} has a forward of its own, in which only its weight can be shifted, so that"
-                f" dropout={dropout} has no place; use dropout=0, or leave the layer out"
-            )
+        if not _looks_up_ids(base):
+            refuse_dropout_in_own_forward(base, dropout)
         return variant
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,8 +53,7 @@ class BoneEmbedding(BoneLinear):
             return self.base_layer(ids, *args, **kwargs)
         base: Any = self.get_base_layer()
         if args or kwargs or not _looks_up_ids(base):
-            W = shifted_weight(self._kind.weight(base), terms(self, names))
-            return call_with(self, "weight", self._kind.stored(W, base), (ids, *args), kwargs)
+            return call_with(self, "weight", shifted_parameter(self, names), (ids, *args), kwargs)
         y = self.base_layer(ids)
         factor = self._get_embed_scale()
         for name, (_, block, scale) in zip(names, terms(self, names), strict=True):

@@ -11,11 +11,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
-from flashbone.tuner.attention import shifted_parameter
 from flashbone.tuner.bases import BaseKind, article
 from flashbone.tuner.conv import CONVOLUTIONS
 from flashbone.tuner.layer import BoneLayer, BoneLinear
-from flashbone.tuner.shifts import acting, call_with
+from flashbone.tuner.shifts import acting, call_with, shifted_parameter
 from flashbone.variants import Variant
 from flashbone.variants.stacked import PerExpert
 

@@ -77,6 +77,31 @@ def shifted_weight(W: Tensor, adapters: list[Term]) -> Tensor:
     return total
 
 
+def shifted_parameter(layer: BoneLinear, names: list[str]) -> Tensor:
+    """What the layer's parameter becomes with these adapters, as it is stored; made anew in each call, since it is as
+    large as the parameter.
+
+    Raises:
+        ConfigError: a host takes the parameter away between calls.
+    """
+    check_is_there(layer)
+    base = layer.get_base_layer()
+    return layer._kind.stored(shifted_weight(layer._kind.weight(base), terms(layer, names)), base)
+
+
+def refuse_dropout_in_own_forward(base: nn.Module, dropout: float) -> None:
+    """For a base whose forward is not that of its kind.
+
+    Raises:
+        ConfigError: there is dropout.
+    """
+    if dropout:
+        raise ConfigError(
+            f"{type(base).__name__} has a forward of its own, in which only its weight can be shifted, so that"
+            f" dropout={dropout} has no place; use dropout=0, or leave the layer out"
+        )
+
+
 def weight_delta(W: Tensor, adapters: list[Term]) -> Tensor:
     """`sum of scale * delta(W)` in W's dtype; a new tensor."""
     with without_autocast(W.device.type):
