@@ -17,16 +17,31 @@ ALLOWED = {
     "ops": {"errors", "shards"},
     "variants": {"errors", "shards", "ops"},
     "checkpoint": {"errors", "sources", "shards", "variants"},
+    "cards": {"errors", "variants"},
     "merge": {"errors", "shards", "variants", "checkpoint"},
-    "tuner": {"errors", "sources", "shards", "ops", "variants"},
+    "conversion": {"errors", "sources", "variants", "checkpoint", "cards"},
+    "verify": {"errors", "sources", "tuner", "checkpoint", "variants"},
+    "tuner": {"errors", "sources", "shards", "ops", "variants", "cards"},
     "train": {"errors", "sources", "tuner", "checkpoint", "variants"},
     "report": {"errors", "sources", "tuner", "checkpoint", "variants"},
-    "cli": {"errors", "sources", "train", "report", "merge", "checkpoint"},
+    "cli": {"errors", "sources", "train", "report", "merge", "conversion", "verify", "checkpoint"},
     "__main__": {"cli"},
-    "__init__": {"errors", "import_hook", "host_hooks", "tuner"},
+    "__init__": {"errors", "import_hook", "host_hooks", "tuner", "merge", "conversion"},
 }
 # Maths and files work without the hosts; the commands start without anything heavy.
-WITHOUT_HOSTS = {"errors", "sources", "import_hook", "host_hooks", "shards", "ops", "variants", "checkpoint", "merge"}
+WITHOUT_HOSTS = {
+    "errors",
+    "sources",
+    "import_hook",
+    "host_hooks",
+    "shards",
+    "ops",
+    "variants",
+    "checkpoint",
+    "merge",
+    "conversion",
+    "cards",
+}
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "matplotlib", "numpy"}
 
 FILES = sorted(SOURCE.rglob("*.py"))

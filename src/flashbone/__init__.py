@@ -12,7 +12,9 @@ from flashbone.host_hooks import wrap_when_imported
 from flashbone.import_hook import when_imported
 
 if TYPE_CHECKING:
+    from flashbone.conversion import convert as convert
     from flashbone.errors import FlashboneError as FlashboneError
+    from flashbone.merge import merge_checkpoint as merge_checkpoint
     from flashbone.tuner.config import BoneConfig as BoneConfig
     from flashbone.tuner.layer import BoneLayer as BoneLayer
     from flashbone.tuner.layer import BoneLinear as BoneLinear
@@ -26,8 +28,10 @@ _PUBLIC = {
     "BoneLinear": "flashbone.tuner.layer",
     "BoneModel": "flashbone.tuner.model",
     "FlashboneError": "flashbone.errors",
+    "convert": "flashbone.conversion",
+    "merge_checkpoint": "flashbone.merge",
 }
-__all__ = ["BoneConfig", "BoneLayer", "BoneLinear", "BoneModel", "FlashboneError"]
+__all__ = ["BoneConfig", "BoneLayer", "BoneLinear", "BoneModel", "FlashboneError", "convert", "merge_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -214,3 +214,7 @@ def _block_problems(module: str, block: Tensor, variant: variants.Variant, confi
     if variant.name == "mini" and shape[-1] != config["mini_r"]:
         problems.append(f"{where}: got shape {shape}, but {CONFIG} says mini_r={config['mini_r']}")
     return problems
+
+
+def write(adapter: Adapter, folder: Path) -> None:
+    raise NotImplementedError

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from flashbone.checkpoint import Adapter
 from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
 
@@ -76,3 +77,11 @@ def read(file: Path) -> RwkvAdapter:
 
 def _is_block(tensor: Tensor) -> bool:
     return bool(tensor.numel()) and (tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[1] == tensor.shape[2]))
+
+
+def read_adapter(file: Path) -> Adapter:
+    raise NotImplementedError
+
+
+def write(adapter: Adapter, file: Path) -> None:
+    raise NotImplementedError

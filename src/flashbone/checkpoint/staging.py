@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all: written to a hidden folder beside, renamed at the end."""
+"""Outputs that appear whole or not at all: written to a hidden folder beside, renamed at the end."""
 
 import errno
 import glob
@@ -17,7 +17,7 @@ _REASONS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.ENOTEMPTY: _TAKEN, e
 
 
 def check(out: Path, size: int, source: Path) -> None:
-    """Check, before anything is written, that `out` can become a new folder of `size` bytes.
+    """Check, before anything is written, that `out` can become a new folder or file of `size` bytes.
 
     Raises:
         FlashboneError: it exists, lies in the source, or the disk is too full.
@@ -47,8 +47,12 @@ def _existing_ancestor(path: Path) -> Path:
 
 
 @contextmanager
-def whole_or_absent(out: Path) -> Iterator[Path]:
+def whole_or_absent(out: Path, is_file: bool = False) -> Iterator[Path]:
     """Yields an empty folder to write into, which becomes `out` at the end; on any exception nothing is left of it.
+
+    Args:
+        out: Absent, or an empty folder.
+        is_file: Yield the path of a file to write instead.
 
     Raises:
         FlashboneError: the disk is full.
@@ -59,8 +63,14 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         staging.chmod(0o777 & ~_umask())
-        yield staging
-        os.rename(staging, out)
+        yield staging / out.name if is_file else staging
+        if is_file:
+            if out.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
+            os.rename(staging / out.name, out)
+            staging.rmdir()
+        else:
+            os.rename(staging, out)
     except BaseException as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

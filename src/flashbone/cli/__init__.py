@@ -12,7 +12,8 @@ from flashbone.errors import FlashboneError
 COMMANDS = {
     "train": ("flashbone.cli.train", "fine-tune a model as a YAML file says"),
     "inspect": ("flashbone.cli.inspect", "say what an adapter would cost, or what a file holds"),
-    "merge": ("flashbone.cli.merge", "write an adapter into a checkpoint's weights"),
+    "merge": ("flashbone.cli.merge", "write adapters into a checkpoint's weights"),
+    "convert": ("flashbone.cli.convert", "write an adapter in another format, or for a serving engine"),
 }
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -85,7 +86,7 @@ def _help() -> str:
         [
             "usage: flashbone COMMAND ...",
             "",
-            "Bone-family adapters: fine-tune, inspect and merge.",
+            "Bone-family adapters: fine-tune, inspect, merge and convert.",
             "",
             "commands:",
             *lines,

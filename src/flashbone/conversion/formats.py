@@ -1,0 +1,105 @@
+"""The formats of adapters: how each is recognised, read and written; `flashbone.checkpoint` has one file for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashbone.checkpoint import Adapter, gguf, lora, miss, peft, rwkv
+from flashbone.checkpoint.lora import Lora
+from flashbone.errors import ConfigError, FormatError
+from flashbone.sources import read_json
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of adapters.
+
+    Attributes:
+        name: as users write it.
+        holds: what it is read into and written from.
+        read: from a path; None: it is only written.
+        write: to an empty folder, or to a new file where the format is one file.
+        suffix: of that file; None: the format is a folder.
+    """
+
+    name: str
+    holds: type[Adapter] | type[Lora]
+    read: Callable[[Path], Adapter | Lora] | None
+    write: Callable
+    suffix: str | None = None
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("peft", Adapter, peft.read, peft.write),
+        Format("miss", Adapter, miss.read, miss.write),
+        Format("lora", Lora, lora.read, lora.write),
+        Format("rwkv-peft", Adapter, rwkv.read_adapter, rwkv.write, ".pth"),
+        Format("gguf", Lora, None, gguf.write, ".gguf"),
+    )
+}
+_BY_TYPE = {"BONE": "peft", "MISS": "miss", "LORA": "lora"}  # PEFT's peft_type
+
+
+def get(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"to: got {name!r}, wanted one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def recognise(path: Path) -> Format:
+    """The format of what lies there, by the configuration of a folder, and by the suffix of a file.
+
+    Raises:
+        FormatError: nothing lies there, or it is of no format that is read.
+    """
+    if path.is_file() and path.name in (peft.CONFIG, peft.SAFETENSORS, peft.PICKLE):
+        path = path.parent
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise FormatError(f"{path}: GGUF adapters are only written; convert from the adapter that it was made of")
+        return FORMATS["rwkv-peft"]
+    kind = read_json(path / peft.CONFIG).get("peft_type") if (path / peft.CONFIG).is_file() else "BONE"
+    if kind not in _BY_TYPE:
+        raise FormatError(f"{path / peft.CONFIG}: this is a {kind} adapter, wanted {', '.join(_BY_TYPE)}")
+    return FORMATS[_BY_TYPE[kind]]  # a folder without a config is refused by the reader of BONE
+
+
+def read(path: Path) -> tuple[Format, Adapter | Lora]:
+    """Read an adapter of any format.
+
+    Raises:
+        FormatError: it is missing, broken, or of no format that is read.
+    """
+    found = recognise(path)
+    assert found.read is not None, "what is recognised can be read"
+    if path.is_file() and found.suffix is None:
+        path = path.parent
+    return found, found.read(path)
+
+
+def size(held: Adapter | Lora) -> int:
+    """Bytes of all tensors."""
+    tensors = [*held.replacements.values()]
+    if isinstance(held, Lora):
+        tensors += [t for pair in held.factors.values() for t in pair]
+    else:
+        tensors += held.blocks.values()
+    return sum(t.nbytes for t in tensors)
+
+
+def write(target: Format, held: Adapter | Lora, place: Path, is_file: bool) -> tuple[str, ...]:
+    """Write into an empty folder, or the new file `place`; the names of what was written."""
+    if target.suffix is None:
+        target.write(held, place)
+    else:
+        target.write(held, place if is_file else place / f"adapter{target.suffix}")
+    return () if is_file else tuple(sorted(p.name for p in place.iterdir()))
