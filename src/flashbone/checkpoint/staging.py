@@ -16,16 +16,17 @@ _FULL, _TAKEN = "no disk space left, free some or write elsewhere", "another run
 _REASONS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.ENOTEMPTY: _TAKEN, errno.EEXIST: _TAKEN}
 
 
-def check(out: Path, size: int, source: Path) -> None:
+def check(out: Path, size: int, source: Path, is_file: bool = False) -> None:
     """Check, before anything is written, that `out` can become a new folder or file of `size` bytes.
 
     Raises:
         FlashboneError: it exists, lies in the source, or the disk is too full.
     """
     if out.resolve().is_relative_to(source.resolve()):
-        raise FlashboneError(f"{out}: the output must not be {source} or lie inside it; name another folder")
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise FlashboneError(f"{out}: exists already; name a new folder, or remove it first")
+        raise FlashboneError(f"{out}: the output must not be {source} or lie inside it; name another place")
+    is_empty_folder = out.is_dir() and not is_file and not any(out.iterdir())
+    if out.is_symlink() or (out.exists() and not is_empty_folder):
+        raise FlashboneError(f"{out}: exists already; name a new one, or remove it first")
     ancestor = _existing_ancestor(out)
     if not ancestor.is_dir():
         raise FlashboneError(f"{out}: {ancestor} is a file, no folder can be made in it")
@@ -52,7 +53,7 @@ def whole_or_absent(out: Path, is_file: bool = False) -> Iterator[Path]:
 
     Args:
         out: Absent, or an empty folder.
-        is_file: Yield the path of a file to write instead.
+        is_file: Yield the path of a file to write instead; then `out` is absent.
 
     Raises:
         FlashboneError: the disk is full.

@@ -99,8 +99,8 @@ def convert(
     if server is not None:
         assert isinstance(held, Lora), "engines take LoRAs"
         held = server.prepare(held, path)
-    staging.check(out, formats.size(held), path)
     is_file = target.suffix is not None and out.suffix == target.suffix
+    staging.check(out, formats.size(held), path, is_file)
     with staging.whole_or_absent(out, is_file) as place:
         files = formats.write(target, held, place, is_file)
         if server is not None and isinstance(held, Lora) and not is_file:
