@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flashbone.checkpoint import tensors
@@ -135,6 +136,35 @@ def test_a_file_that_shrinks_meanwhile_is_an_error(file, tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(FormatError, match="meanwhile"):
         tensors.rewrite(found, tmp_path / "out", {}, _ignore)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_written_file_is_what_the_library_reads(file, tmp_path, metadata):
+    want = load_file(file)
+    found = {e.name: e for e in tensors.scan(file).entries}
+    layout = [(name, e.dtype, e.shape) for name, e in found.items()]
+    data, sizes = file.read_bytes(), []
+
+    def content(name: str):
+        yield data[found[name].start : found[name].end][:3]
+        yield memoryview(data)[found[name].start : found[name].end][3:]
+
+    tensors.write(tmp_path / "out", layout, content, sizes.append, metadata)
+    got = load_file(tmp_path / "out")
+    assert [e.name for e in tensors.scan(tmp_path / "out").entries if e.shape != (0, 4)] == [
+        name for name in found if name != "empty"
+    ]
+    assert sum(sizes) == (tmp_path / "out").stat().st_size
+    assert [
+        n for n in want if got[n].dtype != want[n].dtype or not torch.equal(*(s[n].float() for s in (got, want)))
+    ] == []
+    with safe_open(tmp_path / "out", "pt") as opened:
+        assert opened.metadata() == metadata
+
+
+def test_content_of_another_size_than_the_layout_says_is_our_bug(tmp_path):
+    with pytest.raises(AssertionError, match="a: 3 bytes are not F32 of shape"):
+        tensors.write(tmp_path / "out", [("a", "F32", (1,))], lambda name: [b"abc"], _ignore)
 
 
 _NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

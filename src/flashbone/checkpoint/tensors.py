@@ -7,7 +7,7 @@ byte for byte, and the tensors can be streamed in the order of their offsets: on
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +19,20 @@ from flashbone.errors import FormatError
 
 # In the order of the safetensors library's own files.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Bits of an element of every dtype that the format knows.
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _CHUNK = 2**20  # bytes
+
+Piece = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,63 @@ def file_size(
         table[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     header = len(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode())
     return 8 + header + -header % 8 + end
+
+
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of this dtype, named as in the header.
+
+    Raises:
+        FormatError: there is no such dtype.
+    """
+    if dtype not in BITS:
+        raise FormatError(f"dtype: got {dtype!r}, wanted one of {', '.join(BITS)}")
+    return -(-math.prod(shape) * BITS[dtype] // 8)
+
+
+def header(layout: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What stands before the data of a file with these tensors, in this order: (name, dtype, shape)."""
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape in layout:
+        start, end = end, end + nbytes(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write(
+    target: Path,
+    layout: Sequence[tuple[str, str, tuple[int, ...]]],
+    content: Callable[[str], Iterable[Piece]],
+    advance: Callable[[int], None],
+    metadata: Mapping[str, str] | None = None,
+    given_header: bytes | None = None,
+) -> None:
+    """Write a new file, tensor by tensor.
+
+    Args:
+        target: Must not exist.
+        layout: (name, dtype such as "BF16", shape), in the order in which the tensors are written. torch reads a file
+            only if each tensor starts at a multiple of its item size: the widest dtypes come first.
+        content: Yields the bytes of the tensor of that name, in pieces.
+        advance: Called with the number of bytes after each piece that was written.
+        metadata: Of the header.
+        given_header: Written as it is, instead of one made of layout and metadata.
+    """
+    start = header(layout, metadata) if given_header is None else given_header
+    with target.open("xb") as file:
+        file.write(start)
+        advance(len(start))
+        for name, dtype, shape in layout:
+            written = 0
+            for piece in content(name):
+                count = memoryview(piece).nbytes
+                file.write(piece)
+                advance(count)
+                written += count
+            if dtype in BITS:
+                assert written == nbytes(dtype, shape), f"{name}: {written} bytes are not {dtype} of shape {shape}"
 
 
 def rewrite(
