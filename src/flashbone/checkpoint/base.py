@@ -1,4 +1,5 @@
-"""A base model's folder: safetensors in one file or in shards with an index, the config, and the files beside them."""
+"""A base model: a folder with safetensors in one file or in shards with an index, the config, and the files beside
+them; or the one `.pth` file of an RWKV model."""
 
 import json
 import os
@@ -6,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashbone.checkpoint import peft, tensors
+from flashbone.checkpoint import peft, pth, tensors
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
 
@@ -39,8 +40,8 @@ class BaseModel:
     """A checked base model; only headers have been read.
 
     Attributes:
-        folder: where it lies.
-        files: its safetensors files.
+        folder: where it lies; the `.pth` file itself.
+        files: the files that hold its tensors.
         entries: tensor name -> where it is and what it looks like.
         config: config.json, empty if there is none.
         companions: paths of the files to carry along, relative to the folder.
@@ -53,17 +54,24 @@ class BaseModel:
     companions: tuple[Path, ...] = field(repr=False)
 
     @property
+    def is_pth(self) -> bool:
+        """Whether it is the `.pth` file of an RWKV model."""
+        return self.folder.is_file()
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(f.size for f in self.files) + sum((self.folder / c).stat().st_size for c in self.companions)
 
 
 def open_base(folder: Path) -> BaseModel:
-    """Find and check the files of a base model.
+    """Find and check the files of a base model: its folder, or an RWKV model's `.pth` file.
 
     Raises:
-        FormatError: it is missing, incomplete, quantised, or in another format than safetensors.
+        FormatError: it is missing, incomplete, quantised, or in another format.
     """
+    if folder.is_file() and folder.suffix == ".pth":
+        return _open_rwkv(folder)
     if folder.is_file() or folder.suffix == ".gguf":
         raise FormatError(f"{folder}: {_why_not_a_folder(folder)}")
     if not folder.is_dir():
@@ -82,6 +90,19 @@ def open_base(folder: Path) -> BaseModel:
     return BaseModel(folder, files, entries, config, tuple(_companions(folder, single)))
 
 
+def _open_rwkv(path: Path) -> BaseModel:
+    file = pth.scan(path)
+    entries = {entry.name: entry for entry in file.entries}
+    missing = [start for start in ("emb.", "blocks.0.att.") if not any(name.startswith(start) for name in entries)]
+    if missing:
+        like = f", its names are like {next(iter(entries))}" if entries else ""
+        raise FormatError(
+            f"{path}: is no RWKV model, it has no {' and no '.join(f'{start}*' for start in missing)}{like}; of other"
+            f" models, {_RESAVE}"
+        )
+    return BaseModel(path, (file,), entries, {}, ())
+
+
 def _entries(files: tuple[tensors.TensorFile, ...]) -> dict[str, tensors.Entry]:
     entries: dict[str, tensors.Entry] = {}
     for file in files:
@@ -98,7 +119,7 @@ def _why_not_a_folder(path: Path) -> str:
             "is a GGUF file, which is quantised or lays its weights out in its own way; merge into the original"
             " safetensors folder, then convert the result with llama.cpp's convert_hf_to_gguf.py"
         )
-    return f"is a file; wanted the folder that holds {SINGLE} or {INDEX}"
+    return f"is a file; wanted the folder that holds {SINGLE} or {INDEX}, or the .pth file of an RWKV model"
 
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:

@@ -48,16 +48,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file: its raw header with the leading length, and its tensors in the order of their offsets."""
+    """A safetensors file: its raw header with the leading length, its tensors in the order of their offsets, its bytes.
+
+    A `.pth` file has no header, and its tensors are in the order of its dict.
+    """
 
     path: Path
     header: bytes
     entries: tuple[Entry, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return self.entries[-1].end if self.entries else len(self.header)
+    size: int
 
 
 def scan(path: Path) -> TensorFile:
@@ -90,7 +89,7 @@ def scan(path: Path) -> TensorFile:
             f"{path}: its header promises {end} bytes, the file has {size}; it may be truncated, copy or download it"
             " again"
         )
-    return TensorFile(path, head + text, tuple(entries))
+    return TensorFile(path, head + text, tuple(entries), size)
 
 
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> Entry:
@@ -197,6 +196,7 @@ def rewrite(
     Raises:
         FormatError: the source ends early.
     """
+    assert source.header, "a .pth file is written by pth.write"
     with source.path.open("rb") as old, target.open("xb") as new:
         new.write(source.header)
         advance(len(source.header))

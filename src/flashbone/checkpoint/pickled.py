@@ -1,0 +1,202 @@
+"""The pickle inside torch's files: a dict of tensors, as records of what each is. No pickled code is ever run."""
+
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import _utils
+
+from flashbone.errors import FormatError
+
+# safetensors' names of the dtypes -> dtype, and torch's class of storages, which dtypes that came later have not.
+_KINDS = {
+    "F64": (torch.float64, "DoubleStorage"),
+    "F32": (torch.float32, "FloatStorage"),
+    "BF16": (torch.bfloat16, "BFloat16Storage"),
+    "F16": (torch.float16, "HalfStorage"),
+    "I64": (torch.int64, "LongStorage"),
+    "I32": (torch.int32, "IntStorage"),
+    "I16": (torch.int16, "ShortStorage"),
+    "I8": (torch.int8, "CharStorage"),
+    "U8": (torch.uint8, "ByteStorage"),
+    "BOOL": (torch.bool, "BoolStorage"),
+    "C64": (torch.complex64, "ComplexFloatStorage"),
+    "C128": (torch.complex128, "ComplexDoubleStorage"),
+    "U16": (torch.uint16, None),
+    "U32": (torch.uint32, None),
+    "U64": (torch.uint64, None),
+    "F8_E4M3": (torch.float8_e4m3fn, None),
+    "F8_E5M2": (torch.float8_e5m2, None),
+}
+DTYPES = {name: dtype for name, (dtype, _) in _KINDS.items()}
+_STORAGES = {name: storage for name, (_, storage) in _KINDS.items() if storage}
+_BYTES = "UntypedStorage"
+
+
+class Storage(NamedTuple):
+    """The member `data/<key>` of a file: `size` numbers, or bytes where the dtype is `UntypedStorage`."""
+
+    dtype: str
+    key: str
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the member."""
+        return self.size * (1 if self.dtype == _BYTES else DTYPES[self.dtype].itemsize)
+
+
+class Stored(NamedTuple):
+    """A tensor: a view of a storage. Offset and strides are counted in numbers."""
+
+    storage: Storage
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    stride: tuple[int, ...]
+    metadata: Any = None
+
+    @property
+    def start(self) -> int:
+        """First byte in the storage."""
+        return self.offset * DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of a contiguous tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its numbers lie in order; the strides of axes of one number do not matter."""
+        pairs = zip(self.shape, self.stride, _strides(self.shape), strict=True)
+        return 0 in self.shape or all(got == want for size, got, want in pairs if size != 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What torch rebuilds it with."""
+        view = (self.storage, self.offset, self.shape, self.stride, False, OrderedDict())
+        if self.storage.dtype == _BYTES:
+            return _utils._rebuild_tensor_v3, (*view, DTYPES[self.dtype])
+        return _utils._rebuild_tensor_v2, view
+
+
+def whole(dtype: str, shape: tuple[int, ...], key: str) -> Stored:
+    """A tensor that fills its storage."""
+    count = math.prod(shape)
+    storage = Storage(dtype, key, count) if dtype in _STORAGES else Storage(_BYTES, key, count * DTYPES[dtype].itemsize)
+    return Stored(storage, dtype, shape, 0, _strides(shape))
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def dump(table: Mapping[str, Stored]) -> bytes:
+    """The pickle of a dict of tensors, as torch writes it."""
+    file = io.BytesIO()
+    _Pickler(file, protocol=2).dump(dict(table))
+    return file.getvalue()
+
+
+def load(path: Path, data: bytes) -> dict[str, Stored]:
+    """Unpickle the dict of contiguous tensors that the file `path` holds.
+
+    Raises:
+        FormatError: it asks for code, or holds something else; everything that is no such tensor is named.
+        Exception: of any kind, where it is damaged.
+    """
+    table = _Unpickler(path, data).load()
+    if not isinstance(table, dict):
+        raise FormatError(f"{path}: wanted a dict of tensors by name, it holds a {type(table).__name__}")
+    problems = [problem for name, value in table.items() if (problem := _problem(name, value))]
+    if problems:
+        raise FormatError(f"{path}: wanted a dict of tensors by name; {'; '.join(problems)}")
+    return table
+
+
+def _problem(name: Any, value: Any) -> str:
+    """What is wrong with an item; empty if nothing is."""
+    if not isinstance(name, str):
+        return f"a key is a {type(name).__name__}"
+    if isinstance(value, dict):
+        return f"{name} is a dict; save that of the model alone"
+    if not isinstance(value, Stored):
+        return f"{name} is a {type(value).__name__}"
+    if value.metadata:
+        return f"{name} is a conjugated or negated view; save its resolve_conj().resolve_neg()"
+    return "" if value.is_contiguous else f"{name} is a view that is not contiguous; save its contiguous()"
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles storages by their names, as torch does."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Storage):
+            return None
+        storage = torch.UntypedStorage if obj.dtype == _BYTES else getattr(torch, _STORAGES[obj.dtype])
+        return ("storage", storage, obj.key, "cpu", obj.size)
+
+
+class _Unpickler(pickle._Unpickler):
+    """Unpickles tensors as records.
+
+    Python's unpickler, not C's, which allocates as many places as an index in the pickle says.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _GLOBALS:
+            raise FormatError(
+                f"{self._path}: refused, its pickle asks for {module}.{name}, which plain tensors do not need (pickles"
+                " can run code); where you trust it, load it and torch.save() a dict of tensors"
+            )
+        return _GLOBALS[module, name]
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, dtype, key, _location, size = pid
+        if kind != "storage" or dtype not in (*_STORAGES, _BYTES) or not isinstance(key, str) or not _is_size(size):
+            raise ValueError("its pickle names a storage that is none")
+        return Storage(dtype, key, size)
+
+
+def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, metadata: Any = None):
+    return _rebuild_v3(storage, offset, shape, stride, _grad, _hooks, storage.dtype, metadata)
+
+
+def _rebuild_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
+):
+    sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
+    known = isinstance(storage, Storage) and dtype in DTYPES
+    if not (known and sizes and all(map(_is_size, (offset, *shape, *stride)))):
+        raise ValueError("its pickle rebuilds a tensor that is none")
+    return Stored(storage, dtype, shape, offset, stride, metadata)
+
+
+def _rebuild_parameter(data: Any, _grad: Any, _hooks: Any) -> Any:
+    return data
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# All that a pickle may ask for. A class of storages and a dtype become a name.
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", _BYTES): _BYTES,
+    ("torch.storage", _BYTES): _BYTES,
+    **{(module, storage): name for name, storage in _STORAGES.items() for module in ("torch", "torch.cuda")},
+    **{("torch", str(dtype).removeprefix("torch.")): name for name, dtype in DTYPES.items()},
+}
