@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flashbone.checkpoint import pickled
-from flashbone.checkpoint.tensors import Entry, TensorFile
+from flashbone.checkpoint.tensors import Entry, Piece, TensorFile
 from flashbone.errors import FormatError
 
 _ALIGNMENT = 64  # bytes, torch's own
@@ -124,7 +124,7 @@ def _entry(
 def write(
     target: Path,
     layout: Sequence[tuple[str, str, tuple[int, ...]]],
-    content: Callable[[str], Iterable[bytes | bytearray | memoryview]],
+    content: Callable[[str], Iterable[Piece]],
     advance: Callable[[int], None],
     aliases: Mapping[str, str] | None = None,
 ) -> None:
@@ -166,7 +166,7 @@ def _add(
     file: BinaryIO,
     name: str,
     size: int,
-    pieces: Iterable[bytes | bytearray | memoryview],
+    pieces: Iterable[Piece],
     written: Callable[[], None],
 ) -> None:
     """Write one member, its data at a multiple of the alignment: an extra field of its header fills the gap."""
