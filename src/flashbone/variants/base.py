@@ -43,3 +43,8 @@ class Variant(ABC):
     @abstractmethod
     def delta(self, W: Tensor, block: Tensor) -> Tensor:
         """The difference that the adapter makes to W (out, in), in W's dtype or the block's."""
+
+    def factors(self, block: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor] | None:
+        """A (rank, in) and B (out, rank) with `delta(W) = B A` for every W, in the block's dtype; None: the variant has
+        no such. B may be a view of the block."""
+        return None

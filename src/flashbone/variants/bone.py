@@ -1,5 +1,6 @@
 """bone: one (r, out) matrix, the same for every input shard. `delta[a,b] = B[:, a]^T`; rank at most r."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,3 +25,10 @@ class Bone(Variant):
     def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "r out"]) -> Float[Tensor, "out in"]:
         """`B^T` tiled along the input; of W only the sizes are used."""
         return shards.tile(block.mT, W.shape[1])
+
+    def factors(
+        self, block: Float[Tensor, "r out"], out_features: int, in_features: int
+    ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+        """`A = [I I ... I]`, `B = block^T`: nothing is rounded, in any dtype."""
+        eye = torch.eye(block.shape[0], dtype=block.dtype, device=block.device)
+        return shards.tile(eye, in_features), block.mT

@@ -6,6 +6,7 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.ops.moves import Moves
 from flashbone.variants.base import Variant
+from flashbone.variants.bone import Bone
 
 
 class Mini(Variant):
@@ -24,3 +25,9 @@ class Mini(Variant):
     def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "r mini_r"]) -> Float[Tensor, "out in"]:
         """`B^T` tiled along both axes; of W only the sizes are used."""
         return shards.tile(shards.tile(block, W.shape[0]).mT, W.shape[1])
+
+    def factors(
+        self, block: Float[Tensor, "r mini_r"], out_features: int, in_features: int
+    ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+        """Those of `bone` with the block tiled along the output."""
+        return Bone().factors(shards.tile(block, out_features), out_features, in_features)
