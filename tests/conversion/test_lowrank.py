@@ -66,7 +66,7 @@ def test_an_error_is_met_by_the_stored_factors_and_by_no_smaller_rank(shape, err
 
 
 def test_an_error_that_no_rank_meets_in_the_dtype_is_refused():
-    with pytest.raises(ConfigError, match="1e-09.*float32 factors of full rank miss by"):
+    with pytest.raises(ConfigError, match=r"1e-09.*float32 factors of full rank miss by"):
         lowrank.best(torch.randn(8, 8), None, 1e-9)
 
 

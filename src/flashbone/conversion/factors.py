@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flashbone.checkpoint import Adapter
+import torch
+from torch import Tensor
+
+from flashbone import variants
+from flashbone.checkpoint import Adapter, names, tensors
 from flashbone.checkpoint.base import BaseModel
-from flashbone.checkpoint.lora import Lora
+from flashbone.checkpoint.lora import Lora, in_saved_module
+from flashbone.checkpoint.placing import Place, place
+from flashbone.errors import ConfigError, FormatError, NonFiniteError
+from flashbone.variants import lowrank
+from flashbone.variants.lowrank import Factors
 
 
 @dataclass(frozen=True)
@@ -33,15 +43,185 @@ def to_lora(
     error: float | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Lora, tuple[ModuleError, ...]]:
-    """The adapter as a LoRA of one rank, and what each module lost by it (nothing where it is exact)."""
-    raise NotImplementedError
+    """The adapter as a LoRA of one rank, and what each module lost by it (nothing where it is exact).
+
+    Args:
+        adapter: The adapter.
+        model: Its base, of which the weights are read, one at a time, where the variant's delta depends on them.
+        rank: Of the LoRA. None: that of the largest block, where the variant is a LoRA.
+        error: The largest relative error of a module; the LoRA has the smallest rank with which all meet it.
+        progress: Called with the modules done and all of them.
+
+    Raises:
+        ConfigError: rank and error contradict each other, cannot be met, or one of them is needed.
+        FormatError: adapter and base do not belong together, or it holds what no LoRA has a place for.
+        ShapeError: blocks do not fit the base.
+        NonFiniteError: a delta holds NaN or infinity.
+    """
+    lowrank.check_size(rank, error)
+    places = [p for p in place(model, _blocks_only(adapter)) if p.block is not None]
+    saved, problems = _saved_modules(adapter, model)
+    problems += _without_factors(adapter, model, places)
+    if problems:
+        raise FormatError(f"a plain LoRA has no place for {'; '.join(problems)}; merge the adapter instead")
+    found: dict[str, Factors] = {}
+    files = {entry.name: file.path for file in model.files for entry in file.entries}
+    for here in places:
+        found[here.name] = _factored(here, adapter.variant, model, files[here.tensor], rank, error)
+        if progress is not None:
+            progress(len(found), len(places))
+    common = max([rank or 1, *(factors.used for factors in found.values())])
+    lora = Lora(
+        {name: lowrank.pad(factors.A, factors.B, common) for name, factors in found.items()},
+        dict(adapter.replacements),
+        adapter.base_model,
+        model.config,
+        conv1d=frozenset(p.name for p in places if p.transposed) - adapter.transposed,
+        embeddings=adapter.transposed,
+        target_modules=_endings(places, model),
+        modules_to_save=saved,
+        task_type=adapter.config.get("task_type"),
+    )
+    if all(factors.is_exact for factors in found.values()):
+        return lora, ()
+    errors = [ModuleError(name, factors.used, factors.error) for name, factors in found.items()]
+    return lora, tuple(sorted(errors, key=lambda e: (-e.error, e.name)))
+
+
+def _blocks_only(adapter: Adapter) -> Adapter:
+    """Without the replacements of tensors that no block shifts: a LoRA need not know where in the base they lie."""
+    shifted = {adapter.parameter(name) for name in adapter.blocks}
+    return replace(adapter, replacements={n: t for n, t in adapter.replacements.items() if n in shifted})
+
+
+def _factored(
+    here: Place, variant: variants.Variant, model: BaseModel, file: Path, rank: int | None, error: float | None
+) -> Factors:
+    assert here.block is not None, "only places of blocks"
+
+    def weight() -> Tensor:
+        if here.replacement is not None:
+            stored = here.replacement
+        else:
+            with file.open("rb") as source:
+                source.seek(model.entries[here.tensor].start)
+                stored = tensors.read(source, model.entries[here.tensor])
+        return stored.mT if here.transposed else stored
+
+    try:
+        return lowrank.factored(variant, here.block, here.matrix, weight, rank, error)
+    except (ConfigError, NonFiniteError) as problem:
+        raise type(problem)(f"{here.name}: {problem}") from None
+
+
+def _without_factors(adapter: Adapter, model: BaseModel, places: Iterable[Place]) -> list[str]:
+    """What cannot be a LoRA's, in words."""
+    problems = []
+    for here in places:
+        if here.name in adapter.parameters:
+            problems.append(f"{here.name}, a parameter by itself (target_parameters)")
+        elif len(here.shape) != 2:
+            problems.append(f"{here.name}, a convolution")
+        elif f"{here.tensor.removesuffix('.out_proj.weight')}.in_proj_weight" in model.entries:
+            problems.append(f"{here.name}, whose weight its attention reads without calling it")
+    return problems
+
+
+def _saved_modules(adapter: Adapter, model: BaseModel) -> tuple[tuple[str, ...], list[str]]:
+    """Endings of the names of the modules that the adapter holds whole, and the replacements that belong to none.
+
+    The configuration names them; a file without one (RWKV-PEFT's) may hold any parameter, of which a LoRA can take
+    whole modules.
+    """
+    listed = tuple(n for n in adapter.config.get("modules_to_save") or () if _names_any(n, adapter.replacements))
+    found, _ = names.locate(adapter.replacements, model.entries)
+    derived, problems = [], []
+    for name in Lora({}, adapter.replacements, modules_to_save=listed).without_place():
+        module = found.get(name, "").rpartition(".")[0]
+        if module and all(entry in found.values() for entry in model.entries if entry.startswith(f"{module}.")):
+            derived.append(name.rpartition(".")[0])
+        else:
+            problems.append(f"{name}, which is neither a bias nor part of a whole module")
+    return (*listed, *dict.fromkeys(derived)), problems
+
+
+def _names_any(ending: str, parameters: Iterable[str]) -> bool:
+    return any(in_saved_module(parameter, (ending,)) for parameter in parameters)
+
+
+def _endings(places: Iterable[Place], model: BaseModel) -> tuple[str, ...]:
+    """For each module the shortest ending of its name that no other part of the base has."""
+    adapted = {p.tensor.rpartition(".")[0]: p.name for p in places}
+    others = {part for entry in model.entries for part in _containers(entry)} - set(adapted) - set(adapted.values())
+    taken = {ending for name in others for ending in _dotted_ends(name)}
+    ends = {next((e for e in _dotted_ends(name) if e not in taken), name) for name in adapted.values()}
+    return tuple(sorted(ends))
+
+
+def _containers(entry: str) -> Iterator[str]:
+    parts = entry.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def _dotted_ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in reversed(range(len(parts))))
 
 
 def resized(lora: Lora, rank: int | None, error: float | None, where: Path) -> Lora:
-    """The same LoRA with its factors padded with zeros to a rank."""
-    raise NotImplementedError
+    """The same LoRA with its factors padded with zeros to a rank.
+
+    Raises:
+        ConfigError: the rank is below that of the LoRA, or an error is given.
+    """
+    if rank is None and error is None:
+        return lora
+    lowrank.check_size(rank, error)
+    if rank is None or rank < lora.rank:
+        asked = f"error {error}" if rank is None else f"rank {rank}"
+        raise ConfigError(
+            f"{where}: {asked} would change what this LoRA of rank {lora.rank} computes, and it is only padded with"
+            " zeros; ask for a rank that is not smaller, or for none"
+        )
+    return replace(lora, factors={name: lowrank.pad(A, B, rank) for name, (A, B) in lora.factors.items()})
 
 
 def to_adapter(lora: Lora, where: Path) -> Adapter:
-    """The `bone` adapter that a LoRA is, where every A is stacked identities."""
-    raise NotImplementedError
+    """The `bone` adapter that a LoRA is, where every A is stacked identities; padding is taken off again.
+
+    Raises:
+        FormatError: some A is free; all such modules are named.
+    """
+    sizes = {name: _block_size(A, B) for name, (A, B) in lora.factors.items()}
+    if free := [name for name, r in sizes.items() if r == 0]:
+        shown = ", ".join(free[:3]) + (f" and {len(free) - 3} more" if len(free) > 3 else "")
+        raise FormatError(
+            f"{where}: a LoRA with a free A is not of the family ({shown}); use it with PEFT as it is, or merge it"
+        )
+    # Where r is not below the input features, any larger one is the same function: that of the other modules.
+    known = max((r for name, r in sizes.items() if r < lora.factors[name][0].shape[1]), default=lora.rank)
+    sizes = {n: r if r < lora.factors[n][0].shape[1] else max(r, min(known, lora.rank)) for n, r in sizes.items()}
+    blocks = {name: lora.factors[name][1][:, :r].mT.contiguous() for name, r in sizes.items()}
+    r = Counter(sizes.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": "BONE",
+        "variant": "bone",
+        "r": r,
+        "rank_pattern": {rf"\A{re.escape(name)}": own for name, own in sizes.items() if own != r},
+        "bias": lora.bias.replace("lora_only", "bone_only"),
+        "target_modules": sorted(lora.target_modules or lora.factors),
+        "modules_to_save": list(lora.modules_to_save),
+        "task_type": lora.task_type,
+        "base_model_name_or_path": lora.base_model,
+    }
+    return Adapter(variants.get("bone"), blocks, lora.replacements, config, lora.base_model, frozenset(lora.embeddings))
+
+
+def _block_size(A: Tensor, B: Tensor) -> int:
+    """The smallest r for which A is stacked identities, and zeros below them, as in B; 0 if there is none."""
+    repeats, used = (A[0, 1:] == 1).nonzero(), B.count_nonzero(0).nonzero()
+    r = int(repeats[0]) + 1 if len(repeats) else max(A.shape[1], int(used[-1]) + 1 if len(used) else 0)
+    if r > len(A) or A[r:].any() or B[:, r:].any():
+        return 0
+    exact = variants.get("bone").factors(A.new_zeros(r, len(B)), len(B), A.shape[1])
+    return r if exact is not None and torch.equal(A[:r], exact[0]) else 0
