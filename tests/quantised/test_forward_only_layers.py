@@ -116,6 +116,16 @@ def test_merging_is_refused_by_name_and_the_adapter_stays(model, backend, merge)
     assert torch.equal(peft_model(x), want)
 
 
+def test_only_adapters_that_read_no_weight_become_loras(model, backend):
+    peft_model = adapted(model, "bone")
+    _, state = peft_model.to_lora()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert not peft_model.supports_lora_conversion()  # PEFT would read the weight
+    peft_model = adapted(peft_model.unload(), "bat-row")
+    with pytest.raises(ConfigError, match=rf"first: {backend} layers cannot be dequantised"):
+        peft_model.to_lora(rank=2)
+
+
 def test_a_layer_that_normalises_first_is_refused(monkeypatch):
     layer = type("LayerNormLinear", (CallableOnly,), {})
     engine = ModuleType("transformer_engine")

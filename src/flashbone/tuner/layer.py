@@ -164,7 +164,7 @@ class BoneLayer(MergeableLayer):
             self.bone_scale[name] = 1.0 if scale is None else self.bone_scale[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.converts_to_lora
+        return self.converts_to_lora and self._kind.unreadable(self.get_base_layer()) is None
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.bone_block]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import hosts, keys, weighted
+from flashbone.tuner import hosts, keys, lora, weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.dispatch import layer_class, why_not
 from flashbone.tuner.embedding import BoneEmbedding
@@ -302,6 +304,37 @@ class BoneModel(BaseTuner):
             ConfigError: the adapters cannot be combined exactly; the model is as it was.
         """
         weighted.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+    def to_lora(
+        self, adapter_name: str = "default", rank: int | None = None, error: float | None = None
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """The adapter as a LoRA of PEFT, with its scale multiplied in: exact for `bone` and `mini`, which read no
+        weight; for the others the best of a rank on this base. Nothing is changed, and merges may stand.
+
+        Args:
+            adapter_name: Its name.
+            rank: Of the LoRA. None: that of the largest block, for `bone` and `mini`.
+            error: The largest relative error of a layer's delta, in Frobenius norm, instead of a rank.
+
+        Returns:
+            The configuration, and the tensors under the names of PEFT's files: biases and modules to save, too.
+
+        Raises:
+            ConfigError: rank and error contradict each other, or one is needed; a layer cannot have a LoRA (a
+                convolution, a parameter, out_proj of nn.MultiheadAttention), or a weight cannot be read.
+            NonFiniteError: a delta holds NaN or infinity.
+        """
+        return lora.to_lora(self, adapter_name, rank, error)
+
+    def save_as_lora(
+        self,
+        path: str | Path,
+        adapter_name: str = "default",
+        rank: int | None = None,
+        error: float | None = None,
+    ) -> None:
+        """Write the folder of a LoRA that PEFT and serving engines load; see `to_lora`."""
+        lora.save_as_lora(self, path, adapter_name, rank, error)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -119,7 +119,7 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
             kept.add(entry)
     if missing:
         raise TargetError(_missing_roles(model, missing, [role for role in roles if role in NAMES]))
-    return kept | _exact_names(model, config, found - literal, literal) if found else kept
+    return kept | exact_names(model, config, found - literal, literal) if found else kept
 
 
 def _linear_of_no_known_class(model: nn.Module) -> set[str]:
@@ -154,7 +154,7 @@ def _missing_roles(model: nn.Module, missing: list[str], present: list[str]) -> 
     return f"target_modules: this model has no layer with the {roles}; {names}"
 
 
-def _exact_names(model: nn.Module, config: Any, layers: set[str], literal: set[str]) -> set[str]:
+def exact_names(model: nn.Module, config: Any, layers: set[str], literal: set[str]) -> set[str]:
     """For each layer the shortest ending of its name by which PEFT finds no module but these and the literal ones."""
     names = {name for name, _ in model.named_modules() if name}
     open_names = {name for name in names if _is_open(config, name)}
