@@ -70,7 +70,7 @@ def test_the_tables_of_an_adapter_say_what_its_json_says(adapter, capsys, column
     assert "BONE, variant bone" in text
     assert "Every value is finite." in text
     assert [engine["verdict"] for engine in report["engines"]] == ["exact"] * 5
-    assert "flashbone cannot convert to LoRA yet" in text
+    assert "`flashbone convert ADAPTER OUT --to lora --base BASE`. Merged" in " ".join(text.split())
 
 
 def test_no_line_is_wider_than_the_terminal(base, adapter, capsys, columns):

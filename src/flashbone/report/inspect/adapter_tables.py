@@ -27,9 +27,15 @@ def print_adapter(report: AdapterReport) -> None:
         console.print()
         console.print(table)
     if report.engines and report.method != "LORA":
-        merging = "Merged (`flashbone merge`), any engine serves it." if report.method == "BONE" else ""
         console.print()
-        console.print(Text(f"flashbone cannot convert to LoRA yet. {merging}"))
+        console.print(Text(_way_out(report)))
+
+
+def _way_out(report: AdapterReport) -> str:
+    is_approximate = any(engine.verdict == "approximate" for engine in report.engines)
+    size = " --rank N (or --error E)" if is_approximate else ""
+    merging = " Merged (`flashbone merge`), any engine serves it." if report.method == "BONE" else ""
+    return f"To LoRA: `flashbone convert ADAPTER OUT --to lora --base BASE{size}`.{merging}"
 
 
 def _facts(report: AdapterReport) -> list[str]:
