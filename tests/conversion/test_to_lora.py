@@ -15,6 +15,7 @@ from flashbone import convert
 from flashbone.checkpoint import lora, peft, tensors
 from flashbone.checkpoint.base import open_base
 from flashbone.checkpoint.placing import place
+from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeError
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.comparison import close
@@ -238,3 +239,21 @@ def test_a_weight_that_an_adapter_replaces_and_shifts_is_the_new_one(tmp_path):
     assert "model.embed_tokens.weight" in lora.read(tmp_path / "out").replacements
     bare.get_input_embeddings().weight.data.zero_()
     assert close(with_lora(bare, tmp_path / "out"), want)
+
+
+def test_the_command_reports_each_modules_error_the_worst_first(tmp_path, capsys):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", "bat-row", blocks_for(model, "bat-row", ("q_proj", "k_proj"), 4))
+    options = [str(tmp_path / "adapter"), "--to", "lora", "--base", str(tmp_path / "base")]
+    assert main(["convert", *options, str(tmp_path / "a"), "--rank", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    errors = [module["error"] for module in report["errors"]]
+    assert (report["rank"], report["exact"], len(errors)) == (3, False, 4)
+    assert errors == sorted(errors, reverse=True)
+    assert main(["convert", *options, str(tmp_path / "b"), "--rank", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("4 modules, bat-row to lora, rank 3, approximate")
+    assert lines[2].split() == [f"{errors[0]:.2e}", "rank", "3", report["errors"][0]["name"]]
+    assert main(["convert", *options, str(tmp_path / "c")]) == 1
+    assert "give the rank of the LoRA" in capsys.readouterr().err
