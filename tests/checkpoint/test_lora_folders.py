@@ -125,6 +125,8 @@ def test_pickled_folders_read_like_safetensors(tmp_path):
         ({"r": 0, "bias": "some"}, ["r: got 0", "bias: got 'some'"]),
         ({"r": True}, ["r: got True"]),
         ({"lora_alpha": "16"}, ["lora_alpha: got '16', wanted a number"]),
+        ({"lora_alpha": 10**400}, ["lora_alpha: got 1000"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha: got nan"]),
         ({"rank_pattern": {"(": 2}}, ["rank_pattern: got {'(': 2}"]),
         ({"alpha_pattern": {"q": None}}, ["alpha_pattern"]),
         ({"modules_to_save": "head"}, ["modules_to_save: got 'head', wanted names"]),

@@ -139,6 +139,9 @@ def test_what_cannot_be_a_lora_is_refused_by_name(tmp_path):
     with pytest.raises(NonFiniteError, match=r"layers\.0\.\S*: the block holds NaN"):
         model.to_lora(rank=3)
     assert listing(tmp_path) == []
+    model.unload()
+    with pytest.raises(ConfigError, match="no layer of this model has the adapter 'default'; was it unloaded"):
+        model.to_lora(rank=3)
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)

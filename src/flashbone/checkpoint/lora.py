@@ -13,6 +13,8 @@ adapter_model.safetensors:
 import json
 import math
 import re
+import reprlib
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ _NEUTRAL = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
     *("ensure_weight_tying", "runtime_config"),
 }
+_MAX_ALPHA = 1e9
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "modules_to_save"}
 
 
@@ -199,7 +202,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
     def check(ok: bool, name: str, wanted: str) -> None:
         if not ok:
-            problems.append(f"{name}: got {config[name]!r}, wanted {wanted}")
+            problems.append(f"{name}: got {reprlib.repr(config[name])}, wanted {wanted}")
 
     check(_is_size(config["r"]), "r", "a positive integer")
     check(_is_number(config["lora_alpha"]), "lora_alpha", "a number")
@@ -218,7 +221,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         problems.append(f"init_lora_weights: {start!r} changes the base, too; save it as a plain LoRA with PEFT first")
     for name in sorted(set(config) - _NEUTRAL - _READ - {"init_lora_weights"}):
         if config[name]:
-            problems.append(f"{name}: got {config[name]!r}, which is more than a plain LoRA")
+            problems.append(f"{name}: got {reprlib.repr(config[name])}, which is more than a plain LoRA")
     if problems:
         raise FormatError(f"{file}: {'; '.join(problems)}; merge such an adapter with PEFT (merge_and_unload)")
     return config
@@ -229,7 +232,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
 
 
 def _are_names(value: object) -> bool:
@@ -238,9 +241,16 @@ def _are_names(value: object) -> bool:
 
 def _is_pattern(value: object, fits: Any) -> bool:
     try:
-        return isinstance(value, dict) and all(re.compile(key) and fits(number) for key, number in value.items())
-    except re.error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return isinstance(value, dict) and all(_matcher(key) and fits(number) for key, number in value.items())
+    except (re.error, OverflowError, RecursionError):
         return False
+
+
+def _matcher(key: str) -> re.Pattern[str]:
+    """How PEFT looks a module up in a pattern."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _sort_keys(
@@ -286,7 +296,7 @@ def _misshapen(module: str, found: dict[str, Tensor], config: dict[str, Any]) ->
 
 def _rank_and_scale(module: str, config: dict[str, Any]) -> tuple[int, float]:
     def value(pattern: dict[str, Any], default: Any) -> Any:
-        return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+        return next((v for key, v in pattern.items() if _matcher(key).match(module)), default)
 
     rank, alpha = value(config["rank_pattern"], config["r"]), value(config["alpha_pattern"], config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)

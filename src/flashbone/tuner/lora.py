@@ -38,6 +38,8 @@ def to_lora(
         raise ConfigError(f"to_lora: no adapter {adapter_name!r} in this model, which has {list(model.peft_config)}")
     lowrank.check_size(rank, error)
     layers = {name: layer for name, layer in model._bone_layers() if adapter_name in layer.bone_block}
+    if not layers:
+        raise ConfigError(f"to_lora: no layer of this model has the adapter {adapter_name!r}; was it unloaded?")
     if unfit := {n: layer for n, layer in layers.items() if not _is_convertible(layer)}:
         kinds = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in unfit.items())
         raise ConfigError(f"to_lora: a plain LoRA has no place for {kinds}; merge the adapter instead")
