@@ -23,7 +23,7 @@ ALLOWED = {
     "verify": {"errors", "sources", "tuner", "checkpoint", "variants"},
     "tuner": {"errors", "sources", "shards", "ops", "variants", "cards"},
     "train": {"errors", "sources", "tuner", "checkpoint", "variants"},
-    "report": {"errors", "sources", "tuner", "checkpoint", "variants"},
+    "report": {"errors", "sources", "tuner", "checkpoint", "variants", "conversion"},
     "cli": {"errors", "sources", "train", "report", "merge", "conversion", "verify", "checkpoint"},
     "__main__": {"cli"},
     "__init__": {"errors", "import_hook", "host_hooks", "tuner", "merge", "conversion"},

@@ -104,7 +104,7 @@ def convert(
     with staging.whole_or_absent(out, is_file) as place:
         files = formats.write(target, held, place, is_file)
         if server is not None and isinstance(held, Lora) and not is_file:
-            files += server.write_extras(held, place)
+            files += server.write_extras(held, place, out)
     return ConversionReport(
         out=out,
         source=source.name,

@@ -1,11 +1,37 @@
-"""The serving engines: what LoRA each takes, what it wants to find, and how it is told of an adapter."""
+"""The serving engines: what LoRA each takes, what it wants to find, and how it is told of an adapter.
+
+Read off their sources and documentation in November 2026; of them all only llama.cpp is run by the tests.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashbone.checkpoint import gguf
 from flashbone.checkpoint.lora import Lora
+from flashbone.conversion import factors
+from flashbone.errors import ConfigError, FormatError
+
+GGUF = "adapter.gguf"  # in a folder
+_MODELFILE = """\
+# FROM: {known}, {hint}
+FROM {base}
+ADAPTER ./{gguf}
+"""
+_PAGE = """\
+# How to serve it with {title}
+
+In this folder:
+
+    {command}
+
+Ask for it as {asked}.{hint}
+"""
 
 
 @dataclass(frozen=True)
@@ -14,25 +40,175 @@ class Engine:
 
     Attributes:
         name: as users write it.
+        title: as it writes itself.
         formats: that it takes, the preferred first.
+        start: the command, with {base}, {name}, {path} and {rank}.
+        asked: how a request names the adapter.
+        hint: what else has to be known.
+        until: the versions that take adapters, where new ones do not.
+        ranks: that it takes, in their order; empty: every one.
+        more: whether it takes larger ranks than the last one, as they are.
+        layers: pattern of the names of the layers that it adapts; empty: it says itself what it does not.
+        all_alike: whether a kind of layer must be adapted in every layer of the base or in none.
     """
 
     name: str
+    title: str
     formats: tuple[str, ...]
+    start: str
+    asked: str
+    hint: str = ""
+    until: str = ""
+    ranks: tuple[int, ...] = ()
+    more: bool = False
+    layers: str = ""
+    all_alike: bool = False
+
+    def rank(self, rank: int) -> int | None:
+        """The smallest rank that it takes and that holds this one; None: it is too large."""
+        return next((r for r in self.ranks if r >= rank), rank if self.more or not self.ranks else None)
+
+    def not_adapted(self, names: Iterable[str]) -> list[str]:
+        """Those of these layers that it cannot adapt, as their names say."""
+        return [name for name in names if self.layers and not re.fullmatch(self.layers, name)]
 
     def prepare(self, lora: Lora, where: Path) -> Lora:
-        """The LoRA as the engine takes it, padded to an allowed rank; what it cannot take is refused."""
-        raise NotImplementedError
+        """The LoRA as the engine takes it, padded to an allowed rank; what it cannot take is refused.
 
-    def write_extras(self, lora: Lora, folder: Path) -> tuple[str, ...]:
-        """Write what else the engine wants to find; the names of the files."""
-        raise NotImplementedError
+        Raises:
+            FormatError: it holds what the engine has no place for; all is named.
+        """
+        if "gguf" in self.formats:
+            gguf.tensor_names(lora)  # refuses
+            return lora
+        problems = {
+            "tensors that replace the base's": list(lora.replacements),
+            "embedding tables": sorted(lora.embeddings),
+            "layers that keep their weight as (in, out)": sorted(lora.conv1d),
+            "layers that it does not adapt": self.not_adapted(set(lora.factors) - lora.embeddings - lora.conv1d),
+            "layers that it would leave out, as others of their kind are not adapted": self._in_part(lora, where),
+        }
+        found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+        if found:
+            raise FormatError(f"{where}: {self.title} cannot serve {'; '.join(found)}; merge it into the base instead")
+        rank = self.rank(lora.rank)
+        if rank is None:
+            largest = f"rank {lora.rank} is more than the {self.ranks[-1]} of {self.title}"
+            raise FormatError(f"{where}: {largest}; ask for a smaller rank, or merge it into the base instead")
+        return factors.resized(lora, rank, None, where)
+
+    def write_extras(self, lora: Lora, folder: Path, out: Path) -> tuple[str, ...]:
+        """Write what else the engine wants to find into the folder that becomes `out`; the names of the files."""
+        if self.name == "ollama":
+            (folder / "Modelfile").write_text(self._modelfile(lora, GGUF), encoding="utf-8")
+            return ("Modelfile",)
+        command = self._start(lora, '"$PWD"' + f"/{GGUF}" * ("gguf" in self.formats), _name(out))
+        asked = self.asked.format(name=_name(out))
+        text = _PAGE.format(title=self.title, command=command, asked=asked, hint=f" {self.hint}" if self.hint else "")
+        (folder / "SERVE.md").write_text(text, encoding="utf-8")
+        return ("SERVE.md",)
 
     def command(self, lora: Lora, out: Path) -> str:
         """How it is started with the adapter."""
-        raise NotImplementedError
+        path = out.absolute()
+        if self.name == "ollama" and out.suffix == ".gguf":
+            text, file = self._modelfile(lora, path.name), shlex.quote(str(path.with_name("Modelfile")))
+            return f"printf %s {shlex.quote(text)} > {file} && ollama create {_name(out)} -f {file}"
+        if self.formats == ("gguf",) and out.suffix != ".gguf":
+            path = path / ("Modelfile" if self.name == "ollama" else GGUF)
+        return self._start(lora, shlex.quote(str(path)), _name(out))
+
+    def _modelfile(self, lora: Lora, file: str) -> str:
+        known = " ".join(lora.base_model.split()) if lora.base_model else "the model that it was trained on"
+        return _MODELFILE.format(known=known, hint=self.hint, base=_folder(lora) or "./base.gguf", gguf=file)
+
+    def _start(self, lora: Lora, path: str, name: str) -> str:
+        base = shlex.quote(_folder(lora) or lora.base_model or "BASE")
+        return self.start.format(base=base, name=name, path=path, rank=lora.rank)
+
+    def _in_part(self, lora: Lora, where: Path) -> list[str]:
+        """Layers of a kind that is not adapted in every layer of the base."""
+        if not self.all_alike:
+            return []
+        layers = lora.base_config.get("num_hidden_layers")
+        if not isinstance(layers, int):
+            raise FormatError(f"{where}: how many layers the base has is not known; give the base model's folder")
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for name in lora.factors:
+            kinds[re.sub(r"\.\d+\.", ".*.", name)].append(name)
+        return [name for kind, names in kinds.items() if "*" in kind and len(names) < layers for name in names]
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            "vllm",
+            "vLLM",
+            ("lora",),
+            "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}",
+            '`"model": "{name}"`',
+            ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # what its max_lora_rank may be
+        ),
+        Engine(
+            "llama.cpp",
+            "llama.cpp",
+            ("gguf",),
+            "llama-server -m BASE.gguf --lora {path}",
+            "usual, it is always on",
+            "BASE.gguf is the base as convert_hf_to_gguf.py makes it, without --fuse-qkv, of any quantisation.",
+        ),
+        Engine(
+            "ollama",
+            "Ollama",
+            ("gguf",),
+            "ollama create {name} -f {path}",
+            "{name}",
+            "as a GGUF file, as a folder of safetensors that Ollama converts, or as a model that it has."
+            " Ollama from 0.34.1 on is reported to take no ADAPTER: merge instead.",
+            until=" and up to version 0.34.0",
+        ),
+        Engine(
+            "sglang",
+            "SGLang",
+            ("lora",),
+            "python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={path}",
+            '`"lora_path": "{name}"` of /generate, or `"model": "BASE:{name}"`',
+            layers=r".*\blayers\.\d+\.(.*\.)?([qkvo]|gate|up|down|qkv|gate_up)_proj|(.*\.)?lm_head",
+        ),
+        # It pads to multiples of 16 itself, but its kernels know only these sizes; larger ranks do without them.
+        Engine(
+            "tgi",
+            "TGI",
+            ("lora",),
+            "text-generation-launcher --model-id {base} --lora-adapters {name}={path}",
+            '`"parameters": {{"adapter_id": "{name}"}}`',
+            ranks=(8, 16, 32, 64, 128),
+            more=True,
+            layers=r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj|lm_head",
+            all_alike=True,
+        ),
+    )
+}
 
 
 def get(name: str) -> Engine:
-    """The engine of that name."""
-    raise NotImplementedError
+    """The engine of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"engine: got {name!r}, wanted one of {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def _folder(lora: Lora) -> str | None:
+    """The base as a path that is found from anywhere, if it is a folder here."""
+    is_here = lora.base_model and Path(lora.base_model).is_dir()
+    return str(Path(str(lora.base_model)).absolute()) if is_here else None
+
+
+def _name(out: Path) -> str:
+    """What the adapter is called in requests: no engine's command line takes = , or a space in it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name.removesuffix(".gguf")).strip("-.") or "adapter"

@@ -1,0 +1,74 @@
+"""Adapters converted for each engine, from a folder of BONE to what the engine loads."""
+
+import json
+import re
+
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
+
+from flashbone.conversion import convert, engines
+from flashbone.errors import FormatError
+from helpers.adapter_folders import blocks_for, listing, tiny_llama, write_adapter
+
+LAYERS = ("q_proj", "k_proj", "down_proj")
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return write_adapter(tmp_path / "adapter", "bone", blocks_for(tiny_llama(), "bone", LAYERS, 6), r=6)
+
+
+@pytest.mark.parametrize(("engine", "rank"), [("vllm", 8), ("sglang", 6), ("tgi", 8)])
+def test_engines_of_folders_get_what_their_checks_ask_for(base, adapter, engine, rank, tmp_path):
+    report = convert(adapter, tmp_path / "out", engine=engine, base=base)
+    assert (report.format, report.rank, report.exact) == ("lora", rank, True)
+    assert "SERVE.md" in report.files
+    assert report.serve is not None
+    assert str(tmp_path / "out") in report.serve
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == rank
+    assert config["bias"] == "none"
+    assert not any(config.get(name) for name in ("modules_to_save", "use_dora", "use_rslora", "rank_pattern"))
+    assert not config.get("alpha_pattern")
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == set(LAYERS)
+    state = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(state) == 2 * 2 * len(LAYERS)
+    for key, value in state.items():
+        assert re.fullmatch(
+            r"base_model\.model\.model\.layers\.[01]\.(self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight", key
+        )
+        assert value.shape[0 if ".lora_A." in key else 1] == rank
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "ollama"])
+def test_engines_of_gguf_get_one_file_and_what_starts_it(base, adapter, engine, tmp_path):
+    report = convert(adapter, tmp_path / "out", engine=engine, base=base)
+    assert (report.format, report.rank, report.exact) == ("gguf", 6, True)
+    beside = "Modelfile" if engine == "ollama" else "SERVE.md"
+    assert listing(tmp_path / "out") == sorted([beside, engines.GGUF])
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "out" / engines.GGUF).tensors}
+    kinds = ("attn_q", "attn_k", "ffn_down")
+    assert names == {f"blk.{i}.{kind}.weight.lora_{ab}" for i in range(2) for kind in kinds for ab in "ab"}
+    alone = convert(adapter, tmp_path / "alone.gguf", engine=engine, base=base)
+    assert alone.files == ("alone.gguf",)
+    assert (tmp_path / "alone.gguf").read_bytes() == (tmp_path / "out" / engines.GGUF).read_bytes()
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_nothing_is_left_of_an_adapter_that_an_engine_cannot_take(base, engine, tmp_path):
+    blocks = blocks_for(tiny_llama(), "bone", LAYERS, 6)
+    others = {"model.norm.modules_to_save.weight": torch.ones(20)}
+    adapter = write_adapter(tmp_path / "adapter", "bone", blocks, r=6, others=others, modules_to_save=["norm"])
+    before = listing(tmp_path)
+    with pytest.raises(FormatError, match=r"replace the base's: model\.norm\.weight"):
+        convert(adapter, tmp_path / "out", engine=engine, base=base)
+    assert listing(tmp_path) == before
