@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-quantised test-peft test-triton test-deepspeed demo demo-classification demo-orthogonal golden benchmarks benchmarks-quick clean help
+.PHONY: check test test-quantised test-peft test-triton test-deepspeed test-llamacpp demo demo-classification demo-orthogonal golden golden-llamacpp benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
+	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
@@ -107,6 +108,28 @@ test-triton: .venv/.triton
 test-deepspeed: .venv/.deepspeed
 	PYTHONPATH=.venv/deepspeed TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions OMP_NUM_THREADS=1 \
 		$(BIN)/pytest tests/distributed/test_distributed.py -k zero
+
+# llama.cpp is compiled, in some minutes; its converters come with its sources, and need no compiling. -DGGML_NATIVE=OFF: one
+# machine may run what another one compiled.
+LLAMA_CPP := .venv/llama.cpp
+
+.venv/.llamacpp: .venv/.dev .venv/.demo
+	mkdir -p $(LLAMA_CPP) .cache/llama-cpp-python
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --constraint constraints.txt --dest .cache/llama-cpp-python llama-cpp-python
+	tar -xzf .cache/llama-cpp-python/llama_cpp_python-*.tar.gz -C $(LLAMA_CPP) --strip-components=3 --wildcards \
+		"*/vendor/llama.cpp/conversion" "*/vendor/llama.cpp/gguf-py" "*/vendor/llama.cpp/convert_lora_to_gguf.py"
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP) --no-deps --upgrade --target .venv/llamacpp \
+		.cache/llama-cpp-python/llama_cpp_python-*.tar.gz diskcache
+	@touch $@
+
+test-llamacpp: .venv/.llamacpp
+	$(BIN)/python -m examples.demo.prepare
+	PYTHONPATH=.venv/llamacpp OMP_NUM_THREADS=1 $(BIN)/pytest tests/llamacpp
+
+golden-llamacpp: .venv/.llamacpp
+	rm -rf .cache/golden-llamacpp
+	$(BIN)/python tests/llamacpp/convert.py $(LLAMA_CPP) .cache/golden-llamacpp
+	$(BIN)/python tests/llamacpp/write_golden.py .cache/golden-llamacpp
 
 golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py

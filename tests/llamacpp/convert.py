@@ -14,9 +14,10 @@ sys.path[:0] = [LLAMA_CPP, f"{LLAMA_CPP}/gguf-py", str(Path(__file__).parent)]
 
 import gguf
 import torch
-from conversion import ModelBase, get_model_class
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, VOCABULARY, linear_layers, tiny
+
+from conversion import ModelBase, get_model_class
 
 RANK = 3
 
