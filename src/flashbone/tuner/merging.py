@@ -15,14 +15,8 @@ from flashbone import shards, variants
 from flashbone.ops.cache import Cache
 from flashbone.tuner import hosts
 from flashbone.tuner.bases import BaseKind
+from flashbone.variants.merged import Term
 from flashbone.variants.undo import check_undoable, undo
-
-_Term = tuple[variants.Variant, Tensor, float]
-
-
-def _terms(adapters: dict[str, _Term]) -> list[_Term]:
-    # Sorted by name: the sum is then the same to the last bit, in whatever order the adapters were given.
-    return [adapters[name] for name in sorted(adapters)]
 
 
 def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:
@@ -58,7 +52,7 @@ class MergeableLayer(BaseTunerLayer):
         self.keep_original = True
         self._original_weight: Any = None
         # What stands merged, as it was merged: blocks and scales may change while a merge stands.
-        self._merged_as: dict[str, _Term] = {}
+        self._merged_as: dict[str, Term] = {}
 
     @property
     def keeps_original(self) -> bool:
@@ -101,9 +95,9 @@ class MergeableLayer(BaseTunerLayer):
     def _merged_W(self, adapter_names: list[str], must_be_finite: bool) -> Tensor:
         self._kind.check_writable(self.get_base_layer())
         names = [n for n in dict.fromkeys(adapter_names) if n in self.bone_block]
-        terms = _terms(self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as})
+        terms = self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as}
         where = f"adapter {', '.join(map(repr, names))}"
-        return variants.merged_weight(self._pristine_weight(), terms, where, must_be_finite)
+        return variants.merged_weight(self._pristine_weight(), terms.values(), where, must_be_finite)
 
     @_on_whole_weights()
     def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
@@ -127,7 +121,7 @@ class MergeableLayer(BaseTunerLayer):
         """The merged W, checked as asked for."""
         merged = self._merged_W([*self.merged_adapters, *names], must_be_finite)
         if undoable:
-            check_undoable(self._pristine_weight(), merged, _terms(self._as_now(names) | self._merged_as))
+            check_undoable(self._pristine_weight(), merged, (self._as_now(names) | self._merged_as).values())
         return merged
 
     @torch.inference_mode(False)
@@ -206,8 +200,8 @@ class MergeableLayer(BaseTunerLayer):
             return self._kind.kept_weight(base, self._original_weight)
         return self._unmerged_by_subtraction() if self.merged else self._kind.weight(base).detach()
 
-    def _as_now(self, names: list[str]) -> dict[str, _Term]:
+    def _as_now(self, names: list[str]) -> dict[str, Term]:
         return {n: (self.bone_variant[n], self.bone_block[n].detach(), self.bone_scale[n]) for n in names}
 
     def _unmerged_by_subtraction(self) -> Tensor:
-        return undo(self._kind.weight(self.get_base_layer()).detach(), _terms(self._merged_as))
+        return undo(self._kind.weight(self.get_base_layer()).detach(), self._merged_as.values())

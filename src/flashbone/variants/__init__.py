@@ -1,18 +1,17 @@
 """The registry of variants: for each its block, its moves and its delta. Formulas: docs/maths.md; arXiv 2409.15371."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashbone import shards
-from flashbone.errors import ConfigError, NonFiniteError, ShapeError
+from flashbone.errors import ConfigError, ShapeError
 from flashbone.variants.base import Variant
 from flashbone.variants.bat_col import BatCol
 from flashbone.variants.bat_row import BatRow
 from flashbone.variants.bone import Bone
+from flashbone.variants.merged import merged_weight as merged_weight
 from flashbone.variants.mini import Mini
 from flashbone.variants.orthogonal import Orthogonal
 
@@ -58,33 +57,3 @@ def check_block(where: str, variant: Variant, block: Tensor, out_features: int, 
 def dimensions(variant: Variant) -> int:
     """Number of axes of the variant's block."""
     return len(variant.block_shape(1, 1, 1, 1))
-
-
-def merged_weight(
-    W: Tensor,
-    adapters: Iterable[tuple[Variant, Tensor, float]],
-    where: str = "",
-    must_be_finite: bool = False,
-) -> Tensor:
-    """`W + sum of scale * delta(W)`: every delta refers to the pristine W (out, in), so the order never matters.
-
-    Computed in fp32 (fp64 if anything is fp64) and rounded once to W's dtype; a new tensor.
-
-    Raises:
-        NonFiniteError: `must_be_finite`, and the result holds NaN or infinity.
-    """
-    adapters = list(adapters)
-    dtype = shards.opmath_dtype(W, *(block for _, block, _ in adapters))
-    # A copy of our own: how a GEMM rounds depends on its operand's alignment, and a file's tensor may lie anywhere.
-    wide = W.to(dtype, copy=True)
-    total = wide.clone()
-    for variant, block, scale in adapters:
-        total.add_(variant.delta(wide, block.to(W.device, dtype)), alpha=scale)
-    result = total.to(W.dtype)
-    if must_be_finite and not torch.isfinite(result).all():
-        bad = int((~torch.isfinite(result)).sum())
-        raise NonFiniteError(
-            f"{where}: the merged weight would hold {bad} values that are NaN or infinite; the adapter or the base is"
-            " broken, nothing was changed"
-        )
-    return result

@@ -1,5 +1,7 @@
 """What every member of the family answers: the shape of its block, its move, its delta."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,6 +37,19 @@ class Variant(ABC):
         Raises:
             ShapeError: the variant does not exist for these sizes.
         """
+
+    def period(self, block: Tensor) -> int:
+        """Rows of W after which what happens to one repeats, or goes on with the next part of the block."""
+        return 1
+
+    def rows(self, block: Tensor, start: int, stop: int) -> Tensor:
+        """The part of the block whose delta is that of rows [start, stop) of W; a view. `start` is a multiple of the
+        period."""
+        return block
+
+    def solved(self, block: Tensor) -> tuple[Variant, Tensor]:
+        """A variant and block with the same delta, for which nothing has to be solved."""
+        return self, block
 
     @abstractmethod
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:

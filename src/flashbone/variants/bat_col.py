@@ -20,6 +20,15 @@ class BatCol(Variant):
         """(n_out, r, r)."""
         return shards.count(out_features, r), r, r
 
+    def period(self, block: Float[Tensor, "n_out r r"]) -> int:
+        """r."""
+        return block.shape[-1]
+
+    def rows(self, block: Float[Tensor, "n_out r r"], start: int, stop: int) -> Float[Tensor, "n r r"]:
+        """A D for each output shard."""
+        r = block.shape[-1]
+        return block[start // r : shards.count(stop, r)]
+
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
         """Shifts the weight."""
         moves.add_weight_shift(x, block, scale)

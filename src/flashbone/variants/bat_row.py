@@ -19,6 +19,10 @@ class BatRow(Variant):
         """(n_in, r, r)."""
         return shards.count(in_features, r), r, r
 
+    def period(self, block: Float[Tensor, "n_in r r"]) -> int:
+        """r."""
+        return block.shape[-1]
+
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
         """Shifts input and output."""
         moves.add_input_shift(x, block, scale)

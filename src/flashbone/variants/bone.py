@@ -18,6 +18,10 @@ class Bone(Variant):
         """(r, out)."""
         return r, out_features
 
+    def rows(self, block: Float[Tensor, "r out"], start: int, stop: int) -> Float[Tensor, "r rows"]:
+        """A column for each row."""
+        return block[:, start:stop]
+
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
         """Shifts the output."""
         moves.add_factors(x, block, scale)

@@ -18,6 +18,10 @@ class Mini(Variant):
         """(r, mini_r)."""
         return r, mini_r
 
+    def period(self, block: Float[Tensor, "r mini_r"]) -> int:
+        """mini_r."""
+        return block.shape[1]
+
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
         """Shifts the output."""
         moves.add_tiled_factors(x, block, scale)

@@ -53,6 +53,10 @@ class Orthogonal(Variant):
         """`Q - I`, in fp32 (fp64 for an fp64 block), differentiable."""
         return rotation_offset(block, self.use_orthogonal, self.eps)
 
+    def solved(self, block: Float[Tensor, "r r"]) -> tuple[Variant, Float[Tensor, "r r"]]:
+        """The unconstrained twin with this Q."""
+        return (Orthogonal(use_orthogonal=False), self.offset(block)) if self.use_orthogonal else (self, block)
+
     def orthogonality_error(self, block: Float[Tensor, "r r"]) -> float:
         """`max |Q^T Q - I|` over all entries."""
         offset = self.offset(block.detach()).cpu()

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.errors import FlashboneError
 from flashbone.variants import Variant
+from flashbone.variants.merged import Term, by_matrix, prepared, row_chunks
 from flashbone.variants.orthogonal import Orthogonal
 
 # Relative error up to which a weight counts as computed back: far above fp32 rounding, far below any damage.
@@ -20,7 +21,7 @@ UNDO_TOLERANCE_FP32 = 1e-4
 def check_undoable(
     pristine: Float[Tensor, "*experts out in"],
     merged: Float[Tensor, "*experts out in"],
-    adapters: Iterable[tuple[Variant, Tensor, float]],
+    adapters: Iterable[Term],
 ) -> None:
     """Check that `undo(merged, adapters)` gives the pristine weight back, by doing it.
 
@@ -43,29 +44,40 @@ def check_undoable(
 
 
 def undo(
-    merged: Float[Tensor, "*experts out in"], adapters: Iterable[tuple[Variant, Tensor, float]]
+    merged: Float[Tensor, "*experts out in"],
+    adapters: Iterable[Term],
+    result: Float[Tensor, "*experts out in"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*experts out in"]:
-    """The W from which `variants.merged_weight(W, adapters)` came; fp32 (or fp64) inside, then merged's dtype.
+    """The W from which `variants.merged_weight(W, adapters)` came.
 
     Additive adapters are subtracted; at most one that depends on W (bat-*, orthogonal) is then solved for.
+
+    Args:
+        merged: The merged weight.
+        adapters: As they were merged.
+        result: Where to write W, in any floating dtype: `merged` itself, too. None: a new tensor like it.
+        dtype: Inside. None: the one in which it was merged, fp32 or fp64.
     """
-    adapters = list(adapters)
-    if merged.ndim == 3:
-        stack = [[(v.inner, block[e], s) for v, block, s in adapters] for e in range(len(merged))]  # pyright: ignore
-        return torch.stack([undo(W, own) for W, own in zip(merged, stack, strict=True)])
-    dtype = shards.opmath_dtype(merged, *(block for _, block, _ in adapters))
-    W = merged.to(dtype)
+    result = torch.empty_like(merged) if result is None else result
+    for W, target, terms in by_matrix(merged, result, list(adapters)):
+        terms = prepared(W, terms)
+        wide = dtype or shards.opmath_dtype(W, *(block for _, block, _ in terms))
+        for rows, where, own in row_chunks(W, terms):
+            own = [(variant, block.to(wide), scale) for variant, block, scale in own]
+            target[where] = _undone(rows.to(wide, copy=True), own)
+    return result
+
+
+def _undone(W: Float[Tensor, "rows in"], adapters: list[Term]) -> Float[Tensor, "rows in"]:
     solve_for = None
     for variant, block, scale in adapters:
-        block = block.to(merged.device, dtype)
         if variant.delta_depends_on_weight:
             assert solve_for is None, "two adapters depend on the weight"
             solve_for = variant, block, scale
         else:
-            W = W - scale * variant.delta(W, block)
-    if solve_for is not None:
-        W = _solve(W, *solve_for)
-    return W.to(merged.dtype)
+            W.sub_(variant.delta(W, block), alpha=scale)
+    return W if solve_for is None else _solve(W, *solve_for)
 
 
 def _solve(merged: Float[Tensor, "out in"], variant: Variant, block: Tensor, scale: float) -> Float[Tensor, "out in"]:

@@ -1,0 +1,85 @@
+"""`merged_weight` and `undo` some rows at a time: the oracle, any order, any chunk, in place and in other dtypes."""
+
+import itertools
+
+import pytest
+import torch
+
+from flashbone import variants
+from flashbone.errors import NonFiniteError
+from flashbone.ops import reference
+from flashbone.variants import merged
+from flashbone.variants.merged import merged_weight, row_chunks
+from flashbone.variants.stacked import PerExpert
+from flashbone.variants.undo import undo
+from helpers.blocks import CASES, VARIANT_NAMES, random_block
+from helpers.comparison import close
+
+
+@pytest.fixture(params=[1, 40, 1 << 19])
+def chunk(request, monkeypatch):
+    """The smallest chunks there are, a few rows, and all at once."""
+    monkeypatch.setattr(merged, "CHUNK", request.param)
+    return request.param
+
+
+def _term(name: str, out: int, in_: int, r: int, scale: float, dtype=torch.float32) -> tuple:
+    return variants.get(name), random_block(name, out, in_, r, dtype=dtype), scale
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_chunks_of_rows_give_the_oracle_and_are_taken_back(chunk, name, size):
+    W = torch.randn(*size[:2], dtype=torch.float64)
+    term = _term(name, *size, 0.7, torch.float64)
+    got = merged_weight(W, [term])
+    assert close(got, W + 0.7 * reference.delta(name, W, term[1]))
+    assert close(undo(got, [term]), W, torch.float32)
+    if size[:2] == (8, 12) and chunk < 96:
+        assert len(list(row_chunks(W, [term]))) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_order_of_adapters_changes_a_bit(chunk, dtype):
+    W = torch.randn(11, 13).to(dtype)
+    terms = [_term(name, 11, 13, 3 + i, 0.3 + i) for i, name in enumerate(VARIANT_NAMES)]
+    terms += [_term("bone", 11, 13, 4, 1.0), _term("bone", 11, 13, 4, 1.0)]
+    want = merged_weight(W, terms)
+    assert close(want.double(), W.double() + sum(s * reference.delta(v.name, W, b) for v, b, s in terms), dtype)
+    for order in itertools.islice(itertools.permutations(terms), 0, 5040, 97):
+        assert torch.equal(merged_weight(W, order), want)
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_the_layout_of_the_weight_does_not_change_a_bit(chunk, name):
+    W, term = torch.randn(11, 13), _term(name, 11, 13, 4, 1.0)
+    want = merged_weight(W, [term])
+    assert torch.equal(merged_weight(W.mT.contiguous().mT, [term]), want)
+    assert torch.equal(merged_weight(torch.zeros(144)[1:].view(11, 13).copy_(W), [term]), want)
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_a_merge_in_place_or_into_another_dtype_is_rounded_once(chunk, name):
+    W, term = torch.randn(11, 13).bfloat16(), _term(name, 11, 13, 4, 1.0)
+    wide = merged_weight(W, [term], result=torch.empty(11, 13))
+    assert torch.equal(wide, merged_weight(W.float(), [term]))
+    assert torch.equal(merged_weight(W, [term], result=W), wide.bfloat16())
+    assert torch.equal(W, wide.bfloat16())
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_experts_are_merged_and_taken_back_one_by_one(chunk, name):
+    W = torch.randn(3, 11, 13)
+    blocks = torch.stack([random_block(name, 11, 13, 4, dtype=torch.float32) for _ in W])
+    term = PerExpert(variants.get(name), 3), blocks, 0.5
+    got = merged_weight(W, [term])
+    for e, W_e in enumerate(W):
+        assert torch.equal(got[e], merged_weight(W_e, [(variants.get(name), blocks[e], 0.5)]))
+        assert close(got[e], W_e + 0.5 * reference.delta(name, W_e, blocks[e]), torch.float32)
+    assert (undo(got, [term]) - W).norm() < 1e-4 * W.norm()
+
+
+def test_bad_values_are_counted_over_all_chunks(chunk):
+    block = random_block("bone", 11, 13, 4, dtype=torch.float32)
+    block[1, [0, 10]] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"here: .* 6 values that are NaN"):
+        merged_weight(torch.randn(11, 13), [(variants.get("bone"), block, 1.0)], "here", must_be_finite=True)
