@@ -18,7 +18,7 @@ ALLOWED = {
     "variants": {"errors", "shards", "ops"},
     "checkpoint": {"errors", "sources", "shards", "variants"},
     "cards": {"errors", "variants"},
-    "merge": {"errors", "shards", "variants", "checkpoint"},
+    "merge": {"errors", "sources", "shards", "variants", "checkpoint"},
     "conversion": {"errors", "sources", "variants", "checkpoint", "cards"},
     "verify": {"errors", "sources", "tuner", "checkpoint", "variants"},
     "tuner": {"errors", "sources", "shards", "ops", "variants", "cards"},

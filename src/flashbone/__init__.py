@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashbone.conversion import convert as convert
     from flashbone.errors import FlashboneError as FlashboneError
     from flashbone.merge import merge_checkpoint as merge_checkpoint
+    from flashbone.merge import unmerge_checkpoint as unmerge_checkpoint
     from flashbone.tuner.config import BoneConfig as BoneConfig
     from flashbone.tuner.layer import BoneLayer as BoneLayer
     from flashbone.tuner.layer import BoneLinear as BoneLinear
@@ -30,8 +31,18 @@ _PUBLIC = {
     "FlashboneError": "flashbone.errors",
     "convert": "flashbone.conversion",
     "merge_checkpoint": "flashbone.merge",
+    "unmerge_checkpoint": "flashbone.merge",
 }
-__all__ = ["BoneConfig", "BoneLayer", "BoneLinear", "BoneModel", "FlashboneError", "convert", "merge_checkpoint"]
+__all__ = [
+    "BoneConfig",
+    "BoneLayer",
+    "BoneLinear",
+    "BoneModel",
+    "FlashboneError",
+    "convert",
+    "merge_checkpoint",
+    "unmerge_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -134,7 +134,8 @@ def test_a_zero_adapter_gives_the_bytes_of_the_base(tmp_path, shard_size):
     write_adapter(tmp_path / "adapter", "bat-col", blocks)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     dropped = {"training_args.bin", "pytorch_model.bin", "model.onnx"}
-    assert set(listing(tmp_path / "out")) == set(listing(tmp_path / "base")) - dropped
+    assert set(listing(tmp_path / "out")) == set(listing(tmp_path / "base")) - dropped | {"merge.json"}
+    (tmp_path / "out" / "merge.json").unlink()
     for file in (tmp_path / "out").iterdir():
         assert file.read_bytes() == (tmp_path / "base" / file.name).read_bytes(), file.name
 
@@ -164,7 +165,7 @@ def test_files_beside_the_weights_come_along_and_stale_weights_do_not(tmp_path):
     write_adapter(tmp_path / "adapter", "bone", blocks_for(model, "bone", ("query",), 4))
     merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     files = [name for name in listing(tmp_path / "out") if (tmp_path / "out" / name).is_file()]
-    assert files == sorted(["config.json", "model.safetensors", "modules.json", *carried])
+    assert files == sorted(["config.json", "merge.json", "model.safetensors", "modules.json", *carried])
 
 
 def test_links_of_a_hub_cache_become_files(tmp_path):

@@ -39,7 +39,8 @@ def test_json_is_the_report(place, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["out"] == str(place / "out")
     assert (report["variant"], report["merged"], report["copied"]) == ("bone", 1, 2)
-    assert report["bytes_written"] == (place / "base" / "model.safetensors").stat().st_size
+    assert report["bytes_written"] == sum(file.stat().st_size for file in (place / "out").iterdir())
+    assert report["record"] == json.loads((place / "out" / "merge.json").read_text())
 
 
 def test_bad_input_is_one_line_on_stderr_and_exit_code_1(place, capsys):

@@ -30,7 +30,6 @@ BITS = {
     "F4": 4,
 }
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_CHUNK = 2**20  # bytes
 
 Piece = bytes | bytearray | memoryview
 
@@ -168,52 +167,25 @@ def write(
         file.write(start)
         advance(len(start))
         for name, dtype, shape in layout:
-            written = 0
-            for piece in content(name):
-                count = memoryview(piece).nbytes
-                file.write(piece)
-                advance(count)
-                written += count
+            written = _put(file, content(name), advance)
             if dtype in BITS:
                 assert written == nbytes(dtype, shape), f"{name}: {written} bytes are not {dtype} of shape {shape}"
 
 
-def rewrite(
-    source: TensorFile,
-    target: Path,
-    edits: Mapping[str, Callable[[Tensor], Tensor]],
-    advance: Callable[[int], None],
-) -> None:
-    """Write `source` to the new file `target`; a tensor named in `edits` becomes what its function makes of it, in the
-    same dtype and shape, and all others are copied.
-
-    Args:
-        source: What to read.
-        target: Must not exist.
-        edits: Tensor name -> function of the tensor read, which it may overwrite.
-        advance: Called with the number of bytes after each piece that was written.
-
-    Raises:
-        FormatError: the source ends early.
-    """
-    assert source.header, "a .pth file is written by pth.write"
-    with source.path.open("rb") as old, target.open("xb") as new:
-        new.write(source.header)
-        advance(len(source.header))
-        for entry in source.entries:
-            old.seek(entry.start)
-            if entry.name in edits:
-                new.write(_edited(old, entry, edits[entry.name]))
-                advance(entry.end - entry.start)
-            else:
-                _copy(old, new, entry.end - entry.start, advance)
+def _put(file: BinaryIO, pieces: Iterable[Piece], advance: Callable[[int], None]) -> int:
+    """Write pieces and forget them, which may be a tensor's memory: the next is read when these are gone."""
+    written = 0
+    for piece in pieces:
+        count = memoryview(piece).nbytes
+        file.write(piece)
+        advance(count)
+        written += count
+    return written
 
 
-def _edited(file: BinaryIO, entry: Entry, edit: Callable[[Tensor], Tensor]) -> memoryview:
-    old = read(file, entry)
-    new = edit(old)
-    assert (new.dtype, new.shape) == (old.dtype, old.shape), f"the edit of {entry.name} changed its layout"
-    return new.contiguous().view(-1).view(torch.uint8).numpy().data
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU; its own memory."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def read(file: BinaryIO, entry: Entry) -> Tensor:
@@ -223,13 +195,3 @@ def read(file: BinaryIO, entry: Entry) -> Tensor:
         raise FormatError(f"{file.name}: ended in the middle of {entry.name}; was it changed meanwhile?")
     dtype = FLOATS[entry.dtype]
     return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
-
-
-def _copy(old: BinaryIO, new: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
-    while size:
-        piece = old.read(min(size, _CHUNK))
-        if not piece:
-            raise FormatError(f"{old.name}: ended early; was it changed meanwhile?")
-        new.write(piece)
-        advance(len(piece))
-        size -= len(piece)

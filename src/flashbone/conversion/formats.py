@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashbone.checkpoint import Adapter, gguf, lora, miss, peft, rwkv
+from flashbone.checkpoint import Adapter, gguf, lora, miss, peft, reading, rwkv
 from flashbone.checkpoint.lora import Lora
-from flashbone.errors import ConfigError, FormatError
-from flashbone.sources import read_json
+from flashbone.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ FORMATS = {
         Format("gguf", Lora, None, gguf.write, ".gguf"),
     )
 }
-_BY_TYPE = {"BONE": "peft", "MISS": "miss", "LORA": "lora"}  # PEFT's peft_type
 
 
 def get(name: str) -> Format:
@@ -61,16 +59,7 @@ def recognise(path: Path) -> Format:
     Raises:
         FormatError: nothing lies there, or it is of no format that is read.
     """
-    if path.is_file() and path.name in (peft.CONFIG, peft.SAFETENSORS, peft.PICKLE):
-        path = path.parent
-    if path.is_file():
-        if path.suffix == ".gguf":
-            raise FormatError(f"{path}: GGUF adapters are only written; convert from the adapter that it was made of")
-        return FORMATS["rwkv-peft"]
-    kind = read_json(path / peft.CONFIG).get("peft_type") if (path / peft.CONFIG).is_file() else "BONE"
-    if kind not in _BY_TYPE:
-        raise FormatError(f"{path / peft.CONFIG}: this is a {kind} adapter, wanted {', '.join(_BY_TYPE)}")
-    return FORMATS[_BY_TYPE[kind]]  # a folder without a config is refused by the reader of BONE
+    return FORMATS[reading.recognise(path)[0]]
 
 
 def read(path: Path) -> tuple[Format, Adapter | Lora]:
@@ -79,10 +68,9 @@ def read(path: Path) -> tuple[Format, Adapter | Lora]:
     Raises:
         FormatError: it is missing, broken, or of no format that is read.
     """
-    found = recognise(path)
+    name, path = reading.recognise(path)
+    found = FORMATS[name]
     assert found.read is not None, "what is recognised can be read"
-    if path.is_file() and found.suffix is None:
-        path = path.parent
     return found, found.read(path)
 
 

@@ -1,25 +1,29 @@
-"""Merge an adapter into a checkpoint on disk, one tensor in memory at a time.
+"""Merge adapters into a checkpoint on disk and out of it again, one tensor in memory at a time.
 
-Every tensor keeps its name, dtype and shape; the arithmetic is that of `flashbone.variants.merged_weight`, so that the
-result equals the live model's merge bit for bit. Everything is checked before anything is written.
+The arithmetic is that of `flashbone.variants.merged_weight`, so that the result equals the live model's merge bit for
+bit. Everything is checked before anything is written.
 """
 
-import dataclasses
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashbone import variants
-from flashbone.checkpoint import Adapter, names, peft, same_values, staging, tensors
+from flashbone.checkpoint import reading
 from flashbone.checkpoint.base import BaseModel, open_base
-from flashbone.checkpoint.placing import IN_PYTHON, Place, place
-from flashbone.errors import NonFiniteError
-from flashbone.variants.stacked import PerExpert
+from flashbone.errors import ConfigError
+from flashbone.merge import outputs, record, values
+from flashbone.merge.plan import Weighted, checked_weights, plan
+from flashbone.merge.source import read_one
+from flashbone.merge.unmerge import UnmergeReport as UnmergeReport
+from flashbone.merge.unmerge import unmerge_checkpoint as unmerge_checkpoint
+from flashbone.merge.write import CONFIG, Job, run
+from flashbone.sources import read_json
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,14 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        out: the new folder.
-        variant: the adapter's variant.
-        merged: tensors that a block was merged into.
-        replaced: tensors that the adapter holds whole (biases, modules to save).
-        copied: tensors that are those of the base.
+        out: the new folder, or file.
+        variant: of each adapter, with " + " between them.
+        merged: tensors that blocks were merged into.
+        replaced: tensors that an adapter holds whole (biases, modules to save).
+        copied: tensors that are those of the base, if in another dtype.
         bytes_written: all files together.
         seconds: wall-clock time.
+        record: what merge.json says; of a `.pth` file, which has none, what it would say.
     """
 
     out: Path
@@ -43,113 +48,99 @@ class MergeReport:
     copied: int
     bytes_written: int
     seconds: float
-
-
-def apply(place: Place, variant: variants.Variant, stored: Tensor) -> Tensor:
-    """The new value of a tensor, in the dtype and shape of the stored one.
-
-    Raises:
-        NonFiniteError: it would hold NaN or infinity.
-    """
-    value = stored if place.replacement is None else place.replacement.to(stored.dtype)
-    if place.block is not None:
-        W = value if place.stacked else value.flatten(1)
-        W = W.mT if place.transposed else W
-        variant = PerExpert(variant, len(value)) if place.stacked else variant
-        W = variants.merged_weight(W, [(variant, place.block, 1.0)], place.tensor, must_be_finite=True)
-        return (W.mT if place.transposed else W).reshape(value.shape)
-    if not torch.isfinite(value).all():
-        raise NonFiniteError(f"{place.tensor}: the adapter's value for it holds NaN or infinity; it is broken")
-    return value
+    record: dict[str, Any] = field(repr=False)
 
 
 def merge_checkpoint(
-    base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int, int], None] | None = None
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    out: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | torch.dtype | None = None,
+    shard_size: str | int | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> MergeReport:
-    """Write the folder `out`: the base model's checkpoint with the adapter merged into its weights.
+    """Write `out`: the base model's checkpoint with adapters merged into its weights, and merge.json.
 
     Args:
         base: Folder with model.safetensors, or with shards and their index; config, tokenizer and the like come along.
-        adapter: PEFT folder of a BONE adapter.
+            Or an RWKV model's `.pth` file; `out` is then one, too, without a merge.json.
+        adapters: One or more adapters of the family: PEFT folders, or files of RWKV-PEFT. Their order never matters.
         out: A new or empty folder; it appears whole at the end, or not at all.
         progress: Called with the bytes written so far and those to write.
+        weights: What each adapter's change is multiplied by; None: 1.
+        dtype: Of all floating tensors of the result (bf16, fp16 or fp32); merged ones are rounded once. None: as they
+            are stored in the base.
+        shard_size: Largest shard, such as "5GB". None: the base's shards.
+        check: Called with the finished, still hidden result; what it raises leaves nothing behind.
 
     Raises:
         FormatError: base or adapter is broken, or they do not belong together; every bad name is listed.
         ShapeError: blocks do not fit their layers; all of them are listed.
-        NonFiniteError: a merged tensor would hold NaN or infinity.
+        ConfigError: arguments that nobody can mean.
+        NonFiniteError: a tensor would hold NaN or infinity.
         FlashboneError: `out` exists, or the disk is full.
     """
     start = time.perf_counter()
-    base, adapter, out = Path(base), Path(adapter), Path(out)
-    model, delta = open_base(base), peft.read(adapter)
-    edits = plan(model, delta)
-    total = model.size
-    staging.check(out, total, base)
-    variant = delta.variant
-    written = 0
+    paths = [Path(adapters)] if isinstance(adapters, (str, Path)) else [Path(a) for a in adapters]
+    factors = checked_weights(weights, len(paths))
+    dtype, largest = outputs.dtype_name(dtype), outputs.shard_bytes(shard_size)
+    model = open_base(Path(base))
+    if model.is_pth and largest is not None:
+        raise ConfigError(f"shard size: {base} is one file, and so is the result; leave it out")
+    given = [Weighted(reading.read_adapter(p), str(p), w) for p, w in zip(paths, factors, strict=True)]
+    edits = plan(model, given, partial(_is_base_value, model))
+    dtypes = outputs.converted_dtypes(model, dtype)
+    changes = {name: edits[name].change if name in edits else "converted" for name in dtypes}
+    changes = {n: c for n, c in changes.items() if n in edits or dtypes[n] != model.entries[n].dtype}
+    config = None if dtype is None else _config_in(model, dtype)
+    kept = (model.folder / CONFIG).read_bytes() if config is not None else None
+    draft = record.draft(model, list(zip(paths, given, strict=True)), dtype, changes, kept)
+    job = Job(
+        model=model,
+        out=Path(out),
+        dtypes=dtypes,
+        edits={n: partial(values.edited, edits[n]) if n in edits else partial(values.converted, n) for n in changes},
+        shard_bytes=largest,
+        texts={} if config is None else {CONFIG: config},
+        dtype=dtype,
+        check=check,
+        progress=progress,
+    )
 
-    def advance(count: int) -> None:
-        nonlocal written
-        written += count
-        if progress is not None:
-            progress(written, total)
+    def recorded(read: Any) -> bytes:
+        record.fill(draft, read.files, read.originals)
+        return record.to_bytes(draft)
 
-    with staging.whole_or_absent(out) as folder:
-        _write(model, folder, {e.tensor: lambda W, e=e: apply(e, variant, W) for e in edits}, advance)
-    merged = sum(e.block is not None for e in edits)
+    written, read = run(job, (record.NAME, recorded, len(record.to_bytes(draft))))
+    if model.is_pth:
+        recorded(read)
+    merged = sum(bool(edit.terms) for edit in edits.values())
     return MergeReport(
-        out=out,
-        variant=variant.name,
+        out=Path(out),
+        variant=" + ".join(one.adapter.variant.name for one in given),
         merged=merged,
         replaced=len(edits) - merged,
         copied=len(model.entries) - len(edits),
         bytes_written=written,
         seconds=time.perf_counter() - start,
+        record=draft,
     )
 
 
-def _write(
-    model: BaseModel, folder: Path, edits: dict[str, Callable[[Tensor], Tensor]], advance: Callable[[int], None]
-) -> None:
-    for path in model.companions:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(model.folder / path, folder / path)
-        advance((folder / path).stat().st_size)
-    for file in model.files:
-        tensors.rewrite(file, folder / file.path.name, edits, advance)
+def _is_base_value(model: BaseModel, tensor: str, value: Tensor) -> bool:
+    stored = read_one(model, tensor)
+    wide = torch.promote_types(stored.dtype, value.dtype)
+    return stored.shape == value.shape and torch.equal(stored.to(wide), value.to(wide))
 
 
-def plan(model: BaseModel, adapter: Adapter) -> list[Place]:
-    """Decide for every tensor that changes what becomes of it; nothing but headers is read.
-
-    Raises:
-        FormatError: names of the adapter that the base has not, or not clearly; all are listed.
-        ShapeError: sizes that do not fit; all are listed.
-    """
-    replacements, problems = _without_tied_copies(model, adapter)
-    return place(model, dataclasses.replace(adapter, replacements=replacements), problems)
-
-
-def _without_tied_copies(model: BaseModel, adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
-    """The replacements that the checkpoint has room for, and what cannot be done to embeddings that are tied: the
-    input and the output embedding are one tensor there, while the adapter makes them differ."""
-    replacements, problems = dict(adapter.replacements), []
-    if not names.has_tied_embeddings(model.config, model.entries):
-        return replacements, problems
-    heads = [p for p in replacements if names.is_embedding(p, names.OUTPUT_EMBEDDINGS)]
-    inputs = [p for p in replacements if names.is_embedding(p, names.INPUT_EMBEDDINGS)]
-    ends = (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS)
-    touched = [m for m in adapter.blocks if names.is_embedding(adapter.parameter(m), ends)]
-    agree = len(heads) == len(inputs) == 1 and same_values(replacements[heads[0]], replacements[inputs[0]])
-    if agree and not touched:
-        if heads[0] not in model.entries:
-            del replacements[heads[0]]
-        return replacements, problems
-    for name in dict.fromkeys([*touched, *heads, *inputs]):
-        problems.append(
-            f"{name}: the base ties its output embedding to the input embedding (tie_word_embeddings), so changing one"
-            f" would change both; {IN_PYTHON}, with tie_word_embeddings=False"
-        )
-        replacements.pop(name, None)
-    return replacements, problems
+def _config_in(model: BaseModel, dtype: str) -> bytes | None:
+    """config.json that names the dtype; None if nothing changes."""
+    file = model.folder / CONFIG
+    if model.is_pth or not file.is_file():
+        return None
+    config = read_json(file)
+    changed = outputs.config_in(config, dtype)
+    return None if changed == config else outputs.json_bytes(changed)

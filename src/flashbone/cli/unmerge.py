@@ -1,0 +1,5 @@
+"""`flashbone unmerge MERGED ADAPTER... OUT`; it shares all of its parsing with `flashbone merge`."""
+
+from flashbone.cli.merge import run_unmerge as run
+
+__all__ = ["run"]
