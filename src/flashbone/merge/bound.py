@@ -34,7 +34,7 @@ class Sizes:
 def sizes(matrix: Tensor) -> Sizes:
     """Of any tensor, read in pieces."""
     largest = square = 0.0
-    for piece in matrix.reshape(-1).split(1 << 20) if matrix.numel() else ():
+    for piece in matrix.reshape(-1).split(1 << 18) if matrix.numel() else ():
         wide = piece.double()
         largest, square = max(largest, float(wide.abs().max())), square + float(wide.square().sum())
     return Sizes(largest, math.sqrt(square), matrix.numel())
@@ -61,7 +61,7 @@ class Error:
 def measured(got: Tensor, want: Tensor) -> Error:
     """The error of a tensor, exactly."""
     total = Error()
-    for ours, theirs in zip(got.reshape(-1).split(1 << 20), want.reshape(-1).split(1 << 20), strict=True):
+    for ours, theirs in zip(got.reshape(-1).split(1 << 18), want.reshape(-1).split(1 << 18), strict=True):
         if ours.numel():
             off = ours.double() - theirs.double()
             total += Error(float(off.abs().max()), float(off.square().sum()), float(theirs.double().square().sum()))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from flashbone.checkpoint import Adapter, names, same_values
+from flashbone.checkpoint import Adapter, names, pth, same_values
 from flashbone.checkpoint.base import BaseModel
 from flashbone.checkpoint.placing import IN_PYTHON, Place, place
 from flashbone.errors import ConfigError, FlashboneError, FormatError
@@ -102,6 +102,13 @@ def plan(
             edits[tensor] = _edit(tensor, changes, is_base_value)
         except FormatError as error:
             problems.append(str(error))
+    tied = pth.tied(model.files[0]) if model.is_pth else {}
+    for name, other in tied.items():
+        if name in edits or other in edits:
+            problems.append(
+                f"{name} is tied to {other}, so that changing one would change both; save the model again with a copy"
+                " of the tensor under each name"
+            )
     if problems:
         raise FormatError("; ".join(problems))
     return {tensor: edit for tensor, edit in edits.items() if edit.terms or edit.value is not None}

@@ -79,3 +79,18 @@ def read_one(model: BaseModel, name: str) -> Tensor:
     with file.path.open("rb") as stream:
         stream.seek(model.entries[name].start)
         return tensors.read(stream, model.entries[name])
+
+
+def same_bytes(a: BaseModel, b: BaseModel, name: str) -> bool:
+    """Whether a tensor is the same to the byte in two models, in which it has one dtype and shape."""
+    first, second = (next(f for f in m.files if any(e.name == name for e in f.entries)).path for m in (a, b))
+    with first.open("rb") as one, second.open("rb") as other:
+        one.seek(a.entries[name].start)
+        other.seek(b.entries[name].start)
+        left = a.entries[name].end - a.entries[name].start
+        while left > 0:
+            piece = one.read(min(PIECE, left))
+            if not piece or other.read(len(piece)) != piece:
+                return False
+            left -= len(piece)
+    return True

@@ -95,6 +95,8 @@ def unmerge_checkpoint(
         dtypes = {name: entry.dtype for name, entry in original.entries.items()}
     taking = _Taking(edits, changed, original)
     names = [n for n in model.entries if n in edits or n in changed or dtypes[n] != model.entries[n].dtype]
+    if original is not None:
+        _check_untouched(model, original, [name for name in model.entries if name not in names])
     job = Job(
         model=model,
         out=Path(out),
@@ -204,6 +206,14 @@ def _original(folder: Path, model: BaseModel) -> BaseModel:
     if wrong:
         raise FormatError(f"{folder} is not the base of {model.folder}, these differ: {', '.join(wrong)}")
     return base
+
+
+def _check_untouched(model: BaseModel, original: BaseModel, names: Sequence[str]) -> None:
+    wrong = [name for name in names if not source.same_bytes(model, original, name)]
+    if wrong:
+        raise FormatError(
+            f"{original.folder} is not the base of {model.folder}: not by any adapter differ {', '.join(wrong)}"
+        )
 
 
 def _check_undoable(model: BaseModel, edits: Mapping[str, Edit], original: BaseModel | None) -> None:

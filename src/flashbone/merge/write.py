@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashbone.checkpoint import pth, staging, tensors
 from flashbone.checkpoint.base import INDEX, BaseModel
-from flashbone.errors import FlashboneError, FormatError
+from flashbone.errors import FlashboneError
 from flashbone.merge import record, source
 from flashbone.merge.outputs import OutputFile, index, output_files
 
@@ -67,7 +67,7 @@ def run(job: Job, last: tuple[str, Callable[[Read], bytes], int] | None = None) 
 
     Raises:
         FlashboneError: `out` exists, or the disk is full.
-        FormatError: tensors that change are tied in a `.pth` file; a file of the model ended early.
+        FormatError: a file of the model ended early.
     """
     if job.model.is_pth:
         return _run_pth(job)
@@ -106,12 +106,6 @@ def _run_pth(job: Job) -> tuple[int, Read]:
     if job.out.suffix != ".pth":
         raise FlashboneError(f"{job.out}: {job.model.folder} is one file, and so is the result; name it {job.out}.pth")
     tied = pth.tied(file)
-    shared = {**tied, **{owner: name for name, owner in tied.items()}}
-    if job.dtype is None and (problems := [f"{n} is tied to {shared[n]}" for n in job.edits if n in shared]):
-        raise FormatError(
-            f"{job.model.folder}: {'; '.join(problems)}, so that changing one would change both; untie them first, with"
-            " a copy of the tensor in the state dict"
-        )
     layout = [(e.name, job.dtypes[e.name], e.shape) for e in file.entries]
     total = file.size + sum(tensors.nbytes(d, s) for _, d, s in layout) - sum(e.end - e.start for e in file.entries)
     staging.check(job.out, total, job.model.folder, is_file=True)
@@ -119,6 +113,7 @@ def _run_pth(job: Job) -> tuple[int, Read]:
     with staging.whole_or_absent(job.out, is_file=True) as target:
         with _Run(job) as run:
             pth.write(target, layout, run.content, count, tied)
+        run.read.originals |= {n: run.read.originals[o] for n, o in tied.items() if o in run.read.originals}
         if job.check is not None:
             job.check(target)
     return count.done, run.read
