@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flashbone import verify
 from flashbone.cli import main
-from helpers.adapter_folders import listing, write_adapter
+from helpers.adapter_folders import blocks_for, listing, tiny_llama, write_adapter
 
 
 @pytest.fixture
@@ -98,3 +99,20 @@ def test_merging_imports_neither_peft_nor_transformers(place):
     run = subprocess.run([sys.executable, "-c", code, *_arguments(place)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_verify_compares_logits_before_anything_appears(tmp_path, capsys, monkeypatch):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    blocks = blocks_for(base, "bat-row", ("q_proj",), 4)
+    write_adapter(tmp_path / "adapter", "bat-row", blocks, target_modules=["q_proj"])
+    before = listing(tmp_path)
+    arguments = [*_arguments(tmp_path), "--verify", "--weights", "0.5"]
+    wrong = verify.Verification(8, "float32", 0.5, 0.1, 0.4, 1e-3, ok=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(verify, "compare_logits", lambda *given: wrong)
+        assert main(arguments) == 1
+    assert "outputs differ by 5.00e-01 (relative RMS, 8 tokens), by 4.00e-01 more than" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+    assert main(arguments) == 0
+    assert "flashbone merge: verified, outputs differ by" in capsys.readouterr().err

@@ -101,10 +101,13 @@ def _check(base: Path, adapters: list[Path], weights: list[float] | None) -> Cal
         from flashbone.verify import compare_logits
 
         found = compare_logits(base, adapters, weights or [1.0] * len(adapters), merged)
-        numbers = f"logits differ by {found.relative_error:.2e} (relative, {found.tokens} tokens)"
+        numbers = (
+            f"outputs differ by {found.relative_error:.2e} (relative RMS, {found.tokens} tokens), by"
+            f" {found.unexplained:.2e} more than rounding explains"
+        )
         if not found.ok:
             raise FlashboneError(
-                f"verification failed: {numbers} from the unmerged model's, at most {found.limit:.2e} was wanted;"
+                f"verification failed: {numbers} from the unmerged model's; at most {found.limit:.2e} was wanted;"
                 " nothing was written"
             )
         print(f"flashbone merge: verified, {numbers}", file=sys.stderr)
