@@ -151,7 +151,7 @@ def test_an_adapter_without_blocks_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"peft_type": "LORA"}, "this is a LORA adapter; flashbone merges BONE"),
+        ({"peft_type": "LORA"}, "this is a LORA adapter, wanted BONE"),
         ({"variant": "orthogonal-2"}, "variant: got 'orthogonal-2', wanted one of 'bone'"),
         ({"variant": "bat-row", "init_weights": "bat"}, "means the variant 'bat-col', but variant is 'bat-row'"),
         ({"r": 0}, "r: got 0"),

@@ -40,3 +40,13 @@ class Adapter:
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every value."""
     return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def is_same(a: Adapter, b: Adapter) -> bool:
+    """Whether two adapters hold the very same tensors under the same names, for the same base, and mean the same."""
+
+    def said(x: Adapter) -> tuple:
+        ids = ({name: id(tensor) for name, tensor in held.items()} for held in (x.blocks, x.replacements))
+        return x.variant, x.base_model, x.transposed, x.parameters, *ids
+
+    return said(a) == said(b)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashbone.checkpoint import peft, same_values
+from flashbone.checkpoint import folders, same_values
 from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
@@ -104,7 +104,7 @@ def in_saved_module(parameter: str, modules: tuple[str, ...]) -> bool:
 def _has_own_place(parameter: str) -> bool:
     """Whether PEFT loads it without a module to save around it: biases, and embeddings that were resized."""
     module, _, leaf = parameter.rpartition(".")
-    return bool(module) and (leaf == "bias" or (leaf == "weight" and module.rpartition(".")[2] in peft.EMBEDDINGS))
+    return bool(module) and (leaf == "bias" or (leaf == "weight" and module.rpartition(".")[2] in folders.EMBEDDINGS))
 
 
 def write(lora: Lora, folder: Path) -> None:
@@ -122,12 +122,13 @@ def write(lora: Lora, folder: Path) -> None:
     for module, (A, B) in lora.factors.items():
         for suffix, (part, is_embedding) in _PARTS.items():
             if is_embedding == (module in lora.embeddings):
-                state[f"{peft.ROOT}{module}{suffix}"] = A if part == "A" else B
+                state[f"{folders.ROOT}{module}{suffix}"] = A if part == "A" else B
     for name, tensor in lora.replacements.items():
         module, _, leaf = name.rpartition(".")
-        state[f"{peft.ROOT}{module}.base_layer.{leaf}" if module in lora.factors else f"{peft.ROOT}{name}"] = tensor
+        key = f"{module}.base_layer.{leaf}" if module in lora.factors else name
+        state[f"{folders.ROOT}{key}"] = tensor
     contiguous = {key: tensor.contiguous().clone() for key, tensor in state.items()}
-    save_file(contiguous, folder / peft.SAFETENSORS, metadata={"format": "pt"})
+    save_file(contiguous, folder / folders.SAFETENSORS, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": lora.task_type,
@@ -147,7 +148,7 @@ def write(lora: Lora, folder: Path) -> None:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    (folder / peft.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / folders.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read(path: str | Path) -> Lora:
@@ -158,7 +159,7 @@ def read(path: str | Path) -> Lora:
     """
     folder = Path(path)
     config = _read_config(folder)
-    file = peft.weights_file(folder)
+    file = folders.weights_file(folder)
     parts, replacements, embeddings, problems = _sort_keys(read_state(file), config)
     factors = {}
     for module, found in parts.items():
@@ -186,9 +187,9 @@ def read(path: str | Path) -> Lora:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / peft.CONFIG
+    file = folder / folders.CONFIG
     if not file.is_file():
-        raise FormatError(f"{folder}: this folder is no adapter, it has no {peft.CONFIG}")
+        raise FormatError(f"{folder}: this folder is no adapter, it has no {folders.CONFIG}")
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise FormatError(f"{file}: this is a {config.get('peft_type')} adapter, wanted LORA")
@@ -260,10 +261,10 @@ def _sort_keys(
     parts: dict[str, dict[str, Tensor]] = {}
     replacements, embeddings, problems = {}, set(), []
     for key, tensor in state.items():
-        name = key.removeprefix(peft.ROOT)
+        name = key.removeprefix(folders.ROOT)
         suffix = next((s for s in _PARTS if name.endswith(s)), "")
-        parameter = peft._plain_name(name)
-        if name == key or not (suffix or peft._is_replacement(parameter, config)):
+        parameter = folders.plain_name(name)
+        if name == key or not (suffix or folders.is_replacement(parameter, config)):
             problems.append(f"unknown key {key!r}")
         elif not tensor.is_floating_point():
             problems.append(f"{key}: got {tensor.dtype}, wanted floating point numbers")

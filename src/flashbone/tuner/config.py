@@ -55,6 +55,8 @@ class BoneConfig(PeftConfig):
         rank_pattern: Block sizes of single modules, by name or regular expression: {"mlp.down_proj": 32}.
         bias: Which biases are trained along: "none", "all" or "bone_only" (those of adapted layers).
         modules_to_save: Modules that are trained as a whole and saved with the adapter, such as a new classifier.
+        parameters_to_save: Single parameters of which a converted adapter holds trained values; such an adapter can be
+            merged into a checkpoint, but not be loaded into a model.
 
     Raises:
         ConfigError: a field is out of range or contradicts another.
@@ -95,6 +97,9 @@ class BoneConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'bone_only'."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train as a whole and to save with the adapter."}
+    )
+    parameters_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Single parameters that a converted adapter holds; cannot be loaded yet."}
     )
 
     def __post_init__(self) -> None:
@@ -214,6 +219,11 @@ class BoneConfig(PeftConfig):
         return problems
 
     def _problems_of_parameters(self) -> list[str]:
+        if self.parameters_to_save:
+            return [
+                f"parameters_to_save: trained values of single parameters, such as {self.parameters_to_save[0]}, cannot"
+                " be loaded into a model; merge the adapter into the checkpoint: flashbone merge BASE ADAPTER OUT"
+            ]
         names = self.target_parameters
         if names is None:
             return []
