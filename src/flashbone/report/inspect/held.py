@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashbone.checkpoint import peft, rwkv
+from flashbone.checkpoint import miss, peft, rwkv
 from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
@@ -17,7 +17,7 @@ from flashbone.variants import Variant
 
 # What the other methods call their trained tensors, with the axis of each that is as long as r.
 SUFFIXES = {
-    "MISS": {".miss_block": -2},
+    "MISS": {miss.METHOD.block: -2},
     "LORA": {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_embedding_A": 0, ".lora_embedding_B": 1},
 }
 # As transformers names a model's files.
@@ -66,7 +66,7 @@ def read_held(path: Path) -> Held:
         return _read_rwkv(path)
     config = read_json(path / peft.CONFIG) if (path / peft.CONFIG).is_file() else {}
     method = config.get("peft_type")
-    if method in SUFFIXES:
+    if isinstance(method, str) and method in SUFFIXES:
         return _read_other(path, method, config)
     return _read_bone(path)
 
@@ -116,17 +116,10 @@ def _read_other(folder: Path, method: str, config: dict[str, Any]) -> Held:
     if not blocks or lost:
         what = f"{', '.join(lost)} have no matrix" if lost else "no tensor is one of that method"
         raise FormatError(f"{file}: {peft.CONFIG} says {method}, but {what}; is the file whole?")
-    variant = _miss_variant(config) if method == "MISS" else None
+    variant = miss.variant_name(config.get("init_weights", True)) if method == "MISS" else None
     evidence = f"{peft.CONFIG}: peft_type {method!r}" + (f", {_init_weights(config)}" if method == "MISS" else "")
     base = config.get("base_model_name_or_path") or None
     return Held(file, "PEFT folder", method, variant, evidence, base, blocks, sizes, others, is_dora=is_dora)
-
-
-def _miss_variant(config: dict[str, Any]) -> str | None:
-    """MISS is Bone under another prefix: `bat` is its bat-col, and False a random start of bone."""
-    return {"True": "bone", "False": "bone", "bat": "bat-col", "mini": "mini"}.get(
-        str(config.get("init_weights", True))
-    )
 
 
 def _read_rwkv(file: Path) -> Held:
