@@ -4,8 +4,9 @@
     blocks.<i>.ln1.weight, ln_out.bias    LayerNorms, and of RWKV-6 every time_*: trained values, whole
 
 Neither the mode nor the block size is stored. A block of two axes is (r, out), mode `bone`. One of three axes is
-(n, r, r): a bat, of which the file does not say whether n counts input shards, as RWKV-PEFT's own mode `bat` does
-(`bat-row`), or output shards, as PEFT's bat does (`bat-col`).
+(n, r, r), mode `bat`: RWKV-PEFT counts input shards, so it is bat-row. PEFT's bat (bat-col) counts output shards, and
+on a square layer has the same shape; it never comes in such a file but from the first versions of RWKV-PEFT, whose
+`.bone` files counted them, too, and are refused where shapes show it.
 """
 
 import re
@@ -14,11 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flashbone.checkpoint import Adapter
-from flashbone.checkpoint.states import read_state
+from flashbone import variants
+from flashbone.checkpoint import Adapter, folders
+from flashbone.checkpoint.states import read_state, write_pickle
 from flashbone.errors import FormatError
 
 SUFFIXES = (".disha", ".bone")
+_VARIANTS = {"bone": "bone", "bat": "bat-row"}  # mode of RWKV-PEFT -> what it is
+_WAYS_OUT = {"bat-col": "miss (PEFT's bat) or a LoRA", "mini": "miss or a LoRA"}
+_LEAD = "model."
 # Names in RWKV's own checkpoints; a wrapper's leading `model.` may stand before them.
 _NAME = re.compile(r"(model\.)?(emb|head|ln_out|blocks\.\d+\.(att|ffn|ln\d))(\.|$)")
 
@@ -46,7 +51,10 @@ def read(file: Path) -> RwkvAdapter:
     Raises:
         FormatError: it is broken, or something else; all strange keys are named at once.
     """
-    state = read_state(file)
+    return _sorted(file, read_state(file))
+
+
+def _sorted(file: Path, state: dict[str, Tensor]) -> RwkvAdapter:
     if not any(key.endswith(SUFFIXES) for key in state):
         like = f", its names are like {next(iter(state))!r}" if state else ""
         raise FormatError(
@@ -80,8 +88,74 @@ def _is_block(tensor: Tensor) -> bool:
 
 
 def read_adapter(file: Path) -> Adapter:
-    raise NotImplementedError
+    """Read an adapter file of RWKV-PEFT as what RWKV-PEFT itself means by it: a block of three axes is bat-row.
+
+    Raises:
+        FormatError: it is broken or something else, mixes modes, or counts output shards as RWKV-PEFT did at first.
+    """
+    return _adapter(file, read(file))
+
+
+def _adapter(file: Path, held: RwkvAdapter) -> Adapter:
+    mode, *others = held.modes
+    if others:
+        raise FormatError(f"{file}: it mixes blocks of the modes {' and '.join(held.modes)}, and an adapter has one")
+    if early := _of_an_early_layout(held):
+        raise FormatError(
+            f"{file}: its blocks count output shards, as the first versions of RWKV-PEFT did: {', '.join(early)}; only"
+            " (r, out) and (in / r, r, r) are read"
+        )
+    names = [*held.blocks, *held.replacements]
+    lead = _LEAD if all(name.startswith(_LEAD) for name in names) else ""
+    return Adapter(
+        variants.get(_VARIANTS[mode]),
+        {name.removeprefix(lead): block for name, block in held.blocks.items()},
+        {name.removeprefix(lead): value for name, value in held.replacements.items()},
+        config={},
+    )
+
+
+def _of_an_early_layout(held: RwkvAdapter) -> list[str]:
+    """Blocks that cannot be what RWKV-PEFT writes today, as far as shapes tell. It had `.bone` files of (out, r) and of
+    (out / r, r, r); and the hidden size between ffn.key and ffn.value is larger than the model's."""
+    if held.modes == ("bone",):
+        return [n for n, b in held.blocks.items() if held.suffix == "bone" and b.shape[0] > b.shape[1]]
+    pairs = [(name, name.removesuffix("key") + "value") for name in held.blocks if name.endswith("ffn.key")]
+    known = [(name, held.blocks[name], held.blocks[other]) for name, other in pairs if other in held.blocks]
+    return [name for name, key, value in known if len(key) * key.shape[-1] > len(value) * value.shape[-1]]
 
 
 def write(adapter: Adapter, file: Path) -> None:
-    raise NotImplementedError
+    """Write a file of RWKV-PEFT: for its merge script any r of each layer will do, for its training one r for all.
+
+    Raises:
+        FormatError: the format cannot hold this adapter; all reasons are named, and nothing is written.
+    """
+    names = [*adapter.blocks, *adapter.replacements]
+    cut = 0 if all(map(_is_name, names)) else _length_of_lead(names)
+    folders.refuse(
+        adapter,
+        {
+            "its mode bone is bone, and its bat is bat-row; keep it as BONE, or convert it to "
+            + _WAYS_OUT.get(adapter.variant.name, "a LoRA"): adapter.variant.name not in _VARIANTS.values(),
+            "it adapts linear layers only": {*adapter.transposed, *adapter.parameters},
+            "these are no names of an RWKV model": [name for name in names if not _is_name(name[cut:])],
+        },
+        "rwkv-peft",
+    )
+    state = {f"{name[cut:]}{SUFFIXES[0]}": block for name, block in adapter.blocks.items()}
+    state |= {name[cut:]: value for name, value in adapter.replacements.items()}
+    again = _adapter(file, _sorted(file, state))
+    if {n: id(t) for n, t in again.blocks.items()} != {n[cut:]: id(t) for n, t in adapter.blocks.items()}:
+        raise FormatError("names of this adapter would mean something else in a file of RWKV-PEFT; rename its layers")
+    write_pickle(state, file)
+
+
+def _is_name(name: str) -> bool:
+    return _NAME.match(name) is not None and not name.startswith(_LEAD)
+
+
+def _length_of_lead(names: list[str]) -> int:
+    """Letters of the one leading part that all names share, such as `model.` or `rwkv.`."""
+    leads = {name.partition(".")[0] for name in names}
+    return len(leads.pop()) + 1 if len(leads) == 1 else 0
