@@ -54,7 +54,7 @@ def test_engines_of_gguf_get_one_file_and_what_starts_it(base, adapter, engine, 
     report = convert(adapter, tmp_path / "out", engine=engine, base=base)
     assert (report.format, report.rank, report.exact) == ("gguf", 6, True)
     beside = "Modelfile" if engine == "ollama" else "SERVE.md"
-    assert listing(tmp_path / "out") == sorted([beside, engines.GGUF])
+    assert listing(tmp_path / "out") == sorted(["README.md", beside, engines.GGUF])
     names = {tensor.name for tensor in GGUFReader(tmp_path / "out" / engines.GGUF).tensors}
     kinds = ("attn_q", "attn_k", "ffn_down")
     assert names == {f"blk.{i}.{kind}.weight.lora_{ab}" for i in range(2) for kind in kinds for ab in "ab"}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flashbone.checkpoint import Adapter, miss, peft, rwkv
+from flashbone.checkpoint import Adapter, fields, miss, peft, rwkv
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
 
@@ -24,8 +24,10 @@ def recognise(path: Path) -> tuple[str, Path]:
             raise FormatError(f"{path}: GGUF adapters are only written; convert from the adapter that it was made of")
         return "rwkv-peft", path
     kind = read_json(path / peft.CONFIG).get("peft_type") if (path / peft.CONFIG).is_file() else "BONE"
-    if kind not in PEFT_TYPES:
-        raise FormatError(f"{path / peft.CONFIG}: this is a {kind} adapter, wanted {', '.join(PEFT_TYPES)}")
+    if not isinstance(kind, str) or kind not in PEFT_TYPES:
+        raise FormatError(
+            f"{path / peft.CONFIG}: this is a {fields.shown(kind)} adapter, wanted {', '.join(PEFT_TYPES)}"
+        )
     return PEFT_TYPES[kind], path  # a folder without a config is refused by the reader of BONE
 
 

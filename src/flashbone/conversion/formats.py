@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashbone import cards
 from flashbone.checkpoint import Adapter, gguf, lora, miss, peft, reading, rwkv
 from flashbone.checkpoint.lora import Lora
 from flashbone.errors import ConfigError
@@ -84,10 +85,19 @@ def size(held: Adapter | Lora) -> int:
     return sum(t.nbytes for t in tensors)
 
 
+def _card(target: Format, held: Adapter | Lora) -> cards.Card:
+    if isinstance(held, Lora):
+        return cards.Card(target.name, None, (held.rank,), tuple(held.factors), held.base_model)
+    sizes = sorted({block.shape[-2] for block in held.blocks.values()})
+    return cards.Card(target.name, held.variant.name, tuple(sizes), tuple(held.blocks), held.base_model)
+
+
 def write(target: Format, held: Adapter | Lora, place: Path, is_file: bool) -> tuple[str, ...]:
     """Write into an empty folder, or the new file `place`; the names of what was written."""
     if target.suffix is None:
         target.write(held, place)
     else:
         target.write(held, place if is_file else place / f"adapter{target.suffix}")
+    if not is_file:
+        (place / "README.md").write_text(cards.page(_card(target, held)), encoding="utf-8")
     return () if is_file else tuple(sorted(p.name for p in place.iterdir()))

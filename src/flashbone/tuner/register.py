@@ -26,7 +26,7 @@ def register(peft: ModuleType) -> None:
         raise PeftTooOldError(
             f"flashbone needs peft >= {wanted}, but peft {peft.__version__} is installed; run `pip install -U peft`"
         )
-    from flashbone.tuner import config, hotswap, layer, loading, model, neighbours
+    from flashbone.tuner import card, config, hotswap, layer, loading, model, neighbours
 
     mapping, tuners = import_module("peft.mapping"), import_module("peft.tuners")
 
@@ -50,5 +50,6 @@ def register(peft: ModuleType) -> None:
         vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
         vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
     loading.clean_up_after_failed_loads(peft.PeftModel)
+    card.write_cards(peft.PeftModel)
     neighbours.refuse_bone(import_module("peft.mixed_model"))
     hotswap.support_bone(import_module("peft.utils.hotswap"))

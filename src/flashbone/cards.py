@@ -1,0 +1,143 @@
+"""Model cards: the README.md beside an adapter says what it is, who loads it, and how it is merged and converted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+BEGIN, END = "<!-- flashbone: begin -->", "<!-- flashbone: end -->"
+TAGS = ("bone", "flashbone")
+_HUB_ID = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")  # needs no quotes in YAML
+_MOST_NAMES = 12
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Attributes:
+        format: "peft", "miss", "lora", "rwkv-peft" or "gguf".
+        variant: of the adapter; None: it is a plain LoRA.
+        r: its block sizes, or the rank.
+        targets: names of the adapted layers, or a pattern.
+        base: folder or hub id of the base model, if known.
+    """
+
+    format: str
+    variant: str | None
+    r: tuple[int, ...]
+    targets: tuple[str, ...]
+    base: str | None
+
+
+def page(card: Card) -> str:
+    """A whole README.md, with the hub's metadata at its head."""
+    library = "peft" if card.format in ("peft", "miss", "lora") else "flashbone"
+    base = [f"base_model: {card.base if _HUB_ID.fullmatch(card.base) else json.dumps(card.base)}"] if card.base else []
+    head = ["---", f"library_name: {library}", *base, "tags:", *(f"- {tag}" for tag in TAGS), "---"]
+    return "\n".join([*head, "", "# Adapter", "", section(card), ""])
+
+
+def section(card: Card) -> str:
+    """The part of a card that is ours, between two markers."""
+    base = _code(card.base) if card.base else "not recorded"
+    what = f"`{card.variant}` (Bone family)" if card.variant else "plain LoRA"
+    rows = [
+        ("format", card.format),
+        ("variant", what),
+        ("r" if card.variant else "rank", ", ".join(map(str, card.r))),
+        ("targets", _targets(card.targets)),
+        ("base model", base),
+    ]
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    parts = [BEGIN, "## Adapter facts", "", *table, "", *_USES[card.format](card), END]
+    return "\n".join(parts)
+
+
+def with_section(text: str, card: Card) -> str:
+    """A card's text with our part new: in its place, or at the end of a text that has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        return before + section(card) + after
+    return f"{text.rstrip()}\n\n{section(card)}"
+
+
+def _targets(names: Iterable[str]) -> str:
+    """The last parts of the names, since layers are many and roles few."""
+    last = sorted({name.rpartition(".")[2] if re.fullmatch(r"[\w.]+", name) else name for name in names})
+    more = len(last) - _MOST_NAMES
+    return ", ".join(map(_code, last[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def _code(text: str) -> str:
+    """Text that Markdown does not read, in one cell of a table."""
+    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"
+
+
+def _python(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]
+
+
+def _shell(*lines: str) -> list[str]:
+    return ["```sh", *lines, "```", ""]
+
+
+_LOAD = (
+    "from transformers import AutoModelForCausalLM",
+    "from peft import PeftModel",
+    "",
+    'base = AutoModelForCausalLM.from_pretrained("BASE")',
+    'model = PeftModel.from_pretrained(base, "ADAPTER")',
+)
+_TO_LORA = "flashbone convert ADAPTER OUT --to lora --base BASE"
+
+
+def _peft(card: Card) -> list[str]:
+    miss = card.variant in ("bone", "mini", "bat-col")
+    exact = card.variant in ("bone", "mini")
+    lora = _TO_LORA + ("" if exact else " --error 0.01")
+    how = "exactly" if exact else "approximately, to the error that is asked for"
+    without = ["PEFT 0.14 to 0.18 loads it as it is."] if card.variant in ("bone", "bat-col") else []
+    without += ["Plain PEFT 0.17 and newer loads it after the first command below."] if miss else []
+    without += [f"Anything that serves LoRAs loads it, {how}, after the {'second' if miss else 'first'}."]
+    commands = ["flashbone convert ADAPTER OUT --to miss"] if miss else []
+    commands += [lora]
+    commands += ["flashbone convert ADAPTER OUT --to rwkv-peft"] if card.variant in ("bone", "bat-row") else []
+    return [
+        *("### Load with flashbone", "", *_python("import flashbone  # gives PEFT its BONE method", *_LOAD)),
+        *("### Load without flashbone", "", " ".join(without), "", *_shell(*commands)),
+        *_merging(),
+    ]
+
+
+def _miss(card: Card) -> list[str]:
+    return [
+        *("### Load", "", "PEFT 0.17 and newer, without flashbone:", "", *_python(*_LOAD)),
+        *("### Convert", "", *_shell("flashbone convert ADAPTER OUT --to peft")),
+        *_merging(),
+    ]
+
+
+def _lora(card: Card) -> list[str]:
+    engines = "Any version of PEFT, and every engine that serves LoRAs:"
+    serve = _shell("flashbone convert ADAPTER OUT --for vllm")
+    return ["### Load", "", engines, "", *_python(*_LOAD), "### Serve", "", *serve]
+
+
+def _rwkv(card: Card) -> list[str]:
+    how = "RWKV-PEFT reads the `.pth` file here (`merge/merge_disha.py`, or as the checkpoint to train on from)."
+    return ["### Load", "", how, "", "### Convert", "", *_shell("flashbone convert ADAPTER OUT --to peft"), *_merging()]
+
+
+def _gguf(card: Card) -> list[str]:
+    return ["### Load", "", "With llama.cpp:", "", *_shell("llama-cli -m BASE.gguf --lora adapter.gguf")]
+
+
+def _merging() -> list[str]:
+    return ["### Merge", "", *_shell("flashbone merge BASE ADAPTER OUT")]
+
+
+_USES = {"peft": _peft, "miss": _miss, "lora": _lora, "rwkv-peft": _rwkv, "gguf": _gguf}

@@ -1,0 +1,78 @@
+"""The cards of adapters that a live model saves: PEFT writes README.md, and a BONE adapter's gets our part added."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from flashbone import cards
+from flashbone.tuner.config import BoneConfig
+
+CARD = "README.md"
+
+
+def write_cards(peft_model: Any) -> None:
+    """Wrap what writes cards: `create_or_update_model_card`, which trainers call, too, for the adapter "default", whose
+    folder it is; and `save_pretrained`, which saves other adapters to folders of their own."""
+    peft_model.create_or_update_model_card = _with_our_part(peft_model.create_or_update_model_card)
+    peft_model.save_pretrained = _with_cards_of_others(peft_model.save_pretrained)
+
+
+def _with_our_part(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def create_or_update_model_card(self: Any, output_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, output_dir, *args, **kwargs)
+        _write(self, "default", Path(output_dir))
+        return result
+
+    return create_or_update_model_card
+
+
+def _with_cards_of_others(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["is_main_process"]:
+            for name in given.arguments["selected_adapters"] or list(self.peft_config):
+                if name != "default":
+                    _write(self, name, Path(given.arguments["save_directory"]) / name)
+        return result
+
+    return save_pretrained
+
+
+def _write(model: Any, adapter_name: str, folder: Path) -> None:
+    """Write or renew our part of the card of an adapter, if it is a BONE adapter; what else it says stays."""
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, BoneConfig):
+        return
+    card = _card(config, getattr(model.get_base_model(), "name_or_path", None))
+    file = folder / CARD
+    if not file.exists():
+        file.write_text(cards.page(card), encoding="utf-8")
+        return
+    written = ModelCard.load(file, ignore_metadata_errors=True)
+    written.data["tags"] = sorted({*(written.data.get("tags") or ()), *cards.TAGS})
+    written.text = cards.with_section(written.text, card)
+    written.save(file)
+
+
+def _card(config: BoneConfig, base: str | None) -> cards.Card:
+    targets = config.target_modules or ()
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    return cards.Card(
+        format="peft",
+        variant=config.variant,
+        r=tuple(sorted({config.r, *config.rank_pattern.values()})),
+        targets=names + tuple(config.target_parameters or ()),
+        base=config.base_model_name_or_path or base or None,
+    )
