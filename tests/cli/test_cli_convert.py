@@ -21,7 +21,9 @@ def place(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
     for variant in ("bone", "bat-row"):
-        write_adapter(tmp_path / variant, variant, blocks_for(model, variant, TARGETS, 4), r=4, target_modules=[*TARGETS])
+        write_adapter(
+            tmp_path / variant, variant, blocks_for(model, variant, TARGETS, 4), r=4, target_modules=[*TARGETS]
+        )
     return tmp_path
 
 

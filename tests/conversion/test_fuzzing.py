@@ -29,7 +29,7 @@ EXAMPLES = int(os.environ.get("FLASHBONE_FUZZ", "0"))
 many = settings(
     max_examples=EXAMPLES or 60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=not EXAMPLES
 )
-# Not yet: lora and gguf, which need a base. Reading and writing them is still to come.
+# LoRAs and GGUF need a base: test_fuzzing_with_base.py.
 TARGETS = ("peft", "miss", "rwkv-peft")
 NAMES = ("blocks.0.att.key", "model.layers.0.q", "layers.1.q", "q", "x.q", "emb")
 ODD_NAMES = ("a.base_layer.b", "q.bone_block", "(", "", "blocks.0.ffn.key.disha")
