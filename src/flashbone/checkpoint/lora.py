@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashbone.checkpoint import folders, same_values
+from flashbone.checkpoint import fields, folders, same_values
 from flashbone.checkpoint.states import read_state
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
@@ -205,18 +205,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not ok:
             problems.append(f"{name}: got {reprlib.repr(config[name])}, wanted {wanted}")
 
-    check(_is_size(config["r"]), "r", "a positive integer")
+    check(fields.is_size(config["r"]), "r", "a positive integer")
     check(_is_number(config["lora_alpha"]), "lora_alpha", "a number")
     check(isinstance(config["use_rslora"], bool), "use_rslora", "true or false")
     check(isinstance(config["fan_in_fan_out"], bool), "fan_in_fan_out", "true or false")
     check(config["bias"] in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
-    check(_are_names(config["modules_to_save"]), "modules_to_save", "names")
-    targets = config["target_modules"]
-    check(targets is None or isinstance(targets, str) or _are_names(targets), "target_modules", "names or a pattern")
-    check(_is_pattern(config["rank_pattern"], _is_size), "rank_pattern", "patterns with positive integers")
+    for name in sorted(fields.SHARED.keys() & config.keys()):
+        check(fields.SHARED[name][0](config[name]), name, fields.SHARED[name][1])
+    check(_is_pattern(config["rank_pattern"], fields.is_size), "rank_pattern", "patterns with positive integers")
     check(_is_pattern(config["alpha_pattern"], _is_number), "alpha_pattern", "patterns with numbers")
-    task = config.get("task_type")
-    check(task is None or isinstance(task, str), "task_type", "a name")
     start = config.get("init_lora_weights")
     if not any(start is plain or (start == plain and isinstance(start, str)) for plain in _PLAIN_STARTS):
         problems.append(f"init_lora_weights: {start!r} changes the base, too; save it as a plain LoRA with PEFT first")
@@ -228,16 +225,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _is_pattern(value: object, fits: Any) -> bool:
