@@ -66,9 +66,24 @@ def test_engines_of_gguf_get_one_file_and_what_starts_it(base, adapter, engine, 
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_nothing_is_left_of_an_adapter_that_an_engine_cannot_take(base, engine, tmp_path):
     blocks = blocks_for(tiny_llama(), "bone", LAYERS, 6)
-    others = {"model.norm.modules_to_save.weight": torch.ones(20)}
+    others = {"model.norm.modules_to_save.weight": torch.full((20,), 2.0)}
     adapter = write_adapter(tmp_path / "adapter", "bone", blocks, r=6, others=others, modules_to_save=["norm"])
     before = listing(tmp_path)
     with pytest.raises(FormatError, match=r"replace the base's: model\.norm\.weight"):
         convert(adapter, tmp_path / "out", engine=engine, base=base)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_copy_of_the_base_s_own_value_is_left_out(base, engine, tmp_path):
+    """PEFT saves such a copy of an embedding along when its layer is adapted."""
+    blocks = blocks_for(tiny_llama(), "bone", LAYERS, 6)
+    own = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    adapter = write_adapter(tmp_path / "adapter", "bone", blocks, r=6, others={"model.embed_tokens.weight": own})
+    assert convert(adapter, tmp_path / "out", engine=engine, base=base).replaced == 0
+
+
+def test_the_base_that_is_given_is_the_one_that_is_served(base, adapter, tmp_path):
+    report = convert(adapter, tmp_path / "out", engine="vllm", base=base)
+    assert report.serve is not None
+    assert report.serve.startswith(f"vllm serve {base} ")

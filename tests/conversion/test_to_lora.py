@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import BoneConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flashbone import convert
@@ -257,3 +257,33 @@ def test_the_command_reports_each_modules_error_the_worst_first(tmp_path, capsys
     assert lines[2].split() == [f"{errors[0]:.2e}", "rank", "3", report["errors"][0]["name"]]
     assert main(["convert", *options, str(tmp_path / "c")]) == 1
     assert "give the rank of the LoRA" in capsys.readouterr().err
+
+
+def _plain_lora(folder: Path, base: torch.nn.Module, rows: int = 0) -> Path:
+    """A LoRA with free factors on one layer; `rows` more outputs than the base has."""
+    out, in_ = base.model.layers[0].self_attn.q_proj.weight.shape
+    state = {"lora_A": torch.randn(4, in_), "lora_B": torch.randn(out + rows, 4)}
+    folder.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.{key}.weight": tensor for key, tensor in state.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    return folder
+
+
+@pytest.mark.parametrize("target", ["lora", "gguf"])
+def test_a_lora_of_another_model_is_refused(tmp_path, target):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    wrong = _plain_lora(tmp_path / "wrong", base, rows=2)
+    with pytest.raises(ShapeError, match=r"q_proj: factors for 22 x 20, the base has 20 x 20"):
+        convert(wrong, tmp_path / "out", target, base=tmp_path / "base")
+    assert convert(_plain_lora(tmp_path / "right", base), tmp_path / "out", target, base=tmp_path / "base").exact
+
+
+def test_a_lora_that_holds_nan_is_refused(tmp_path):
+    base = tiny_llama()
+    folder = _plain_lora(tmp_path / "lora", base)
+    state = load_file(folder / "adapter_model.safetensors")
+    save_file({k: t * torch.nan for k, t in state.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(NonFiniteError, match="q_proj hold NaN or infinity"):
+        convert(folder, tmp_path / "out", "lora")

@@ -197,8 +197,16 @@ def test_bone_of_rwkv_peft_is_told_by_its_two_axes(tmp_path, suffix):
     assert report.engines == ()
 
 
-def test_which_bat_a_file_of_rwkv_peft_holds_is_not_guessed(tmp_path):
-    save_file(_rwkv("disha", 3), tmp_path / "adapter.safetensors")
+def test_three_axes_under_disha_are_bat_row(tmp_path):
+    torch.save(_rwkv("disha", 3), tmp_path / "adapter.pth")
+    for given in (tmp_path / "adapter.pth", tmp_path):  # as a file, and as the folder that conversion writes
+        report = inspect_adapter(given)
+        assert report.variant == "bat-row"
+        assert "mode bat, n = in / r" in report.evidence
+
+
+def test_which_bat_an_old_file_of_rwkv_peft_holds_is_not_guessed(tmp_path):
+    save_file(_rwkv("bone", 3), tmp_path / "adapter.safetensors")
     report = inspect_adapter(tmp_path / "adapter.safetensors")
     assert report.variant is None
     assert "the file does not say which" in report.evidence

@@ -19,6 +19,8 @@ def recognise(path: Path) -> tuple[str, Path]:
     """
     if path.is_file() and path.name in (peft.CONFIG, peft.SAFETENSORS, peft.PICKLE):
         path = path.parent
+    if path.is_dir() and not (path / peft.CONFIG).exists():  # what conversion makes of formats of one file
+        path = next((path / name for name in ("adapter.pth", "adapter.gguf") if (path / name).is_file()), path)
     if path.is_file():
         if path.suffix == ".gguf":
             raise FormatError(f"{path}: GGUF adapters are only written; convert from the adapter that it was made of")

@@ -24,13 +24,17 @@ def check(out: Path, size: int, source: Path, is_file: bool = False) -> None:
     """
     if out.resolve().is_relative_to(source.resolve()):
         raise FlashboneError(f"{out}: the output must not be {source} or lie inside it; name another place")
+    if out.resolve() == Path.cwd():
+        raise FlashboneError(f"{out}: is the current folder, which cannot be replaced; name a new one")
     is_empty_folder = out.is_dir() and not is_file and not any(out.iterdir())
     if out.is_symlink() or (out.exists() and not is_empty_folder):
         raise FlashboneError(f"{out}: exists already; name a new one, or remove it first")
     ancestor = _existing_ancestor(out)
     if not ancestor.is_dir():
         raise FlashboneError(f"{out}: {ancestor} is a file, no folder can be made in it")
-    free = shutil.disk_usage(ancestor).free
+    free, total = shutil.disk_usage(ancestor).free, shutil.disk_usage(ancestor).total
+    if not total:
+        raise FlashboneError(f"{out}: {ancestor} is no place for files; name another one")
     if free < size:
         left = f"; a killed run left {', '.join(map(str, leftovers(out)))}, remove it" if leftovers(out) else ""
         raise FlashboneError(
@@ -66,9 +70,7 @@ def whole_or_absent(out: Path, is_file: bool = False) -> Iterator[Path]:
         staging.chmod(0o777 & ~_umask())
         yield staging / out.name if is_file else staging
         if is_file:
-            if out.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
-            os.rename(staging / out.name, out)
+            _rename_new(staging / out.name, out)
             staging.rmdir()
         else:
             os.rename(staging, out)
@@ -79,6 +81,20 @@ def whole_or_absent(out: Path, is_file: bool = False) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in _REASONS:
             raise FlashboneError(f"{out}: {_REASONS[error.errno]}; nothing was written") from error
         raise
+
+
+def _rename_new(file: Path, out: Path) -> None:
+    """Rename a file, never over another; file systems without links cannot tell one that appears at that moment."""
+    try:
+        os.link(file, out)
+    except FileExistsError:
+        raise
+    except OSError:
+        if out.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out)) from None
+        os.rename(file, out)
+    else:
+        file.unlink()
 
 
 def _umask() -> int:

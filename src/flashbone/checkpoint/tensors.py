@@ -7,6 +7,7 @@ byte for byte, and the tensors can be streamed in the order of their offsets: on
 
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def scan(path: Path) -> TensorFile:
         table: dict[str, Any] = json.loads(text)
         table.pop("__metadata__", None)
         entries = [_entry(name, fields, 8 + length) for name, fields in table.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise FormatError(f"{path}: its header is not that of a safetensors file ({error})") from error
     entries.sort(key=lambda entry: (entry.start, entry.end))
     end = 8 + length
@@ -92,8 +93,8 @@ def scan(path: Path) -> TensorFile:
 
 
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> Entry:
-    shape = tuple(int(n) for n in fields["shape"])
-    start, end = (int(n) for n in fields["data_offsets"])
+    shape = tuple(operator.index(n) for n in fields["shape"])
+    start, end = (operator.index(n) for n in fields["data_offsets"])
     entry = Entry(name, str(fields["dtype"]), shape, data_start + start, data_start + end)
     if start < 0 or end < start or any(n < 0 for n in shape):
         raise ValueError(f"tensor {name} has negative sizes")

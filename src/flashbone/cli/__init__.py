@@ -61,6 +61,9 @@ _FAULTS_OF_THE_DISK = {
     errno.ENOSPC: "no space left on device; free some or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
     errno.EACCES: "permission denied; write elsewhere or change the folder's permissions",
+    errno.EFBIG: "the file is larger than the disk or a limit allows; write elsewhere, or in shards",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an error; write elsewhere",
     errno.EROFS: "the file system is read-only; write elsewhere",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def convert(
         FlashboneError: `out` exists, or the disk is full.
     """
     path, out = Path(adapter), Path(out)
-    server = engines.get(engine) if engine else None
+    server = engines.get(engine) if engine is not None else None
     target = _target(to, server)
     if target.holds is not Lora and (rank, error) != (None, None):
         raise ConfigError(f"rank and error are those of a LoRA, but {target.name} is none; leave them out")
@@ -92,8 +93,13 @@ def convert(
                 raise FormatError(f"{path}: a LoRA needs the sizes of the base's layers; give the base model's folder")
             held, errors = factors.to_lora(held, model, rank, error, progress)
         else:
+            factors.check_finite(held, path)
             held = factors.resized(held, rank, error, path)
-            held = held if model is None else dataclasses.replace(held, base_config=model.config)
+            held = held if model is None else factors.on_base(held, model, path)
+        if model is not None:
+            held = dataclasses.replace(held, base_model=_name_of_base(base, held.base_model))
+            if server is not None or target.name == "gguf":
+                held = factors.without_values_of_base(held, model)
     elif isinstance(held, Lora):
         held = factors.to_adapter(held, path)
     if server is not None:
@@ -126,7 +132,7 @@ def _target(to: str | None, server: engines.Engine | None) -> formats.Format:
         raise ConfigError(f"to: nothing was given, wanted one of {', '.join(formats.FORMATS)}, or an engine")
     if server is not None and to not in (None, *server.formats):
         raise ConfigError(f"{server.name} takes {' or '.join(server.formats)}, not {to}; leave out one of the two")
-    return formats.get(to or server.formats[0])  # pyright: ignore[reportOptionalMemberAccess]
+    return formats.get(server.formats[0] if to is None else to)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _base(given: str | Path | None, named: str | None) -> BaseModel | None:
@@ -134,3 +140,9 @@ def _base(given: str | Path | None, named: str | None) -> BaseModel | None:
     if given is not None:
         return open_base(Path(given))
     return open_base(Path(named)) if named and Path(named).is_dir() else None
+
+
+def _name_of_base(given: str | Path | None, named: str | None) -> str | None:
+    """What the LoRA calls its base: the folder that was given, unless the adapter names a model on the hub."""
+    is_on_hub = named is not None and not Path(named).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", named)
+    return named if given is None or is_on_hub else str(given)

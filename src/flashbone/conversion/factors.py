@@ -16,7 +16,7 @@ from flashbone.checkpoint import Adapter, names, tensors
 from flashbone.checkpoint.base import BaseModel
 from flashbone.checkpoint.lora import Lora, in_saved_module
 from flashbone.checkpoint.placing import Place, place
-from flashbone.errors import ConfigError, FormatError, NonFiniteError
+from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeError
 from flashbone.variants import lowrank
 from flashbone.variants.lowrank import Factors
 
@@ -166,6 +166,65 @@ def _containers(entry: str) -> Iterator[str]:
 def _dotted_ends(name: str) -> Iterator[str]:
     parts = name.split(".")
     return (".".join(parts[i:]) for i in reversed(range(len(parts))))
+
+
+def check_finite(lora: Lora, where: Path) -> None:
+    """Check that every number of the factors is finite.
+
+    Raises:
+        NonFiniteError: some are not; their modules are named.
+    """
+    broken = [name for name, pair in lora.factors.items() if not all(torch.isfinite(t).all() for t in pair)]
+    if broken:
+        raise NonFiniteError(f"{where}: the factors of {', '.join(broken)} hold NaN or infinity; the LoRA is broken")
+
+
+def on_base(lora: Lora, model: BaseModel, where: Path) -> Lora:
+    """The LoRA with what its base tells: the config, and which layers keep their weight as (in, out).
+
+    Raises:
+        FormatError: names that the base has not, or not clearly; all are listed.
+        ShapeError: factors that do not fit their layers; all are listed.
+    """
+    found, lost = names.locate((f"{name}.weight" for name in lora.factors), model.entries)
+    problems = [f"{name}: {reason}" for name, reason in lost.items()]
+    misfits, conv1d = [], set()
+    for name, (A, B) in lora.factors.items():
+        if (tensor := found.get(f"{name}.weight")) is None:
+            continue
+        is_conv1d = name not in lora.embeddings and bool(names.is_transposed(tensor, model.config))
+        conv1d |= {name} if is_conv1d else set()
+        shape, got = model.entries[tensor].shape, (len(B), A.shape[1])
+        if (shape[::-1] if is_conv1d or name in lora.embeddings else shape) != got:
+            misfits.append(f"{name}: factors for {got[0]} x {got[1]}, the base has {' x '.join(map(str, shape))}")
+    if problems:
+        raise FormatError(f"{where}: the LoRA does not fit {model.folder}: {'; '.join(problems + misfits)}")
+    if misfits:
+        raise ShapeError(f"{where}: the LoRA does not fit {model.folder}: {'; '.join(misfits)}")
+    return replace(lora, base_config=model.config, conv1d=frozenset(conv1d))
+
+
+def without_values_of_base(lora: Lora, model: BaseModel) -> Lora:
+    """The LoRA without replacements that are the base's own values, such as the copy of an embedding that PEFT saves
+    along when its layer is adapted."""
+    found, _ = names.locate(lora.replacements, model.entries)
+    if names.has_tied_embeddings(model.config, model.entries):
+        inputs = [tensor for tensor in model.entries if names.is_embedding(tensor, names.INPUT_EMBEDDINGS)]
+        heads = [n for n in lora.replacements if n not in found and names.is_embedding(n, names.OUTPUT_EMBEDDINGS)]
+        found |= dict.fromkeys(heads, inputs[0]) if len(inputs) == 1 else {}
+    files = {entry.name: file.path for file in model.files for entry in file.entries}
+    kept = {}
+    for name, value in lora.replacements.items():
+        entry = model.entries.get(found.get(name, ""))
+        if entry is not None and entry.shape == tuple(value.shape) and entry.dtype in tensors.FLOATS:
+            with files[entry.name].open("rb") as source:
+                source.seek(entry.start)
+                stored = tensors.read(source, entry)
+            wide = torch.promote_types(stored.dtype, value.dtype)
+            if torch.equal(stored.to(wide), value.to(wide)):
+                continue
+        kept[name] = value
+    return replace(lora, replacements=kept)
 
 
 def resized(lora: Lora, rank: int | None, error: float | None, where: Path) -> Lora:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from flashbone import variants
-from flashbone.checkpoint import peft
+from flashbone.checkpoint import names, peft
 from flashbone.conversion import engines as serving
 from flashbone.report.inspect.data import Engine
 from flashbone.report.inspect.held import Held
 
+CONV1D = tuple(f".{layer}" for layer in names.CONV1D_LAYERS)
 IS_LORA = ("bone", "mini")  # exactly, of rank r
 
 
@@ -33,6 +34,8 @@ def _judge(engine: serving.Engine, held: Held) -> Engine:
     if strange := engine.not_adapted(held.blocks):
         return Engine(engine.title, "no", f"it does not adapt {strange[0]}; merge it")
     limits = f", as GGUF{engine.until}" if "gguf" in engine.formats else ""
+    if not limits and any(name.endswith(CONV1D) for name in held.blocks):
+        limits = ", unless the base keeps these layers as (in, out), as GPT-2 does"
     if held.method != "LORA" and held.variant not in IS_LORA:
         how = f"once converted to LoRA by a truncated SVD{limits}; exact only merged"
         return Engine(engine.title, "approximate", how)
@@ -45,7 +48,7 @@ def _exact(engine: serving.Engine, held: Held, limits: str) -> Engine:
     if taken is None:
         return Engine(engine.title, "no", f"rank {ranks[-1]} is more than its {engine.ranks[-1]}; merge it")
     if held.method == "LORA":
-        how = "as it is" if not limits else "once converted"
+        how = "once converted" if "gguf" in engine.formats else "as it is"
         how += f", max_lora_rank {taken}" if engine.name == "vllm" else ""
     else:
         how = f"once converted to LoRA, of rank {taken}" + (", padded with zeros" if ranks != [taken] else "")

@@ -60,6 +60,8 @@ def read_held(path: Path) -> Held:
     """
     if path.is_file() and path.name in (peft.CONFIG, peft.SAFETENSORS, peft.PICKLE):
         path = path.parent
+    if (path / "adapter.pth").is_file() and not (path / peft.CONFIG).exists():
+        path = path / "adapter.pth"
     if path.is_file():
         if _MODELS_WEIGHTS.fullmatch(path.name) and (path.parent / "config.json").is_file():
             raise FormatError(f"{path}: holds a model's weights; for the model, give its folder, {path.parent}")
@@ -129,8 +131,8 @@ def _read_rwkv(file: Path) -> Held:
         file=file,
         layout=f"RWKV-PEFT, keys end in .{adapter.suffix}",
         method="BONE",
-        variant="bone" if adapter.modes == ("bone",) else None,
-        evidence="; ".join(_RWKV_EVIDENCE[mode] for mode in adapter.modes) + ("; both in one file" if mixed else ""),
+        variant=_RWKV_VARIANTS.get((adapter.modes, adapter.suffix)),
+        evidence="; ".join(_rwkv_evidence(m, adapter.suffix) for m in adapter.modes) + "; both in one file" * mixed,
         base_model=None,
         blocks={module: {f".{adapter.suffix}": block} for module, block in adapter.blocks.items()},
         sizes={m: b.shape[0] if b.ndim == 2 else b.shape[-1] for m, b in adapter.blocks.items()},
@@ -138,8 +140,19 @@ def _read_rwkv(file: Path) -> Held:
     )
 
 
-_RWKV_EVIDENCE = {
-    "bone": "blocks of two axes (r, out): RWKV-PEFT's mode bone",
-    "bat": "blocks of three axes (n, r, r): a bat, and the file does not say which. RWKV-PEFT's mode bat is bat-row,"
-    " with n = in / r; PEFT's bat is bat-col, with n = out / r. Where in = out the shapes are the same",
+_RWKV_VARIANTS: dict[tuple[tuple[str, ...], str], str] = {
+    (("bone",), "bone"): "bone",
+    (("bone",), "disha"): "bone",
+    (("bat",), "disha"): "bat-row",
 }
+
+
+def _rwkv_evidence(mode: str, suffix: str) -> str:
+    if mode == "bone":
+        return "blocks of two axes (r, out): RWKV-PEFT's mode bone"
+    if suffix == "disha":
+        return "blocks of three axes (n, r, r) under .disha: RWKV-PEFT's mode bat, n = in / r"
+    return (
+        "blocks of three axes (n, r, r) under .bone: a bat, and the file does not say which. RWKV-PEFT's mode bat is"
+        " bat-row, with n = in / r; its first versions wrote n = out / r. Where in = out the shapes are the same"
+    )
