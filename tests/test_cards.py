@@ -7,12 +7,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from flashbone import BoneConfig, cards, variants
 from flashbone.checkpoint import Adapter
 from flashbone.conversion import formats
-from helpers.adapter_folders import tiny_bert, tiny_llama
+from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
 
 
@@ -23,6 +24,9 @@ def card(**fields) -> cards.Card:
         "r": (4, 64),
         "targets": ("layers.0.q", "layers.1.q", "v"),
         "base": "a/b",
+        "linear_only": True,
+        "fits_lora": True,
+        "fits_rwkv": True,
     }
     return cards.Card(**(given | fields))
 
@@ -33,9 +37,9 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_a_card_says_what_the_adapter_is_and_which_ways_lead_out(variant):
-    page = cards.page(card(variant=variant))
+    page = cards.page(card(variant=variant, r=(64,)))
     assert f"| variant | `{variant}` (Bone family) |" in page
-    assert "| r | 4, 64 |" in page
+    assert "| r | 64 |" in page
     assert "| targets | `q`, `v` |" in page
     assert "| base model | `a/b` |" in page
     assert ("PEFT 0.14 to 0.18 loads it as it is" in page) == (variant in ("bone", "bat-col"))
@@ -46,6 +50,50 @@ def test_a_card_says_what_the_adapter_is_and_which_ways_lead_out(variant):
     lora = "flashbone convert ADAPTER OUT --to lora --base BASE" + ("" if exact else " --error 0.01")
     assert lora in found
     assert found[-1] == "flashbone merge BASE ADAPTER OUT"
+
+
+@pytest.mark.parametrize(
+    ("fields", "ways"),
+    [
+        ({"r": (4, 64)}, {"lora", "rwkv-peft"}),
+        ({"linear_only": False, "fits_rwkv": False}, {"lora"}),
+        ({"linear_only": False, "fits_lora": False, "fits_rwkv": False}, set()),
+        ({"fits_rwkv": False}, {"miss", "lora"}),
+    ],
+)
+def test_a_card_leaves_out_the_ways_that_would_be_refused(fields, ways):
+    page = cards.page(card(**({"r": (4,)} | fields)))
+    assert set(re.findall("OUT --to ([a-z-]+)", page)) == set(re.findall("`--to ([a-z-]+)`", page)) == ways
+    assert ("PEFT 0.14 to 0.18" in page) == ("miss" in ways)
+    assert "Merged into its base" in page
+    assert commands(page)[-1] == "flashbone merge BASE ADAPTER OUT"
+
+
+@pytest.mark.parametrize(
+    ("fields", "ways"),
+    [
+        ({}, {"miss", "lora", "rwkv-peft"}),
+        ({"blocks": {"x.blocks.0.att.key": torch.ones(4, 8), "blocks.0.att.key": torch.ones(4, 8)}}, {"miss", "lora"}),
+        ({"blocks": {"blocks.0.att.key": torch.ones(4, 8), "head": torch.ones(2, 8)}}, {"lora", "rwkv-peft"}),
+        ({"transposed": frozenset(["blocks.0.att.key"])}, {"lora"}),
+        ({"parameters": frozenset(["blocks.0.att.key"])}, set()),
+        ({"replacements": {"blocks.0.att.time_x": torch.ones(4)}}, {"rwkv-peft"}),
+        ({"replacements": {"classifier.bias": torch.ones(4)}}, {"miss", "lora"}),
+    ],
+)
+def test_the_card_of_a_folder_names_the_formats_that_hold_the_adapter(tmp_path, fields, ways):
+    single = "blocks.0.att.time_x" in fields.get("replacements", {})
+    config = {"parameters_to_save": ["blocks.0.att.time_x"]} if single else {}
+    given = {
+        "blocks": {"model.blocks.0.att.key": torch.ones(4, 8)} if not fields else {"blocks.0.att.key": torch.ones(4, 8)}
+    }
+    adapter = Adapter(variants.get("bone"), **({"replacements": {}, "config": config} | given | fields))
+    text = cards.page(formats._card(formats.get("peft"), adapter))
+    assert set(re.findall("OUT --to ([a-z-]+)", text)) == ways
+    for form in ("miss", "rwkv-peft"):
+        if form in ways:
+            (tmp_path / form).mkdir()
+            formats.write(formats.get(form), adapter, tmp_path / form, is_file=False)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +124,14 @@ def test_our_part_is_replaced_where_it_stands_and_the_users_text_stays():
     assert "`mini`" in again
     assert "`bone`" not in again
     assert cards.with_section(again, card(variant="mini")) == again
+
+
+def test_users_text_after_a_stray_marker_stays():
+    stray = f"{cards.END} one {cards.BEGIN} two"
+    once = cards.with_section(stray, card())
+    assert once.startswith(f"{stray}\n\n{cards.BEGIN}\n")
+    assert cards.with_section(once, card()) == once
+    assert cards.with_section(once + " three", card(variant="mini")).startswith(f"{stray}\n\n{cards.BEGIN}\n")
 
 
 def test_a_converted_folder_has_a_card(tmp_path):
@@ -112,6 +168,29 @@ def test_saved_adapters_carry_a_card_each(tmp_path):
     model.save_pretrained(tmp_path / "silent", is_main_process=False)
     assert not list((tmp_path / "silent").rglob("README.md"))
     assert type(PeftModel.from_pretrained(tiny_llama(), tmp_path / "other")).__name__ == "PeftModel"
+
+
+@pytest.mark.parametrize(
+    ("maker", "fields", "ways"),
+    [
+        (tiny_llama, {"target_modules": ["q_proj"]}, {"miss", "lora"}),
+        (tiny_llama, {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}, {"lora"}),
+        (lambda: nn.Sequential(nn.Conv1d(3, 4, 2)), {"target_modules": ["0"]}, set()),
+        (tiny_gpt2, {"target_modules": ["c_attn", "wte"]}, {"lora"}),
+    ],
+)
+def test_the_card_of_a_live_adapter_names_the_formats_that_hold_it(tmp_path, maker, fields, ways):
+    model = get_peft_model(maker(), BoneConfig(r=4, **fields))
+    model.create_or_update_model_card(tmp_path)
+    assert set(re.findall("OUT --to ([a-z-]+)", section(tmp_path))) == ways
+
+
+def test_our_part_comes_back_into_a_card_that_trl_wrote_over_it(tmp_path):
+    model = get_peft_model(tiny_llama(), BoneConfig(r=4, target_modules=["q_proj"]))
+    (tmp_path / "README.md").write_text("---\ntags:\n- trl\n- sft\n---\n# Model Card for mine\n")
+    model.create_or_update_model_card(tmp_path)
+    assert "`q_proj`" in section(tmp_path)
+    assert "# Model Card for mine" in (tmp_path / "README.md").read_text()
 
 
 def test_what_users_write_into_a_saved_card_stays(tmp_path):

@@ -11,6 +11,8 @@ BEGIN, END = "<!-- flashbone: begin -->", "<!-- flashbone: end -->"
 TAGS = ("bone", "flashbone")
 _HUB_ID = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")  # needs no quotes in YAML
 _MOST_NAMES = 12
+_RWKV_NAME = re.compile(r"(emb|head|ln_out|blocks\.\d+\.(att|ffn|ln\d))(\.|$)")  # in RWKV's own checkpoints
+_OURS = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class Card:
         r: its block sizes, or the rank.
         targets: names of the adapted layers, or a pattern.
         base: folder or hub id of the base model, if known.
+        linear_only: it adapts linear layers, and nothing else; a LoRA: and holds nothing else.
+        fits_lora: a LoRA has a place for all that it adapts.
+        fits_rwkv: it adapts linear layers of RWKV, by the names of RWKV's own checkpoints.
     """
 
     format: str
@@ -30,6 +35,16 @@ class Card:
     r: tuple[int, ...]
     targets: tuple[str, ...]
     base: str | None
+    linear_only: bool = False
+    fits_lora: bool = False
+    fits_rwkv: bool = False
+
+
+def are_rwkv(names: Iterable[str]) -> bool:
+    """Whether these are names in RWKV's own checkpoints, all as they are or all after one and the same leading part."""
+    known = list(names)
+    leads, cut = {name.partition(".")[0] for name in known}, [name.partition(".")[2] for name in known]
+    return all(map(_RWKV_NAME.match, known)) or (len(leads) == 1 and all(map(_RWKV_NAME.match, cut)))
 
 
 def page(card: Card) -> str:
@@ -57,11 +72,9 @@ def section(card: Card) -> str:
 
 
 def with_section(text: str, card: Card) -> str:
-    """A card's text with our part new: in its place, or at the end of a text that has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        return before + section(card) + after
+    """A card's text with our part new: in its place, or at the end of a text that has none. Stray markers are text."""
+    if ours := _OURS.search(text):
+        return text[: ours.start()] + section(card) + text[ours.end() :]
     return f"{text.rstrip()}\n\n{section(card)}"
 
 
@@ -95,22 +108,40 @@ _LOAD = (
 _TO_LORA = "flashbone convert ADAPTER OUT --to lora --base BASE"
 
 
+# What plain PEFT asks of a layer's sizes, which flashbone does not.
+_SIZES = {"bat-col": " if r divides the sizes of its layers", "mini": " if mini_r divides the outputs of its layers"}
+
+
 def _peft(card: Card) -> list[str]:
-    miss = card.variant in ("bone", "mini", "bat-col")
-    exact = card.variant in ("bone", "mini")
-    lora = _TO_LORA + ("" if exact else " --error 0.01")
-    how = "exactly" if exact else "approximately, to the error that is asked for"
-    without = ["PEFT 0.14 to 0.18 loads it as it is."] if card.variant in ("bone", "bat-col") else []
-    without += ["Plain PEFT 0.17 and newer loads it after the first command below."] if miss else []
-    without += [f"Anything that serves LoRAs loads it, {how}, after the {'second' if miss else 'first'}."]
-    commands = ["flashbone convert ADAPTER OUT --to miss"] if miss else []
-    commands += [lora]
-    commands += ["flashbone convert ADAPTER OUT --to rwkv-peft"] if card.variant in ("bone", "bat-row") else []
+    without, commands = _ways_out(card)
     return [
         *("### Load with flashbone", "", *_python("import flashbone  # gives PEFT its BONE method", *_LOAD)),
-        *("### Load without flashbone", "", " ".join(without), "", *_shell(*commands)),
+        *("### Load without flashbone", "", " ".join(without), ""),
+        *(_shell(*commands) if commands else ()),
         *_merging(),
     ]
+
+
+def _ways_out(card: Card) -> tuple[list[str], list[str]]:
+    """What is said of life without flashbone, and the conversions that will not be refused."""
+    words, commands = [], []
+    plain = card.linear_only and len(card.r) == 1  # PEFT's BONE and MISS have linear layers and one r
+    sizes = _SIZES.get(card.variant or "", "")
+    if plain and card.variant in ("bone", "bat-col"):
+        words.append(f"PEFT 0.14 to 0.18 loads it as it is{sizes}.")
+    if plain and card.variant in ("bone", "mini", "bat-col"):
+        commands.append("flashbone convert ADAPTER OUT --to miss")
+        words.append(f"Plain PEFT 0.17 and newer loads it after `--to miss`{sizes}.")
+    if card.fits_lora:
+        exact = card.variant in ("bone", "mini")
+        commands.append(_TO_LORA + ("" if exact else " --error 0.01"))
+        how = "exactly" if exact else "approximately, to the error that is asked for"
+        who = "Anything that serves LoRAs" if card.linear_only else "PEFT"
+        words.append(f"{who} loads it, {how}, after `--to lora`.")
+    if card.fits_rwkv and card.variant in ("bone", "bat-row"):
+        commands.append("flashbone convert ADAPTER OUT --to rwkv-peft")
+        words.append("RWKV-PEFT reads it after `--to rwkv-peft`.")
+    return [*words, "Merged into its base, as below, it always is part of a plain model."], commands
 
 
 def _miss(card: Card) -> list[str]:
@@ -122,9 +153,10 @@ def _miss(card: Card) -> list[str]:
 
 
 def _lora(card: Card) -> list[str]:
-    engines = "Any version of PEFT, and every engine that serves LoRAs:"
-    serve = _shell("flashbone convert ADAPTER OUT --for vllm")
-    return ["### Load", "", engines, "", *_python(*_LOAD), "### Serve", "", *serve]
+    engines = ", and every engine that serves LoRAs" if card.linear_only else ""
+    load = ["### Load", "", f"Any version of PEFT{engines}:", "", *_python(*_LOAD)]
+    serve = ["### Serve", "", *_shell("flashbone convert ADAPTER OUT --for vllm --base BASE")]
+    return load + (serve if card.linear_only else [])
 
 
 def _rwkv(card: Card) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import (
     BoneConfig,
+    LoraConfig,
     PeftModel,
     convert_to_lora,
     get_peft_model,
@@ -104,6 +105,53 @@ def test_the_saved_folder_is_that_of_the_command(tmp_path, variant):
     assert live.peft_config["default"].r == files.peft_config["default"].r
     assert live.peft_config["default"].target_modules == files.peft_config["default"].target_modules
     assert close(logits(live), logits(files))
+
+
+def test_a_saved_lora_has_a_card_and_replaces_an_older_one_whole_or_not_at_all(tmp_path, monkeypatch):
+    _, model = adapted(tiny_llama)
+    model.save_as_lora(tmp_path)
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    text = (tmp_path / "README.md").read_text()
+    assert all(word in text for word in ("| variant | plain LoRA |", "| rank | 6 |", "`down_proj`", "every engine"))
+    (tmp_path / "README.md").write_text(text + "mine\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraConfig, "save_pretrained", fail)
+        with pytest.raises(OSError, match="disk full"):
+            model.save_as_lora(tmp_path, rank=8)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    model.save_as_lora(tmp_path, rank=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    text = (tmp_path / "README.md").read_text()
+    assert "| rank | 8 |" in text
+    assert text.endswith("mine\n")
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(0.5, torch.bfloat16), (0.3, torch.float32)])
+def test_a_scale_that_16_bits_cannot_hold_widens_the_factor(scale, dtype):
+    _, model = adapted(tiny_llama)
+    model.bfloat16()
+    model.base_model.set_scale("default", scale)
+    _, state = model.to_lora()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    B = state["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    assert B.dtype == dtype
+    assert torch.equal(B, (layer.bone_block["default"].detach().mT.double() * scale).to(dtype))
+
+
+def test_a_merged_embedding_is_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that PEFT saves embeddings along
+        _, model = adapted(lambda: tiny_llama(tie_word_embeddings=False), target_modules=["embed_tokens"])
+        model.merge_adapter()
+        with pytest.raises(ConfigError, match="merged"):
+            model.save_as_lora(tmp_path / "out")
+    assert listing(tmp_path) == []
 
 
 def test_an_embedding_becomes_an_embedding_of_lora():

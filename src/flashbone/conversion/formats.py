@@ -87,9 +87,21 @@ def size(held: Adapter | Lora) -> int:
 
 def _card(target: Format, held: Adapter | Lora) -> cards.Card:
     if isinstance(held, Lora):
-        return cards.Card(target.name, None, (held.rank,), tuple(held.factors), held.base_model)
+        plain = not held.embeddings and not held.replacements
+        return cards.Card(target.name, None, (held.rank,), tuple(held.factors), held.base_model, linear_only=plain)
     sizes = sorted({block.shape[-2] for block in held.blocks.values()})
-    return cards.Card(target.name, held.variant.name, tuple(sizes), tuple(held.blocks), held.base_model)
+    single = bool(held.config.get("parameters_to_save"))
+    is_linear = not held.transposed and not held.parameters
+    return cards.Card(
+        target.name,
+        held.variant.name,
+        tuple(sizes),
+        tuple(held.blocks),
+        held.base_model,
+        linear_only=is_linear and not single,
+        fits_lora=not held.parameters and not single,
+        fits_rwkv=is_linear and cards.are_rwkv([*held.blocks, *held.replacements]),
+    )
 
 
 def write(target: Format, held: Adapter | Lora, place: Path, is_file: bool) -> tuple[str, ...]:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 
 from flashbone import cards
 from flashbone.tuner.config import BoneConfig
+from flashbone.tuner.embedding import BoneEmbedding
+from flashbone.tuner.layer import BoneLinear
 
 CARD = "README.md"
 
@@ -55,8 +59,11 @@ def _write(model: Any, adapter_name: str, folder: Path) -> None:
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, BoneConfig):
         return
-    card = _card(config, getattr(model.get_base_model(), "name_or_path", None))
-    file = folder / CARD
+    put(_card(model, adapter_name, config), folder / CARD)
+
+
+def put(card: cards.Card, file: Path) -> None:
+    """Write a card, or renew our part of the one that is there; what else it says stays."""
     if not file.exists():
         file.write_text(cards.page(card), encoding="utf-8")
         return
@@ -66,13 +73,30 @@ def _write(model: Any, adapter_name: str, folder: Path) -> None:
     written.save(file)
 
 
-def _card(config: BoneConfig, base: str | None) -> cards.Card:
+def has_lora(layer: BoneLinear) -> bool:
+    """Whether PEFT's LoRA has a place for an adapter of this layer."""
+    return layer.converts_to_lora or isinstance(layer, BoneEmbedding)
+
+
+def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
     targets = config.target_modules or ()
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    bare = model.get_base_model()
+    layers = {name: layer for name, layer in model.base_model._bone_layers() if adapter_name in layer.bone_block}
+    saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    is_linear = all(layer.converts_to_lora and _is_linear(layer) for layer in layers.values())
     return cards.Card(
         format="peft",
         variant=config.variant,
         r=tuple(sorted({config.r, *config.rank_pattern.values()})),
         targets=names + tuple(config.target_parameters or ()),
-        base=config.base_model_name_or_path or base or None,
+        base=config.base_model_name_or_path or getattr(bare, "name_or_path", None) or None,
+        linear_only=is_linear,
+        fits_lora=all(map(has_lora, layers.values())),
+        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv([*layers, *saved]),
     )
+
+
+def _is_linear(layer: BoneLinear) -> bool:
+    """Not the (in, out) layer of GPT-2, which plain PEFT's BONE and MISS do not know."""
+    return isinstance(layer.get_base_layer(), nn.Linear)

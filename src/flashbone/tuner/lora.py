@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from flashbone import cards
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.tuner import hosts
+from flashbone.tuner.card import CARD, has_lora, put
 from flashbone.tuner.embedding import BoneEmbedding
 from flashbone.tuner.keys import BLOCK, BLOCK_OF_TRANSPOSED
 from flashbone.tuner.layer import BoneLinear
@@ -40,7 +44,7 @@ def to_lora(
     layers = {name: layer for name, layer in model._bone_layers() if adapter_name in layer.bone_block}
     if not layers:
         raise ConfigError(f"to_lora: no layer of this model has the adapter {adapter_name!r}; was it unloaded?")
-    if unfit := {n: layer for n, layer in layers.items() if not _is_convertible(layer)}:
+    if unfit := {n: layer for n, layer in layers.items() if not has_lora(layer)}:
         kinds = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in unfit.items())
         raise ConfigError(f"to_lora: a plain LoRA has no place for {kinds}; merge the adapter instead")
     config, state = model.peft_config[adapter_name], _kept_whole(model, adapter_name)
@@ -71,15 +75,32 @@ def to_lora(
 def save_as_lora(model: BoneModel, path: str | Path, adapter_name: str, rank: int | None, error: float | None) -> None:
     """See `BoneModel.save_as_lora`."""
     config, state = to_lora(model, adapter_name, rank, error)
+    whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-    save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with tempfile.TemporaryDirectory(prefix=".lora.", suffix=".partial", dir=folder) as staging:
+        new = Path(staging)
+        save_file(whole, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if (folder / CARD).exists():
+            (new / CARD).write_bytes((folder / CARD).read_bytes())
+        put(_card(model, config, state), new / CARD)
+        config.save_pretrained(staging)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CARD, CONFIG_NAME):  # a folder without a config is no adapter
+            os.replace(new / name, folder / name)
 
 
-def _is_convertible(layer: BoneLinear) -> bool:
-    return layer.converts_to_lora or isinstance(layer, BoneEmbedding)
+def _card(model: BoneModel, config: LoraConfig, state: dict[str, Tensor]) -> cards.Card:
+    """Of a LoRA whose `target_modules` are the layers' names."""
+    targets = config.target_modules or ()
+    base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
+    return cards.Card(
+        "lora",
+        None,
+        (config.r,),
+        (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        base,
+        linear_only=all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state),
+    )
 
 
 def _own_name(name: str) -> str:

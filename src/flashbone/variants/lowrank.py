@@ -95,7 +95,7 @@ def factored(
     exact = variant.factors(block, *sizes)
     if exact is not None:
         A, B = exact
-        B = B if scale == 1 else (B.to(shards.opmath_dtype(B)) * scale).to(B.dtype)
+        B = B if scale == 1 else _scaled(B, scale)
         if error is None and (rank is None or rank >= len(A)):
             return Factors(A, B, 0.0, len(A), is_exact=True)
         wide = shards.opmath_dtype(A)
@@ -108,6 +108,13 @@ def factored(
     W = weight()
     dtype = shards.opmath_dtype(W, block)
     return best(variant.delta(W.to(dtype), block.to(W.device, dtype)) * scale, rank, error)
+
+
+def _scaled(B: Tensor, scale: float) -> Tensor:
+    """`B * scale`: in B's dtype where nothing is rounded, else in fp32 at least."""
+    wide = B.double() * scale
+    narrow = wide.to(B.dtype)
+    return narrow if torch.equal(narrow.double(), wide) else wide.to(shards.opmath_dtype(B))
 
 
 def best(
