@@ -7,17 +7,18 @@ equal. So the limit is that of fp32 arithmetic whatever the files hold, and no w
 
 import contextlib
 import math
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flashbone.checkpoint import Adapter, names, peft
+from flashbone.checkpoint import Adapter, names, peft, reading
 from flashbone.checkpoint.base import BaseModel, open_base
 from flashbone.checkpoint.tensors import FLOATS
 from flashbone.errors import ConfigError, FlashboneError, FormatError
@@ -50,6 +51,24 @@ class Verification:
     ok: bool
 
 
+class _Held(NamedTuple):
+    """An adapter, where it came from, and how much of it went in."""
+
+    path: Path
+    adapter: Adapter
+    weight: float
+
+
+def check_verifiable(base: str | Path, adapters: Sequence[str | Path], weights: Sequence[float] | None) -> None:
+    """Refuse what `compare_logits` could never compare, before a merge spends its time on it.
+
+    Raises:
+        ConfigError, FormatError: as `compare_logits` does, but for what only loading the model can tell.
+    """
+    _check_folder(Path(base))
+    _read(adapters, weights)
+
+
 def compare_logits(
     base: str | Path, adapters: Sequence[str | Path], weights: Sequence[float] | None, merged: str | Path
 ) -> Verification:
@@ -59,7 +78,7 @@ def compare_logits(
 
     Args:
         base: The base model's folder.
-        adapters: PEFT folders of BONE adapters.
+        adapters: Adapters of the family, in any format that a merge takes; one may come twice.
         weights: How much of each went in; None: 1.
         merged: The merged model's folder.
 
@@ -68,18 +87,14 @@ def compare_logits(
         FormatError: what transformers cannot load or run, or adapters that do not fit the class that it makes.
     """
     base, merged = Path(base), Path(merged)
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(weights) != len(adapters) or not adapters:
-        raise ConfigError(f"weights: got {len(weights)} for {len(adapters)} adapters, wanted one for each")
+    held = _read(adapters, weights)
     for path in (base, merged):
-        _check_folder(path, open_base(path))
-    held = {Path(adapter): peft.read(adapter) for adapter in adapters}
-    _check_replacements(held)
+        _check_folder(path)
     files = open_base(merged)
     with _quiet(), torch.no_grad():
         model, missing = _load(base)
         rows = _rows(model, base)
-        attached = _attach(model, held, weights)
+        attached = _attach(model, held)
         unmerged = _run(model, rows, base)
         attached.merge_and_unload()
         in_memory = _run(model, rows, base)
@@ -102,20 +117,28 @@ def compare_logits(
     )
 
 
-def _check_folder(path: Path, model: BaseModel) -> None:
+def _check_folder(path: Path) -> None:
+    model = open_base(path)
     if model.is_pth:
         raise FormatError(f"{path}: RWKV models cannot be verified, transformers has no class for them")
     if not model.config:
         raise FormatError(f"{path}: has no config.json, so that transformers cannot load it to verify the merge")
 
 
-def _check_replacements(held: dict[Path, Adapter]) -> None:
-    replacing = [str(path) for path, adapter in held.items() if adapter.replacements]
+def _read(adapters: Sequence[str | Path], weights: Sequence[float] | None) -> list[_Held]:
+    """The adapters, once it is known that PEFT can hold them side by side."""
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters) or not adapters:
+        raise ConfigError(f"weights: got {len(weights)} for {len(adapters)} adapters, wanted one for each")
+    paths = [Path(adapter) for adapter in adapters]
+    held = [_Held(path, reading.read_adapter(path), weight) for path, weight in zip(paths, weights, strict=True)]
+    replacing = dict.fromkeys(str(one.path) for one in held if one.adapter.replacements)
     if len(held) > 1 and replacing:
         raise ConfigError(
             f"{', '.join(replacing)}: holds values that take the place of the base's (biases, modules to save), which"
             " PEFT cannot load beside another adapter; such a merge cannot be verified"
         )
+    return held
 
 
 @contextlib.contextmanager
@@ -161,24 +184,39 @@ def _load(folder: Path) -> tuple[Any, set[str]]:
     return model.eval(), set(info["missing_keys"])
 
 
-def _attach(model: nn.Module, held: dict[Path, Adapter], weights: Sequence[float]) -> Any:
+def _attach(model: nn.Module, held: Sequence[_Held]) -> Any:
     """Put the adapters on the model in place, all of them active and unmerged."""
     from peft import PeftConfig, PeftModel
 
     attached: Any = None
-    for n, (path, adapter) in enumerate(held.items()):
+    for n, (path, adapter, weight) in enumerate(held):
         name = f"adapter{n}"
-        with _naming(path):
+        with _naming(path), tempfile.TemporaryDirectory() as folder:
+            peft.write(_moved(adapter, weight, model), Path(folder))
             if attached is None:
-                config = PeftConfig.from_pretrained(str(path))
+                config = PeftConfig.from_pretrained(folder)
                 config.task_type = None  # a plain PeftModel, whatever the model can do
-                attached = PeftModel.from_pretrained(_root(model, adapter), str(path), name, config=config)
+                attached = PeftModel.from_pretrained(_root(model, adapter), folder, name, config=config)
             else:
-                attached.load_adapter(str(path), name)
-        attached.base_model.set_scale(name, weights[n])
+                attached.load_adapter(folder, name)
+        attached.base_model.set_scale(name, weight)
     attached.base_model.set_adapter(list(attached.peft_config))
     attached.base_model.cache_in_inference(False)
     return attached.eval()
+
+
+def _moved(adapter: Adapter, weight: float, model: nn.Module) -> Adapter:
+    """The adapter whose values are those that a merge moves the base's to: the scale of PEFT leaves values alone."""
+    if weight == 1:
+        return adapter
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found, _ = names.locate(adapter.replacements, parameters)  # loading names the others
+    moved = dict(adapter.replacements)
+    for name, value in adapter.replacements.items():
+        if name in found and parameters[found[name]].shape == value.shape:
+            stored = parameters[found[name]].detach()
+            moved[name] = stored + weight * (value.to(stored.dtype) - stored)
+    return replace(adapter, replacements=moved)
 
 
 def _root(model: nn.Module, adapter: Adapter) -> nn.Module:

@@ -114,5 +114,29 @@ def test_verify_compares_logits_before_anything_appears(tmp_path, capsys, monkey
         assert main(arguments) == 1
     assert "outputs differ by 5.00e-01 (relative RMS, 8 tokens), by 4.00e-01 more than" in capsys.readouterr().err
     assert listing(tmp_path) == before
-    assert main(arguments) == 0
-    assert "flashbone merge: verified, outputs differ by" in capsys.readouterr().err
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "flashbone merge: verified, outputs differ by" in captured.err
+    found = verify.Verification(**json.loads(captured.out)["verification"])
+    assert found == verify.compare_logits(tmp_path / "base", [tmp_path / "adapter"], [0.5], tmp_path / "out")
+    assert found.ok
+
+
+def test_what_can_never_be_verified_is_refused_before_anything_is_merged(place, capsys, monkeypatch):
+    monkeypatch.setattr("flashbone.merge.merge_checkpoint", lambda *given, **options: pytest.fail("it was merged"))
+    before = listing(place)
+    assert main([*_arguments(place), "--verify"]) == 1
+    assert "base: has no config.json, so that transformers cannot load it" in capsys.readouterr().err
+    torch.save({"emb.weight": torch.ones(2), "blocks.0.att.key.weight": torch.ones(2)}, place / "rwkv.pth")
+    assert main(["merge", str(place / "rwkv.pth"), *_arguments(place)[2:], "--verify"]) == 1
+    assert "rwkv.pth: RWKV models cannot be verified" in capsys.readouterr().err
+    assert listing(place) == [*before, "rwkv.pth"]
+
+
+@pytest.mark.parametrize(
+    "given", [["--weights", "-0.5,1"], ["--weights=-0.5,1"], ["--weights", "-5e-1,1.0"]], ids=" ".join
+)
+def test_weights_may_begin_with_a_minus(place, capsys, given):
+    command, *paths, out = _arguments(place)
+    assert main([command, *given, *paths, paths[-1], out, "--json"]) == 0
+    assert [one["weight"] for one in json.loads(capsys.readouterr().out)["record"]["adapters"]] == [-0.5, 1]

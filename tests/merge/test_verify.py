@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flashbone import variants
+from flashbone.checkpoint import miss, peft
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.merge import merge_checkpoint
-from flashbone.verify import LIMIT, compare_logits
+from flashbone.verify import LIMIT, check_verifiable, compare_logits
 from helpers.adapter_folders import blocks_for, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 from helpers.families import FAMILIES
@@ -166,19 +167,40 @@ def test_a_merge_into_another_dtype_is_rounded_as_its_files_are(tmp_path):
     assert found.rounding > 10 * LIMIT
 
 
-def test_modules_to_save_and_biases_pass_and_are_looked_at(tmp_path):
-    model = _lively(tiny_bert())
+@pytest.mark.parametrize(
+    ("weight", "dtype"), [(1.0, torch.float32), (0.5, torch.float32), (-0.5, torch.float16)], ids=str
+)
+def test_modules_to_save_and_biases_pass_and_are_looked_at(tmp_path, weight, dtype):
+    model = _lively(tiny_bert()).to(dtype)
     model.save_pretrained(tmp_path / "base")
     others = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
     others["bert.encoder.layer.0.attention.self.query.base_layer.bias"] = torch.randn(16)
     fields = {"modules_to_save": ["classifier"], "bias": "bone_only", "task_type": "SEQ_CLS"}
     _adapter(tmp_path / "adapter", model, ("query",), others=others, **fields)
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert _verify(tmp_path).ok
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", weights=[weight])
+    assert _verify(tmp_path, weights=[weight]).ok
+    assert not _verify(tmp_path, weights=[weight / 2]).ok
     for name in ("classifier.bias", "bert.encoder.layer.0.attention.self.query.bias"):
         _change(tmp_path / "out", lambda state, name=name: state[name].add_(0.1))
-        assert not _verify(tmp_path).ok, name
+        assert not _verify(tmp_path, weights=[weight]).ok, name
         _change(tmp_path / "out", lambda state, name=name: state[name].sub_(0.1))
+
+
+def test_the_same_adapter_given_twice_counts_twice(tmp_path):
+    _merged(tmp_path, tiny_llama, LLAMA)
+    shutil.rmtree(tmp_path / "out")
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"] * 2, tmp_path / "out", weights=[0.5, 0.25])
+    assert _verify(tmp_path, "adapter", "adapter", weights=[0.5, 0.25]).ok
+    assert not _verify(tmp_path, weights=[0.5]).ok
+
+
+def test_adapters_of_miss_and_files_inside_their_folders_are_taken(tmp_path):
+    _merged(tmp_path, tiny_llama, LLAMA, "bat-col")
+    (tmp_path / "miss").mkdir()
+    miss.write(peft.read(tmp_path / "adapter"), tmp_path / "miss")
+    for path in ("miss", "miss/adapter_config.json", "adapter/adapter_model.safetensors"):
+        assert _verify(tmp_path, path).ok, path
+        assert not _verify(tmp_path, path, weights=[0.9]).ok, path
 
 
 @pytest.mark.parametrize(
@@ -261,8 +283,25 @@ def test_what_cannot_be_verified_is_refused_by_name(tmp_path):
     torch.save({"emb.weight": torch.ones(2), "blocks.0.att.key.weight": torch.ones(2)}, tmp_path / "rwkv.pth")
     with pytest.raises(FormatError, match=r"rwkv\.pth: RWKV models cannot be verified"):
         compare_logits(tmp_path / "rwkv.pth", [tmp_path / "adapter"], None, tmp_path / "out")
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "MISS"}')
-    _refused(tmp_path, "this is a MISS adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    _refused(tmp_path, "this is a LORA adapter")
+
+
+def test_what_can_never_be_verified_is_known_before_a_merge(tmp_path):
+    model = _lively(tiny_bert())
+    model.save_pretrained(tmp_path / "base")
+    adapter = _adapter(tmp_path / "adapter", model, BERT)
+    head = {"classifier.bias": torch.randn(2)}
+    head = _adapter(tmp_path / "head", model, BERT, others=head, modules_to_save=["classifier"])
+    check_verifiable(tmp_path / "base", [adapter, adapter], [0.5, -0.5])
+    check_verifiable(tmp_path / "base", [head], None)
+    with pytest.raises(ConfigError, match="weights: got 1 for 2 adapters"):
+        check_verifiable(tmp_path / "base", [adapter, adapter], [1.0])
+    with pytest.raises(ConfigError, match="head: holds values that take the place"):
+        check_verifiable(tmp_path / "base", [head, head], None)
+    (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(FormatError, match=r"base: has no config\.json"):
+        check_verifiable(tmp_path / "base", [adapter], None)
 
 
 def test_models_that_transformers_cannot_load_or_run_are_refused(tmp_path):

@@ -21,7 +21,8 @@ def run(argv: list[str]) -> int:
     from flashbone.merge import merge_checkpoint
 
     base, adapters = hub.folder(args.base, _OTHER_WEIGHTS), [hub.folder(a) for a in args.adapters]
-    check = _check(base, adapters, args.weights) if args.verify else None
+    found: list[Any] = []
+    check = _check(base, adapters, args.weights, found) if args.verify else None
     with _progress("merge", args.out) as progress:
         report = merge_checkpoint(
             base,
@@ -34,7 +35,8 @@ def run(argv: list[str]) -> int:
             check=check,
         )
     if args.json:
-        print(json.dumps(dataclasses.asdict(report), default=str))
+        said = {"verification": dataclasses.asdict(found[0])} if found else {}
+        print(json.dumps(dataclasses.asdict(report) | said, default=str))
     else:
         print(
             f"{report.out}: {report.merged} tensors merged ({report.variant}), {report.replaced} replaced,"
@@ -94,13 +96,18 @@ def _progress(command: str, out: Path) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _check(base: Path, adapters: list[Path], weights: list[float] | None) -> Callable[[Path], None]:
-    """What compares the finished model's logits with those of the base and its adapters."""
+def _check(base: Path, adapters: list[Path], weights: list[float] | None, kept: list[Any]) -> Callable[[Path], None]:
+    """What compares the finished model's logits with those of the base and its adapters, and keeps what it found.
+
+    What it could never compare is refused at once, before anything is merged.
+    """
+    from flashbone.verify import check_verifiable, compare_logits
+
+    check_verifiable(base, adapters, weights)
 
     def check(merged: Path) -> None:
-        from flashbone.verify import compare_logits
-
-        found = compare_logits(base, adapters, weights or [1.0] * len(adapters), merged)
+        found = compare_logits(base, adapters, weights, merged)
+        kept.append(found)
         numbers = (
             f"outputs differ by {found.relative_error:.2e} (relative RMS, {found.tokens} tokens), by"
             f" {found.unexplained:.2e} more than rounding explains"
@@ -117,7 +124,7 @@ def _check(base: Path, adapters: list[Path], weights: list[float] | None) -> Cal
 
 def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """The arguments: positionals may stand before, between and behind the options."""
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(_joined(argv))
     given = [first := parser.get_default("first"), "ADAPTER", "OUT"]
     if len(args.paths) < len(given):
         parser.error(f"the following arguments are required: {', '.join(given[len(args.paths) :])}")
@@ -125,6 +132,17 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     args.adapters, args.out = args.paths[1:-1], Path(args.paths[-1])
     args.weights = _weights(parser, args.weights)
     return args
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--weights -0.5,1` as one word, for argparse takes `-0.5,1` for an option."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--weights" and re.match(r"-[\d.].*,", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _weights(parser: argparse.ArgumentParser, given: list[str] | None) -> list[float] | None:
