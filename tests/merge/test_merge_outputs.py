@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from flashbone.errors import FormatError, NonFiniteError
+from flashbone.errors import ConfigError, FormatError, NonFiniteError
 from flashbone.merge import merge_checkpoint, outputs
 from helpers.adapter_folders import blocks_for, listing, tiny_llama, write_adapter
 
@@ -179,3 +179,33 @@ def test_the_check_sees_the_finished_folder_and_can_refuse_it(place):
     assert listing(place) == before
     merge_checkpoint(place / "base", place / "adapter", place / "out", check=check)
     assert seen == [listing(place / "out")] * 2
+
+
+def test_the_record_holds_the_hashes_of_every_tensor_that_came_out(place):
+    fields = {"dtype": "fp32", "shard_size": "8KB"}
+    result = merge_checkpoint(place / "base", place / "adapter", place / "out", **fields).record["result"]
+    state = _state(place / "out")
+    assert result.keys() == state.keys()
+    for name, tensor in state.items():
+        digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        assert result[name] == {"dtype": "F32", "shape": list(tensor.shape), "sha256": digest}
+
+
+@pytest.mark.parametrize("weight", [3.5e38, -1e300, 10**400, float("nan"), float("inf")])
+def test_weights_beyond_float32_are_refused(place, weight):
+    with pytest.raises(ConfigError, match=r"weights: got .* wanted numbers of float32"):
+        merge_checkpoint(place / "base", place / "adapter", place / "out", weights=[weight])
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 305 + "TB", "0.5B", "0", True])
+def test_sizes_that_are_none_are_refused(size):
+    with pytest.raises(ConfigError, match=r"shard size: got .* wanted a positive number"):
+        outputs.shard_bytes(size)
+
+
+def test_a_link_to_nothing_in_the_base_is_refused_by_name(place):
+    (place / "base" / "README.md").symlink_to(place / "gone")
+    with pytest.raises(FormatError, match=r"base: no files, or links to nothing: README.md; "):
+        merge_checkpoint(place / "base", place / "adapter", place / "out")
+    assert not (place / "out").exists()

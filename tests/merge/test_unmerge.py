@@ -1,6 +1,7 @@
 """`unmerge_checkpoint`: the base again, proved by merge.json; or an honest word on how far it is."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -138,7 +139,10 @@ def test_a_model_that_is_not_the_base_is_refused(tmp_path):
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     save_file(state | {"c.weight": torch.ones(8, 8).bfloat16()}, tmp_path / "other" / "model.safetensors")
-    with pytest.raises(FormatError, match=r"other is not the base .* c.weight"):
+    with pytest.raises(FormatError, match=r"other is not the base that went in, .* differ: c.weight"):
+        unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back", base=tmp_path / "other")
+    (tmp_path / "merged" / "merge.json").unlink()
+    with pytest.raises(FormatError, match=r"other is not the base .* not by any adapter differ c.weight"):
         unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back", base=tmp_path / "other")
     save_file({"c.weight": torch.ones(8, 8).bfloat16()}, tmp_path / "other" / "model.safetensors")
     with pytest.raises(FormatError, match=r"these differ: a.weight, b.weight"):
@@ -168,6 +172,109 @@ def test_a_merge_into_a_merged_model_is_taken_back_step_by_step(tmp_path):
     record = json.loads((tmp_path / "twice" / "merge.json").read_text())
     assert record["base_record"] == json.loads((tmp_path / "merged" / "merge.json").read_text())
     unmerge_checkpoint(tmp_path / "twice", second, tmp_path / "once")
-    assert json.loads((tmp_path / "once" / "merge.json").read_text()) == record["base_record"]
+    once = json.loads((tmp_path / "once" / "merge.json").read_text())
+    lost = {n for n, t in once["result"].items() if t["sha256"] == "0" * 64}
+    assert lost == {"a.weight", "b.weight"}
+    for name in lost:
+        once["result"][name]["sha256"] = record["base_record"]["result"][name]["sha256"]
+    assert once == record["base_record"]
     report = unmerge_checkpoint(tmp_path / "once", first, tmp_path / "back")
     assert report.relative_rms_error < 1e-2
+
+
+def _merged_with_norm(folder, **fields):
+    """A merge of blocks and of a value for the norm; the base's state."""
+    state = _base(folder / "base")
+    others = {"norm.weight": torch.full((8,), 3.0)}
+    _adapter(folder / "adapter", "bone", others=others, modules_to_save=["norm"])
+    merge_checkpoint(folder / "base", folder / "adapter", folder / "merged", dtype="fp32", **fields)
+    return state
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "a.weight", "c.weight", "ids"])
+def test_a_base_with_another_tensor_is_refused_and_proves_nothing(tmp_path, name):
+    state = _merged_with_norm(tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "wrong")
+    save_file(state | {name: state[name] + 1}, tmp_path / "wrong" / "model.safetensors")
+    with pytest.raises(FormatError, match=rf"wrong is not the base that went in, .* differ: {name}$"):
+        unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back", base=tmp_path / "wrong")
+    assert not (tmp_path / "back").exists()
+    report = unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back", base=tmp_path / "base")
+    assert (report.is_proved, report.proved, report.replaced) == (True, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ids", lambda t: t + 1),
+        ("c.weight", lambda t: t * 2),
+        ("c.weight", lambda t: t.view(4, 16)),
+        ("c.weight", lambda t: t.view(torch.int32)),
+        ("a.weight", lambda t: t * 2),
+    ],
+)
+def test_a_tensor_that_changed_since_the_merge_is_refused_by_name(tmp_path, name, change):
+    _merged_with_norm(tmp_path)
+    state = _state(tmp_path / "merged")
+    save_file(state | {name: change(state[name])}, tmp_path / "merged" / "model.safetensors")
+    with pytest.raises(FormatError, match=rf"merged: changed since it was merged, .* says: {name}; "):
+        unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back", base=tmp_path / "base")
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_one_merge_lost_is_not_proved_by_another(tmp_path):
+    state = _base(tmp_path / "base")
+    first = write_adapter(tmp_path / "first", "bone", {"c": random_block("bone", 8, 8, 4, dtype=torch.float32)})
+    second = _adapter(tmp_path / "second", "bone")
+    merge_checkpoint(tmp_path / "base", first, tmp_path / "merged")
+    merge_checkpoint(tmp_path / "merged", second, tmp_path / "twice")
+    assert not unmerge_checkpoint(tmp_path / "twice", second, tmp_path / "once").is_proved
+    assert not torch.equal(_state(tmp_path / "once")["a.weight"], state["a.weight"])
+    assert not unmerge_checkpoint(tmp_path / "once", first, tmp_path / "back").is_proved
+    report = unmerge_checkpoint(tmp_path / "once", first, tmp_path / "2", base=tmp_path / "base")
+    assert not report.is_proved
+    assert report.max_abs_error > 0
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "field"),
+    [
+        (("tensors", "a.weight", "dtype"), "I64", "tensors.a.weight"),
+        (("tensors", "a.weight", "dtype"), [], "tensors.a.weight"),
+        (("tensors", "a.weight", "sha256"), None, "tensors.a.weight"),
+        (("tensors", "a.weight", "change"), "lost", "tensors.a.weight"),
+        (("result", "ids"), {"dtype": "I64"}, "result.ids"),
+        (("result",), None, "result"),
+        (("adapters", 0, "files"), [{}], r"adapters\[0\]"),
+        (("adapters", 0, "name"), None, r"adapters\[0\]"),
+        (("adapters", 0, "weight"), float("nan"), r"adapters\[0\]"),
+        (("adapters", 0, "weight"), 1e39, r"adapters\[0\]"),
+        (("adapters",), [], "adapters"),
+        (("base_config",), 3, "base_config"),
+        (("base_config",), "\ud800", "base_config"),
+        (("base_record",), 3, "base_record.not an object"),
+        (("base_record",), {"tensors": {}, "result": {}, "adapters": [3]}, r"base_record.adapters\[0\]"),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_names_the_field(tmp_path, where, value, field):
+    _merged_with_norm(tmp_path)
+    file = tmp_path / "merged" / "merge.json"
+    content = inner = json.loads(file.read_text())
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=rf"merge.json: flashbone did not write this, .*: {field}; [^\n]*$"):
+        unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back", base=tmp_path / "base")
+
+
+def test_a_base_whose_name_is_no_unicode_is_recorded(tmp_path):
+    _merged_with_norm(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    base = (tmp_path / "base").rename(tmp_path / name)
+    (base / name).write_text("companion")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", dtype="fp32")
+    record = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))["base"]
+    assert record["name"] == str(base)
+    assert name in [file["name"] for file in record["files"]]
+    assert unmerge_checkpoint(tmp_path / "out", tmp_path / "adapter", tmp_path / "back", base=base).is_proved

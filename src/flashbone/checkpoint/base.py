@@ -166,7 +166,7 @@ def _companions(folder: Path, single: bool) -> list[Path]:
     """All files but weights, hidden folders, checkpoints of a training run, and an adapter of its own, which
     transformers would load on top of the merged model. Parts of a sentence-transformers model are kept whole."""
     parts = _module_folders(folder)
-    kept = []
+    kept, broken = [], []
     for root, folders, files in os.walk(folder):
         inside = Path(root).relative_to(folder)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "checkpoint-")))
@@ -174,7 +174,11 @@ def _companions(folder: Path, single: bool) -> list[Path]:
             whole = inside.parts[:1] in parts
             stale = name.endswith(_WEIGHTS) and name != INDEX
             if whole or not (stale or name == peft.CONFIG or (name == INDEX and single)):
-                kept.append(inside / name)
+                (kept if (folder / inside / name).is_file() else broken).append(inside / name)
+    if broken:
+        raise FormatError(
+            f"{folder}: no files, or links to nothing: {', '.join(map(str, broken))}; restore or remove them"
+        )
     return kept
 
 

@@ -97,7 +97,7 @@ def merge_checkpoint(
     changes = {n: c for n, c in changes.items() if n in edits or dtypes[n] != model.entries[n].dtype}
     config = None if dtype is None else _config_in(model, dtype)
     kept = (model.folder / CONFIG).read_bytes() if config is not None else None
-    draft = record.draft(model, list(zip(paths, given, strict=True)), dtype, changes, kept)
+    draft = record.draft(model, list(zip(paths, given, strict=True)), dtype, changes, dtypes, kept)
     job = Job(
         model=model,
         out=Path(out),
@@ -106,12 +106,13 @@ def merge_checkpoint(
         shard_bytes=largest,
         texts={} if config is None else {CONFIG: config},
         dtype=dtype,
+        is_hashed=True,
         check=check,
         progress=progress,
     )
 
     def recorded(read: Any) -> bytes:
-        record.fill(draft, read.files, read.originals)
+        record.fill(draft, read.files, read.originals, read.results)
         return record.to_bytes(draft)
 
     written, read = run(job, (record.NAME, recorded, len(record.to_bytes(draft))))

@@ -1,6 +1,7 @@
 """The files of the result: which tensors each holds, in which dtype, and what is written beside them."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,10 @@ def shard_bytes(size: str | int | None) -> int | None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
     unit = _UNITS.get((found[2] or "B").upper()) if found else None
-    if not found or unit is None or not (count := int(float(found[1]) * unit)) or isinstance(size, bool):
+    count = float(found[1]) * unit if found and unit else 0.0
+    if isinstance(size, bool) or not 1 <= count < math.inf:
         raise ConfigError(f"shard size: got {size!r}, wanted a positive number with a unit, such as 5GB, 500MB or 2GiB")
-    return count
+    return int(count)
 
 
 def converted_dtypes(model: BaseModel, dtype: str | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flashbone.checkpoint import Adapter, names, pth, same_values
@@ -16,6 +17,7 @@ from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.variants.merged import Term
 from flashbone.variants.stacked import PerExpert
 
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 ONE_BY_ONE = "merge one adapter, then the other into the result, or leave one out"
 
 
@@ -64,11 +66,14 @@ def checked_weights(weights: Sequence[float] | None, adapters: int) -> list[floa
     """
     if not adapters:
         raise ConfigError("adapters: none was given, wanted one or more")
-    found = [1.0] * adapters if weights is None else [float(w) for w in weights]
+    try:
+        found = [1.0] * adapters if weights is None else [float(w) for w in weights]
+    except OverflowError:  # of an int
+        found = [math.inf] * len(weights or ())
     if len(found) != adapters:
         raise ConfigError(f"weights: got {len(found)} for {adapters} adapters, wanted one for each")
-    if not all(map(math.isfinite, found)):
-        raise ConfigError(f"weights: got {found}, wanted numbers that are neither NaN nor infinite")
+    if not all(abs(weight) <= LARGEST_WEIGHT for weight in found):  # NaN is not
+        raise ConfigError(f"weights: got {found}, wanted numbers of float32 that are neither NaN nor infinite")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -71,6 +72,31 @@ class Reader:
 def sha256_of(tensor: Tensor) -> str:
     """Of the bytes of a contiguous tensor."""
     return hashlib.sha256(tensors.as_bytes(tensor)).hexdigest()
+
+
+def hashes(model: BaseModel) -> dict[str, str]:
+    """sha256 of the bytes of every tensor of a model.
+
+    Raises:
+        FormatError: a file ends early.
+    """
+    found = {}
+    for file in model.files:
+        with file.path.open("rb") as stream:
+            for entry in file.entries:
+                stream.seek(entry.start)
+                found[entry.name] = _hash_of_next(stream, entry, file)
+    return found
+
+
+def _hash_of_next(stream: BinaryIO, entry: tensors.Entry, file: tensors.TensorFile) -> str:
+    digest, left = hashlib.sha256(), entry.end - entry.start
+    while left > 0:
+        if not (piece := stream.read(min(PIECE, left))):
+            raise FormatError(f"{file.path}: ended early; was it changed meanwhile?")
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()
 
 
 def read_one(model: BaseModel, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashbone.checkpoint import reading
 from flashbone.checkpoint.base import BaseModel, open_base
+from flashbone.checkpoint.tensors import FLOATS, Entry
 from flashbone.errors import FlashboneError, FormatError
 from flashbone.merge import record, source
 from flashbone.merge.bound import Error, bound, measured, sizes
@@ -30,7 +31,7 @@ class UnmergeReport:
         replaced: tensors that were copied from the base that was given.
         copied: tensors that are those of the merged model.
         proved: tensors whose sha256 is that of the original; of those that were computed or converted.
-        is_proved: whether these are all of them: then the result is the base.
+        is_proved: whether these are all of them, and the others those that went in: then the result is the base.
         max_abs_error: over the computed and converted tensors: the largest difference from the original; 0 if proved.
         relative_rms_error: RMS of the difference over RMS of the original.
         is_measured: whether the errors were measured (or are proved to be 0); else they are upper bounds.
@@ -63,8 +64,9 @@ def unmerge_checkpoint(
 ) -> UnmergeReport:
     """Write `out`: the model from which `merged` came, in its own dtypes.
 
-    Where its merge.json proves by sha256 that every tensor is the original again, the report says so; elsewhere it says
-    by how much they differ, measured or at most.
+    Its merge.json, if it has one, has the sha256 of every tensor of it and of the base: what was changed since, and a
+    `base` that is another, are refused. Where it proves by sha256 that every tensor is the original again, the report
+    says so; elsewhere it says by how much they differ, measured or at most.
 
     Args:
         merged: Folder, or `.pth` file, that holds the adapters.
@@ -86,7 +88,8 @@ def unmerge_checkpoint(
     factors = _weights_of(known, paths, weights)
     given = [Weighted(reading.read_adapter(p), str(p), w) for p, w in zip(paths, factors, strict=True)]
     changed: Mapping[str, Any] = known["tensors"] if known else {}
-    _check_record(model, changed)
+    if known is not None:
+        _check_record(model, known)
     edits = plan(model, given, _was_base_value(known))
     original = None if base is None else _original(Path(base), model)
     _check_undoable(model, edits, original)
@@ -94,8 +97,11 @@ def unmerge_checkpoint(
     if original is not None:
         dtypes = {name: entry.dtype for name, entry in original.entries.items()}
     taking = _Taking(edits, changed, original)
-    names = [n for n in model.entries if n in edits or n in changed or dtypes[n] != model.entries[n].dtype]
-    if original is not None:
+    touched = {*edits, *changed, *(record.unknown(known) if known else ())}
+    names = [n for n in model.entries if n in touched or dtypes[n] != model.entries[n].dtype]
+    if original is not None and known is not None:
+        _check_base(original, known)
+    elif original is not None:
         _check_untouched(model, original, [name for name in model.entries if name not in names])
     job = Job(
         model=model,
@@ -105,19 +111,22 @@ def unmerge_checkpoint(
         texts=_texts(known),
         progress=progress,
     )
-    written, _ = run(job)
+    proved = taking.proved
+    last = None if known is None else _base_record(known, lambda: [n for n in names if n not in proved])
+    written, _ = run(job, last)
     replaced = sum(edit.value is not None for edit in edits.values())
+    is_proved = known is not None and len(proved) == len(names) - replaced
     return UnmergeReport(
         out=Path(out),
         computed=len(edits) - replaced,
         converted=len(names) - len(edits),
         replaced=replaced,
         copied=len(model.entries) - len(names),
-        proved=taking.proved,
-        is_proved=known is not None and taking.proved == len(names) - replaced,
+        proved=len(proved),
+        is_proved=is_proved,
         max_abs_error=taking.error.largest,
         relative_rms_error=taking.error.relative_rms,
-        is_measured=original is not None or (known is not None and taking.proved == len(names) - replaced),
+        is_measured=original is not None or is_proved,
         bytes_written=written,
         seconds=time.perf_counter() - start,
     )
@@ -128,7 +137,7 @@ class _Taking:
 
     def __init__(self, edits: Mapping[str, Edit], changed: Mapping[str, Any], original: BaseModel | None) -> None:
         self.edits, self.changed, self.original = edits, changed, original
-        self.error, self.proved = Error(), 0
+        self.error, self.proved = Error(), set[str]()
 
     def function(self, name: str) -> Callable[[Tensor, torch.dtype], Tensor]:
         """What makes the original of this tensor."""
@@ -153,7 +162,7 @@ class _Taking:
             result.copy_(stored)
         del stored
         is_proved = name in self.changed and source.sha256_of(result) == self.changed[name]["sha256"]
-        self.proved += is_proved
+        self.proved |= {name} if is_proved else set()
         if self.original is not None:
             self.error += measured(result, source.read_one(self.original, name))
         elif not is_proved:
@@ -192,10 +201,39 @@ def _weights_of(known: dict[str, Any] | None, paths: Sequence[Path], weights: Se
     return [weight for _, weight, _ in found]
 
 
-def _check_record(model: BaseModel, changed: Mapping[str, Any]) -> None:
-    strange = [name for name in changed if name not in model.entries]
+def _check_record(model: BaseModel, known: dict[str, Any]) -> None:
+    """Check that the model is to the byte what the merge wrote."""
+    changed, result = known["tensors"], known["result"]
+    strange = [n for n in changed if n not in result or result[n]["dtype"] not in FLOATS]
+    strange += [n for n in result if n not in model.entries]
+    unknown = record.unknown(known)
+    strange += [n for n in unknown if result[n]["dtype"] not in FLOATS]
     if strange:
         raise FormatError(f"{model.folder}: {record.NAME} is of another model, it has {', '.join(strange)}")
+    wrong = [n for n, e in model.entries.items() if n not in result or not _is_like(e, result[n])]
+    if not wrong:
+        wrong = [n for n, found in source.hashes(model).items() if n not in unknown and found != result[n]["sha256"]]
+    if wrong:
+        raise FormatError(
+            f"{model.folder}: changed since it was merged, as {record.NAME} says: {', '.join(wrong)}; unmerge the"
+            " folder that the merge wrote"
+        )
+
+
+def _is_like(entry: Entry, wanted: Mapping[str, Any]) -> bool:
+    return (entry.dtype, list(entry.shape)) == (wanted["dtype"], wanted["shape"])
+
+
+def _check_base(base: BaseModel, known: dict[str, Any]) -> None:
+    """Check that every tensor of the base that was given is the one that went in."""
+    went_in = known["result"] | known["tensors"]
+    found, unknown = source.hashes(base), record.unknown(known) - known["tensors"].keys()
+    wrong = [n for n, e in base.entries.items() if e.dtype != went_in[n]["dtype"]]
+    wrong += [n for n in base.entries if n not in unknown and found[n] != went_in[n]["sha256"] and n not in wrong]
+    if wrong:
+        raise FormatError(
+            f"{base.folder} is not the base that went in, as {record.NAME} says, these differ: {', '.join(wrong)}"
+        )
 
 
 def _original(folder: Path, model: BaseModel) -> BaseModel:
@@ -228,10 +266,24 @@ def _check_undoable(model: BaseModel, edits: Mapping[str, Edit], original: BaseM
 
 
 def _texts(known: dict[str, Any] | None) -> dict[str, bytes]:
-    """Files of the base that the merge had changed."""
+    """Files of the base that the merge had changed, but its merge.json."""
     texts = {}
     if known and known.get("base_config") is not None:
         texts[CONFIG] = known["base_config"].encode()
-    if known and known.get("base_record") is not None:
-        texts[record.NAME] = record.to_bytes(known["base_record"])
     return texts
+
+
+def _base_record(
+    known: dict[str, Any], unproved: Callable[[], Sequence[str]]
+) -> tuple[str, Callable[[object], bytes], int] | None:
+    """merge.json of a base that was merged itself, for `run` to write last: what did not come back is unknown to it."""
+    base = known.get("base_record")
+    if base is None:
+        return None
+    size = len(record.to_bytes(base))
+
+    def content(_: object) -> bytes:
+        record.forget(base, unproved())
+        return record.to_bytes(base)
+
+    return record.NAME, content, size

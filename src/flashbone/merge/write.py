@@ -32,6 +32,7 @@ class Job:
         shard_bytes: largest shard, see `output_files`.
         texts: files that are written instead of those of the model, or beside them; their content.
         dtype: the one of all floating tensors, if there is one.
+        is_hashed: whether to hash every tensor of the result.
         check: called with the finished folder or file before it appears; may raise.
         progress: called with the bytes written so far and those to write.
     """
@@ -43,16 +44,18 @@ class Job:
     shard_bytes: int | None = None
     texts: Mapping[str, bytes] = field(default_factory=dict)
     dtype: str | None = None
+    is_hashed: bool = False
     check: Callable[[Path], None] | None = None
     progress: Callable[[int, int], None] | None = None
 
 
 @dataclass
 class Read:
-    """What was read: sha256 of the model's files by name, and of the original tensors that `edits` changed."""
+    """sha256 of the model's files by name, of the original tensors that `edits` changed, and of those written."""
 
     files: dict[str, str] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
 
 
 def run(job: Job, last: tuple[str, Callable[[Read], bytes], int] | None = None) -> tuple[int, Read]:
@@ -113,7 +116,8 @@ def _run_pth(job: Job) -> tuple[int, Read]:
     with staging.whole_or_absent(job.out, is_file=True) as target:
         with _Run(job) as run:
             pth.write(target, layout, run.content, count, tied)
-        run.read.originals |= {n: run.read.originals[o] for n, o in tied.items() if o in run.read.originals}
+        for found in (run.read.originals, run.read.results):
+            found |= {n: found[o] for n, o in tied.items() if o in found}
         if job.check is not None:
             job.check(target)
     return count.done, run.read
@@ -165,6 +169,16 @@ class _Run:
 
     def content(self, name: str) -> Iterator[tensors.Piece]:
         """The bytes of a tensor of the result."""
+        if not self.job.is_hashed:
+            yield from self._pieces(name)
+            return
+        found = hashlib.sha256()
+        for piece in self._pieces(name):
+            found.update(piece)
+            yield piece
+        self.read.results[name] = found.hexdigest()
+
+    def _pieces(self, name: str) -> Iterator[tensors.Piece]:
         entry, reader = self._place[name]
         edit = self.job.edits.get(name)
         if edit is None:
