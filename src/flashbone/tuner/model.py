@@ -309,7 +309,8 @@ class BoneModel(BaseTuner):
         self, adapter_name: str = "default", rank: int | None = None, error: float | None = None
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
         """The adapter as a LoRA of PEFT, with its scale multiplied in: exact for `bone` and `mini`, which read no
-        weight; for the others the best of a rank on this base. Nothing is changed, and merges may stand.
+        weight; for the others the best of a rank on this base. Nothing is changed; merges may stand, but those of an
+        embedding.
 
         Args:
             adapter_name: Its name.
@@ -321,7 +322,8 @@ class BoneModel(BaseTuner):
 
         Raises:
             ConfigError: rank and error contradict each other, or one is needed; a layer cannot have a LoRA (a
-                convolution, a parameter, out_proj of nn.MultiheadAttention), or a weight cannot be read.
+                convolution, a parameter, out_proj of nn.MultiheadAttention), a weight cannot be read, or an embedding
+                stands merged.
             NonFiniteError: a delta holds NaN or infinity.
         """
         return lora.to_lora(self, adapter_name, rank, error)
