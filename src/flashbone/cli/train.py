@@ -17,9 +17,9 @@ CONFIG.yaml:
   model: path-or-hub-id          # folder, hub id, or .gguf file
   task: sft                      # sft | classification
   data:
-    path: train.jsonl            # .json, .jsonl, .csv, .parquet, or a dataset's hub id
+    path: train.jsonl            # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id
     eval: 0.1                    # held out: a share, a number of rows, a file, or null
-    format: auto                 # text | prompt-completion | messages | alpaca | sharegpt | classification
+    format: auto                 # text | prompt-completion | messages | alpaca | sharegpt | tokens | classification
     columns: {prompt: query}     # our name: the data's name
     split: train[:5000]
   adapter: {variant: bone, r: 64, target_modules: all-linear}     # any field of BoneConfig

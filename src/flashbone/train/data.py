@@ -3,11 +3,13 @@
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train import tokens
+from flashbone.train.binidx import is_binidx, pair
 from flashbone.train.formats import Example, answers, check_columns, converter, detect
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.rows import BadRow, Row, read_rows
@@ -36,15 +38,20 @@ class Data:
         return "prompt" in self.train.column_names and not isinstance(self.train[0]["prompt"], str)
 
 
-def load_data(recipe: Recipe) -> Data:
+def load_data(recipe: Recipe, windows: tokens.Windows | None = None) -> Data:
     """Read, check and split the recipe's data.
+
+    Args:
+        windows: What documents of token ids are cut into; they stay whole without it.
 
     Raises:
         FormatError: rows are malformed; the message names the first few with file and line.
         ConfigError: `data` asks for columns, splits or a held-out part that are not there.
     """
-    examples = _load(recipe.data, recipe.task)
-    train, held_out = _split(examples, recipe)
+    windows = windows or tokens.Windows()
+    examples = _load(recipe.data, recipe.task, windows)
+    train, held_out = _split(examples, recipe, windows)
+    train, held_out = tokens.without_numbers(train), held_out and tokens.without_numbers(held_out)
     labels: list[str] = []
     if recipe.task == "classification":
         labels = _labels(train, held_out, recipe.data.path)
@@ -55,27 +62,29 @@ def load_data(recipe: Recipe) -> Data:
     return Data(train, held_out, labels)
 
 
-def _load(data: DataRecipe, task: str) -> "Dataset":
+def _load(data: DataRecipe, task: str, windows: tokens.Windows) -> "Dataset":
     """All examples that `data` names, on disk in datasets' cache, so that they need not fit into memory."""
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
     from datasets.fingerprint import Hasher
 
     path = Path(data.path)
-    local = path.suffix.lower() in FILES or path.is_file()
+    files = pair(path) if is_binidx(path) else (path,)
+    local = len(files) > 1 or path.suffix.lower() in FILES or path.is_file()
     source = None if local else _hub(data)
 
     def rows() -> Iterator[Row | BadRow]:
-        return read_rows(path) if source is None else _dataset_rows(source, data.path)
+        return read_rows(files[0]) if source is None else _dataset_rows(source, data.path)
 
     format, columns = _format(rows(), data, task)
     log.info("data: %s is read as %s%s", data.path, format, f" with {columns}" if columns else "")
 
     def generate() -> Iterator[Example]:
-        return _examples(rows(), format, columns, data.path)
+        examples = _examples(rows(), format, columns, data.path)
+        return tokens.cut(examples, windows, data.path) if format == "tokens" else examples
 
-    stamp = _file_stamp(path) if source is None else source._fingerprint
-    key = Hasher.hash((CONVERSION, stamp, format, columns))
+    stamp = [_file_stamp(file) for file in files] if source is None else source._fingerprint
+    key = Hasher.hash((CONVERSION, stamp, format, columns, astuple(windows) if format == "tokens" else ()))
     try:
         examples = Dataset.from_generator(generate, fingerprint=key)
     except DatasetGenerationError as error:
@@ -84,6 +93,9 @@ def _load(data: DataRecipe, task: str) -> "Dataset":
             raise cause from None
         raise
     assert isinstance(examples, Dataset)
+    if format == "tokens":
+        about = data.path, tokens.count(examples), len(examples), windows.length or "any number of"
+        log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
     return _slice(examples, data) if local else examples
 
 
@@ -155,34 +167,35 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
 
     if data.split == "train":
         return examples
+    total = tokens.count(examples)
     try:
-        parts = ReadInstruction.from_spec(data.split).to_absolute({"train": len(examples)})
+        parts = ReadInstruction.from_spec(data.split).to_absolute({"train": total})
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"data.split {data.split}: {error}; a file has the split train, as in train[:100]") from None
-    rows = [i for part in parts for i in range(part.from_ or 0, len(examples) if part.to is None else part.to)]
+    rows = [i for part in parts for i in range(part.from_ or 0, total if part.to is None else part.to)]
     if not rows:
-        raise ConfigError(f"data.split {data.split}: selects none of the {len(examples)} rows of {data.path}")
-    return examples.select(rows)
+        raise ConfigError(f"data.split {data.split}: selects none of the {total} rows of {data.path}")
+    return tokens.select(examples, rows)
 
 
-def _split(examples: "Dataset", recipe: Recipe) -> "tuple[Dataset, Dataset | None]":
+def _split(examples: "Dataset", recipe: Recipe, windows: tokens.Windows) -> "tuple[Dataset, Dataset | None]":
     """Training rows and held-out rows; the draw depends on the seed only."""
     held = recipe.data.eval
     if isinstance(held, str):
-        return examples, _load(replace(recipe.data, path=held, split="train"), recipe.task)
+        return examples, _load(replace(recipe.data, path=held, split="train"), recipe.task, windows)
     if not held:
         return examples, None
     if held < 0 or (isinstance(held, float) and held >= 1 and not held.is_integer()):
         raise ConfigError(f"data.eval is {held}; a share below 1, a number of rows, a file or null was wanted")
-    count = int(held) if held >= 1 else max(1, round(len(examples) * held))
-    if count >= len(examples):
+    total = tokens.count(examples)
+    count = int(held) if held >= 1 else max(1, round(total * held))
+    if count >= total:
         raise ConfigError(
-            f"data.eval {held} holds out {count} of the {len(examples)} rows of {recipe.data.path}, "
+            f"data.eval {held} holds out {count} of the {total} rows of {recipe.data.path}, "
             "which leaves none to learn from; lower it, or set it to null"
         )
     seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-    parts = examples.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
+    return tokens.draw(examples, count, seed)
 
 
 def _cut_answers(examples: "Dataset", turns: str) -> "Dataset":

@@ -5,6 +5,7 @@ An example is one of
     {"prompt", "completion"}    the completion is learned, as TRL's prompt-completion data
     {"messages"}                a conversation; `answers` cuts it into prompts and completions
     {"text", "label"}           classification
+    {"input_ids"}               token ids: every one is learned
 """
 
 from collections.abc import Callable, Collection
@@ -32,12 +33,17 @@ COLUMNS = {
     "prompt-completion": ["prompt", "completion"],
     "classification": ["text", "label"],
     "text": ["text"],
+    "tokens": ["input_ids"],
 }
 
 # Other names under which `auto` finds prompts and completions.
 PAIRS = [("query", "response"), ("question", "answer"), ("prompt", "response"), ("instruction", "response")]
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+# Columns of tokenised data that may say that not every token is learned.
+MASKS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
+MAX_ID = 2**31  # what datasets stores token ids in
 
 Columns = dict[str, str]
 Example = dict[str, Any]
@@ -86,6 +92,7 @@ def converter(format: str, columns: Columns) -> Callable[[Any], Example]:
         "alpaca": _alpaca,
         "sharegpt": _sharegpt,
         "classification": _classification,
+        "tokens": _tokens,
     }[format]
 
     def checked(row: Any) -> Example:
@@ -149,6 +156,24 @@ def _classification(row: dict[str, Any]) -> Example:
     return {"text": _string(row, "text"), "label": str(label)}
 
 
+def _tokens(row: dict[str, Any]) -> Example:
+    ids = row["input_ids"]
+    if hasattr(ids, "dtype"):  # an array, of integers
+        if ids.size and not 0 <= ids.min() <= ids.max() < MAX_ID:
+            raise FormatError(f"'input_ids' go from {ids.min()} to {ids.max()}; token ids were wanted")
+        return {"input_ids": ids}
+    if not isinstance(ids, list) or not ids:
+        raise FormatError(f"'input_ids' is {_kind(ids)}; a list of token ids was wanted")
+    strange = [id for id in ids if type(id) is not int or not 0 <= id < MAX_ID]
+    if strange:
+        raise FormatError(f"'input_ids' holds {strange[0]!r}; token ids were wanted")
+    for name in MASKS:
+        mask = row.get(name)
+        if mask is not None and (mask != ids if name == "labels" else not all(mask)):
+            raise FormatError(f"{name!r} leaves tokens out, but every token of 'input_ids' is learned; use prompts")
+    return {"input_ids": ids}
+
+
 def _conversation(turns: Any, role_key: str, content_key: str) -> list[dict[str, str]]:
     if not isinstance(turns, list) or not turns:
         raise FormatError(f"the conversation is {_kind(turns)}; a list of turns was wanted")
@@ -177,7 +202,9 @@ def _string(row: dict[str, Any], name: str) -> str:
 def _kind(value: Any) -> str:
     if value is None or (isinstance(value, str | list) and not value):
         return "empty"
-    return "blank" if isinstance(value, str) else f"of type {type(value).__name__} ({str(value)[:40]})"
+    if isinstance(value, str) and value.isspace():
+        return "blank"
+    return f"of type {type(value).__name__} ({str(value)[:40]})"
 
 
 def _list(names: Any) -> str:

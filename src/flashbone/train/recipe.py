@@ -11,14 +11,14 @@ from flashbone.errors import ConfigError, FormatError
 
 Task = Literal["sft", "classification"]
 TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
-Format = Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "classification"]
+Format = Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "tokens", "classification"]
 
 
 @dataclass
 class DataRecipe:
     """Where the examples come from and how a row becomes one."""
 
-    path: str  # .json, .jsonl, .csv, .parquet, or a dataset's hub id or folder
+    path: str  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
     eval: int | float | str | None = 0.1  # held out: a share, a number of rows, another file, or nothing
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name

@@ -16,8 +16,9 @@ class BadRow(FormatError):
 
 
 def read_rows(path: Path) -> Iterator[Row | BadRow]:
-    """The rows of a .json, .jsonl, .csv or .parquet file; a malformed row comes as a BadRow in its place."""
+    """The rows of a .json, .jsonl, .csv, .parquet or .bin/.idx file; a malformed row comes as a BadRow in its place."""
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    readers |= {".bin": _binidx, ".idx": _binidx}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise FormatError(f"{path}: unknown kind of file; {', '.join(readers)} are read")
@@ -94,3 +95,10 @@ def _parquet(path: Path) -> Iterator[Row | BadRow]:
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowInvalid as error:
         raise FormatError(f"{path}: not a valid parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _binidx(path: Path) -> Iterator[Row]:
+    from flashbone.train.binidx import BinIdx
+
+    for number, ids in enumerate(BinIdx(path)):
+        yield f"{path}: document {number}", {"input_ids": ids}

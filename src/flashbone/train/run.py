@@ -26,6 +26,7 @@ from flashbone.train.models import load_causal_lm, load_classifier, load_tokeniz
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe
 from flashbone.train.summary import summarise
+from flashbone.train.tokens import accept_tokens, windows_for
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
 
 def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
-        data = load_data(recipe)
+        data = load_data(recipe, windows_for(args))
     trainer, load_plain = _trainer(recipe, args, data)
     _check_engine(trainer)
     trainer.accelerator.wait_for_everyone()
@@ -138,6 +139,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
     args.model_init_kwargs = None  # they are used here
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
     model = load(**quantized_loading(recipe, model_dtype(args)))
+    accept_tokens(data, args, model, recipe)
     trainer = SFTTrainer(
         model=model,
         args=args,
