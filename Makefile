@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-quantised test-peft test-triton test-deepspeed test-llamacpp demo demo-classification demo-orthogonal golden golden-llamacpp benchmarks benchmarks-quick clean help
+.PHONY: check test test-quantised test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal golden golden-llamacpp benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test-quantised  only the tests on quantised models, with bitsandbytes, torchao and HQQ"
 	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
+	@echo "make test-fla    flash-linear-attention's RWKV-7 and RWKV-6, interpreted on the CPU"
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
 	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
@@ -97,6 +98,15 @@ WITH_TRITON := PYTHONPATH=.venv/triton TRITON_CACHE_DIR=.cache/triton OMP_NUM_TH
 test-triton: .venv/.triton
 	$(WITH_TRITON) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/triton_kernels/test_triton_results.py
 	$(WITH_TRITON) $(BIN)/pytest -n 2 tests/triton_kernels/test_triton_compiled.py
+
+# Beside the environment: transformers looks for it by name wherever it is installed. Its kernels are interpreted.
+.venv/.fla: .venv/.triton
+	$(PIP) --no-deps --upgrade --target .venv/fla flash-linear-attention fla-core
+	@touch $@
+
+test-fla: .venv/.fla
+	PYTHONPATH=.venv/fla:.venv/triton TRITON_CACHE_DIR=.cache/triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -n 2 tests/hosts/test_fla.py
 
 # Beside the environment: DeepSpeed is in no extra, and its import alone would change how accelerate saves and loads. It
 # compiles a library of its own once (80 s), for processes on one machine.

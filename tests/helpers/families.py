@@ -32,6 +32,7 @@ WAV2VEC2 = TOKENS | LAYERS | {"conv_dim": (8,), "conv_stride": (2,), "conv_kerne
 WAV2VEC2 |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 DEEPSEEK = GROUPED | {"num_key_value_heads": 2, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4}
 DEEPSEEK |= {"qk_nope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 2, "head_dim": 4}
+RWKV = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 12, "context_length": 16}
 
 # One row of layers: query, key, value, output of the attention, then up, gate, down of the MLP; - where there is none.
 BERT = "attention.self.query attention.self.key attention.self.value attention.output.dense"
@@ -42,6 +43,8 @@ GLU = "mlp.up_proj mlp.gate_proj mlp.down_proj"
 VIT = "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 - mlp.fc2"
 BART_LAYER = f"{SELF} self_attn.out_proj fc1 - fc2"
 CLIP_LAYER = f"{SELF} self_attn.out_proj mlp.fc1 - mlp.fc2"
+RWKV_ATTENTION = "attention.receptance attention.key attention.value attention.output"
+RWKV_MLP = "feed_forward.key feed_forward.receptance feed_forward.value"
 CROSS = "q_proj k_proj v_proj out_proj - - -"
 
 
@@ -263,6 +266,7 @@ FAMILIES = {
             "model.layers.*.self_attn": "q_b_proj kv_b_proj kv_b_proj - - - -",
         },
     ),
+    "rwkv-4": Family(hf.RwkvForCausalLM, hf.RwkvConfig, RWKV, {"rwkv.blocks.*": f"{RWKV_ATTENTION} {RWKV_MLP}"}),
     "t5": Family(hf.T5ForConditionalGeneration, hf.T5Config, T5, _t5("wi - wo")),
     "t5 with gates": Family(hf.T5ForConditionalGeneration, hf.T5Config, GATED, _t5("wi_1 wi_0 wo")),
     "t5 for classification": Family(hf.T5ForSequenceClassification, hf.T5Config, T5, _t5("wi - wo", "transformer.")),

@@ -17,10 +17,12 @@ from flashbone.tuner.targets import resolved, roles_of
 from helpers.families import FAMILIES
 
 TRAINED = ("bert", "albert", "modernbert", "gpt2", "gpt-neox", "phi-3", "llama", "mixtral", "t5 with gates", "bart")
-# Entries that are also a module of the family, which wins: it holds a part of the role.
+TRAINED = (*TRAINED, "rwkv-4")
+# Entries that are also a module or a layer of the family, which wins: it holds a part of the role.
 CONTAINERS = {
     ("bert with cross-attention", "attention.output"): "bert.encoder.layer.*.attention.output.dense",
     ("mpnet", "output"): "mpnet.encoder.layer.*.output.dense",
+    ("rwkv-4", "output"): "rwkv.blocks.*.attention.output",
 }
 
 
@@ -123,7 +125,21 @@ def test_every_name_of_the_table_is_a_layer_of_some_model_of_these_tests():
         "feed_forward.w1": "mlp.gate",
         "feed_forward.w2": "mlp.down",
         "feed_forward.w3": "mlp.up",
+        "att.receptance": "attention.query",  # RWKV as its author wrote it
+        "att.key": "attention.key",
+        "att.value": "attention.value",
+        "att.output": "attention.output",
+        "ffn.key": "mlp.up",
+        "ffn.receptance": "mlp.gate",
+        "ffn.value": "mlp.down",
+        "attn.r_proj": "attention.query",  # flash-linear-attention's RWKV-7, and RWKV-6 with what wraps its layers
+        "attn.r_proj.linear": "attention.query",
+        "attn.k_proj.linear": "attention.key",
+        "attn.v_proj.linear": "attention.value",
+        "ffn.key.linear": "mlp.up",
+        "ffn.receptance.linear": "mlp.gate",
     }
+    assert held_by("blocks.0.att.gate") == held_by("layers.0.attn.g_proj.linear") == []  # of the attention's output
     assert {name: " ".join(held_by(f"layers.0.{name}")) for name in elsewhere} == elsewhere
     table = set(" ".join(NAMES.values()).split())
     assert table - endings == set(elsewhere)

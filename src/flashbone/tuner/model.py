@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import hosts, keys, lora, weighted
+from flashbone.tuner import hosts, keys, lora, rwkv_hosts, weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.dispatch import layer_class, why_not
 from flashbone.tuner.embedding import BoneEmbedding
@@ -83,6 +83,7 @@ class BoneModel(BaseTuner):
             if inside:
                 config.target_modules = config.target_modules if outside else asked
                 self._inject_inside(inside, adapter_name, *args, **kwargs)
+            rwkv_hosts.settle(model)
         except Exception as error:
             config.target_modules = asked
             take_back(model, adapter_name, trained)
