@@ -7,7 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["flashbone.shards", "flashbone.variants", "flashbone.ops"], "beartype.beartype")
+CHECKED = ["shards", "variants", "ops", "rwkv.wkv6", "rwkv.wkv7", "rwkv.chunks", "rwkv.shift", "rwkv.loss"]
+install_import_hook([f"flashbone.{name}" for name in CHECKED], "beartype.beartype")
 
 import pytest
 import torch

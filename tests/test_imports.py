@@ -22,11 +22,12 @@ ALLOWED = {
     "conversion": {"errors", "sources", "variants", "checkpoint", "cards"},
     "verify": {"errors", "sources", "tuner", "checkpoint", "variants"},
     "tuner": {"errors", "sources", "shards", "ops", "variants", "cards"},
-    "train": {"errors", "sources", "tuner", "checkpoint", "variants"},
+    "rwkv": {"errors", "checkpoint"},
+    "train": {"errors", "sources", "tuner", "checkpoint", "variants", "rwkv"},
     "report": {"errors", "sources", "tuner", "checkpoint", "variants", "conversion"},
     "cli": {"errors", "sources", "train", "report", "merge", "conversion", "verify", "checkpoint"},
     "__main__": {"cli"},
-    "__init__": {"errors", "import_hook", "host_hooks", "tuner", "merge", "conversion"},
+    "__init__": {"errors", "import_hook", "host_hooks", "tuner", "merge", "conversion", "rwkv"},
 }
 # Maths and files work without the hosts; the commands start without anything heavy.
 WITHOUT_HOSTS = {

@@ -1,7 +1,8 @@
 """The Bone family of block-affine adapters for PEFT, transformers and TRL.
 
-`import flashbone`, before or after peft, gives PEFT its BONE method back. The import itself is light: names are loaded
-on first use (PEP 562), and BONE is registered as soon as peft has been imported.
+`import flashbone`, before or after peft, gives PEFT its BONE method back, and transformers RWKV-7 and RWKV-6. The import
+itself is light: names are loaded on first use (PEP 562), and things are registered as soon as peft has been imported,
+and transformers' Auto classes.
 """
 
 from importlib import import_module
@@ -61,5 +62,15 @@ def _register(peft: ModuleType) -> None:
     import_module("flashbone.tuner.register").register(peft)
 
 
+def _register_rwkv_configs(auto: ModuleType) -> None:
+    import_module("flashbone.rwkv.register").register_configs(auto)
+
+
+def _register_rwkv_tokenizer(auto: ModuleType) -> None:
+    import_module("flashbone.rwkv.register").register_tokenizer(auto)
+
+
 when_imported("peft", _register)
+when_imported("transformers.models.auto.configuration_auto", _register_rwkv_configs)
+when_imported("transformers.models.auto.tokenization_auto", _register_rwkv_tokenizer)
 wrap_when_imported()

@@ -16,13 +16,13 @@ _FULL, _TAKEN = "no disk space left, free some or write elsewhere", "another run
 _REASONS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.ENOTEMPTY: _TAKEN, errno.EEXIST: _TAKEN}
 
 
-def check(out: Path, size: int, source: Path, is_file: bool = False) -> None:
+def check(out: Path, size: int, source: Path | None, is_file: bool = False) -> None:
     """Check, before anything is written, that `out` can become a new folder or file of `size` bytes.
 
     Raises:
         FlashboneError: it exists, lies in the source, or the disk is too full.
     """
-    if out.resolve().is_relative_to(source.resolve()):
+    if source is not None and out.resolve().is_relative_to(source.resolve()):
         raise FlashboneError(f"{out}: the output must not be {source} or lie inside it; name another place")
     if out.resolve() == Path.cwd():
         raise FlashboneError(f"{out}: is the current folder, which cannot be replaced; name a new one")

@@ -1,0 +1,51 @@
+"""Layers that both versions share: norms that keep their precision, and random starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Norm(nn.LayerNorm):
+    """A LayerNorm whose weights may be in another dtype than its input, as trained ones are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        wide = torch.promote_types(input.dtype, self.weight.dtype)
+        out = functional.layer_norm(
+            input.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps
+        )
+        return out.to(input.dtype)
+
+
+class HeadNorm(nn.GroupNorm):
+    """ln_x: each head of (batch, tokens, hidden) by itself, in fp32 at least."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        flat = input.flatten(0, 1).to(wide)
+        out = functional.group_norm(flat, self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return out.view(input.shape)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """All of RWKV's projections are without bias."""
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def vector(size: int) -> nn.Parameter:
+    """(1, 1, size), as in BlinkDL's files."""
+    return nn.Parameter(torch.empty(1, 1, size))
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+@torch.no_grad()
+def ramp_(parameter: Tensor, first: float, last: float) -> None:
+    """Fill with numbers from the first to the last in order, by a function that transformers knows to skip."""
+    if not getattr(parameter, "_is_hf_initialized", False):
+        parameter.copy_(torch.linspace(first, last, parameter.numel()).view_as(parameter))

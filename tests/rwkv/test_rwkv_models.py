@@ -1,0 +1,324 @@
+"""RWKV-7 and RWKV-6 against the `rwkv` package, and as models of transformers."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flashbone.errors import ConfigError, ShapeError
+from flashbone.rwkv import Rwkv6Config, Rwkv7Config, RwkvState, from_pth, to_pth
+from helpers.comparison import close
+from helpers.rwkv import VOCABULARY, reference_logits, write_rwkv
+
+VERSIONS = (7, 6)
+# hidden size, head size, blocks
+SIZES = [(16, 8, 1), (32, 8, 3), (48, 16, 2), (64, 64, 2), (96, 32, 1)]
+LIMIT = 2e-5  # largest difference of a logit, of the rms of all
+TOKENS = 75  # two chunks and a part
+
+
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda v: f"v{v}")
+def cases(request, tmp_path_factory):
+    """(version, [(file, tokens, token by token, whole sequence)]) with the reference's logits."""
+    folder = tmp_path_factory.mktemp("rwkv")
+    source = torch.Generator().manual_seed(5)
+    jobs = [
+        (
+            write_rwkv(folder / f"{hidden}-{head}-{layers}.pth", request.param, hidden, head, layers),
+            torch.randint(0, VOCABULARY, (TOKENS,), generator=source).tolist(),
+        )
+        for hidden, head, layers in SIZES
+    ]
+    found = reference_logits(request.param, jobs, folder)
+    return request.param, [(*job, *logits) for job, logits in zip(jobs, found, strict=True)]
+
+
+def differs_by(got, want):
+    return float((got - want).abs().max() / want.square().mean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def one(cases):
+    """A file of three blocks, its model, tokens (1, 75) and the reference's logits."""
+    version, (_, (path, tokens, steps, _), *_) = cases
+    return version, from_pth(path), torch.tensor([tokens]), steps
+
+
+@torch.no_grad()
+def test_logits_equal_the_rwkv_package_s_for_whole_sequences(cases):
+    for path, tokens, steps, whole in cases[1]:
+        got = from_pth(path)(torch.tensor([tokens])).logits[0]
+        assert differs_by(got, whole) < LIMIT, path
+        assert differs_by(got, steps) < LIMIT, path
+
+
+@torch.no_grad()
+def test_logits_equal_the_rwkv_package_s_token_by_token(cases):
+    for path, tokens, steps, _ in cases[1]:
+        model, state, rows = from_pth(path), None, []
+        for token in tokens:
+            out = model(torch.tensor([[token]]), past_key_values=state, use_cache=True)
+            state = out.past_key_values
+            rows.append(out.logits[0, -1])
+        assert differs_by(torch.stack(rows), steps) < LIMIT, path
+        assert state.get_seq_length() == len(tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("before", "after"), [(9, 0), (0, 9), (4, 40)])
+def test_padding_on_either_side_changes_no_token(one, before, after):
+    _, model, tokens, want = one
+    padded = torch.nn.functional.pad(tokens, (before, after), value=3)
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (before, after))
+    out = model(torch.cat([padded, padded.flip(1)]), attention_mask=torch.cat([mask, mask.flip(1)]), use_cache=True)
+    assert differs_by(out.logits[0, before : before + TOKENS], want) < LIMIT
+    bare = model(tokens, use_cache=True).past_key_values
+    for padded_layer, bare_layer in zip(out.past_key_values.layers, bare.layers, strict=True):
+        for got, wanted in zip(padded_layer, bare_layer, strict=True):
+            assert close(got[:1], wanted, torch.float32)
+
+
+@torch.no_grad()
+def test_padding_inside_a_sequence_is_passed_over(one):
+    _, model, tokens, want = one
+    gap = torch.full((1, 6), 2)
+    broken = torch.cat([tokens[:, :30], gap, tokens[:, 30:]], dim=1)
+    mask = torch.ones_like(broken)
+    mask[:, 30:36] = 0
+    got = model(broken, attention_mask=mask).logits
+    assert differs_by(torch.cat([got[0, :30], got[0, 36:]]), want) < LIMIT
+
+
+@torch.no_grad()
+def test_a_sequence_in_pieces_of_any_length_gives_the_same_logits(one):
+    _, model, tokens, want = one
+    state, rows = RwkvState(), []
+    for piece in tokens.split([1, 31, 33, 2, 8], dim=1):
+        rows.append(model(piece, past_key_values=state).logits[0])
+    assert differs_by(torch.cat(rows), want) < LIMIT
+
+
+@torch.no_grad()
+def test_a_copied_state_serves_several_continuations(one):
+    _, model, tokens, want = one
+    prefix = model(tokens[:, :40], use_cache=True).past_key_values
+    for _ in range(2):
+        got = model(tokens[:, 40:], past_key_values=copy.deepcopy(prefix)).logits[0]
+        assert differs_by(got, want[40:]) < LIMIT
+
+
+@torch.no_grad()
+def test_generation_takes_the_most_likely_tokens_of_the_reference(one):
+    _, model, tokens, _ = one
+    prompt, new = tokens[:, :12], 9
+    got = model.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    assert got.shape == (1, 12 + new)
+    for length in range(12, 12 + new):
+        assert got[0, length] == model(got[:, :length]).logits[0, -1].argmax()
+
+
+@torch.no_grad()
+def test_generation_from_padded_prompts_equals_that_from_each_alone(one):
+    _, model, tokens, _ = one
+    prompts = [tokens[:, :5], tokens[:, 5:17]]
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    alone = [model.generate(p, **options)[0, p.shape[1] :] for p in prompts]
+    short = torch.nn.functional.pad(prompts[0], (7, 0))
+    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
+    together = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
+    assert torch.equal(together[:, 12:], torch.stack(alone))
+    without_cache = model.generate(prompts[1], use_cache=False, **options)
+    assert torch.equal(without_cache[0, 12:], alone[1])
+
+
+@torch.no_grad()
+def test_beams_carry_their_own_states(one):
+    _, model, tokens, _ = one
+    options = {"max_new_tokens": 6, "num_beams": 4, "eos_token_id": None, "do_sample": False}
+    with_state = model.generate(tokens[:, :10], **options)
+    assert torch.equal(with_state, model.generate(tokens[:, :10], use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_several_answers_to_one_prompt_begin_from_one_state(one):
+    _, model, tokens, _ = one
+    torch.manual_seed(0)
+    got = model.generate(tokens[:, :10], max_new_tokens=4, num_return_sequences=3, do_sample=True, eos_token_id=None)
+    assert got.shape == (3, 14)
+
+
+def test_a_saved_model_is_the_same_model(one, tmp_path):
+    _, model, tokens, want = one
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    with torch.no_grad():
+        assert differs_by(again(tokens).logits[0], want) < LIMIT
+
+
+@torch.no_grad()
+def test_bf16_and_fp64_models_keep_their_precision(one):
+    _, model, tokens, want = one
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    out = half(tokens, use_cache=True)
+    assert out.logits.dtype == torch.bfloat16
+    assert out.past_key_values.layers[0].wkv.dtype == torch.float32
+    assert 1e-4 < differs_by(out.logits[0].float(), want) < 0.3
+    double = copy.deepcopy(model).double()
+    out = double(tokens, use_cache=True)
+    assert out.past_key_values.layers[0].wkv.dtype == torch.float64
+    assert differs_by(out.logits[0].float(), want) < LIMIT
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_state_in_fp32(one):
+    _, model, tokens, want = one
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(tokens, use_cache=True)
+    assert out.past_key_values.layers[-1].wkv.dtype == torch.float32
+    assert 1e-4 < differs_by(out.logits[0].float(), want) < 0.3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(one, reentrant):
+    _, model, tokens, _ = one
+    model = copy.deepcopy(model).train()
+    want = gradients(model, tokens)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    got = gradients(model, tokens)
+    assert want.keys() == got.keys()
+    for name, grad in want.items():
+        assert close(got[name], grad, torch.float32), name
+
+
+def gradients(model, tokens, labels=None, **inputs):
+    model.zero_grad()
+    model(tokens, labels=tokens if labels is None else labels, **inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_parameter_is_trained_but_what_the_first_block_does_not_use(one):
+    version, model, tokens, _ = one
+    model = copy.deepcopy(model).double().train()
+    unused = {name for name, p in model.named_parameters()} - gradients(model, tokens).keys()
+    assert unused == ({f"blocks.0.att.v{i}" for i in range(3)} if version == 7 else set())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_passing_the_state_on_gives_the_gradients_of_one_long_sequence(one, checkpointed):
+    _, model, tokens, _ = one
+    model = copy.deepcopy(model).double().train()
+    rows = torch.cat([tokens, tokens.roll(11, 1)])
+    mask = torch.ones_like(rows)
+    mask[0, 60:] = mask[1, :22] = 0
+    labels = rows.masked_fill(mask == 0, -100)
+    want = gradients(model, rows, labels, attention_mask=mask)
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.chunk_ctx = 19  # four chunks
+    got = gradients(model, rows, labels, attention_mask=mask)
+    assert want.keys() == got.keys()
+    for name, grad in want.items():
+        assert close(got[name], grad, torch.float64), name
+
+
+def test_a_cut_gradient_is_that_of_pieces_that_start_from_a_detached_state(one):
+    _, model, tokens, _ = one
+    model = copy.deepcopy(model).double().train()
+    whole = gradients(model, tokens)
+    model.chunk_ctx, model.carries_gradient = 19, False
+    got = gradients(model, tokens)
+    model.zero_grad()
+    state = RwkvState()
+    hidden = []
+    model.chunk_ctx = None
+    for piece in tokens.split(19, dim=1):
+        hidden.append(model.backbone(piece, past_key_values=state).last_hidden_state)
+        state = state.detach()
+    logits = model.head(torch.cat(hidden, 1))
+    model.loss_function(logits=logits, labels=tokens, vocab_size=VOCABULARY).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert close(got[name], p.grad, torch.float64), name
+    name = "blocks.1.att.key.weight"
+    assert not close(got[name], whole[name], torch.float32)
+
+
+def test_state_passing_keeps_only_one_piece_in_memory(one):
+    _, model, tokens, _ = one
+    model = copy.deepcopy(model).train()
+
+    def kept(chunk_ctx):
+        model.chunk_ctx = chunk_ctx
+        sizes = []
+        rows = tokens.repeat(1, 8)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            model.backbone(rows)
+        return sum(sizes)
+
+    assert kept(25) < kept(None) / 20
+
+
+def test_the_backbone_and_the_head_are_the_model(one):
+    _, model, tokens, _ = one
+    with torch.no_grad():
+        out = model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        assert torch.equal(model.get_output_embeddings()(out.last_hidden_state), model(tokens).logits)
+        assert out.past_key_values is None
+        whole = model(tokens, output_hidden_states=True)
+        assert len(whole.hidden_states) == model.config.num_hidden_layers + 1
+        assert torch.equal(whole.hidden_states[-1], out.last_hidden_state)
+        assert torch.equal(model(tokens, logits_to_keep=2).logits, whole.logits[:, -2:])
+        assert torch.equal(model(inputs_embeds=model.emb(tokens)).logits, whole.logits)
+        assert torch.equal(model(tokens, return_dict=False)[0], whole.logits)
+
+
+def test_wrong_calls_are_refused(one):
+    _, model, tokens, _ = one
+    with pytest.raises(ConfigError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ShapeError, match=r"attention_mask: got shape \(1, 3\), wanted \(batch, 75\)"):
+        model(tokens, attention_mask=torch.ones(1, 3))
+    packed = torch.cat([torch.arange(40), torch.arange(35)]).unsqueeze(0)
+    for call in (model, model.base_model):
+        with pytest.raises(ConfigError, match="several sequences are packed into one row"):
+            call(tokens, position_ids=packed)
+    assert model(tokens, position_ids=torch.arange(75).unsqueeze(0)).logits.shape[1] == 75
+    for config in (Rwkv7Config, Rwkv6Config):
+        with pytest.raises(ConfigError, match="head_size: got 48, which does not divide the hidden size of 64"):
+            config(hidden_size=64, head_size=48)
+        with pytest.raises(ConfigError, match="wkv_backend: got 'cuda', wanted one of auto, torch, fla"):
+            config(wkv_backend="cuda")
+
+
+@pytest.mark.parametrize("config", [Rwkv7Config, Rwkv6Config])
+def test_a_random_start_is_finite_and_learns(config):
+    model = AutoModelForCausalLM.from_config(
+        config(vocab_size=20, hidden_size=32, head_size=16, num_hidden_layers=2)
+    ).train()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    tokens = torch.randint(0, 20, (2, 40))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_resized_vocabulary_keeps_its_rows(one, tmp_path):
+    _, model, tokens, want = one
+    model = copy.deepcopy(model)
+    model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    with torch.no_grad():
+        assert differs_by(model(tokens).logits[0, :, :VOCABULARY], want) < LIMIT
+    to_pth(model, tmp_path / "wider.pth")
+    assert from_pth(tmp_path / "wider.pth").config.vocab_size == VOCABULARY + 8
