@@ -84,6 +84,7 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
     bare = model.get_base_model()
     layers = {name: layer for name, layer in model.base_model._bone_layers() if adapter_name in layer.bone_block}
     saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    single = list(config.parameters_to_save or ())
     is_linear = all(layer.converts_to_lora and _is_linear(layer) for layer in layers.values())
     return cards.Card(
         format="peft",
@@ -91,9 +92,9 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
         r=tuple(sorted({config.r, *config.rank_pattern.values()})),
         targets=names + tuple(config.target_parameters or ()),
         base=config.base_model_name_or_path or getattr(bare, "name_or_path", None) or None,
-        linear_only=is_linear,
-        fits_lora=all(map(has_lora, layers.values())),
-        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv([*layers, *saved]),
+        linear_only=is_linear and not single,
+        fits_lora=all(map(has_lora, layers.values())) and not single,
+        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv([*layers, *saved, *single]),
     )
 
 

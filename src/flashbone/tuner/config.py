@@ -55,8 +55,8 @@ class BoneConfig(PeftConfig):
         rank_pattern: Block sizes of single modules, by name or regular expression: {"mlp.down_proj": 32}.
         bias: Which biases are trained along: "none", "all" or "bone_only" (those of adapted layers).
         modules_to_save: Modules that are trained as a whole and saved with the adapter, such as a new classifier.
-        parameters_to_save: Single parameters of which a converted adapter holds trained values; such an adapter can be
-            merged into a checkpoint, but not be loaded into a model.
+        parameters_to_save: Names (suffixes) of single parameters that are trained as a whole and saved with the
+            adapter, such as RWKV-6's "time_decay". Injection turns them into full names.
 
     Raises:
         ConfigError: a field is out of range or contradicts another.
@@ -99,7 +99,7 @@ class BoneConfig(PeftConfig):
         default=None, metadata={"help": "Modules to train as a whole and to save with the adapter."}
     )
     parameters_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Single parameters that a converted adapter holds; cannot be loaded yet."}
+        default=None, metadata={"help": "Single parameters to train as a whole and to save with the adapter."}
     )
 
     def __post_init__(self) -> None:
@@ -219,18 +219,15 @@ class BoneConfig(PeftConfig):
         return problems
 
     def _problems_of_parameters(self) -> list[str]:
-        if self.parameters_to_save:
-            return [
-                f"parameters_to_save: trained values of single parameters, such as {self.parameters_to_save[0]}, cannot"
-                " be loaded into a model; merge the adapter into the checkpoint: flashbone merge BASE ADAPTER OUT"
-            ]
-        names = self.target_parameters
-        if names is None:
-            return []
-        if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
-            return [f"target_parameters: got {names!r}, wanted a list of names"]
-        if not names:
-            return []
+        given = {field: getattr(self, field) for field in ("target_parameters", "parameters_to_save")}
+        problems = [
+            f"{field}: got {names!r}, wanted a list of names"
+            for field, names in given.items()
+            if names is not None
+            and (not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) and n for n in names))
+        ]
+        if problems or not self.target_parameters:
+            return problems
         problems = [
             f"{name} does not choose among target_parameters; write the names in full, such as 'layers.0.mlp.experts.x'"
             for name in ("layers_to_transform", "layers_pattern")

@@ -79,6 +79,9 @@ def load_adapter(
             raise
         if info is None or info.missing_keys or info.unexpected_keys:  # older transformers return nothing
             load_as_peft_does()
+            for keys in (getattr(info, "missing_keys", None), getattr(info, "unexpected_keys", None)):
+                if isinstance(keys, set):  # parameters_to_save: all are loaded now, else that would have raised
+                    keys.clear()
         return info
 
 

@@ -35,7 +35,7 @@ def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
 def comes_and_goes(module: nn.Module) -> bool:
     """Whether a host takes the module's parameters away between its calls. Not so under FSDP2 while the forward of
     the unit runs that the module is a part of."""
-    return _offload_hook(module) is not None or any(_is_sharded(p) or _is_zero(p) for p in _own(module).values())
+    return _offload_hook(module) is not None or any(map(is_sharded, _own(module).values()))
 
 
 def is_simply_there(parameter: Tensor | None) -> bool:
@@ -86,6 +86,11 @@ def prepare_reading(base: nn.Module, user: nn.Module) -> None:
 
 def _own(module: nn.Module) -> dict[str, Any]:
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether FSDP2 or ZeRO-3 has taken it into its shards; ZeRO-3's may be gathered now."""
+    return _is_sharded(parameter) or _is_zero(parameter)
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -18,9 +18,10 @@ from flashbone.errors import ConfigError
 from flashbone.tuner import keys
 from flashbone.tuner.config import BoneConfig, BoneType
 from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.saved_parameters import SavedParameter
 
 # What the compiled graph holds, or what an adapter leaves in the model besides its blocks. Sizes are the blocks' own.
-_MUST_BE_EQUAL = ("variant", "use_orthogonal", "orthogonal_eps", "bias", "modules_to_save")
+_MUST_BE_EQUAL = ("variant", "use_orthogonal", "orthogonal_eps", "bias", "modules_to_save", "parameters_to_save")
 
 
 def support_bone(hotswap: ModuleType) -> None:
@@ -85,7 +86,7 @@ def _check(model: Any, adapter_name: str, config: BoneConfig) -> None:
             f"hot swap: adapter {adapter_name!r} cannot be replaced in place ({'; '.join(problems)}); load the new one"
             " under another name with load_adapter"
         )
-    layers = (layer for layer in model.modules() if isinstance(layer, BoneLayer))
+    layers = (layer for layer in model.modules() if isinstance(layer, (BoneLayer, SavedParameter)))
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ConfigError(f"hot swap: adapter {adapter_name!r} is merged into the model; call unmerge_adapter() first")
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from flashbone.tuner.embedding import BoneEmbedding
 from flashbone.tuner.layer import BoneLayer
 from flashbone.tuner.parameters import ParameterKind, ParamWrapper, own_name
+from flashbone.tuner.saved_parameters import VALUES, SavedParameter, bare
 
 BLOCK = "bone_block"
 # The block of a weight that is stored (in, out): an embedding's table, experts with `is_transposed`. transformers'
@@ -17,11 +18,14 @@ _WRAPPED_BY_HOSTS = (FSDP1, "_orig_mod.")
 
 
 def file_keys(model: nn.Module) -> dict[str, str]:
-    """Key of a block in the model -> key in a file, both without the adapter's name, where they differ."""
+    """Key of a block, or of a single parameter's value, in the model -> key in a file, both without the adapter's name,
+    where they differ."""
     modules = [(plain(name), module) for name, module in model.named_modules()]
     wrappers = [name for name, module in modules if isinstance(module, ParamWrapper)]
     found = {}
     for name, layer in modules:
+        if isinstance(layer, SavedParameter):
+            found[f"{name}.{VALUES}"] = bare(name)
         if not isinstance(layer, BoneLayer):
             continue
         kind = layer._kind
@@ -40,10 +44,12 @@ def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> di
 
 def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """A file's state with the names of the model where those differ; they then end in the adapter's name."""
-    names = {}
+    names, values = {}, {}
     for own, key in file_keys(model).items():
-        names[key] = names[f"base_model.model.{key}"] = f"{own}.{adapter_name}"
-    return {names.get(key, key): tensor for key, tensor in state.items()}
+        found = values if own.endswith(f".{VALUES}") else names
+        found[key] = found[f"base_model.model.{key}"] = f"{own}.{adapter_name}"
+    # A parameter's name in a file may be that inside wrappers of others, and what wraps it may have changed.
+    return {names.get(key, values.get(bare(key), key)): tensor for key, tensor in state.items()}
 
 
 def plain(name: str) -> str:

@@ -18,6 +18,7 @@ from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner import hosts
 from flashbone.tuner.keys import FSDP1, file_keys, plain
 from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.saved_parameters import VALUES, SavedParameter, bare, find, forget
 
 _LOADED = "_hf_peft_config_loaded"  # transformers' flag
 _ignore_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
@@ -36,11 +37,21 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         for name, module in model.named_modules()
         if isinstance(module, BoneLayer) and adapter_name in module.bone_block
     }
+    values = {
+        plain(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, SavedParameter) and adapter_name in module.bone_parameter
+    }
     in_files = file_keys(model)  # so that an error names a wrapped parameter, not its place among wrappers
     problems = [
         f"{_short(in_files.get(f'{name}.bone_block', name))}: the checkpoint has no block for it"
         for name in layers
         if name + suffix not in state_dict
+    ]
+    problems += [
+        f"{saved.name}: the checkpoint has no value for it (parameters_to_save)"
+        for name, saved in values.items()
+        if f"{name}.{VALUES}.{adapter_name}" not in state_dict
     ]
     sharded = any(FSDP1 in name for name, _ in model.named_modules())
     tensors = {plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -68,7 +79,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+    return bare(name.removeprefix("base_model.model."))
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -79,6 +90,7 @@ def trained_names(model: nn.Module) -> list[str]:
 def take_back(model: nn.Module, adapter_name: str, trained: list[str]) -> None:
     """Remove an adapter from a model. Layers and saved modules that hold no other one become the originals again, and
     exactly the parameters named by `trained` are trained."""
+    forget(model, adapter_name)
     for name, module in reversed(list(model.named_modules())):  # what is inside others comes first
         if isinstance(module, BoneLayer):
             if adapter_name in module.bone_block:
@@ -101,7 +113,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapters_in(model: nn.Module) -> set[str]:
-    return {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
+    blocks = {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
+    return blocks.union(*(saved.bone_parameter for saved in find(model)))
 
 
 def is_ignoring_sizes() -> bool:
@@ -129,7 +142,7 @@ def no_trace(model: nn.Module, adapter_name: str, source: object) -> Iterator[No
     modes = {module: module.training for module in model.modules()}
     holders = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     active = {module: list(module.active_adapters) for module in holders}
-    merged = {module: list(module.merged_adapters) for module in model.modules() if isinstance(module, BoneLayer)}
+    merged = {m: list(m.merged_adapters) for m in model.modules() if isinstance(m, (BoneLayer, SavedParameter))}
     try:
         yield
     except Exception as error:
@@ -201,6 +214,8 @@ def _clean_load_adapter(original: Callable) -> Callable:
         for layer in self.modules():
             if isinstance(layer, BoneLayer):
                 hosts.keep_here(layer.bone_block)
+            if isinstance(layer, SavedParameter):
+                hosts.keep_here(layer.bone_parameter)
         model, ignores = self.get_base_model(), bool(kwargs.get("ignore_mismatched_sizes", False))
         with no_trace(model, adapter_name, model_id), ignoring_sizes(ignores), _as_dispatched(model, model_id, kwargs):
             return original(self, model_id, adapter_name, *args, **kwargs)

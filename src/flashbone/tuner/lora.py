@@ -47,7 +47,13 @@ def to_lora(
     if unfit := {n: layer for n, layer in layers.items() if not has_lora(layer)}:
         kinds = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in unfit.items())
         raise ConfigError(f"to_lora: a plain LoRA has no place for {kinds}; merge the adapter instead")
-    config, state = model.peft_config[adapter_name], _kept_whole(model, adapter_name)
+    config = model.peft_config[adapter_name]
+    if config.parameters_to_save:
+        names = ", ".join(config.parameters_to_save)
+        raise ConfigError(
+            f"to_lora: a plain LoRA has no place for {names} (parameters_to_save); merge the adapter instead"
+        )
+    state = _kept_whole(model, adapter_name)
     found = {name: _factored(name, layer, adapter_name, rank, error) for name, layer in layers.items()}
     common = max([rank or 1, *(factors.used for factors in found.values())])
     for name, factors in found.items():

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.tuner import hosts
+from flashbone.tuner import hosts, saved_parameters
 
 
 @torch.inference_mode(False)
@@ -23,7 +23,8 @@ def check_merge(tuner: Any, adapter_names: list[str] | None, safe_merge: bool, u
         unload: Whether the merge is for good, so that nobody takes it back.
 
     Raises:
-        ConfigError: there is no adapter of some name, or a weight is shared or computed.
+        ConfigError: there is no adapter of some name, or a weight is shared or computed, or two of the adapters have a
+            value of their own for one parameter.
         NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity.
         FlashboneError: originals are not kept, and the merge could not be taken back.
     """
@@ -31,6 +32,8 @@ def check_merge(tuner: Any, adapter_names: list[str] | None, safe_merge: bool, u
         unknown = [name for name in adapter_names or [] if name not in tuner.peft_config]
         if unknown:
             raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(tuner.peft_config)}")
+    for saved in saved_parameters.find(tuner.model):
+        saved.check_merge(adapter_names, must_be_finite=safe_merge)
     _check_bases_are_their_own(tuner)
     owners: dict[int, str] = {}
     for name, layer in tuner._bone_layers():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.ops import backend
-from flashbone.tuner import hosts, keys, lora, rwkv_hosts, weighted
+from flashbone.tuner import hosts, keys, lora, parameters_to_save, rwkv_hosts, saved_parameters, weighted
 from flashbone.tuner.config import BoneConfig
 from flashbone.tuner.dispatch import layer_class, why_not
 from flashbone.tuner.embedding import BoneEmbedding
@@ -31,6 +31,7 @@ from flashbone.tuner.mixed_batch import adapters_by_row, row_names, saved_module
 from flashbone.tuner.neighbours import check_order
 from flashbone.tuner.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.quantized import keep_trainable
+from flashbone.tuner.saved_parameters import SavedParameter
 from flashbone.tuner.targets import TargetError, default_targets, nearest_names, resolve
 
 REFERENCE = "ref"  # what TRL calls it
@@ -65,7 +66,8 @@ class BoneModel(BaseTuner):
     peft_config: dict[str, BoneConfig]
     model: nn.Module
     prefix: str = "bone_"
-    tuner_layer_cls = BoneLayer
+    tuner_layer_cls: Any = (BoneLayer, SavedParameter)
+    _taken: tuple[tuple[nn.Module, str, str], ...] = ()  # parameters that adapters keep, while one is injected
     _keeps_originals = True
     _caches = True
     _backend = "torch"
@@ -74,26 +76,39 @@ class BoneModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        trained, asked = trained_names(model), config.target_modules
+        trained, asked = trained_names(model), (config.target_modules, config.parameters_to_save)
         try:
-            inside, outside = inside_wrappers(model, config)
-            if inside and not outside:  # nothing is left for PEFT, which passes over what is inside adapted modules
-                config.target_modules = set() if config.target_parameters else DUMMY_TARGET_MODULES
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if inside:
-                config.target_modules = config.target_modules if outside else asked
-                self._inject_inside(inside, adapter_name, *args, **kwargs)
+            with saved_parameters.put_aside(model) as standing:
+                chosen = parameters_to_save.choose(model, config, self.peft_config.values())
+                parameters_to_save.check_standing(standing, config)
+                self._taken = tuple((p.owner, p.key, p.name) for p in [*standing, *chosen])
+                self._inject_layers(model, adapter_name, *args, **kwargs)
+            on_meta = bool(kwargs.get("low_cpu_mem_usage", False))
+            parameters_to_save.put_in(model, config, adapter_name, chosen, self.active_adapters, on_meta)
             rwkv_hosts.settle(model)
         except Exception as error:
-            config.target_modules = asked
+            config.target_modules, config.parameters_to_save = asked
             take_back(model, adapter_name, trained)
             self.peft_config.pop(adapter_name, None)
             if isinstance(error, TargetError) or not isinstance(error, NoMatchingPeftModuleError):
                 raise
-            names = ", ".join(nearest_names(model, asked))
+            names = ", ".join(nearest_names(model, asked[0]))
             raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
+        finally:
+            self._taken = ()
         if adapter_name == REFERENCE:
             self._start_as_a_copy(config)
+
+    def _inject_layers(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        asked = config.target_modules
+        inside, outside = inside_wrappers(model, config)
+        if inside and not outside:  # nothing is left for PEFT, which passes over what is inside adapted modules
+            config.target_modules = set() if config.target_parameters else DUMMY_TARGET_MODULES
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if inside:
+            config.target_modules = config.target_modules if outside else asked
+            self._inject_inside(inside, adapter_name, *args, **kwargs)
 
     def _start_as_a_copy(self, config: BoneConfig) -> None:
         """Make the adapter "ref" a copy of the one whose very config it was given, if there is one.
@@ -107,6 +122,8 @@ class BoneModel(BaseTuner):
             if sources[0] in layer.bone_block and REFERENCE in layer.bone_block:
                 layer.bone_block[REFERENCE].data = layer.bone_block[sources[0]].detach().clone()
                 layer.bone_scale[REFERENCE] = layer.bone_scale[sources[0]]
+        for saved in saved_parameters.find(self.model) if sources else ():
+            saved.copy_value(sources[0], REFERENCE)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
@@ -141,6 +158,8 @@ class BoneModel(BaseTuner):
             "orthogonal_eps": peft_config.orthogonal_eps,
         }
         wraps = parameter_name is not None and getattr(target, "parameter_name", None) != parameter_name
+        inner = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        parameters_to_save.check_target(self._taken, current_key, inner, parameter_name)
         if isinstance(target, BoneLayer) and not wraps:
             with _naming(current_key):
                 target.update_layer(adapter_name, **fields)
@@ -216,7 +235,24 @@ class BoneModel(BaseTuner):
         check_state_dict(model, adapter_name, mapped)
         for layer in _layers_of(model, adapter_name):  # what is copied to an offloaded block is lost
             hosts.keep_here(layer.bone_block)
+        for saved in saved_parameters.find(model):
+            hosts.keep_here(saved.bone_parameter)
         return mapped
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter, or several, the active ones.
+
+        Raises:
+            ConfigError: two of them have a value of their own for one parameter (parameters_to_save).
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for saved in saved_parameters.find(self.model):
+            saved.check_alone(names)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        saved_parameters.forget(self.model, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (None: the active ones) into the base weights; if it fails, no layer was changed.
@@ -239,6 +275,7 @@ class BoneModel(BaseTuner):
     ) -> Any:
         if merge:
             check_merge(self, adapter_names, safe_merge, unload=True)
+        saved_parameters.unload(self.model, merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
 
     def _bone_layers(self) -> Iterator[tuple[str, BoneLinear]]:
@@ -323,8 +360,8 @@ class BoneModel(BaseTuner):
 
         Raises:
             ConfigError: rank and error contradict each other, or one is needed; a layer cannot have a LoRA (a
-                convolution, a parameter, out_proj of nn.MultiheadAttention), a weight cannot be read, or an embedding
-                stands merged.
+                convolution, a parameter, out_proj of nn.MultiheadAttention), or the adapter keeps single parameters
+                whole; a weight cannot be read, or an embedding stands merged.
             NonFiniteError: a delta holds NaN or infinity.
         """
         return lora.to_lora(self, adapter_name, rank, error)
@@ -352,5 +389,6 @@ class BoneModel(BaseTuner):
                 " names; call model.eval() first"
             )
         rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        with adapters_by_row([layer for _, layer in self._bone_layers()], saved_modules(self.model), rows):
+        layers = [layer for _, layer in self._bone_layers()]
+        with adapters_by_row([*layers, *saved_parameters.find(self.model)], saved_modules(self.model), rows):
             yield

@@ -132,7 +132,10 @@ def _check_request(
     if len(adapters) != len(weights):
         problems.append(f"weights: got {len(weights)} for {len(adapters)} adapters")
     configs = {name: model.peft_config[name] for name in adapters if name in model.peft_config}
-    if saved := [name for name, config in configs.items() if config.modules_to_save or config.bias != "none"]:
-        problems.append(f"adapters: {saved} train modules or biases as a whole, of which there is no weighted sum")
+    wholes = {n: c.modules_to_save or c.parameters_to_save or c.bias != "none" for n, c in configs.items()}
+    if saved := [name for name, whole in wholes.items() if whole]:
+        problems.append(
+            f"adapters: {saved} train modules, parameters or biases as a whole, of which there is no weighted sum"
+        )
     if problems:
         raise ConfigError("add_weighted_adapter: " + "; ".join(problems))

@@ -23,6 +23,7 @@ from flashbone.tuner.embedding import BoneEmbedding
 from flashbone.tuner.layer import BoneLayer
 from flashbone.tuner.parameters import ParamWrapper, own_name
 from flashbone.tuner.presets import KIND, parameter_count, published_preset, without_empty_kind
+from flashbone.tuner.saved_parameters import VALUES, bare
 from flashbone.tuner.skeleton import skeleton
 
 ADAPTER = "default"
@@ -56,7 +57,7 @@ class Attached:
         config: of the adapter.
         layers: the adapted layers, in the model's order.
         calls: of all linear layers.
-        others: name in the base -> parameter that is trained besides, a bias or part of a module to save.
+        others: name in the base -> parameter that is trained besides: a bias, one to save, or part of a module to save.
         copied: names of those that are copies, while the base keeps the frozen original.
         saved_others: key -> tensor of the adapter file that is no block.
     """
@@ -109,7 +110,7 @@ def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype
         layers=tuple(layers),
         calls=calls,
         others={_plain(name): p for name, p in trained.items()},
-        copied=frozenset(_plain(name) for name in trained if ".modules_to_save." in f".{name}"),
+        copied=frozenset(_plain(n) for n in trained if ".modules_to_save." in f".{n}" or f".{VALUES}." in n),
         saved_others={key: tensor for key, tensor in saved.items() if not key.endswith(BLOCK)},
     )
 
@@ -169,7 +170,7 @@ def _check_kinds(model: Any) -> None:
 
 def _plain(name: str) -> str:
     """The parameter's name in the bare model."""
-    return re.sub(rf"\.(base_layer|modules_to_save\.{ADAPTER})(?=\.)", "", name)
+    return bare(re.sub(rf"\.modules_to_save\.{ADAPTER}(?=\.)", "", name))
 
 
 def _quantisation(config: Any) -> str | None:
