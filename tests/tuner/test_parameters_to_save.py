@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint
 import flashbone
 from flashbone import BoneConfig
 from flashbone.errors import ConfigError, FlashboneError, NonFiniteError, ShapeError
+from flashbone.rwkv import from_pth
 from flashbone.tuner.saved_parameters import SavedParameter, find
 from helpers.comparison import close
+from helpers.processes import run_apart
+from helpers.rwkv import write_rwkv
 
 WIDTH = 8
 DECAYS = ["blocks.0.att.time_decay", "blocks.1.att.time_decay"]
@@ -319,6 +322,25 @@ def test_an_adapter_of_rwkv_peft_is_converted_loaded_trained_and_merged(tmp_path
     assert all(torch.equal(disk[name], live[name]) for name in live)
     flashbone.convert(tmp_path / "trained", tmp_path / "again.pth", "rwkv-peft")
     assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == state.keys()
+
+
+@pytest.mark.parametrize(("version", "names"), [(6, ["time_decay", "time_maa_w2"]), (7, ["att.w0", "k_k", "x_r"])])
+def test_an_rwkv_model_and_its_own_checkpoint_get_the_same_numbers(version, names, tmp_path):
+    file = write_rwkv(tmp_path / "base.pth", version)
+    tokens = torch.arange(8).view(2, 4)
+    model = get_peft_model(from_pth(file).eval(), config(*names, target_modules=["att.key"]))
+    fill(model)
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(saved.bone_parameter["default"].grad.abs().max() > 0 for saved in find(model))
+    model.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with torch.no_grad():
+        want = model(tokens).logits
+        again = PeftModel.from_pretrained(from_pth(file).eval(), tmp_path / "adapter")
+        assert torch.equal(again(tokens).logits, want)
+    flashbone.merge_checkpoint(file, tmp_path / "adapter", tmp_path / "out.pth")
+    disk, live = torch.load(tmp_path / "out.pth", weights_only=True), model.merge_and_unload().state_dict()
+    assert disk.keys() == live.keys()
+    assert all(torch.equal(disk[name], live[name]) for name in live)
 
 
 def test_adapters_switch_their_values_and_others_see_the_base():
@@ -646,6 +668,59 @@ def test_shards_are_refused_where_an_adapter_is_added_and_where_a_value_is_read(
         ConfigError, match=r"scale: a single parameter .* cannot be read from shards of FSDP2 or ZeRO-3"
     ):
         model(inputs())
+
+
+FSDP2 = """
+import torch, torch.distributed as dist
+import flashbone
+from peft import BoneConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+class Mix(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key, self.decay = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return self.key(x) * self.decay
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = Mix()
+
+    def forward(self, x):
+        return x + self.mix(x)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+config = BoneConfig(r=4, target_modules=["key"], init_weights=False, parameters_to_save=["decay"])
+model, x = get_peft_model(torch.nn.Sequential(Layer(), Layer()), config), torch.randn(3, 8)
+want = model(x)
+want.sum().backward()
+grads = [p.grad for p in model.parameters() if p.requires_grad]
+model.zero_grad()
+for layer in model.base_model.model:
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+got = model(x)
+got.sum().backward()
+sharded = [p.grad.full_tensor() for p in model.parameters() if p.requires_grad]
+assert torch.equal(got, want) and all(map(torch.equal, sharded, grads)) and len(grads) == 4
+for change in (lambda: model.base_model.model[0].mix.decay, model.merge_adapter, model.unload):
+    try:
+        change()
+    except flashbone.FlashboneError as error:
+        print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp2_may_shard_whole_layers_and_what_would_need_them_whole_is_refused(tmp_path):
+    done = run_apart(FSDP2, tmp_path)
+    said = ["cannot be read from shards", "it is sharded or offloaded, so", "cannot be made plain again there"]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(said), done.stderr
+    assert all(line.startswith("0.mix.decay: ") and part in line for line, part in zip(lines, said, strict=True))
 
 
 def test_values_of_an_offloaded_model_are_used_and_not_trained_nor_merged():

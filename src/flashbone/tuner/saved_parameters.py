@@ -21,7 +21,7 @@ from flashbone.tuner.mixed_batch import RowNames
 
 VALUES = "bone_parameter"
 _WRAPPERS = re.compile(r"(?:^|\.)(?:base_layer|original_module|_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
-_LIVE_NAME = re.compile(rf"(^|\.){stand_ins.PREFIX}(\w+)(?:\.{VALUES}(?:\.[^.]+)?)?$")
+_LIVE_NAME = re.compile(rf"(^|\.){stand_ins.PREFIX}([^.]+)(?:\.{VALUES}(?:\.[^.]+)?)?$")
 
 
 class SavedParameter(nn.Module, BaseTunerLayer):
