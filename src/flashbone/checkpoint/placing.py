@@ -80,9 +80,10 @@ def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> l
             problems.append(f"{tensor}: the model_type says whether it is stored transposed, but config.json lacks it")
         shape = model.entries[tensor].shape
         stacked = is_parameter and len(shape) == 3
-        found_place = Place(
-            tensor, block, adapter.replacements.get(parameter), bool(transposed), stacked, shape, name or parameter
-        )
+        value = adapter.replacements.get(parameter)
+        if value is not None and model.is_pth:
+            value = shaped(value, shape)
+        found_place = Place(tensor, block, value, bool(transposed), stacked, shape, name or parameter)
         misfits += _misfits(found_place, model.entries[tensor], adapter.variant)
         places.append(found_place)
     if problems:
@@ -90,6 +91,12 @@ def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> l
     if misfits:
         raise ShapeError(f"the adapter does not fit {model.folder}: {'; '.join(misfits)}")
     return places
+
+
+def shaped(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A value in another shape, where they differ in axes of one only: RWKV's vectors come as (C,) and as (1, 1, C)."""
+    same = [size for size in value.shape if size != 1] == [size for size in shape if size != 1]
+    return value.reshape(shape) if same else value
 
 
 def _lost(name: str, reason: str, is_block: bool, is_parameter: bool) -> str:
