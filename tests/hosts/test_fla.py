@@ -1,9 +1,10 @@
 """flash-linear-attention's RWKV-7 and RWKV-6: adapters by names and roles, merged weights, and outputs by its kernels,
 interpreted on the CPU (`make test-fla`)."""
 
+import builtins
+import importlib
 import os
 import warnings
-from unittest import mock
 
 import pytest
 
@@ -14,23 +15,26 @@ with warnings.catch_warnings():
 import torch
 import triton
 from fla.models import RWKV6Config, RWKV6ForCausalLM, RWKV7Config, RWKV7ForCausalLM
-from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 from peft import BoneConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from flashbone import BoneLayer
 from flashbone.errors import ConfigError
 from flashbone.ops import reference
+from flashbone.rwkv import Rwkv6Config, Rwkv7Config, kernels
 from flashbone.tuner.targets import resolved, roles_of
-from helpers.comparison import close
+from helpers.comparison import close, relative_error
 from helpers.mlp import fill_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 (make test-fla)")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:According to Bo:UserWarning"),  # its word on its RWKV, at each layer
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # where kernels mask
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch, compiling its functions
 ]
+IN_FP32 = pytest.mark.filterwarnings("ignore:ChunkDeltaRuleFunction does not support float32:RuntimeWarning")
 
 VARIANTS = ["bone", "mini", "bat-row", "bat-col", "orthogonal"]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 30, "fuse_norm": False}
@@ -73,9 +77,29 @@ class _NoDevice:
         return lambda call, quantiles=None: [1.0, 1.0, 1.0]
 
 
+class _Index(int):
+    """An index of a loop, as a kernel that is compiled has it."""
+
+    def to(self, dtype):
+        return self
+
+
+def _indices(*bounds):
+    return map(_Index, builtins.range(*map(int, bounds)))
+
+
+DPLR = "fla.ops.generalized_delta_rule.dplr"
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _no_device():
-    with mock.patch.object(triton.runtime.driver, "_active", _NoDevice()):
+def _interpretable():
+    """What the interpreter lacks: a device, tensors as indices of loops, and `gather`, without which fla has a way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", _NoDevice())
+        for name in ("fla.ops.common.chunk_h", "fla.ops.rwkv6.chunk", f"{DPLR}.chunk_h_fwd", f"{DPLR}.chunk_h_bwd"):
+            patch.setattr(importlib.import_module(name), "range", _indices, raising=False)
+        for name in (f"{DPLR}.chunk_A_fwd", f"{DPLR}.chunk_A_bwd"):
+            patch.setattr(importlib.import_module(name), "IS_GATHER_SUPPORTED", False)
         yield
 
 
@@ -188,32 +212,54 @@ def test_outputs_are_those_of_the_merged_weights(version, variant):
 
 
 @needs_kernels
+@IN_FP32
 @pytest.mark.parametrize("version", [7, 6])
 def test_gradients_reach_every_block_and_a_step_lowers_the_loss(version):
     model = get_peft_model(base_model(version), config(version)).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
     losses = []
-    # The chunked kernel of version 7 does not run in the interpreter; flash-linear-attention's own plain loop does.
-    with mock.patch("fla.layers.rwkv7.chunk_rwkv7", _recurrence):
-        for _ in range(3):
-            loss = nn.functional.cross_entropy(model(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-            loss.backward()
-            assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(model(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        loss.backward()
+        assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
 
 
 @needs_kernels
-def test_the_plain_loop_gives_what_the_kernel_gives():
+@IN_FP32
+def test_its_chunked_kernel_gives_what_its_recurrent_one_gives():
     model = base_model(7)
-    with mock.patch("fla.layers.rwkv7.chunk_rwkv7", _recurrence):
-        assert close(model(TOKENS).logits, run(model))  # with gradients the one, without them the other
+    assert close(model(TOKENS).logits, run(model))  # with gradients the one, without them the other
 
 
-def _recurrence(r, w, k, v, a, b, scale, initial_state=None, output_final_state=False, **kwargs):
-    r, w, k, v, a, b = (x.transpose(1, 2) for x in (r, w, k, v, a, b))
-    r = r * (scale * r.shape[-1] ** 0.5)  # the loop divides by it
-    out, state = dplr_recurrence(r, k, v, a, b, w, initial_state, output_final_state)
-    return out.transpose(1, 2), state
+@needs_kernels
+@pytest.mark.parametrize("version", [7, 6])
+def test_its_kernel_gives_our_outputs_states_and_gradients(version):
+    inputs = kernels._sample(version, torch.device("cpu"), torch.float32, 16)
+    assert kernels._disagreement(version, inputs) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("version", [7, 6])
+def test_in_half_precision_its_kernel_is_taken(version):
+    """In fp16: the interpreter has no bf16."""
+    assert kernels.why_not(version, torch.device("cpu"), torch.float16, 16) is None
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("config", [Rwkv7Config, Rwkv6Config])
+def test_our_model_by_its_kernel_gives_the_logits_of_our_model_by_torch(config):
+    model = AutoModelForCausalLM.from_config(
+        config(vocab_size=30, hidden_size=32, head_size=16, num_hidden_layers=2, wkv_backend="fla")
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    got = model(TOKENS).logits
+    model.config.wkv_backend = "torch"
+    want = model(TOKENS).logits
+    assert not torch.equal(got, want)
+    assert relative_error(got, want) < 2e-5
