@@ -1,8 +1,8 @@
 """Who runs the time mixing: plain torch, or flash-linear-attention's kernels where they are there and agree with it.
 
 flash-linear-attention (`pip install flash-linear-attention`) needs a GPU and Triton. Before it is used, its kernel is
-run once for each device, dtype and head size, forward and backward, and compared with ours: "auto" takes it only if they
-agree, and "fla", which asks for it by name, raises if they do not.
+run once for each device, dtype and head size, forward and backward, and compared with ours: "auto" takes it only if
+they agree, and "fla", which asks for it by name, raises if they do not.
 """
 
 from __future__ import annotations
