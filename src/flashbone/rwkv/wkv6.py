@@ -15,7 +15,6 @@ from torch import Tensor
 from flashbone.rwkv.chunks import cut, joined, product
 
 CHUNK, PART = 32, 8  # tokens
-GONE = 30.0  # exp(-30) leaves nothing that fp32 can add, and sums with larger ones would lose the small ones beside
 
 Tokens = Float[Tensor, "batch tokens heads N"]
 State = Float[Tensor, "batch heads N N"]
@@ -46,55 +45,56 @@ def chunked(
 ) -> tuple[Tokens, State]:
     """As `loop`, with T / chunk steps one after the other instead of T.
 
-    Decay is not bounded, so that nothing is ever divided by it: a factor exp(log P_{t-1} - log P_i) is computed for
-    each pair of tokens inside parts of a chunk, and between parts by way of the start of the later part, where both
-    halves are at most 1.
+    Decay is not bounded, so that nothing is divided by it, and no sum of its logarithms is taken from another: inside
+    parts of a chunk the decay between each pair of tokens is a product of their decays, and tokens of different parts
+    meet at the parts' ends, where all factors are at most 1.
     """
     batch, tokens, heads = r.shape[:3]
     if tokens == 0:
         return torch.zeros_like(r, dtype=state.dtype), state
-    r, log_w, k, v = (cut(x, chunk, state.dtype) for x in (r, log_w.clamp(min=-GONE), k, v))
-    reached = log_w.unflatten(-2, (-1, part)).cumsum(-2)  # log P_t since the start of its part
-    before = reached - log_w.unflatten(-2, (-1, part))  # log P_{t-1}
-    whole = reached[..., -1, :].cumsum(-2)  # (rows, chunks, parts, N): log P at the end of each part
-    since_start = whole - reached[..., -1, :]
-    r_read = r.unflatten(-2, (-1, part)) * before.exp()
-    k_written = k.unflatten(-2, (-1, part)) * torch.exp(reached[..., -1:, :] - reached)
-    end = whole[..., -1, :]
-    k_end = k_written * torch.exp(end.unsqueeze(-2) - whole).unsqueeze(-2)
-    starts, last = _states(state.flatten(0, 1), end.exp(), product(v.mT, k_end.flatten(2, 3)))
-    r_state = (r_read * since_start.exp().unsqueeze(-2)).flatten(2, 3)
-    u = u.to(state.dtype).repeat(batch, 1)[:, None, None]
-    scores = _across(r_read, k_written, since_start, whole) + _inside(r, k, before, reached, u)
-    y = product(r_state, starts.mT, product(scores, v))
+    r, log_w, k, v = (cut(x, chunk, state.dtype).unflatten(-2, (-1, part)) for x in (r, log_w, k, v))
+    u = u.to(state.dtype).repeat(batch, 1)[:, None, None, None]
+    r_start, k_end = (
+        r * _sums_before(log_w).exp(),
+        k * _sums_after(log_w).exp(),
+    )  # decayed since, and until, a part's end
+    parts = log_w.sum(-2)  # (rows, chunks, parts, N)
+    to_end = k_end * _sums_after(parts).exp().unsqueeze(-2)
+    F = product(v.flatten(2, 3).mT, to_end.flatten(2, 3))
+    starts, last = _states(state.flatten(0, 1), parts.sum(-2).exp(), F)
+    own = torch.einsum("...tn,...in,...tin->...ti", r, k, _spans(log_w.exp())) + torch.diag_embed((r * k * u).sum(-1))
+    scores = _across(r_start, k_end, parts.exp()) + _block_diagonal(own)
+    since_start = (r_start * _sums_before(parts).exp().unsqueeze(-2)).flatten(2, 3)
+    y = product(since_start, starts.mT, product(scores, v.flatten(2, 3)))
     return joined(y, heads, tokens), last.unflatten(0, (batch, heads))
 
 
 Parts = Float[Tensor, "rows chunks parts part N"]
 
 
-def _across(
-    r: Parts, k: Parts, since_start: Float[Tensor, "rows chunks parts N"], whole: Float[Tensor, "rows chunks parts N"]
-) -> Float[Tensor, "rows chunks c c"]:
-    """The scores of tokens in a part with those in earlier parts: r counts from the start of its part, k up to the end
-    of its own, and what lies between two parts is the same for all their tokens."""
-    parts = r.shape[2]
-    earlier = torch.ones(parts, parts, dtype=torch.bool, device=r.device).tril(-1).unsqueeze(-1)
-    between = (since_start.unsqueeze(3) - whole.unsqueeze(2)).clamp(max=0).exp() * earlier
-    keys = (k.unsqueeze(2) * between.unsqueeze(-2)).flatten(3, 4)  # (rows, chunks, parts, c, N)
-    return (r @ keys.mT).flatten(2, 3)
+def _sums_before(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps N"]:
+    """At each step the sum over the steps before it."""
+    return torch.nn.functional.pad(x, (0, 0, 1, 0))[..., :-1, :].cumsum(-2)
 
 
-def _inside(r: Tensor, k: Tensor, before: Parts, reached: Parts, u: Tensor) -> Float[Tensor, "rows chunks c c"]:
-    """The scores of tokens with those before them in the same part, and with themselves."""
-    part = reached.shape[3]
-    r, k = r.unflatten(-2, (-1, part)), k.unflatten(-2, (-1, part))
-    earlier = torch.ones(part, part, dtype=r.dtype, device=r.device).tril(-1)
-    decay = (before.unsqueeze(-2) - reached.unsqueeze(-3)).clamp(max=0).exp()
-    scores = torch.einsum("...tn,...in,...tin->...ti", r, k, decay) * earlier
-    own = (r * k * u.unsqueeze(2)).sum(-1)
-    scores = scores + torch.diag_embed(own)
-    return _block_diagonal(scores)
+def _sums_after(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps N"]:
+    """At each step the sum over the steps after it."""
+    return _sums_before(x.flip(-2)).flip(-2)
+
+
+def _spans(w: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps steps N"]:
+    """At [t, i] the product of w strictly between i and t, where i < t; else 0."""
+    steps, row, rows = w.shape[-2], torch.zeros_like(w), []
+    for step, starts in enumerate(torch.eye(steps, dtype=w.dtype, device=w.device).unsqueeze(-1)):
+        rows.append(row)
+        row = row * w[..., step : step + 1, :] + starts
+    return torch.stack(rows, -3)
+
+
+def _across(r: Parts, k: Parts, decay: Float[Tensor, "rows chunks parts N"]) -> Float[Tensor, "rows chunks c c"]:
+    """The scores of tokens with those of earlier parts; the decay between two parts is one for all their tokens."""
+    keys = k.unsqueeze(2) * _spans(decay).unsqueeze(-2)  # (rows, chunks, parts, earlier parts, part, N)
+    return (r @ keys.flatten(3, 4).mT).flatten(2, 3)
 
 
 def _block_diagonal(x: Float[Tensor, "rows chunks parts part part"]) -> Float[Tensor, "rows chunks c c"]:
