@@ -14,7 +14,7 @@ OPTIONS = ("--resume", "--json", "--help")
 
 EPILOG = """\
 CONFIG.yaml:
-  model: path-or-hub-id          # folder, hub id, or .gguf file
+  model: path-or-hub-id          # folder, hub id, .gguf file, or an RWKV model's .pth file
   task: sft                      # sft | classification
   data:
     path: train.jsonl            # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id
@@ -25,9 +25,12 @@ CONFIG.yaml:
   adapter: {variant: bone, r: 64, target_modules: all-linear}     # any field of BoneConfig
   training: {max_steps: 200, learning_rate: 2.0e-4}               # any field of SFTConfig or TrainingArguments
   output: runs/first             # adapter/, merged/, metrics.jsonl, summary.json, loss.png, checkpoint-*/
+  init_adapter: path             # go on with this adapter, in any format of the family; then leave adapter out
   merge: true                    # also write the merged model
   monitor: true                  # log the rotations of the variant orthogonal, and draw them
   seed: 42
+  quantization: {bits: 4}        # the base in few bits, by bitsandbytes
+  rwkv: {chunk_ctx: 512, l2_wrap: false, train_parts: [ln, time]}  # of RWKV models: docs/rwkv.md
 
 Every field can be given on the command line too: --training.max_steps 20 --adapter.r 16 --output runs/second
 """
@@ -98,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def _set_up_output() -> None:
     """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets)(\.|$)")
-    warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf", category=UserWarning)
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*(gguf|\.pth)", category=UserWarning)
     log = logging.getLogger("flashbone")
     main = os.environ.get("RANK", "0") == "0"
     log.setLevel(logging.INFO if main else logging.ERROR)

@@ -125,5 +125,5 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _files(folder: Path, figures: list[Path]) -> list[tuple[str, Path]]:
-    found = [("adapter", folder / "adapter"), ("merged", folder / "merged"), ("metrics", folder / "metrics.jsonl")]
+    found = [("adapter", folder / "adapter"), ("merged", folder / "merged"), ("merged", folder / "merged.pth"), ("metrics", folder / "metrics.jsonl")]
     return [(name, path) for name, path in [*found, *(("plot", figure) for figure in figures)] if path.exists()]

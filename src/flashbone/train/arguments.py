@@ -69,11 +69,18 @@ def model_dtype(args: Any) -> Any:
     return torch.float16 if args.fp16 else torch.float32
 
 
-def adapter_config(recipe: Recipe) -> Any:
-    """The recipe's BoneConfig; all linear layers when no target is given."""
+def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = None) -> Any:
+    """The recipe's BoneConfig; all linear layers when no target is given.
+
+    Args:
+        recipe: The recipe.
+        also_trained: More entries for `modules_to_save` and `parameters_to_save`.
+    """
     from flashbone import BoneConfig
 
     fields = {"target_modules": "all-linear", **recipe.adapter}
+    for name, entries in (also_trained or {}).items():
+        fields[name] = list(dict.fromkeys([*(fields.get(name) or ()), *entries]))
     try:
         return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])
     except TypeError as error:

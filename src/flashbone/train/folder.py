@@ -1,6 +1,7 @@
 """A run's output folder: fresh, resumable or finished; and files in it that appear whole or not at all.
 
-recipe.json  checkpoint-*/  metrics.jsonl  adapter/  merged/  loss.png  summary.json (last: the run is finished)
+recipe.json  checkpoint-*/  metrics.jsonl  adapter/  merged/ (of a .pth model merged.pth)  loss.png
+summary.json (last: the run is finished)
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from flashbone.train.recipe import Recipe
 log = logging.getLogger(__name__)
 
 # What decides the losses: a resumed run must not change it. `training` may change (more steps), with a notice.
-FIXED = ("model", "task", "data", "adapter", "quantization", "seed")
+FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
 
 
 class RunFolder:
@@ -35,6 +36,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
+        self.merged_pth = self.path / "merged.pth"  # of a .pth model
 
     def holds_a_run(self) -> bool:
         return self.recipe.exists() or self.summary.exists() or bool(self._checkpoints())
@@ -106,7 +108,8 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _compare(recipe: Recipe, before: dict[str, Any], folder: RunFolder) -> None:
-    now, before = _plain(recipe), {"quantization": {}, **before}  # which recipes of 0.1 did not have
+    absent = {"quantization": {}, "rwkv": {}, "init_adapter": None}  # in earlier recipes
+    now, before = _plain(recipe), {**absent, **before}
     changed = [f"{name}{_change(before.get(name), now[name])}" for name in FIXED if before.get(name) != now[name]]
     if changed:
         raise ConfigError(

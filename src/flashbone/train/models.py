@@ -1,4 +1,5 @@
-"""Loading the model and its tokenizer: from a folder, a hub id or a .gguf file, ready to be adapted and saved again."""
+"""Loading the model and its tokenizer: from a folder, a hub id, a .gguf file or an RWKV model's .pth file, ready to be
+adapted and saved again."""
 
 import os
 from importlib.util import find_spec
@@ -9,12 +10,21 @@ from flashbone.errors import ConfigError
 from flashbone.train.recipe import Recipe, quantization_of
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> Any:
-    """The tokenizer beside the model, with a padding token.
+def is_pth(name: str) -> bool:
+    """Whether this names the `.pth` file of an RWKV model."""
+    return name.endswith(".pth")
+
+
+def load_tokenizer(name: str, vocabulary: str | None = None, **kwargs: Any) -> Any:
+    """The tokenizer beside the model, with a padding token; of a `.pth` file RWKV's, with the vocabulary in a file.
 
     Raises:
         ConfigError: there is no such model, or it has no tokenizer.
     """
+    if is_pth(name):
+        from flashbone.rwkv import RwkvTokenizer
+
+        return RwkvTokenizer(vocabulary)
     from transformers import AutoTokenizer
 
     place, extra = _locate(name)
@@ -28,6 +38,10 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any:
 
 def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
     """The language model in `dtype`."""
+    if is_pth(name):
+        from flashbone.rwkv import from_pth
+
+        return from_pth(Path(name).expanduser(), **{"dtype": dtype, **kwargs})
     from transformers import AutoModelForCausalLM
 
     place, extra = _locate(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.sections import Quantization, RwkvSettings, section
 
 Task = Literal["sft", "classification"]
 TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
@@ -29,39 +30,18 @@ class DataRecipe:
 
 
 @dataclass
-class Quantization:
-    """The base in few bits, by bitsandbytes; the adapter stays in fp32 ("QBone").
-
-    Raises:
-        ConfigError: these do not go together.
-    """
-
-    bits: int = 4  # or 8
-    type: str | None = None  # of 4 bits: nf4 (the default) or fp4
-    double: bool = False  # of 4 bits: quantise the scales, too
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or isinstance(self.bits, bool):
-            raise ConfigError(f"quantization.bits: got {self.bits!r}, wanted 4 or 8")
-        if self.type not in (None, "nf4", "fp4"):
-            raise ConfigError(f"quantization.type: got {self.type!r}, wanted nf4 or fp4")
-        if not isinstance(self.double, bool):
-            raise ConfigError(f"quantization.double: got {self.double!r}, wanted true or false")
-        if self.bits == 8 and (self.type is not None or self.double):
-            raise ConfigError("quantization: type and double are for 4 bits; leave them out, or set bits: 4")
-
-
-@dataclass
 class Recipe:
     """Everything that decides a run; `adapter` and `training` go to BoneConfig and to the trainer's arguments."""
 
-    model: str  # folder, hub id, or .gguf file
+    model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
     data: DataRecipe
     output: str
     task: Task = "sft"
     adapter: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    init_adapter: str | None = None  # go on with this adapter: a folder, hub id, or file of RWKV-PEFT
     quantization: dict[str, Any] = field(default_factory=dict)  # of the base, see `Quantization`
+    rwkv: dict[str, Any] = field(default_factory=dict)  # of RWKV models, see `RwkvSettings`
     merge: bool = False
     monitor: bool = True  # log how far the orthogonal variant turns, and how orthogonal it is
     seed: int = 42
@@ -85,10 +65,16 @@ def quantization_of(recipe: Recipe) -> Quantization | None:
     Raises:
         ConfigError: the recipe's section makes no sense.
     """
-    try:
-        return Quantization(**recipe.quantization) if recipe.quantization else None
-    except TypeError:
-        raise ConfigError(f"quantization: got {recipe.quantization}, wanted bits, type and double") from None
+    return section(Quantization, "quantization", recipe.quantization)
+
+
+def rwkv_of(recipe: Recipe) -> RwkvSettings | None:
+    """What is asked of an RWKV model; None where nothing is said.
+
+    Raises:
+        ConfigError: the recipe's section makes no sense.
+    """
+    return section(RwkvSettings, "rwkv", recipe.rwkv)
 
 
 def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -173,7 +159,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return given
 
 
-SECTIONS = ("data", "adapter", "training", "quantization")
+SECTIONS = ("data", "adapter", "training", "quantization", "rwkv")
 
 
 def _keys(given: dict[str, Any]) -> list[str]:
@@ -197,6 +183,7 @@ def _refuse_unknown(names: list[str], task: Any, where: str) -> None:
     known += [f"data.{name}" for name in _field_names(DataRecipe)]
     known += _adapter_names()
     known += [f"quantization.{name}" for name in _field_names(Quantization)]
+    known += [f"rwkv.{name}" for name in _field_names(RwkvSettings)]
     known += [f"training.{name}" for name in _field_names(arguments_class(task))]
     if task == "classification":
         known.append("training.max_length")  # ours: transformers' arguments have none
@@ -246,10 +233,11 @@ def _parse(given: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
     fields = {name: plain[name] for name in _field_names(Recipe)}
-    sections = ("adapter", "training", "quantization")
+    sections = ("adapter", "training", "quantization", "rwkv")
     recipe = Recipe(**{**fields, **{name: _numbers(plain[name]) for name in sections}})
     try:
         quantization_of(recipe)
+        rwkv_of(recipe)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return recipe

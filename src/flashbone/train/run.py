@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 
@@ -22,9 +21,12 @@ from flashbone.train.callbacks import MetricsLog, Progress, Recorder
 from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data import Data, load_data
 from flashbone.train.folder import RunFolder
+from flashbone.train.merged import write_merged
+from flashbone.train.methods import refuse_classification, sft_trainer_class
 from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
 from flashbone.train.monitor import RotationMonitor, trained_rotations
-from flashbone.train.recipe import Recipe
+from flashbone.train.recipe import Recipe, rwkv_of
+from flashbone.train.start import start_from
 from flashbone.train.summary import summarise
 from flashbone.train.tokens import accept_tokens, windows_for
 
@@ -53,6 +55,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
     if summary is not None:
         log.info("resume: the run in %s is finished; nothing to do", folder.path)
         return Result(folder, summary, _is_main())
+    refuse_classification(recipe)
     args = trainer_arguments(recipe)
     if recipe.merge and (args.fsdp or args.deepspeed):
         raise ConfigError("merge: true needs the whole model in one process; train without it, then `flashbone merge`")
@@ -128,10 +131,9 @@ def _check_engine(trainer: Any) -> None:
 
 
 def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
-    from trl.trainer.sft_trainer import SFTTrainer
-
+    settings = rwkv_of(recipe)
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
-    tokenizer = load_tokenizer(recipe.model, **trust)
+    tokenizer = load_tokenizer(recipe.model, settings and settings.vocabulary, **trust)
     if args.chat_template_path:
         tokenizer.chat_template, args.chat_template_path = chat_template(args.chat_template_path), None
     _check_tokenizer(recipe, tokenizer, data)
@@ -140,13 +142,16 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data) -> tuple[Any, Callable]:
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
     model = load(**quantized_loading(recipe, model_dtype(args)))
     accept_tokens(data, args, model, recipe)
-    trainer = SFTTrainer(
-        model=model,
+    trainer_class, along = sft_trainer_class(model, settings, args, recipe.model)
+    if recipe.init_adapter is not None and along:
+        raise ConfigError(f"init_adapter: it says what is trained; leave {', '.join(along)} (rwkv.train_parts) out")
+    trainer = trainer_class(
+        model=model if recipe.init_adapter is None else start_from(model, recipe),
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        peft_config=adapter_config(recipe),
+        peft_config=adapter_config(recipe, along) if recipe.init_adapter is None else None,
     )
     if recipe.quantization:  # TRL makes adapters on such models bf16
         for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
@@ -240,13 +245,7 @@ def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable)
             trainer.processing_class.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     if recipe.merge and main:
-        adapted = trainer.accelerator.unwrap_model(trainer.model)
-        if recipe.quantization:  # into the weights as they are on disk: quantised ones would lose much of the adapter
-            adapted = peft.PeftModel.from_pretrained(load_plain(), folder.adapter)
-        merged = adapted.merge_and_unload()
-        with outputs.whole_folder(folder.merged) as partial:
-            merged.save_pretrained(partial)
-            trainer.processing_class.save_pretrained(partial)
+        write_merged(recipe, folder, trainer, load_plain)
 
 
 def _step_of(checkpoint: Path) -> int:
