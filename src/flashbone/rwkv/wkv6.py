@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashbone.rwkv.chunks import cut, joined, product
 
-CHUNK, PART = 32, 8  # tokens
+CHUNK, PART = 32, 4  # tokens
 
 Tokens = Float[Tensor, "batch tokens heads N"]
 State = Float[Tensor, "batch heads N N"]
@@ -25,11 +25,12 @@ def loop(
 ) -> tuple[Tokens, State]:
     """The outputs y and the state after the last token, one token after the other."""
     r, log_w, k, v, u = (x.to(state.dtype) for x in (r, log_w, k, v, u))
-    outputs, S, w = [], state, log_w.exp()
-    for t in range(r.shape[1]):
-        bonus = (u * k[:, t] * r[:, t]).sum(-1, keepdim=True)
-        outputs.append((S @ r[:, t].unsqueeze(-1)).squeeze(-1) + bonus * v[:, t])
-        S = S * w[:, t].unsqueeze(-2) + v[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
+    outputs, S = [], state
+    # Not x[:, t], whose gradient is as large as x: T of those would make backward quadratic in T.
+    for r_t, w_t, k_t, v_t in zip(*(x.unbind(1) for x in (r, log_w.exp(), k, v)), strict=True):
+        bonus = (u * k_t * r_t).sum(-1, keepdim=True)
+        outputs.append((S @ r_t.unsqueeze(-1)).squeeze(-1) + bonus * v_t)
+        S = S * w_t.unsqueeze(-2) + v_t.unsqueeze(-1) * k_t.unsqueeze(-2)
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(r)), S
 
 
@@ -62,14 +63,11 @@ def chunked(
     to_end = k_end * _sums_after(parts).exp().unsqueeze(-2)
     F = product(v.flatten(2, 3).mT, to_end.flatten(2, 3))
     starts, last = _states(state.flatten(0, 1), parts.sum(-2).exp(), F)
-    own = torch.einsum("...tn,...in,...tin->...ti", r, k, _spans(log_w.exp())) + torch.diag_embed((r * k * u).sum(-1))
-    scores = _across(r_start, k_end, parts.exp()) + _block_diagonal(own)
+    own = _scores(*(x.unsqueeze(-2) for x in (r, k, log_w.exp()))) + torch.diag_embed((r * k * u).sum(-1))
+    scores = _scores(r_start, k_end, parts.exp().unsqueeze(-2)) + _block_diagonal(own)
     since_start = (r_start * _sums_before(parts).exp().unsqueeze(-2)).flatten(2, 3)
     y = product(since_start, starts.mT, product(scores, v.flatten(2, 3)))
     return joined(y, heads, tokens), last.unflatten(0, (batch, heads))
-
-
-Parts = Float[Tensor, "rows chunks parts part N"]
 
 
 def _sums_before(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps N"]:
@@ -82,19 +80,16 @@ def _sums_after(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps
     return _sums_before(x.flip(-2)).flip(-2)
 
 
-def _spans(w: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps steps N"]:
-    """At [t, i] the product of w strictly between i and t, where i < t; else 0."""
-    steps, row, rows = w.shape[-2], torch.zeros_like(w), []
-    for step, starts in enumerate(torch.eye(steps, dtype=w.dtype, device=w.device).unsqueeze(-1)):
-        rows.append(row)
-        row = row * w[..., step : step + 1, :] + starts
-    return torch.stack(rows, -3)
-
-
-def _across(r: Parts, k: Parts, decay: Float[Tensor, "rows chunks parts N"]) -> Float[Tensor, "rows chunks c c"]:
-    """The scores of tokens with those of earlier parts; the decay between two parts is one for all their tokens."""
-    keys = k.unsqueeze(2) * _spans(decay).unsqueeze(-2)  # (rows, chunks, parts, earlier parts, part, N)
-    return (r @ keys.flatten(3, 4).mT).flatten(2, 3)
+def _scores(
+    r: Float[Tensor, "*rows steps m N"], k: Float[Tensor, "*rows steps m N"], w: Float[Tensor, "*rows steps 1 N"]
+) -> Float[Tensor, "*rows t t"]:
+    """The products of the r with the k of earlier steps, decayed by the w of the steps between; 0 for later ones."""
+    steps, m = r.shape[-3:-1]
+    rows, keys = [r.new_zeros(*r.shape[:-3], m, steps * m)], k[..., 0, :, :]
+    for step in range(1, steps):
+        rows.append(torch.nn.functional.pad(r[..., step, :, :] @ keys.mT, (0, (steps - step) * m)))
+        keys = torch.cat([keys * w[..., step, :, :], k[..., step, :, :]], -2)
+    return torch.cat(rows, -2)
 
 
 def _block_diagonal(x: Float[Tensor, "rows chunks parts part part"]) -> Float[Tensor, "rows chunks c c"]:

@@ -23,11 +23,12 @@ State = Float[Tensor, "batch heads N N"]
 def loop(r: Tokens, log_w: Tokens, k: Tokens, v: Tokens, a: Tokens, b: Tokens, state: State) -> tuple[Tokens, State]:
     """The outputs y and the state after the last token, one token after the other."""
     r, log_w, k, v, a, b = (x.to(state.dtype) for x in (r, log_w, k, v, a, b))
-    outputs, S, w = [], state, log_w.exp()
-    for t in range(r.shape[1]):
-        u = S @ a[:, t].unsqueeze(-1)
-        S = S * w[:, t].unsqueeze(-2) + u * b[:, t].unsqueeze(-2) + v[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
-        outputs.append((S @ r[:, t].unsqueeze(-1)).squeeze(-1))
+    outputs, S = [], state
+    # Not x[:, t], whose gradient is as large as x: T of those would make backward quadratic in T.
+    for r_t, w_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, log_w.exp(), k, v, a, b)), strict=True):
+        u = S @ a_t.unsqueeze(-1)
+        S = S * w_t.unsqueeze(-2) + u * b_t.unsqueeze(-2) + v_t.unsqueeze(-1) * k_t.unsqueeze(-2)
+        outputs.append((S @ r_t.unsqueeze(-1)).squeeze(-1))
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(r)), S
 
 
