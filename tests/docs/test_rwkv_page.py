@@ -1,0 +1,81 @@
+"""The Python of docs/rwkv.md runs as it stands, on a small model under the name that it uses, and so do the scripts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from flashbone.train.recipe import load_recipe
+from flashbone.train.sections import RwkvSettings
+from helpers.rwkv import write_rwkv
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "rwkv.md").read_text()
+SCRIPTS = ROOT / "examples" / "rwkv"
+pytest.importorskip("rwkv", reason="rwkv, which brings the vocabulary, is not installed; `make test` does it")
+
+
+def test_python_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rwkv(tmp_path / "RWKV.pth", 7, vocabulary=65536)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/rwkv.md", "exec"), names)
+    assert names["logits"].shape[-1] == 65536
+    assert torch.load("merged.pth", weights_only=True).keys() == torch.load("RWKV.pth", weights_only=True).keys()
+
+
+def test_the_table_of_settings_is_the_code_s():
+    table = PAGE[PAGE.index("| field | default") : PAGE.index("- **Data**")]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in table.splitlines()[2:] if line.strip()]
+    settings = RwkvSettings()
+    assert [name for name, _ in rows] == list(vars(settings))
+    shown = {None: ("none", "the package's"), True: ("true",), False: ("false",), 2.0: ("2.0",)}
+    for name, default in rows:
+        value = getattr(settings, name)
+        assert default in (("[]",) if value == [] else shown[value]), name
+
+
+def test_snippets_of_recipes_in_the_comparison_are_fields_that_exist(tmp_path):
+    rows = [line.split("|") for line in PAGE[PAGE.index("| there | here |") :].splitlines() if line.startswith("| `")]
+    here = [cell for row in rows for cell in re.findall(r"`([^`]+)`", row[-2]) if ":" in cell]
+    assert len(here) > 10
+    for snippet in here:
+        fields = yaml.safe_load(snippet if not snippet.startswith("{") else f"quantization: {snippet}")
+        fields = {"adapter": fields} if "variant" in fields else fields
+        file = tmp_path / "recipe.yaml"
+        base = {"model": "M.pth", "output": "out"}
+        file.write_text(yaml.safe_dump({**base, "data": {"path": "X"}, **fields}))
+        load_recipe(file)
+
+
+def test_the_scripts_train_and_merge_a_small_model(tmp_path):
+    base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=65536, layers=1)
+    rows = [{"query": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", str(base), "--data.path", str(tmp_path / "rows.jsonl"), "--data.eval", "2"]
+    common += ["--training.max_steps", "1", "--training.bf16", "false", "--training.per_device_train_batch_size", "2"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def run(script, *arguments):
+        command = ["bash", str(SCRIPTS / script), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    for script, variant in (("run_bone.sh", "bone"), ("run_bat.sh", "bat-row")):
+        run(script, *common, "--output", variant)
+        assert json.loads((tmp_path / variant / "summary.json").read_text())["variant"] == variant
+    said = run("merge_bone.sh", str(base), "bat-row/adapter", "out.pth")
+    assert "verified, outputs differ by" in said.stderr
+    merged, ours = (torch.load(tmp_path / p, weights_only=True) for p in ("out.pth", "bat-row/merged.pth"))
+    assert all(torch.equal(merged[name], ours[name]) for name in ours)
