@@ -13,8 +13,10 @@ from transformers import Trainer, TrainingArguments
 from flashbone import BoneConfig, cards, variants
 from flashbone.checkpoint import Adapter
 from flashbone.conversion import formats
+from flashbone.rwkv import from_pth
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
+from helpers.rwkv import write_rwkv
 
 
 def card(**fields) -> cards.Card:
@@ -74,8 +76,9 @@ def test_a_card_leaves_out_the_ways_that_would_be_refused(fields, ways):
     [
         ({}, {"miss", "lora", "rwkv-peft"}),
         ({"blocks": {"x.blocks.0.att.key": torch.ones(4, 8), "blocks.0.att.key": torch.ones(4, 8)}}, {"miss", "lora"}),
-        ({"blocks": {"blocks.0.att.key": torch.ones(4, 8), "head": torch.ones(2, 8)}}, {"lora", "rwkv-peft"}),
-        ({"transposed": frozenset(["blocks.0.att.key"])}, {"lora"}),
+        ({"blocks": {"blocks.0.att.key": torch.ones(4, 8), "head": torch.ones(2, 8)}}, {"rwkv-peft"}),
+        ({"blocks": {"x.att.key": torch.ones(4, 8)}, "transposed": frozenset(["x.att.key"])}, {"lora"}),
+        ({"transposed": frozenset(["blocks.0.att.key"])}, set()),
         ({"parameters": frozenset(["blocks.0.att.key"])}, set()),
         ({"replacements": {"blocks.0.att.time_x": torch.ones(4)}}, {"rwkv-peft"}),
         ({"replacements": {"classifier.bias": torch.ones(4)}}, {"miss", "lora"}),
@@ -104,6 +107,56 @@ def test_cards_of_other_formats_say_how_those_are_loaded(form, word):
     assert word in page
     assert "import flashbone" not in page
     assert ("plain LoRA" in page) == (form == "lora")
+
+
+FOLDER, FILE, UNKNOWN = "org/model", "/models/rwkv.pth", None
+
+
+@pytest.mark.parametrize("base", [FOLDER, FILE, UNKNOWN])
+@pytest.mark.parametrize("form", ["peft", "miss", "lora"])
+def test_adapters_of_rwkv_are_loaded_onto_flashbones_classes(form, base):
+    """A base that nobody named, under RWKV's own names, is most likely one of its author's files."""
+    page = cards.page(card(format=form, base=base, is_rwkv=True))
+    (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    compile(code, "card", "exec")
+    if base == FOLDER:
+        assert code.startswith("import flashbone")
+        assert 'AutoModelForCausalLM.from_pretrained("BASE")' in code
+    else:
+        assert code.startswith("from flashbone.rwkv import from_pth")
+        assert 'base = from_pth("BASE.pth")' in code
+        assert "AutoModel" not in page
+    end = "" if base == FOLDER else ".pth"
+    assert (f"flashbone merge BASE{end} ADAPTER OUT{end}" in page) == (form != "lora")
+    assert set(re.findall("OUT --to ([a-z-]+)", page)) == {"peft": {"rwkv-peft"}, "miss": {"peft"}, "lora": set()}[form]
+    for claim in ("loads it as it is", "without flashbone:", "every engine", "--for vllm"):
+        assert claim not in page
+
+
+@pytest.mark.parametrize("base", [FOLDER, FILE, UNKNOWN])
+def test_the_card_of_an_rwkv_peft_file_merges_into_what_its_base_is(base):
+    page = cards.page(card(format="rwkv-peft", base=base, is_rwkv=True))
+    end = "" if base == FOLDER else ".pth"
+    assert commands(page) == ["flashbone convert ADAPTER OUT --to peft", f"flashbone merge BASE{end} ADAPTER OUT{end}"]
+
+
+@pytest.mark.parametrize("version", [7, 6])
+def test_the_card_of_an_adapter_on_a_pth_file_loads_it(tmp_path, version):
+    base = write_rwkv(tmp_path / "base.pth", version, layers=1)
+    single = {7: "k_k", 6: "time_decay"}[version]
+    config = BoneConfig(r=4, target_modules=["att.key"], modules_to_save=["ln_x"], parameters_to_save=[single])
+    model = get_peft_model(from_pth(base), config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    text = section(tmp_path / "adapter")
+    assert f"| base model | `{base}` |" in text
+    assert set(re.findall("OUT --to ([a-z-]+)", text)) == {"rwkv-peft"}
+    code = text[text.index("```python") + 9 : text.index("```\n\n### Load without")]
+    code = code.replace("BASE.pth", str(base)).replace("ADAPTER", str(tmp_path / "adapter"))
+    found: dict = {}
+    exec(code, found)
+    assert type(found["model"]).__name__ == "PeftModel"
+    ids = torch.arange(5)[None]
+    assert torch.equal(found["model"](input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("base", [None, "org/model", "/a path/: colons", 'a"b\n---\nx: [y]', "- x", "yes", "a|b`c"])

@@ -28,6 +28,7 @@ class Card:
         linear_only: it adapts linear layers, and nothing else; a LoRA: and holds nothing else.
         fits_lora: a LoRA has a place for all that it adapts.
         fits_rwkv: it adapts linear layers of RWKV, by the names of RWKV's own checkpoints.
+        is_rwkv: the names are those of RWKV's own checkpoints as they are: flashbone's classes have these, no others.
     """
 
     format: str
@@ -38,13 +39,24 @@ class Card:
     linear_only: bool = False
     fits_lora: bool = False
     fits_rwkv: bool = False
+    is_rwkv: bool = False
+
+    @property
+    def has_pth_base(self) -> bool:
+        """Whether the base is an RWKV model's `.pth` file, as far as is known."""
+        return self.base.endswith(".pth") if self.base else self.is_rwkv
+
+
+def are_own_rwkv(names: Iterable[str]) -> bool:
+    """Whether these are names in RWKV's own checkpoints, as they are."""
+    return all(map(_RWKV_NAME.match, names))
 
 
 def are_rwkv(names: Iterable[str]) -> bool:
     """Whether these are names in RWKV's own checkpoints, all as they are or all after one and the same leading part."""
     known = list(names)
     leads, cut = {name.partition(".")[0] for name in known}, [name.partition(".")[2] for name in known]
-    return all(map(_RWKV_NAME.match, known)) or (len(leads) == 1 and all(map(_RWKV_NAME.match, cut)))
+    return are_own_rwkv(known) or (len(leads) == 1 and are_own_rwkv(cut))
 
 
 def page(card: Card) -> str:
@@ -98,13 +110,20 @@ def _shell(*lines: str) -> list[str]:
     return ["```sh", *lines, "```", ""]
 
 
-_LOAD = (
-    "from transformers import AutoModelForCausalLM",
-    "from peft import PeftModel",
-    "",
-    'base = AutoModelForCausalLM.from_pretrained("BASE")',
-    'model = PeftModel.from_pretrained(base, "ADAPTER")',
-)
+def _load(card: Card, with_bone: bool = False) -> list[str]:
+    """Python that loads base and adapter; `with_bone`: PEFT needs its BONE method for it."""
+    if card.has_pth_base:
+        first, base = ("from flashbone.rwkv import from_pth", 'from_pth("BASE.pth")')
+        imports = [f"{first}  # and gives PEFT its BONE method" if with_bone else first]
+    else:
+        base = 'AutoModelForCausalLM.from_pretrained("BASE")'
+        why = "  # gives PEFT its BONE method" if with_bone else "  # knows RWKV's classes"
+        imports = [f"import flashbone{why}"] if with_bone or card.is_rwkv else []
+        imports.append("from transformers import AutoModelForCausalLM")
+    load = 'model = PeftModel.from_pretrained(base, "ADAPTER")'
+    return _python(*imports, "from peft import PeftModel", "", f"base = {base}", load)
+
+
 _TO_LORA = "flashbone convert ADAPTER OUT --to lora --base BASE"
 
 
@@ -115,24 +134,25 @@ _SIZES = {"bat-col": " if r divides the sizes of its layers", "mini": " if mini_
 def _peft(card: Card) -> list[str]:
     without, commands = _ways_out(card)
     return [
-        *("### Load with flashbone", "", *_python("import flashbone  # gives PEFT its BONE method", *_LOAD)),
+        *("### Load with flashbone", "", *_load(card, with_bone=True)),
         *("### Load without flashbone", "", " ".join(without), ""),
         *(_shell(*commands) if commands else ()),
-        *_merging(),
+        *_merging(card),
     ]
 
 
 def _ways_out(card: Card) -> tuple[list[str], list[str]]:
     """What is said of life without flashbone, and the conversions that will not be refused."""
     words, commands = [], []
-    plain = card.linear_only and len(card.r) == 1  # PEFT's BONE and MISS have linear layers and one r
+    # PEFT's BONE and MISS have linear layers and one r; of RWKV, no class but flashbone's has such names.
+    plain = card.linear_only and len(card.r) == 1 and not card.is_rwkv
     sizes = _SIZES.get(card.variant or "", "")
     if plain and card.variant in ("bone", "bat-col"):
         words.append(f"PEFT 0.14 to 0.18 loads it as it is{sizes}.")
     if plain and card.variant in ("bone", "mini", "bat-col"):
         commands.append("flashbone convert ADAPTER OUT --to miss")
         words.append(f"Plain PEFT 0.17 and newer loads it after `--to miss`{sizes}.")
-    if card.fits_lora:
+    if card.fits_lora and not card.is_rwkv:
         exact = card.variant in ("bone", "mini")
         commands.append(_TO_LORA + ("" if exact else " --error 0.01"))
         how = "exactly" if exact else "approximately, to the error that is asked for"
@@ -145,31 +165,43 @@ def _ways_out(card: Card) -> tuple[list[str], list[str]]:
 
 
 def _miss(card: Card) -> list[str]:
+    how = "the model is of a class of flashbone" if card.is_rwkv else "without flashbone"
     return [
-        *("### Load", "", "PEFT 0.17 and newer, without flashbone:", "", *_python(*_LOAD)),
+        *("### Load", "", f"PEFT 0.17 and newer, {how}:", "", *_load(card)),
         *("### Convert", "", *_shell("flashbone convert ADAPTER OUT --to peft")),
-        *_merging(),
+        *_merging(card),
     ]
 
 
 def _lora(card: Card) -> list[str]:
-    engines = ", and every engine that serves LoRAs" if card.linear_only else ""
-    load = ["### Load", "", f"Any version of PEFT{engines}:", "", *_python(*_LOAD)]
+    is_served = card.linear_only and not card.is_rwkv
+    engines = ", and every engine that serves LoRAs" if is_served else ""
+    load = ["### Load", "", f"Any version of PEFT{engines}:", "", *_load(card)]
     serve = ["### Serve", "", *_shell("flashbone convert ADAPTER OUT --for vllm --base BASE")]
-    return load + (serve if card.linear_only else [])
+    return load + (serve if is_served else [])
 
 
 def _rwkv(card: Card) -> list[str]:
     how = "RWKV-PEFT reads the `.pth` file here (`merge/merge_disha.py`, or as the checkpoint to train on from)."
-    return ["### Load", "", how, "", "### Convert", "", *_shell("flashbone convert ADAPTER OUT --to peft"), *_merging()]
+    return [
+        "### Load",
+        "",
+        how,
+        "",
+        "### Convert",
+        "",
+        *_shell("flashbone convert ADAPTER OUT --to peft"),
+        *_merging(card),
+    ]
 
 
 def _gguf(card: Card) -> list[str]:
     return ["### Load", "", "With llama.cpp:", "", *_shell("llama-cli -m BASE.gguf --lora adapter.gguf")]
 
 
-def _merging() -> list[str]:
-    return ["### Merge", "", *_shell("flashbone merge BASE ADAPTER OUT")]
+def _merging(card: Card) -> list[str]:
+    end = ".pth" if card.has_pth_base else ""
+    return ["### Merge", "", *_shell(f"flashbone merge BASE{end} ADAPTER OUT{end}")]
 
 
 _USES = {"peft": _peft, "miss": _miss, "lora": _lora, "rwkv-peft": _rwkv, "gguf": _gguf}

@@ -213,7 +213,10 @@ def test_the_file_of_an_rwkv_model_is_a_base(tmp_path):
             {"model.layers.0.q_proj.weight": (2, 2)},
             r"no emb\.\* and no blocks\.0\.att\.\*, its names are like",
         ),
-        ({"blocks.0.att.key.disha": (2, 4), "blocks.0.ln1.weight": (4,)}, r"no emb\.\*, its names are like blocks"),
+        (
+            {"blocks.0.att.key.disha": (2, 4), "blocks.0.ln1.weight": (4,)},
+            r"f\.pth: is an adapter of RWKV-PEFT",
+        ),
         ({}, r"no emb\.\* and no blocks\.0\.att\.\*; of other models, load it with transformers"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashbone.checkpoint import peft, pth, tensors
+from flashbone.checkpoint import peft, pth, rwkv, tensors
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
 
@@ -93,6 +93,8 @@ def open_base(folder: Path) -> BaseModel:
 def _open_rwkv(path: Path) -> BaseModel:
     file = pth.scan(path)
     entries = {entry.name: entry for entry in file.entries}
+    if rwkv.are_of_adapter(entries):
+        raise FormatError(f"{path}: is an adapter of RWKV-PEFT, wanted the model here; the order is BASE ADAPTER OUT")
     missing = [start for start in ("emb.", "blocks.0.att.") if not any(name.startswith(start) for name in entries)]
     if missing:
         like = f", its names are like {next(iter(entries))}" if entries else ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flashbone.checkpoint import Adapter, fields, miss, peft, rwkv
+from flashbone.checkpoint import Adapter, fields, miss, peft, pth, rwkv
 from flashbone.errors import FormatError
 from flashbone.sources import read_json
 
@@ -46,6 +46,16 @@ def read_adapter(path: Path) -> Adapter:
             " PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()"
         )
     return _READERS[name](path)
+
+
+def rwkv_kind(path: Path) -> str:
+    """What a `.pth` file of RWKV is, by its names: "model" or "adapter"; "" for any other, and for what cannot be read,
+    of which readers say why."""
+    try:
+        found = [entry.name for entry in pth.scan(path).entries]
+    except FormatError:
+        return ""
+    return "model" if rwkv.are_of_model(found) else "adapter" if rwkv.are_of_adapter(found) else ""
 
 
 def files_of(path: Path) -> list[Path]:

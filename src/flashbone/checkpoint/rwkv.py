@@ -10,6 +10,7 @@ on a square layer has the same shape; it never comes in such a file but from the
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,23 @@ class RwkvAdapter:
     replacements: dict[str, Tensor]
 
 
+def are_names(names: Iterable[str]) -> bool:
+    """Whether these are names in RWKV's own checkpoints."""
+    return all(map(_NAME.match, names))
+
+
+def are_of_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an adapter of RWKV-PEFT."""
+    return any(name.endswith(SUFFIXES) for name in names)
+
+
+def are_of_model(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a whole RWKV model, of whichever version."""
+    known = list(names)
+    is_whole = "emb.weight" in known and any(name.startswith("blocks.0.") for name in known)
+    return is_whole and not are_of_adapter(known)
+
+
 def read(file: Path) -> RwkvAdapter:
     """Read an adapter file of RWKV-PEFT; tensors are on the CPU, in the file's dtypes.
 
@@ -55,7 +73,11 @@ def read(file: Path) -> RwkvAdapter:
 
 
 def _sorted(file: Path, state: dict[str, Tensor]) -> RwkvAdapter:
-    if not any(key.endswith(SUFFIXES) for key in state):
+    if are_of_model(state):
+        raise FormatError(
+            f"{file}: is a whole RWKV model, wanted an adapter, whose keys end in {' or '.join(SUFFIXES)}"
+        )
+    if not are_of_adapter(state):
         like = f", its names are like {next(iter(state))!r}" if state else ""
         raise FormatError(
             f"{file}: no adapter of RWKV-PEFT, none of its {len(state)} tensors ends in {' or '.join(SUFFIXES)}{like}"

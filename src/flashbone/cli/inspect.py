@@ -12,11 +12,13 @@ from flashbone.errors import ConfigError
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILE = "adapter.pth"  # in a folder that `flashbone convert --to rwkv-peft` made
 TENSOR_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 EPILOG = """\
 TARGET is a model or an adapter:
   a model's folder, config.json or hub id   what an adapter on it would cost; its weights are neither needed nor read
+  the .pth of an RWKV-7 or RWKV-6 model     the same, by the names and shapes in it
   an adapter's folder or hub id             what it holds: BONE, and in short MISS and LORA
   a .pth or .safetensors of RWKV-PEFT       the same
 A folder or hub id with the configs of both is an adapter if it has an adapter's weights, adapter_model.safetensors or
@@ -91,11 +93,16 @@ def _is_adapter(target: str) -> bool:
     """Whether an adapter is meant; what does not exist is left to the model's side, which says so."""
     path = Path(target)
     if path.is_file():
-        return path.suffix in TENSOR_FILES or path.name == ADAPTER_CONFIG
+        from flashbone.checkpoint import reading
+
+        is_model = path.suffix == ".pth" and reading.rwkv_kind(path) == "model"
+        return (path.suffix in TENSOR_FILES and not is_model) or path.name == ADAPTER_CONFIG
 
     def has(name: str) -> bool:
         return hub.has_file(target, name) if hub.looks_like_hub_id(target) else (path / name).is_file()
 
+    if (path / ADAPTER_FILE).is_file() and not has(ADAPTER_CONFIG):
+        return True
     return has(ADAPTER_CONFIG) and (not has(MODEL_CONFIG) or any(map(has, ADAPTER_WEIGHTS)))
 
 

@@ -66,8 +66,8 @@ def convert(
         to: "peft", "miss", "lora", "rwkv-peft" or "gguf". None: what `engine` wants.
         engine: "vllm", "llama.cpp", "ollama", "sglang" or "tgi": check its limits, pad the rank to one that it takes,
             and write what it wants to find.
-        base: Folder of the base model, whose sizes a LoRA needs, and whose weights where the variant's delta depends
-            on them. None: the folder that the adapter names.
+        base: Folder of the base model, or an RWKV model's `.pth`, whose sizes a LoRA needs, and whose weights where the
+            variant's delta depends on them. None: the one that the adapter names.
         rank: Of the LoRA. None: the adapter's own where that is exact, else `error` has to be given.
         error: Largest relative error, in Frobenius norm, that the LoRA of a module may have.
         progress: Called with the modules done and all of them.
@@ -90,7 +90,10 @@ def convert(
         model = _base(base, held.base_model)
         if isinstance(held, Adapter):
             if model is None:
-                raise FormatError(f"{path}: a LoRA needs the sizes of the base's layers; give the base model's folder")
+                raise FormatError(
+                    f"{path}: a LoRA needs the sizes of the base's layers; give the base model's folder, or an RWKV"
+                    " model's .pth file"
+                )
             held, errors = factors.to_lora(held, model, rank, error, progress)
         else:
             factors.check_finite(held, path)
@@ -136,10 +139,13 @@ def _target(to: str | None, server: engines.Engine | None) -> formats.Format:
 
 
 def _base(given: str | Path | None, named: str | None) -> BaseModel | None:
-    """The base model that was given, else the folder that the adapter names, if it is here."""
+    """The base model that was given, else the folder or `.pth` file that the adapter names, if it is here."""
     if given is not None:
         return open_base(Path(given))
-    return open_base(Path(named)) if named and Path(named).is_dir() else None
+    if not named:
+        return None
+    path = Path(named)
+    return open_base(path) if path.is_dir() or (path.suffix == ".pth" and path.is_file()) else None
 
 
 def _name_of_base(given: str | Path | None, named: str | None) -> str | None:

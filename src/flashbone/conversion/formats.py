@@ -88,7 +88,15 @@ def size(held: Adapter | Lora) -> int:
 def _card(target: Format, held: Adapter | Lora) -> cards.Card:
     if isinstance(held, Lora):
         plain = not held.embeddings and not held.replacements
-        return cards.Card(target.name, None, (held.rank,), tuple(held.factors), held.base_model, linear_only=plain)
+        return cards.Card(
+            target.name,
+            None,
+            (held.rank,),
+            tuple(held.factors),
+            held.base_model,
+            linear_only=plain,
+            is_rwkv=cards.are_own_rwkv([*held.factors, *held.replacements]),
+        )
     sizes = sorted({block.shape[-2] for block in held.blocks.values()})
     single = bool(held.config.get("parameters_to_save"))
     is_linear = not held.transposed and not held.parameters
@@ -101,6 +109,7 @@ def _card(target: Format, held: Adapter | Lora) -> cards.Card:
         linear_only=is_linear and not single,
         fits_lora=not held.parameters and not single,
         fits_rwkv=is_linear and cards.are_rwkv([*held.blocks, *held.replacements]),
+        is_rwkv=cards.are_own_rwkv([*held.blocks, *held.replacements]),
     )
 
 

@@ -85,6 +85,7 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
     layers = {name: layer for name, layer in model.base_model._bone_layers() if adapter_name in layer.bone_block}
     saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     single = list(config.parameters_to_save or ())
+    known = [*layers, *saved, *single]
     is_linear = all(layer.converts_to_lora and _is_linear(layer) for layer in layers.values())
     return cards.Card(
         format="peft",
@@ -94,7 +95,8 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
         base=config.base_model_name_or_path or getattr(bare, "name_or_path", None) or None,
         linear_only=is_linear and not single,
         fits_lora=all(map(has_lora, layers.values())) and not single,
-        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv([*layers, *saved, *single]),
+        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv(known),
+        is_rwkv=cards.are_own_rwkv(known),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from flashbone.errors import ConfigError, FlashboneError
@@ -76,8 +77,10 @@ class Attached:
     saved_others: Mapping[str, Tensor]
 
 
-def attach(source: str | Path, fields: dict[str, Any], *, recommend: bool, dtype: torch.dtype) -> Attached:
-    """Build a model's skeleton and put an adapter on it; arguments as in `inspect_model`.
+def attach(
+    source: PretrainedConfig | str | Path, fields: dict[str, Any], *, recommend: bool, dtype: torch.dtype
+) -> Attached:
+    """Build a model's skeleton and put an adapter on it; arguments as in `inspect_model`, or the model's config.
 
     Raises:
         ConfigError: there is no such model, a field is wrong, or no layer matches.

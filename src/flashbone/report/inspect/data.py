@@ -191,7 +191,7 @@ class AdapterReport:
         untrained: blocks in which every value is zero.
         blocks: of the adapted modules.
         others: whole tensors that take the place of the base's.
-        engines: that take plain LoRA adapters; none for RWKV's own layout.
+        engines: that take plain LoRA adapters; none where the names are RWKV's own.
     """
 
     adapter: str

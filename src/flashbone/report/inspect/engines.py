@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashbone import variants
-from flashbone.checkpoint import names, peft
+from flashbone.checkpoint import names, peft, rwkv
 from flashbone.conversion import engines as serving
 from flashbone.report.inspect.data import Engine
 from flashbone.report.inspect.held import Held
@@ -13,8 +13,8 @@ IS_LORA = ("bone", "mini")  # exactly, of rank r
 
 
 def engines(held: Held) -> tuple[Engine, ...]:
-    """A verdict for each engine; none for RWKV's own layout, whose names no engine knows."""
-    if held.layout.startswith("RWKV"):
+    """A verdict for each engine; none where names are those of RWKV's own checkpoints, which no engine knows."""
+    if rwkv.are_names(held.blocks):
         return ()
     return tuple(_judge(engine, held) for engine in serving.ENGINES.values())
 

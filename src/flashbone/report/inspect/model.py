@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
+from flashbone.checkpoint import reading
 from flashbone.checkpoint.tensors import file_size
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, FormatError
 from flashbone.report.inspect.attached import ROOT, Attached, Layer, attach
 from flashbone.report.inspect.costs import Setting
 from flashbone.report.inspect.data import Costs, LayerGroup, ModelReport, Recommendation, TrainedGroup
@@ -34,7 +36,7 @@ def inspect_model(
     """What training an adapter on a model would cost. No weights are read, and none are made.
 
     Args:
-        source: A folder, a config.json, or a hub id.
+        source: A folder, a config.json, a hub id, or the `.pth` file of an RWKV-7 or RWKV-6 model.
         fields: Of BoneConfig; all linear layers unless they say otherwise. `task_type` decides the head of the model.
         recommend: Where the fields do not say which variant or block size, take the published setting for the model's
             size, and `bone` with r = 64 above 13B; else BoneConfig's defaults.
@@ -43,13 +45,26 @@ def inspect_model(
 
     Raises:
         ConfigError: there is no such model, a field is wrong, or no layer matches; or there are no tokens.
+        FormatError: the `.pth` file is broken, or no such model.
     """
     if tokens < 1:
         raise ConfigError(f"tokens: got {tokens}, wanted at least 1")
-    found = attach(source, fields or {}, recommend=recommend, dtype=dtype)
+    found = attach(_described(source), fields or {}, recommend=recommend, dtype=dtype)
     config = found.config
     setting = Setting(tokens, dtype.itemsize, dtype.itemsize < 4, config.dropout > 0, config.use_orthogonal)
     return _report(str(source), found, setting, str(dtype).removeprefix("torch."))
+
+
+def _described(source: str | Path) -> PretrainedConfig | str | Path:
+    """What says how the model is built: of a `.pth` file, the config that its names and shapes mean."""
+    path = Path(source).expanduser()
+    if path.suffix != ".pth" or not path.is_file():
+        return source
+    from flashbone.rwkv import read_config
+
+    if reading.rwkv_kind(path) == "adapter":
+        raise FormatError(f"{path}: is an adapter of RWKV-PEFT, wanted a model; inspect_adapter describes it")
+    return read_config(path)
 
 
 def _report(source: str, found: Attached, setting: Setting, dtype: str) -> ModelReport:
