@@ -145,7 +145,7 @@ golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py
 
 # Not in parallel, whatever -j says: one measurement at a time.
-BENCHMARKS := layer step memory decode forward mixed load merge
+BENCHMARKS := layer step memory decode forward mixed load merge wkv
 
 benchmarks: .venv/.dev .venv/.demo
 	$(BIN)/python -m examples.demo.prepare

@@ -1,4 +1,4 @@
-"""`python -m benchmarks layer|step|memory|decode|forward|mixed|load|merge|tables`, from the root of the repository."""
+"""`python -m benchmarks BENCHMARK`, or `tables`, from the root of the repository; `--help` names them."""
 
 from __future__ import annotations
 

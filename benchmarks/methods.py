@@ -44,7 +44,7 @@ def _variant(name: str) -> Callable[[int], dict[str, Any]]:
     return lambda r: {"r": r, "variant": name}
 
 
-METHODS = {
+_ADAPTING = {
     "frozen": Method("frozen base"),
     "bone": Method("flashbone bone", "BoneConfig", _variant("bone"), several=True),
     "mini": Method("flashbone mini", "BoneConfig", lambda r: {"r": r, "variant": "mini", "mini_r": r}, several=True),
@@ -67,7 +67,9 @@ METHODS = {
         "flashbone orthogonal, unloaded", "BoneConfig", lambda r: {"bottleneck_size": r}, merged="unloaded"
     ),
 }
-TRAINED = tuple(name for name, method in METHODS.items() if not method.merged)
+TRAINED = tuple(name for name, method in _ADAPTING.items() if not method.merged)
+# No adapters: two ways to compute RWKV's time mixing.
+METHODS = {**_ADAPTING, "wkv-chunked": Method("in chunks"), "wkv-loop": Method("loop over tokens")}
 
 
 def load_hosts(worker: str) -> None:

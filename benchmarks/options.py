@@ -22,6 +22,7 @@ class Spec:
         rounds, warmup: How often, unless asked otherwise.
         dtypes: The dtypes of a run that names none.
         needs_model: Whether it runs on a language model.
+        tests: Of the ops that it measures; nothing is measured while they fail.
     """
 
     help: str
@@ -30,6 +31,7 @@ class Spec:
     warmup: int = 2
     dtypes: tuple[str, ...] = ("float32",)
     needs_model: bool = True
+    tests: str = "tests/ops"
 
 
 SPECS = {
@@ -43,6 +45,13 @@ SPECS = {
     "mixed": Spec("a batch whose rows belong to 8 adapters", ("prefill", "decode"), 12),
     "load": Spec("importing the packages, loading an adapter", ("import", "adapter"), 10, warmup=1),
     "merge": Spec("merging into a live model and into files", ("live", "command"), 10, warmup=1),
+    "wkv": Spec(
+        "RWKV's time mixing, in chunks and token by token",
+        ("forward", "training"),
+        10,
+        needs_model=False,
+        tests="tests/rwkv/test_wkv.py",
+    ),
 }
 
 

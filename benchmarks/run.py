@@ -14,7 +14,7 @@ from benchmarks import rows
 from benchmarks.cases import FROZEN, ROOT, Case, Setting
 from benchmarks.errors import BenchmarkError, UsageError
 from benchmarks.methods import CURRENT
-from benchmarks.options import Options
+from benchmarks.options import SPECS, Options
 from benchmarks.rounds import Plan, Sample, in_processes, in_workers, rows_of
 from benchmarks.rows import Row
 from benchmarks.workers import Pool
@@ -81,7 +81,7 @@ def run(options: Options, pool: Pool) -> list[Row]:
         BenchmarkError: the op tests fail, or a measurement.
     """
     if not options.quick:
-        check_ops()
+        check_ops(SPECS[options.benchmark].tests)
     command = import_module(f"benchmarks.commands.{options.benchmark}")
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
     target = options.out
@@ -99,19 +99,19 @@ def run(options: Options, pool: Pool) -> list[Row]:
     return measured
 
 
-def check_ops() -> None:
+def check_ops(tests: str) -> None:
     """Numbers only after the op tests pass: a fast wrong answer is no figure.
 
     Raises:
         BenchmarkError: they fail.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "tests/ops"]
+    command = [sys.executable, "-m", "pytest", "-q", tests]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
-        raise BenchmarkError(f"nothing is measured: the op tests fail ({last.strip('= ')}); run pytest -q tests/ops")
+        raise BenchmarkError(f"nothing is measured: the op tests fail ({last.strip('= ')}); run pytest -q {tests}")
 
 
 def print_rows(part: str, found: list[Row]) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import gc
 import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,27 +23,10 @@ from benchmarks.models import (
     model_folder,
     twin,
 )
+from benchmarks.timing import timed_ms
+from benchmarks.wkv import WkvForwardSubject, WkvTrainingSubject
 
 Repetition = Callable[[], dict[str, float]]
-
-
-def timed_ms(call: Callable[[], Any], device: str, calls: int = 1) -> float:
-    """Milliseconds per call, without the collector of garbage; CUDA is waited for at both ends."""
-    gc.disable()
-    try:
-        _wait_for(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        _wait_for(device)
-        return (time.perf_counter() - start) * 1e3 / calls
-    finally:
-        gc.enable()
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def device_name(device: str) -> str:
@@ -269,4 +249,6 @@ SUBJECTS = {
     "live_memory": LiveMemorySubject,
     "load": LoadSubject,
     "merge": MergeSubject,
+    "wkv_forward": WkvForwardSubject,
+    "wkv_training": WkvTrainingSubject,
 }

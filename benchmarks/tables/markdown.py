@@ -51,13 +51,16 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
 
-def pivot(rows: list[Row], name: Callable[[Row], str], column: Callable[[Row], str]) -> str:
-    """One line for each name, one column for each kind of figure, both in the order in which they first occur."""
+def pivot(rows: list[Row], name: Callable[[Row], str], column: Callable[[Row], str], first: str = "method") -> str:
+    """One line for each name, one column for each kind of figure, both in the order in which they first occur.
+
+    `first` heads the names.
+    """
     columns = list(dict.fromkeys(column(row) for row in rows))
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         lines.setdefault(name(row), {})[column(row)] = cell(row)
-    return table(["method", *columns], [[key, *(found.get(c, "") for c in columns)] for key, found in lines.items()])
+    return table([first, *columns], [[key, *(found.get(c, "") for c in columns)] for key, found in lines.items()])
 
 
 def caption(rows: list[Row], what: str) -> str:

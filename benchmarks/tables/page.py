@@ -46,12 +46,13 @@ def _section(
     wanted: Callable[[Row], bool],
     column: Callable[[Row], str],
     name: Callable[[Row], str] = label,
+    first: str = "method",
 ) -> Callable[[list[Row]], str]:
     """A table for each run of a part: its caption below, one line a method, columns of the wanted rows."""
 
     def section(rows: list[Row]) -> str:
         found = [[row for row in group if wanted(row)] for group in _groups(rows, benchmark, part)]
-        return "\n\n".join(f"{pivot(group, name, column)}\n\n{caption(group, what)}" for group in found if group)
+        return "\n\n".join(f"{pivot(group, name, column, first)}\n\n{caption(group, what)}" for group in found if group)
 
     return section
 
@@ -110,6 +111,26 @@ def _memory(part: str, wanted: Callable[[Row], bool], column: Callable[[Row], st
     return _section("memory", part, what, wanted, column, name)
 
 
+def _mixing(row: Row) -> str:
+    """What is mixed: a version, a size, a number of tokens."""
+    shape = row.shape
+    size = f"{shape['batch']} x {shape['heads']} x {shape['size']}"
+    return f"RWKV-{shape['version']}, {size}, {shape['tokens']:,} tokens"
+
+
+def _loop_or_chunks(row: Row) -> str:
+    if row.metric == "time_ratio":
+        return "loop / chunks"
+    return label(row) + (", saved" if row.metric == "saved_mib" else "")
+
+
+def _wkv(part: str, what: str) -> Callable[[list[Row]], str]:
+    def wanted(row: Row) -> bool:
+        return row.metric in ("time_ms", "saved_mib") or (row.metric, row.method) == ("time_ratio", "wkv-loop")
+
+    return _section("wkv", part, what, wanted, _loop_or_chunks, _mixing, "sequences")
+
+
 def _one_after_the_other(*sections: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
     return lambda rows: "\n\n".join(text for section in sections if (text := section(rows)))
 
@@ -162,5 +183,9 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
             _metric,
         ),
         _section("merge", "command", "Ratio to a copy of the files", _all(["command_ms", "command_ratio"]), _metric),
+    ),
+    "wkv": _one_after_the_other(
+        _wkv("training", "Forward and backward; batch x heads x features of a head"),
+        _wkv("forward", "Forward alone, in inference mode; batch x heads x features of a head"),
     ),
 }

@@ -70,6 +70,14 @@ def _mixed(variant: str, part: str) -> Target:
     return Target(claim, 1.5, ("mixed", part, "time_ms"), variant, variant, adapters=8)
 
 
+def _wkv(version: int, part: str) -> Target:
+    what = "forward" if part == "forward" else "forward and backward"
+    claim = f"time mixing of RWKV-{version}, 512 tokens, 12 heads of 64, {what}: chunks / loop"
+    shape = {"version": version, "batch": 1, "heads": 12, "size": 64, "tokens": 512}
+    rows = ("wkv", part, "time_ms")
+    return Target(claim, 0.25, rows, "wkv-chunked", "wkv-loop", adapters=0, against_adapters=0, shape=shape)
+
+
 VARIANTS = ("bone", "mini", "bat-row", "bat-col", "orthogonal")
 TARGETS = (
     Target("step: bone / MiSS", 0.95, STEP, "bone", "miss"),
@@ -92,6 +100,7 @@ TARGETS = (
     _forward("orthogonal-merged", 1.0, within_spread=True),
     _forward("orthogonal-unloaded", 1.0, within_spread=True),
     *(_mixed(variant, part) for part in ("prefill", "decode") for variant in VARIANTS),
+    *(_wkv(version, part) for version in (7, 6) for part in ("training", "forward")),
 )
 
 

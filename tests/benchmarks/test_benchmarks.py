@@ -29,6 +29,7 @@ RUNS = {
     "mixed": ["--methods", "bone,bat-col,orthogonal,lora"],
     "load": [],
     "merge": [],
+    "wkv": [],
 }
 
 
@@ -108,6 +109,21 @@ def test_memory_is_above_the_floor_of_the_same_tokens_and_process(found):
     assert above.keys() == {"frozen", "bone", "miss", "peft-bat"}
     assert all(row.median > 0 for method, row in above.items() if method != "frozen")
     assert all(row.median > 100 for row in found["memory"] if row.metric == "peak_mib")
+
+
+def test_the_time_mixing_is_measured_both_ways_with_what_backward_keeps(found):
+    sizes = {(version, tokens) for version in (7, 6) for tokens in (8, 40)}
+    for part in ("forward", "training"):
+        rows = [row for row in found["wkv"] if row.part == part]
+        for metric in ("time_ms", "time_ratio", *(["saved_mib"] if part == "training" else [])):
+            for method in ("wkv-loop", "wkv-chunked"):
+                of_method = [row for row in rows if (row.method, row.metric) == (method, metric)]
+                assert {(row.shape["version"], row.shape["tokens"]) for row in of_method} == sizes
+                assert all(value > 0 for row in of_method for value in row.per_round)
+    # The loop keeps a state of 8 x 8 for each of 2 heads, whenever a token has changed it, and more.
+    for row in found["wkv"]:
+        if (row.method, row.metric) == ("wkv-loop", "saved_mib"):
+            assert row.median > row.shape["tokens"] * 2 * 8 * 8 * 4 / 2**20
 
 
 def test_rows_survive_the_file_and_a_later_run_replaces_its_own_kind(tmp_path):
@@ -214,7 +230,7 @@ def test_nothing_is_measured_while_the_op_tests_fail(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.run.ROOT", tmp_path)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     with pytest.raises(BenchmarkError, match=r"the op tests fail \(1 failed"):
-        check_ops()
+        check_ops("tests/ops")
 
 
 def test_targets_are_computed_from_paired_rounds():
@@ -237,6 +253,11 @@ def test_the_page_shows_what_the_rows_give_and_check_sees_a_difference(found, tm
     assert write(check=True, **arguments) == 0
     text = copy.read_text(encoding="utf-8")
     assert "| PEFT 0.18.1 Bone bat |" in text
+    assert (
+        "| sequences | in chunks | in chunks, saved | loop over tokens | loop / chunks | loop over tokens, saved |"
+        in text
+    )
+    assert "| RWKV-6, 1 x 2 x 8, 40 tokens |" in text
     assert "(images/step.svg)" in text
     assert (tmp_path / "images" / "step.svg").stat().st_size > 1000
     copy.write_text(text.replace("| PEFT MiSS |", "| PEFT MISS |"), encoding="utf-8")

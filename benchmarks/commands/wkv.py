@@ -1,0 +1,28 @@
+"""RWKV's time mixing: how many times as long the loop over tokens takes as chunks, and what both keep for backward."""
+
+from __future__ import annotations
+
+from benchmarks.cases import Setting
+from benchmarks.rows import Row
+from benchmarks.run import Run
+
+VERSIONS = (7, 6)
+WIDTHS = ((1, 12, 64), (4, 4, 64), (1, 2, 32))  # batch, heads, features of a head
+TOKENS = (128, 512, 2048)
+CHUNKED = Setting("wkv-chunked", r=0, adapters=0)
+LOOP = Setting("wkv-loop", r=0, adapters=0)
+
+
+def measure(run: Run) -> list[Row]:
+    """The rows of a part: `forward`, or `training`, which is forward and backward."""
+    widths, lengths = (((1, 2, 8),), (8, 40)) if run.options.quick else (WIDTHS, TOKENS)
+    shapes = [
+        {"version": version, "batch": batch, "heads": heads, "size": size, "tokens": tokens}
+        for version in VERSIONS
+        for batch, heads, size in widths
+        for tokens in lengths
+    ]
+    settings = [LOOP] if run.options.pick(["wkv-loop"]) else []
+    kind = f"wkv_{run.part}"
+    cases = [run.case(kind, shape, calls=max(1, max(lengths) // (4 * shape["tokens"]))) for shape in shapes]
+    return [row for case in cases for row in run.measure(case, settings, floor=CHUNKED)]
