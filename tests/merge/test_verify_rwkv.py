@@ -186,6 +186,25 @@ def test_folders_of_the_models_are_verified_merged_and_unmerged(tmp_path, versio
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == f"rwkv_x0{version}0"
 
 
+def test_a_model_that_amplifies_fp32_errors_beyond_the_limit_passes_and_fails(tmp_path, monkeypatch):
+    """Twelve layers of large random numbers, with heads whose output nearly vanishes: 2e-5 in fp32, 3e-7 in fp64."""
+    base = write_rwkv(tmp_path / "base.pth", 7, hidden=192, head=16, layers=12, vocabulary=1000)
+    adapter = rwkv_peft_file(tmp_path / "rwkv-0.pth", load(base), 7, "bone", "disha")
+    out = tmp_path / "out.pth"
+    merge_checkpoint(base, adapter, out, dtype="bf16")
+    monkeypatch.setattr("flashbone.verify.LIMIT", 4e-6)
+    with monkeypatch.context() as patched:
+        patched.setattr("flashbone.verify.running.amplifies_rounding", lambda path: False)
+        in_fp32 = compare_logits(base, [adapter], None, out)
+    in_fp64 = compare_logits(base, [adapter], None, out)
+    assert (in_fp32.ok, in_fp64.ok) == (False, True)
+    assert in_fp64.rounding == pytest.approx(in_fp32.rounding, rel=1e-2)
+    merged, state = load(out), load(base)
+    for name in ("blocks.11.ffn.value.weight", "blocks.6.att.key.weight"):
+        save(merged | {name: state[name].bfloat16()}, out)
+        assert not compare_logits(base, [adapter], None, out).ok
+
+
 def test_the_command_verifies_a_pth_file_before_it_appears(tmp_path, capsys, monkeypatch):
     base = base_file(tmp_path, 7, torch.bfloat16)
     adapter = rwkv_peft_file(tmp_path / "rwkv-0.pth", load(base), 7, "bat", "disha")

@@ -110,8 +110,16 @@ def rows_for(model: Any, path: Path) -> list[Tensor]:
     return rows
 
 
-def run(model: Any, rows: Sequence[Tensor], path: Path) -> Tensor:
-    """The logits of all rows, else the last hidden states, else everything that the model puts out."""
+def amplifies_rounding(path: Path) -> bool:
+    """Whether it is a model of `flashbone.rwkv`, which runs in fp64, too."""
+    return path.is_file() or str(open_base(path).config.get("model_type")) in ("rwkv_x070", "rwkv_x060")
+
+
+def run(model: Any, rows: Sequence[Tensor], path: Path, dtype: torch.dtype) -> Tensor:
+    """The logits of all rows, else the last hidden states, else everything that the model puts out; computed in `dtype`
+    by a model whose weights are in fp32, and stay so."""
+    if dtype != torch.float32:
+        model.to(dtype)
     outputs = []
     for row in rows:
         with naming(path):
@@ -122,4 +130,6 @@ def run(model: Any, rows: Sequence[Tensor], path: Path) -> Tensor:
         tensors = {name: t for name, t in output.items() if isinstance(t, Tensor) and t.is_floating_point()}
         first = next((name for name in ("logits", "last_hidden_state") if name in tensors), None)
         outputs += [tensors[first]] if first else list(tensors.values())
+    if dtype != torch.float32:
+        model.to(torch.float32)
     return torch.cat([output.double().flatten() for output in outputs])
