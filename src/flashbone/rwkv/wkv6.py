@@ -55,16 +55,13 @@ def chunked(
         return torch.zeros_like(r, dtype=state.dtype), state
     r, log_w, k, v = (cut(x, chunk, state.dtype).unflatten(-2, (-1, part)) for x in (r, log_w, k, v))
     u = u.to(state.dtype).repeat(batch, 1)[:, None, None, None]
-    r_start, k_end = (
-        r * _sums_before(log_w).exp(),
-        k * _sums_after(log_w).exp(),
-    )  # decayed since, and until, a part's end
-    parts = log_w.sum(-2)  # (rows, chunks, parts, N)
-    to_end = k_end * _sums_after(parts).exp().unsqueeze(-2)
-    F = product(v.flatten(2, 3).mT, to_end.flatten(2, 3))
-    starts, last = _states(state.flatten(0, 1), parts.sum(-2).exp(), F)
-    own = _scores(*(x.unsqueeze(-2) for x in (r, k, log_w.exp()))) + torch.diag_embed((r * k * u).sum(-1))
-    scores = _scores(r_start, k_end, parts.exp().unsqueeze(-2)) + _block_diagonal(own)
+    w, parts = log_w.exp(), log_w.sum(-2)  # (rows, chunks, parts, N)
+    own, k_end = _scores(*(x.unsqueeze(-2) for x in (r, k, w)))
+    own = own + torch.diag_embed((r * k * u).sum(-1))
+    r_start = r * _sums_before(log_w).exp()
+    scores, k_end = _scores(r_start, k_end, parts.exp().unsqueeze(-2))
+    scores = scores + _block_diagonal(own)
+    starts, last = _states(state.flatten(0, 1), parts.sum(-2).exp(), product(v.flatten(2, 3).mT, k_end))
     since_start = (r_start * _sums_before(parts).exp().unsqueeze(-2)).flatten(2, 3)
     y = product(since_start, starts.mT, product(scores, v.flatten(2, 3)))
     return joined(y, heads, tokens), last.unflatten(0, (batch, heads))
@@ -75,21 +72,17 @@ def _sums_before(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows step
     return torch.nn.functional.pad(x, (0, 0, 1, 0))[..., :-1, :].cumsum(-2)
 
 
-def _sums_after(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps N"]:
-    """At each step the sum over the steps after it."""
-    return _sums_before(x.flip(-2)).flip(-2)
-
-
 def _scores(
     r: Float[Tensor, "*rows steps m N"], k: Float[Tensor, "*rows steps m N"], w: Float[Tensor, "*rows steps 1 N"]
-) -> Float[Tensor, "*rows t t"]:
-    """The products of the r with the k of earlier steps, decayed by the w of the steps between; 0 for later ones."""
-    steps, m = r.shape[-3:-1]
-    rows, keys = [r.new_zeros(*r.shape[:-3], m, steps * m)], k[..., 0, :, :]
-    for step in range(1, steps):
-        rows.append(torch.nn.functional.pad(r[..., step, :, :] @ keys.mT, (0, (steps - step) * m)))
-        keys = torch.cat([keys * w[..., step, :, :], k[..., step, :, :]], -2)
-    return torch.cat(rows, -2)
+) -> tuple[Float[Tensor, "*rows t t"], Float[Tensor, "*rows t N"]]:
+    """The products of the r with the k of earlier steps, decayed by the w of the steps between, and 0 for later ones;
+    and the k, decayed by the w of all steps after their own."""
+    *rows, steps, m, size = r.shape
+    keys, scores = k.new_empty(*rows, 0, size), []
+    for r_step, k_step, w_step in zip(*(x.unbind(-3) for x in (r, k, w)), strict=True):
+        scores.append(torch.nn.functional.pad(r_step @ keys.mT, (0, steps * m - keys.shape[-2])))
+        keys = torch.cat([keys * w_step, k_step], -2)
+    return torch.cat(scores, -2), keys
 
 
 def _block_diagonal(x: Float[Tensor, "rows chunks parts part part"]) -> Float[Tensor, "rows chunks c c"]:
