@@ -43,6 +43,7 @@ def test_parameters_file_and_memory_are_those_of_a_real_adapter(tmp_path, base, 
     assert report.architecture == f"Rwkv{version}ForCausalLM"
     assert report.parameters == sum(t.numel() for t in torch.load(base, weights_only=True).values())
     assert report.base_bytes == 4 * report.parameters
+    assert report.assumption == ""
     assert report.linear_multiply_adds == sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     adapted = get_peft_model(model, BoneConfig(target_modules="all-linear", **_fields(version)))
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)

@@ -55,7 +55,7 @@ def from_pth(path: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) 
     model = _MODELS[config.model_type].from_pretrained(
         None, config=config, state_dict=state, dtype=dtype or FLOATS[common], **kwargs
     )
-    model.name_or_path = str(path)  # what an adapter's file names as its base
+    model.name_or_path = model.config.name_or_path = str(path)  # what an adapter's file names as its base
     return model
 
 

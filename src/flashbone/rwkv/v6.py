@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from flashbone.rwkv.config import Rwkv6Config
 from flashbone.rwkv.kernels import run_wkv6
-from flashbone.rwkv.layers import HeadNorm, linear, matrix, ramp_, vector
+from flashbone.rwkv.layers import HeadNorm, linear, matrix, ramp_, vector, without_autocast
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
@@ -51,7 +51,7 @@ class TimeMix6(nn.Module):
         if padding is not None:  # such a column leaves the state as it is
             log_w, k = log_w * padding.is_token, k * padding.is_token
         r, log_w, k, v = (y.unflatten(-1, (-1, self.config.head_size)) for y in (r, log_w, k, v))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y, state = run_wkv6(r, log_w, k, v, self.time_faaaa.to(r.dtype), state, self.config.wkv_backend)
         y = self.ln_x(y.flatten(2)).to(x.dtype) * functional.silu(self.gate(x_g))
         return self.output(y), first_value, last, state

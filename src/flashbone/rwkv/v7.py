@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from flashbone.rwkv.config import Rwkv7Config
 from flashbone.rwkv.kernels import run_wkv7
-from flashbone.rwkv.layers import HeadNorm, linear, matrix, ramp_, vector
+from flashbone.rwkv.layers import HeadNorm, linear, matrix, ramp_, vector, without_autocast
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
@@ -91,7 +91,7 @@ class TimeMix7(nn.Module):
             log_w, v = log_w * padding.is_token, v * padding.is_token
             kk = kk * padding.is_token.unsqueeze(-1)
         r, log_w, v, rate = map(self._by_head, (r, log_w, v, rate))
-        with torch.autocast(r.device.type, enabled=False):
+        with without_autocast(r.device):
             return run_wkv7(r, log_w, k, v, (-kk).to(r.dtype), (kk * rate).to(r.dtype), state, self.config.wkv_backend)
 
     def _by_head(self, x: Hidden) -> Float[Tensor, "batch tokens heads N"]:
