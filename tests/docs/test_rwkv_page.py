@@ -58,10 +58,13 @@ def test_snippets_of_recipes_in_the_comparison_are_fields_that_exist(tmp_path):
 
 
 def test_the_scripts_train_and_merge_a_small_model(tmp_path):
-    base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=65536, layers=1)
+    base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=260, layers=1)
+    vocabulary = tmp_path / "bytes.txt"
+    vocabulary.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
     rows = [{"query": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--model", str(base), "--data.path", str(tmp_path / "rows.jsonl"), "--data.eval", "2"]
+    common += ["--rwkv.vocabulary", str(vocabulary)]
     common += ["--training.max_steps", "1", "--training.bf16", "false", "--training.per_device_train_batch_size", "2"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
