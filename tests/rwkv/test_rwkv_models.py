@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.rwkv import Rwkv6Config, Rwkv7Config, RwkvState, from_pth, to_pth
@@ -128,8 +128,61 @@ def test_generation_from_padded_prompts_equals_that_from_each_alone(one):
     mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
     together = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
     assert torch.equal(together[:, 12:], torch.stack(alone))
+    short, mask = short.roll(5, 1), torch.cat([mask[:1].flip(1), mask[1:]])
+    right = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
+    assert torch.equal(right[:, 12:], torch.stack(alone))
     without_cache = model.generate(prompts[1], use_cache=False, **options)
     assert torch.equal(without_cache[0, 12:], alone[1])
+
+
+@torch.no_grad()
+def test_generation_goes_on_from_a_given_state(one):
+    _, model, tokens, _ = one
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    want = model.generate(tokens[:, :20], **options)
+    prefix = model(tokens[:, :12], use_cache=True).past_key_values
+
+    def from_prefix(given, mask=None):
+        return model.generate(given, attention_mask=mask, past_key_values=copy.deepcopy(prefix), **options)[:, -5:]
+
+    assert torch.equal(from_prefix(tokens[:, :20]), want[:, -5:])
+    assert torch.equal(from_prefix(tokens[:, 12:20], torch.ones(1, 20)), want[:, -5:])
+    for given in (tokens[:, 12:20], tokens[:, 8:20]):  # of which transformers would leave out four, and none
+        for mask in (None, torch.ones_like(given)):
+            with pytest.raises(ConfigError, match="past_key_values has seen as many tokens as were given, or more"):
+                from_prefix(given, mask)
+    embedded = model.generate(inputs_embeds=model.emb(tokens[:, :20]), **options)
+    assert torch.equal(embedded, want[:, -5:])
+
+
+@torch.no_grad()
+def test_a_state_has_one_size_however_long_the_sequence_is(one):
+    """No view of it keeps a whole sequence's activations."""
+    _, model, tokens, _ = one
+    for mask in (None, torch.arange(75).unsqueeze(0) > 4):
+        state = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+        for layer in state.layers:
+            assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in layer)
+
+
+@torch.no_grad()
+def test_a_column_of_padding_repeats_the_token_before_it(one):
+    _, model, tokens, _ = one
+    mask = torch.ones_like(tokens)
+    mask[:, 30:36] = mask[:, :4] = 0
+    got = model(tokens, attention_mask=mask).logits[0]
+    assert torch.equal(got[30:36], got[29:30].expand(6, -1))
+    assert got.isfinite().all()
+
+
+@torch.no_grad()
+def test_no_tokens_leave_a_state_as_it_is(one):
+    _, model, tokens, _ = one
+    state = model(tokens, use_cache=True).past_key_values
+    before = copy.deepcopy(state)
+    assert model(tokens[:, :0], past_key_values=state).logits.shape == (1, 0, VOCABULARY)
+    for layer, other in zip(state.layers, before.layers, strict=True):
+        assert all(map(torch.equal, layer, other))
 
 
 @torch.no_grad()
@@ -282,13 +335,26 @@ def test_wrong_calls_are_refused(one):
     _, model, tokens, _ = one
     with pytest.raises(ConfigError, match="either input_ids or inputs_embeds"):
         model()
-    with pytest.raises(ShapeError, match=r"attention_mask: got shape \(1, 3\), wanted \(batch, 75\)"):
+    with pytest.raises(ShapeError, match=r"attention_mask: got shape \(1, 3\), wanted \(1, 75\)"):
         model(tokens, attention_mask=torch.ones(1, 3))
+    with pytest.raises(ShapeError, match=r"attention_mask: got shape \(1, 75\), wanted \(2, 75\)"):
+        model(tokens.repeat(2, 1), attention_mask=torch.ones(1, 75))  # would be the first row's mask for both
+    with pytest.raises(ConfigError, match="past_key_values: got a DynamicCache, wanted the RwkvState"):
+        model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ShapeError, match="past_key_values: got the state of 1 rows, wanted 2"):
+        model(tokens.repeat(2, 1), past_key_values=model(tokens, use_cache=True).past_key_values)
     packed = torch.cat([torch.arange(40), torch.arange(35)]).unsqueeze(0)
     for call in (model, model.base_model):
         with pytest.raises(ConfigError, match="several sequences are packed into one row"):
             call(tokens, position_ids=packed)
     assert model(tokens, position_ids=torch.arange(75).unsqueeze(0)).logits.shape[1] == 75
+    padded = torch.cat([torch.arange(70), torch.zeros(5, dtype=torch.long)]).unsqueeze(0)
+    mask = torch.ones_like(padded)
+    mask[:, 70:] = 0
+    assert model(tokens, attention_mask=mask, position_ids=padded).logits.shape[1] == 75
+    packed[:, 75:] = 0
+    with pytest.raises(ConfigError, match="several sequences are packed into one row"):
+        model(tokens, attention_mask=mask, position_ids=packed)
     for config in (Rwkv7Config, Rwkv6Config):
         with pytest.raises(ConfigError, match="head_size: got 48, which does not divide the hidden size of 64"):
             config(hidden_size=64, head_size=48)

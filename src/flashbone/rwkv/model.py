@@ -21,7 +21,7 @@ from flashbone.errors import ConfigError
 from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config, RwkvConfig
 from flashbone.rwkv.layers import Norm, linear
 from flashbone.rwkv.shift import Padding, padding_of
-from flashbone.rwkv.state import LayerState, RwkvState
+from flashbone.rwkv.state import LayerState, RwkvState, given_layers
 from flashbone.rwkv.v6 import ChannelMix6, TimeMix6
 from flashbone.rwkv.v7 import ChannelMix7, TimeMix7
 
@@ -141,6 +141,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: Tokens, or `inputs_embeds` instead.
             attention_mask: (batch, tokens) or, with a state, also over the tokens before; zeros are padding, wherever.
+                What is returned for a column of padding is that of the token before it.
             past_key_values: The state that an earlier call returned; it is replaced in place.
             labels: Tokens to predict, which the loss shifts; -100 is not learned.
             use_cache: Whether to return the state (default: as the config says, and not in training).
@@ -150,9 +151,11 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: Ignored, but for packed sequences.
 
         Raises:
-            ConfigError: several sequences are packed into one row, through which the state would run.
+            ConfigError: several sequences are packed into one row, through which the state would run; or
+                `past_key_values` is the cache of other models.
+            ShapeError: the mask or the state is of another batch.
         """
-        refuse_packing(position_ids, kwargs)
+        refuse_packing(position_ids, attention_mask, kwargs)
         out = self.backbone(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
@@ -177,19 +180,21 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """What the head sees, (batch, tokens, hidden): the model without its head, whose arguments are `forward`'s."""
-        refuse_packing(position_ids, kwargs)
+        refuse_packing(position_ids, attention_mask, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give either input_ids or inputs_embeds")
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
-        padding = padding_of(attention_mask, x.shape[1])
+        padding = padding_of(attention_mask, *x.shape[:2])
         state = past_key_values
-        layers = self._empty_state(x) if state is None or not state.layers else state.layers
+        layers = given_layers(state, x.shape[0]) or self._empty_state(x)
         streams: list[Tensor] | None = [] if output_hidden_states else None
         if self.training and self.chunk_ctx and x.shape[1] > self.chunk_ctx and streams is None:
             x, layers = self._run_in_pieces(x, layers, padding)
         else:
             x, layers = self._run_blocks(x, layers, padding, streams)
         x = self.ln_out(x)
+        if padding is not None:  # of a row that ends in padding, generate reads the last column
+            x = padding.to(x.device).repeat_tokens(x)
         caches = use_cache if use_cache is not None else self.config.use_cache and not self.training
         if state is not None or caches:
             state = RwkvState() if state is None else state
@@ -233,6 +238,29 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         wkv = x.new_zeros(batch, config.num_heads, config.head_size, config.head_size, dtype=wide)
         return [LayerState(token, wkv, token) for _ in self.blocks]
 
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `generate` calls the model with.
+
+        Raises:
+            ConfigError: the tokens that the given state has seen are not among those given; transformers would leave
+                out as many of them, in silence.
+        """
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ConfigError(
+                "generate: past_key_values has seen as many tokens as were given, or more, so that none are new; give"
+                " all tokens from the beginning, or new ones with an attention_mask over all"
+            )
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+
     def to_pth(self, path: str | Path, dtype: Any = None) -> None:
         """Write the model as one `.pth` file, which BlinkDL's programs read; see `flashbone.rwkv.to_pth`."""
         from flashbone.rwkv.files import to_pth
@@ -240,11 +268,14 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         to_pth(self, path, dtype)
 
 
-def refuse_packing(position_ids: Tensor | None, others: dict[str, Any]) -> None:
+def refuse_packing(position_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> None:
     """Raise ConfigError where several sequences lie in one row, as packed batches without padding have them."""
     packed = any(others.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"))
     if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] > 1:
-        packed |= bool(((position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 1)).any())
+        starts = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 1)
+        if attention_mask is not None:  # padding may have the position 0
+            starts = starts & attention_mask[:, 1 - position_ids.shape[1] :].bool()
+        packed |= bool(starts.any())
     if packed:
         raise ConfigError(
             "several sequences are packed into one row, and the state would run from one into the next; leave"

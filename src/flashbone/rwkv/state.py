@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from flashbone.errors import ConfigError, ShapeError
 
 
 class LayerState(NamedTuple):
@@ -67,3 +69,20 @@ class RwkvState:
 
     def _to_each(self, function: Callable[[Tensor], Tensor]) -> None:
         self.layers = [layer.to_each(function) for layer in self.layers]
+
+
+def given_layers(state: Any, rows: int) -> list[LayerState]:
+    """The memory in the `past_key_values` of a call with so many rows; empty where there is none yet.
+
+    Raises:
+        ConfigError: it is the cache of other models.
+        ShapeError: it is of another batch.
+    """
+    if state is None:
+        return []
+    if not isinstance(state, RwkvState):
+        raise ConfigError(f"past_key_values: got a {type(state).__name__}, wanted the RwkvState that a call returned")
+    if state.layers and state.layers[0].att.shape[0] != rows:
+        got = state.layers[0].att.shape[0]
+        raise ShapeError(f"past_key_values: got the state of {got} rows, wanted {rows}; batch_repeat_interleave it")
+    return state.layers
