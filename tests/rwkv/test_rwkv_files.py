@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.errors import ConfigError, FlashboneError, FormatError, NonFiniteError
 from flashbone.rwkv import Rwkv6Config, Rwkv7Config, from_pth, read_config, to_pth
 from helpers.adapter_folders import listing
 from helpers.rwkv import write_rwkv
@@ -169,3 +169,31 @@ def test_what_is_no_plain_model_is_not_written(file, tmp_path):
     with pytest.raises(ConfigError, match=r"not a plain model: blocks.1.att.key.weight, blocks.1.att.key.bias;"):
         to_pth(model, tmp_path / "out.pth")
     assert listing(tmp_path) == before
+
+
+def test_a_gap_between_blocks_is_refused_at_once(file):
+    _, path = file
+    changed(path, lambda state: state.update({"blocks.9999999.ln1.weight": torch.ones(32)}))
+    refused(path, "has blocks.9999999, but no blocks.3; is the file whole?")
+    changed(path, lambda state: state.pop("blocks.9999999.ln1.weight"))
+    changed(path, lambda state: state.update({"blocks.x": torch.ones(32)}))
+    refused(path, "blocks.x is unknown")
+
+
+def test_numbers_too_large_for_the_dtype_are_not_written(file, tmp_path):
+    model = from_pth(file[1])
+    with torch.no_grad():
+        model.ln_out.weight[3] = 1e5
+    before = listing(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"ln_out\.weight has numbers too large for torch\.float16"):
+        to_pth(model, tmp_path / "half.pth", torch.float16)
+    assert listing(tmp_path) == before
+    to_pth(model, tmp_path / "half.pth", torch.bfloat16)
+
+
+def test_an_offloaded_model_is_not_written(file, tmp_path):
+    places = {"emb": "cpu", "blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "disk", "ln_out": "cpu", "head": "cpu"}
+    model = from_pth(file[1], device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    with pytest.raises(ConfigError, match=r"to_pth: blocks\.1\.\S+ \(and \d+ more\) is offloaded"):
+        to_pth(model, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()

@@ -13,7 +13,7 @@ from torch import nn
 from flashbone.checkpoint import pth, staging
 from flashbone.checkpoint.states import read_state
 from flashbone.checkpoint.tensors import FLOATS, TensorFile, as_bytes
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FormatError, NonFiniteError
 from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config, RwkvConfig
 from flashbone.rwkv.model import Rwkv6ForCausalLM, Rwkv7ForCausalLM, RwkvForCausalLM
 
@@ -68,7 +68,8 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
         dtype: Of the file. None: as the model's tensors are.
 
     Raises:
-        ConfigError: it is another model, or still has adapters or quantised weights in it.
+        ConfigError: it is another model, still has adapters or quantised weights in it, or is offloaded.
+        NonFiniteError: a number is too large for `dtype`.
         FlashboneError: something is there already, or the disk is full.
     """
     out = Path(path)
@@ -87,6 +88,9 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
             f"to_pth: not a plain model: {', '.join(odd)}; merge_and_unload() its adapters, and load quantised weights"
             " in their own dtype"
         )
+    if away := [name for name, tensor in state.items() if tensor.is_meta]:
+        more = f" (and {len(away) - 1} more)"
+        raise ConfigError(f"to_pth: {away[0]}{more} is offloaded; load the model without a device_map")
     dtypes = {name: dtype or tensor.dtype for name, tensor in state.items()}
     if dtype is not None and dtype not in _NAMES:
         raise ConfigError(f"to_pth: got {dtype}, wanted fp64, fp32, bf16 or fp16")
@@ -95,7 +99,10 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
     staging.check(out, size, None, is_file=True)
 
     def content(name: str) -> Iterator[memoryview]:
-        yield as_bytes(state[name].detach().to("cpu", dtypes[name]))
+        tensor = state[name].detach().to("cpu", dtypes[name])
+        if not tensor.isfinite().all() and state[name].isfinite().all():
+            raise NonFiniteError(f"to_pth: {name} has numbers too large for {tensor.dtype}; choose a wider dtype")
+        yield as_bytes(tensor)
 
     with staging.whole_or_absent(out, is_file=True) as partial:
         pth.write(partial, layout, content, lambda _: None)
@@ -201,11 +208,15 @@ class _Sizes:
         hidden = self("emb.weight", 1, 2)
         if hidden % head_size:
             raise FormatError(f"{self.where}: heads of {head_size} do not divide the width {hidden} of emb.weight")
-        numbers = [int(name.split(".")[1]) for name in self.shapes if name.split(".")[0] == "blocks"]
+        parts = [name.split(".") for name in self.shapes if name.startswith("blocks.")]
+        numbers = {int(part[1]) for part in parts if part[1].isdecimal()}  # others are unknown names
+        gap = next(i for i in range(len(numbers) + 1) if i not in numbers)
+        if gap < len(numbers):
+            raise FormatError(f"{self.where}: has blocks.{max(numbers)}, but no blocks.{gap}; is the file whole?")
         return {
             "vocab_size": self("emb.weight", 0, 2),
             "hidden_size": hidden,
-            "num_hidden_layers": max(numbers) + 1,
+            "num_hidden_layers": len(numbers),
             "intermediate_size": self("blocks.0.ffn.key.weight", 0, 2),
             "head_size": head_size,
         }
