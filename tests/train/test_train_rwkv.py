@@ -195,6 +195,18 @@ def test_layer_norms_and_time_values_are_trained_along_and_merged(recipe_for, ba
     assert moved == wanted | {f"{name}.weight" for name in adapter.blocks}
 
 
+def test_layer_norms_of_a_bf16_model_take_the_published_steps(recipe_for, base, tmp_path):
+    """2e-5 is far below bf16's rounding of weights around 1: they are trained in fp32."""
+    training = {"max_steps": 1, "learning_rate": 2e-5, "lr_scheduler_type": "constant", "bf16": True, "use_cpu": True}
+    train(recipe_for(base, tmp_path / "run", rwkv={"train_parts": ["ln"]}, training=training))
+    held = reading.read_adapter(tmp_path / "run" / "adapter").replacements
+    before = torch.load(base, weights_only=True)
+    for name in ("blocks.1.ln1.weight", "blocks.1.att.ln_x.weight", "ln_out.weight"):
+        assert held[name].dtype == torch.float32
+        step = (held[name] - before[name].bfloat16().float()).abs().median().item()
+        assert step == pytest.approx(2e-5, rel=0.1), name
+
+
 def test_time_decay_learns_at_a_rate_of_its_own(recipe_for, base6, tmp_path):
     """One step of AdamW moves every number by its learning rate."""
     before = torch.load(base6, weights_only=True)

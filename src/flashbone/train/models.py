@@ -24,7 +24,7 @@ def load_tokenizer(name: str, vocabulary: str | None = None, **kwargs: Any) -> A
     if is_pth(name):
         from flashbone.rwkv import RwkvTokenizer
 
-        return RwkvTokenizer(vocabulary)
+        return RwkvTokenizer(vocabulary and Path(vocabulary).expanduser())
     from transformers import AutoTokenizer
 
     place, extra = _locate(name)

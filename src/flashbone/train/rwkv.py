@@ -46,6 +46,9 @@ class RwkvTrainer(SFTTrainer):
     def __init__(self, *args: Any, settings: RwkvSettings, **kwargs: Any) -> None:
         self._settings = settings
         super().__init__(*args, **kwargs)
+        assert self.model is not None
+        for parameter in self.model.parameters():  # PEFT leaves LayerNorms in bf16, where small steps round to none
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's, with the decays in groups of their own."""
