@@ -1,6 +1,9 @@
 """`flashbone train` under accelerate's launcher, in two processes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,24 @@ def test_processes_that_would_each_train_alone_are_refused(workplace, monkeypatc
     with pytest.raises(ConfigError, match=r"2 processes were launched, .* training\.use_cpu"):
         train(Recipe("llama", DataRecipe("q.jsonl"), "runs/b", training={"max_steps": 1, "disable_tqdm": True}))
     assert not (workplace / "runs/b").exists()
+
+
+def test_two_processes_of_ddp_train_one_model(workplace):
+    """With a loss before training, too: what accelerate prepared for that, it would not wrap in DDP again."""
+    more = ["--training.logging_steps", "1", "--training.max_steps", "4"]
+    launch("ddp", "-m", "flashbone", "train", "c.yaml", *more)
+    alone = [*more, "--output", "runs/one", "--training.per_device_train_batch_size", "8"]
+    subprocess.run(
+        [sys.executable, "-m", "flashbone", "train", "c.yaml", *alone],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    two, one = (
+        [json.loads(line) for line in (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("a", "one")
+    )
+    for key in ("loss", "grad_norm", "eval_loss"):
+        got, want = ([row[key] for row in rows if key in row] for rows in (two, one))
+        assert len(got) >= 4
+        assert got == pytest.approx(want, rel=1e-3), key

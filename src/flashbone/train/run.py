@@ -84,7 +84,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
     if data.eval is not None and metrics.evaluation(0) is None and checkpoint is None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # they need the optimiser to prepare a model
+        if _prepares_once(trainer):
             trainer.args.eval_on_start = True
         else:
             trainer.evaluate()
@@ -223,6 +223,13 @@ def _total_steps(trainer: Any) -> int:
         return args.max_steps
     steps_per_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
     return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def _prepares_once(trainer: Any) -> bool:
+    """Whether a model that was evaluated first would be trained as it is then: accelerate leaves a model alone that it
+    has prepared before, for DDP without any word, so that each process would train alone; FSDP and DeepSpeed need the
+    optimiser for it."""
+    return trainer.accelerator.use_distributed or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _missing_on_main(trainer: Any, metrics: MetricsLog, step: int) -> bool:
