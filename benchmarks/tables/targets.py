@@ -72,10 +72,11 @@ def _mixed(variant: str, part: str) -> Target:
 
 def _wkv(version: int, part: str) -> Target:
     what = "forward" if part == "forward" else "forward and backward"
-    claim = f"time mixing of RWKV-{version}, 512 tokens, 12 heads of 64, {what}: chunks / loop"
+    claim = f"time mixing of RWKV-{version}, 512 tokens, 12 heads of 64, {what}, one thread: chunks / loop"
     shape = {"version": version, "batch": 1, "heads": 12, "size": 64, "tokens": 512}
     rows = ("wkv", part, "time_ms")
-    return Target(claim, 0.25, rows, "wkv-chunked", "wkv-loop", adapters=0, against_adapters=0, shape=shape)
+    none = {"adapters": 0, "against_adapters": 0, "threads": "1 thread"}
+    return Target(claim, 0.25, rows, "wkv-chunked", "wkv-loop", shape=shape, **none)
 
 
 VARIANTS = ("bone", "mini", "bat-row", "bat-col", "orthogonal")
