@@ -1,8 +1,8 @@
 """The Bone family of block-affine adapters for PEFT, transformers and TRL.
 
-`import flashbone`, before or after peft, gives PEFT its BONE method back, and transformers RWKV-7 and RWKV-6. The import
-itself is light: names are loaded on first use (PEP 562), and things are registered as soon as peft has been imported,
-and transformers' Auto classes.
+`import flashbone`, before or after peft, gives PEFT its BONE method back, and transformers RWKV-7 and RWKV-6. The
+import itself is light: names are loaded on first use (PEP 562), and things are registered as soon as peft has been
+imported, and transformers' Auto classes.
 """
 
 from importlib import import_module

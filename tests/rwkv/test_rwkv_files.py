@@ -79,6 +79,18 @@ def test_the_dtype_is_the_file_s_or_the_one_asked_for(file, tmp_path):
     assert torch.equal(wide["head.weight"], model.head.weight.float())
 
 
+def test_tied_tensors_become_two_and_a_plain_name_is_no_repository_of_the_hub(file, tmp_path, monkeypatch):
+    _, path = file
+    changed(path, lambda state: state.update({"head.weight": state["emb.weight"]}))
+    monkeypatch.chdir(tmp_path)
+    model = from_pth(path.name, torch_dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert model.name_or_path == f"./{path.name}"
+    assert model.head.weight.data_ptr() != model.emb.weight.data_ptr()
+    assert torch.equal(model.head.weight, model.emb.weight)
+    model.save_pretrained(tmp_path / "folder")
+
+
 def test_the_first_block_s_unused_values_may_be_missing(tmp_path):
     path = write_rwkv(tmp_path / "base.pth", 7)
     tokens = torch.arange(20).unsqueeze(0)

@@ -343,6 +343,16 @@ def test_wrong_calls_are_refused(one):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ShapeError, match="past_key_values: got the state of 1 rows, wanted 2"):
         model(tokens.repeat(2, 1), past_key_values=model(tokens, use_cache=True).past_key_values)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"got a state in torch.float32, of a model that computes in torch.bfloat16"):
+        half(tokens, past_key_values=model(tokens, use_cache=True).past_key_values)
+    short = torch.tensor([[0, 0, 1, 0, 1]])
+    with pytest.raises(ConfigError, match="several sequences are packed into one row"):
+        model(tokens[:, :5], position_ids=short)
+    before = torch.tensor([[1, 1, 0, 1, 2]])  # as generate counts padded prompts
+    assert (
+        model(tokens[:, :5], position_ids=before, attention_mask=torch.tensor([[0, 0, 1, 1, 1]])).logits.shape[1] == 5
+    )
     packed = torch.cat([torch.arange(40), torch.arange(35)]).unsqueeze(0)
     for call in (model, model.base_model):
         with pytest.raises(ConfigError, match="several sequences are packed into one row"):
@@ -360,6 +370,10 @@ def test_wrong_calls_are_refused(one):
             config(hidden_size=64, head_size=48)
         with pytest.raises(ConfigError, match="wkv_backend: got 'cuda', wanted one of auto, torch, fla"):
             config(wkv_backend="cuda")
+        with pytest.raises(
+            ConfigError, match="tie_word_embeddings: got True; an RWKV model has an embedding and a head"
+        ):
+            config(tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("config", [Rwkv7Config, Rwkv6Config])

@@ -294,6 +294,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
     refused("rwkv: got .*, wanted vocabulary, chunk_ctx", rwkv={"ctx": 3})
     refused("rwkv: .* is a LlamaForCausalLM, no RWKV-6 or RWKV-7", model=llama, rwkv={"chunk_ctx": 16})
     refused("packed sequence .* set packing_strategy: wrapped", training={"packing": True})
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    refused("chunk_ctx: does not go with use_reentrant: true", rwkv={"chunk_ctx": 16}, training=reentrant)
     refused("rwkv, model: RWKV models and init_adapter are for task sft", task="classification")
     refused("init_adapter says what the adapter is; leave adapter.variant, adapter.r out", init_adapter="x")
     refused("init_adapter .*: no such file or folder", adapter={}, init_adapter=str(tmp_path / "missing"))

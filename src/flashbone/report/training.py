@@ -125,5 +125,6 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _files(folder: Path, figures: list[Path]) -> list[tuple[str, Path]]:
-    found = [("adapter", folder / "adapter"), ("merged", folder / "merged"), ("merged", folder / "merged.pth"), ("metrics", folder / "metrics.jsonl")]
+    named = {"adapter": ["adapter"], "merged": ["merged", "merged.pth"], "metrics": ["metrics.jsonl"]}
+    found = [(name, folder / file) for name, files in named.items() for file in files]
     return [(name, path) for name, path in [*found, *(("plot", figure) for figure in figures)] if path.exists()]

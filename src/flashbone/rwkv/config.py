@@ -61,6 +61,8 @@ class RwkvConfig(PreTrainedConfig):
             raise ConfigError(f"head_size: got {head_size}, which does not divide the hidden size of {hidden_size}")
         if wkv_backend not in BACKENDS:
             raise ConfigError(f"wkv_backend: got {wkv_backend!r}, wanted one of {', '.join(BACKENDS)}")
+        if kwargs.get("tie_word_embeddings"):
+            raise ConfigError("tie_word_embeddings: got True; an RWKV model has an embedding and a head of its own")
         # An embedding and a head of their own; the tokens of the world vocabulary.
         given = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 24, "pad_token_id": 0} | kwargs
         super().__init__(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,12 +51,14 @@ def from_pth(path: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) 
     if "wkv_backend" in kwargs:
         config = type(config)(**config.to_dict() | {"wkv_backend": kwargs.pop("wkv_backend")})
     common = Counter(entry.dtype for entry in file.entries).most_common(1)[0][0]
-    shapes = expected_shapes(config)
+    shapes, tied = expected_shapes(config), pth.tied(file)
     state = {name: tensor.view(shapes[name]) for name, tensor in read_state(file.path).items()}
-    model = _MODELS[config.model_type].from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or FLOATS[common], **kwargs
-    )
-    model.name_or_path = model.config.name_or_path = str(path)  # what an adapter's file names as its base
+    state |= {name: state[name].clone() for name in tied}  # the models tie nothing
+    dtype = dtype or kwargs.pop("torch_dtype", None) or FLOATS[common]
+    model = _MODELS[config.model_type].from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+    # What an adapter's file names as its base; a bare `a.pth` PEFT would look for on the hub.
+    is_plain = not os.path.isabs(path) and not str(path).startswith(".")
+    model.name_or_path = model.config.name_or_path = os.path.join(os.curdir, path) if is_plain else str(path)
     return model
 
 

@@ -186,7 +186,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         padding = padding_of(attention_mask, *x.shape[:2])
         state = past_key_values
-        layers = given_layers(state, x.shape[0]) or self._empty_state(x)
+        layers = given_layers(state, x) or self._empty_state(x)
         streams: list[Tensor] | None = [] if output_hidden_states else None
         if self.training and self.chunk_ctx and x.shape[1] > self.chunk_ctx and streams is None:
             x, layers = self._run_in_pieces(x, layers, padding)
@@ -272,9 +272,10 @@ def refuse_packing(position_ids: Tensor | None, attention_mask: Tensor | None, o
     """Raise ConfigError where several sequences lie in one row, as packed batches without padding have them."""
     packed = any(others.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"))
     if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] > 1:
-        starts = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 1)
-        if attention_mask is not None:  # padding may have the position 0
-            starts = starts & attention_mask[:, 1 - position_ids.shape[1] :].bool()
+        starts = position_ids[:, 1:] == 0
+        if attention_mask is not None:  # the first token after padding, and padding itself, may have the position 0
+            is_token = attention_mask[:, -position_ids.shape[1] :].bool()
+            starts = starts & is_token[:, 1:] & is_token[:, :-1]
         packed |= bool(starts.any())
     if packed:
         raise ConfigError(

@@ -71,18 +71,24 @@ class RwkvState:
         self.layers = [layer.to_each(function) for layer in self.layers]
 
 
-def given_layers(state: Any, rows: int) -> list[LayerState]:
-    """The memory in the `past_key_values` of a call with so many rows; empty where there is none yet.
+def given_layers(state: Any, x: Tensor) -> list[LayerState]:
+    """The memory in the `past_key_values` of a call with x (batch, tokens, hidden); empty where there is none yet.
 
     Raises:
-        ConfigError: it is the cache of other models.
+        ConfigError: it is the cache of other models, or in another dtype.
         ShapeError: it is of another batch.
     """
     if state is None:
         return []
     if not isinstance(state, RwkvState):
         raise ConfigError(f"past_key_values: got a {type(state).__name__}, wanted the RwkvState that a call returned")
-    if state.layers and state.layers[0].att.shape[0] != rows:
-        got = state.layers[0].att.shape[0]
-        raise ShapeError(f"past_key_values: got the state of {got} rows, wanted {rows}; batch_repeat_interleave it")
+    if not state.layers:
+        return []
+    token = state.layers[0].att
+    if token.shape[0] != x.shape[0]:
+        raise ShapeError(
+            f"past_key_values: got the state of {token.shape[0]} rows, wanted {x.shape[0]}; batch_repeat_interleave it"
+        )
+    if token.dtype != x.dtype:
+        raise ConfigError(f"past_key_values: got a state in {token.dtype}, of a model that computes in {x.dtype}")
     return state.layers

@@ -27,6 +27,11 @@ def prepare(model: RwkvForCausalLM, settings: RwkvSettings, args: Any) -> dict[s
             "training: an RWKV model's state would run from one packed sequence into the next; leave packing and"
             " padding_free out, or set packing_strategy: wrapped"
         )
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
+        args, "gradient_checkpointing_kwargs", None
+    )
+    if settings.chunk_ctx and (kwargs or {}).get("use_reentrant"):
+        raise ConfigError("rwkv.chunk_ctx: does not go with use_reentrant: true, which DDP fails on; leave that out")
     model.chunk_ctx, model.carries_gradient = settings.chunk_ctx, settings.carry_gradient
     along: dict[str, list[str]] = {}
     if "ln" in settings.train_parts:
