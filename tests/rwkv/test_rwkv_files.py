@@ -206,6 +206,6 @@ def test_numbers_too_large_for_the_dtype_are_not_written(file, tmp_path):
 def test_an_offloaded_model_is_not_written(file, tmp_path):
     places = {"emb": "cpu", "blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "disk", "ln_out": "cpu", "head": "cpu"}
     model = from_pth(file[1], device_map=places, offload_folder=str(tmp_path / "offloaded"))
-    with pytest.raises(ConfigError, match=r"to_pth: blocks\.1\.\S+ \(and \d+ more\) is offloaded"):
+    with pytest.raises(ConfigError, match=r"to_pth: \d+ tensors are offloaded, such as blocks\.1\."):
         to_pth(model, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()

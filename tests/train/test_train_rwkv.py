@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import BoneConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import flashbone
 from flashbone.checkpoint import reading
@@ -174,6 +175,18 @@ def test_the_rwkv_package_computes_what_the_adapted_model_does_after_merging_eac
     assert len(reading.read_adapter(tmp_path / "adapter").blocks) == targets
 
 
+def test_a_folder_of_the_model_is_trained_like_its_file(recipe_for, vocabulary, base, tmp_path):
+    from_pth(base).save_pretrained(tmp_path / "folder")
+    RwkvTokenizer(vocabulary).save_pretrained(tmp_path / "folder")
+    train(recipe_for(base, tmp_path / "file", merge=True))
+    recipe = recipe_for(tmp_path / "folder", tmp_path / "run", merge=True, rwkv={"vocabulary": None, "l2_wrap": False})
+    train(recipe)
+    assert losses(tmp_path / "run") == losses(tmp_path / "file")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged").state_dict()
+    want = torch.load(tmp_path / "file" / "merged.pth", weights_only=True)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in want.items())
+
+
 def test_passing_the_state_on_gives_the_same_run(recipe_for, base, tmp_path):
     whole = train(recipe_for(base, tmp_path / "whole")).summary
     pieces = train(recipe_for(base, tmp_path / "pieces", rwkv={"chunk_ctx": 20})).summary
@@ -281,7 +294,7 @@ def test_tokenised_documents_longer_than_the_chunk_are_trained(recipe_for, vocab
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 1
 
 
-def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_for, base, base6, llama, tmp_path):
+def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_for, vocabulary, base, llama, tmp_path):
     def refused(words, model=base, **changes):
         with pytest.raises(FlashboneError, match=words) as caught:
             train(recipe_for(model, tmp_path / "out", **changes))
@@ -293,6 +306,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
     refused("rwkv.time_decay_lr: got -1, wanted a positive number", rwkv={"time_decay_lr": -1})
     refused("rwkv: got .*, wanted vocabulary, chunk_ctx", rwkv={"ctx": 3})
     refused("rwkv: .* is a LlamaForCausalLM, no RWKV-6 or RWKV-7", model=llama, rwkv={"chunk_ctx": 16})
+    from_pth(base).save_pretrained(tmp_path / "folder")
+    RwkvTokenizer(vocabulary).save_pretrained(tmp_path / "folder")
+    refused("rwkv.vocabulary: .* is a folder, which has its own tokenizer", model=tmp_path / "folder")
     refused("packed sequence .* set packing_strategy: wrapped", training={"packing": True})
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     refused("chunk_ctx: does not go with use_reentrant: true", rwkv={"chunk_ctx": 16}, training=reentrant)

@@ -92,8 +92,7 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
             " in their own dtype"
         )
     if away := [name for name, tensor in state.items() if tensor.is_meta]:
-        more = f" (and {len(away) - 1} more)"
-        raise ConfigError(f"to_pth: {away[0]}{more} is offloaded; load the model without a device_map")
+        raise ConfigError(f"to_pth: {len(away)} tensors are offloaded, such as {away[0]}; load it without a device_map")
     dtypes = {name: dtype or tensor.dtype for name, tensor in state.items()}
     if dtype is not None and dtype not in _NAMES:
         raise ConfigError(f"to_pth: got {dtype}, wanted fp64, fp32, bf16 or fp16")

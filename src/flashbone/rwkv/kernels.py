@@ -31,7 +31,7 @@ def run_wkv7(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The outputs, in the state's dtype or r's, and the new state of `wkv7`, by whichever backend it should be."""
-    if r.shape[1] == 1:
+    if r.shape[1] <= 1:
         return wkv7.loop(r, log_w, k, v, a, b, state)
     run = _fla_wkv7 if chooses_fla(7, backend, r) else wkv7.chunked
     return run(r, log_w, k, v, a, b, state)
@@ -41,7 +41,7 @@ def run_wkv6(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """As `run_wkv7`, of `wkv6`."""
-    if r.shape[1] == 1:
+    if r.shape[1] <= 1:
         return wkv6.loop(r, log_w, k, v, u, state)
     run = _fla_wkv6 if chooses_fla(6, backend, r) else wkv6.chunked
     return run(r, log_w, k, v, u, state)

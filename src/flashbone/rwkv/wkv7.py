@@ -52,9 +52,8 @@ def chunked(
     grown, end = torch.exp(-reached), reached[..., -1:, :].exp()
     r, a, b, k = r * reached.exp(), a * torch.exp(reached - log_w), b * grown, k * grown
     right = torch.cat([a, product(product(a, k.mT).tril(-1), v)], -1)
-    left = torch.eye(chunk, dtype=a.dtype, device=a.device) - product(
-        a, b.mT
-    )  # of which the solve reads the lower half
+    # Of the left side the solve reads what is under the diagonal.
+    left = torch.eye(chunk, dtype=a.dtype, device=a.device) - product(a, b.mT)
     solved = torch.linalg.solve_triangular(left, right, upper=False, unitriangular=True)
     from_state, own = solved.chunk(2, -1)  # U = from_state S_0^T + own
     b_end, k_end = b * end, k * end

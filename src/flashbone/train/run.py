@@ -22,13 +22,13 @@ from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data import Data, load_data
 from flashbone.train.folder import RunFolder
 from flashbone.train.merged import write_merged
-from flashbone.train.methods import refuse_classification, sft_trainer_class
 from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe, rwkv_of
 from flashbone.train.start import start_from
 from flashbone.train.summary import summarise
 from flashbone.train.tokens import accept_tokens, windows_for
+from flashbone.train.trainers import refuse_classification, sft_trainer_class
 
 log = logging.getLogger(__name__)
 

@@ -27,6 +27,8 @@ def sft_trainer_class(
     from flashbone.train import rwkv
 
     settings = settings or RwkvSettings()
+    if settings.vocabulary is not None and not is_pth(name):
+        raise ConfigError(f"rwkv.vocabulary: {name} is a folder, which has its own tokenizer; leave it out")
     return functools.partial(rwkv.RwkvTrainer, settings=settings), rwkv.prepare(model, settings, args)
 
 
