@@ -25,7 +25,9 @@ ALLOWED = {
     "rwkv": {"errors", "checkpoint"},
     "train": {"errors", "sources", "tuner", "checkpoint", "variants", "rwkv", "conversion", "merge"},
     "report": {"errors", "sources", "tuner", "checkpoint", "variants", "conversion", "rwkv"},
-    "cli": {"errors", "sources", "train", "report", "merge", "conversion", "verify", "checkpoint"},
+    "evaluate": {"errors", "sources", "tuner", "checkpoint", "variants", "rwkv", "train"},
+    "compare": {"errors", "sources", "tuner", "variants", "rwkv", "train", "evaluate"},
+    "cli": {"errors", "sources", "train", "report", "merge", "conversion", "verify", "checkpoint", "evaluate", "compare"},
     "__main__": {"cli"},
     "__init__": {"errors", "import_hook", "host_hooks", "tuner", "merge", "conversion", "rwkv"},
 }

@@ -1,0 +1,63 @@
+"""Scores of single rows: the loss of a row's learned tokens, whether a row's class was right."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Batch = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def row_losses(
+    model: nn.Module, batches: Iterable[Batch], amp: Any = contextlib.nullcontext
+) -> Iterator[tuple[float, int]]:
+    """The summed cross-entropy of each row's learned tokens (in nats), and how many of them there are.
+
+    Args:
+        model: A causal language model, called in eval mode.
+        batches: With `input_ids`, `labels` (-100 where nothing is learned) and whatever else the model takes.
+        amp: Makes the context in which the model is called, such as one for mixed precision.
+    """
+    for batch in _in_eval(model, batches):
+        labels = batch["labels"][:, 1:]
+        with amp():
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
+        learned = labels != -100
+        # Row by row: the logits of a batch are its largest tensor, and a copy in fp32 would double them.
+        for row, wanted, counted in zip(logits, labels, learned, strict=True):
+            loss = functional.cross_entropy(row[counted].float(), wanted[counted], reduction="sum")
+            yield float(loss), int(counted.sum())
+
+
+@torch.no_grad()
+def row_classes(
+    model: nn.Module, batches: Iterable[Batch], amp: Any = contextlib.nullcontext
+) -> Iterator[tuple[int, int, float]]:
+    """The predicted class of each row, the right one, and the cross-entropy of the right one (in nats).
+
+    Args:
+        model: A classifier, called in eval mode.
+        batches: With `labels` and whatever else the model takes.
+        amp: Makes the context in which the model is called, such as one for mixed precision.
+    """
+    for batch in _in_eval(model, batches):
+        with amp():
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+        losses = functional.cross_entropy(logits, batch["labels"], reduction="none")
+        yield from zip(logits.argmax(-1).tolist(), batch["labels"].tolist(), losses.tolist(), strict=True)
+
+
+def _in_eval(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches on the model's device, with the model in eval mode as long as they last."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for batch in batches:
+            yield {key: value.to(device) for key, value in batch.items()}
+    finally:
+        model.train(was_training)
