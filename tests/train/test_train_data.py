@@ -12,8 +12,8 @@ from flashbone.train.recipe import DataRecipe, Recipe
 PAIRS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]
 
 
-def load(path, task="sft", **data):
-    return load_data(Recipe(model="m", output="o", task=task, data=DataRecipe(path=str(path), **data)))
+def load(path, task="sft", test=None, **data):
+    return load_data(Recipe(model="m", output="o", task=task, data=DataRecipe(path=str(path), **data)), test=test)
 
 
 def write(path, rows):
@@ -55,6 +55,30 @@ def test_the_held_out_draw_depends_on_the_seed_alone(tmp_path):
     assert first.eval.to_list() == again.eval.to_list() != other.eval.to_list()
     together = [*first.train.to_list(), *first.eval.to_list()]
     assert sorted(row["prompt"] for row in together) == sorted(row["prompt"] for row in PAIRS)
+
+
+@pytest.mark.parametrize("test", [5, 0.25])
+def test_rows_for_a_last_test_are_neither_learned_nor_held_out(tmp_path, test):
+    data = load(write(tmp_path / "d.jsonl", PAIRS), eval=3, test=test)
+    assert [len(data.train), len(data.eval), len(data.test)] == [12, 3, 5]
+    together = [row["prompt"] for part in (data.train, data.eval, data.test) for row in part]
+    assert sorted(together) == sorted(row["prompt"] for row in PAIRS)
+
+
+def test_the_test_rows_can_be_a_file_and_stay_in_its_order(tmp_path):
+    tested = [{"prompt": f"q{i}", "completion": "a"} for i in range(7)]
+    data = load(write(tmp_path / "d.jsonl", PAIRS), eval=3, test=str(write(tmp_path / "t.jsonl", tested)))
+    assert data.test.to_list() == tested
+    assert len(data.train) == 17
+
+
+def test_conversations_stay_on_one_side_of_the_test_rows(tmp_path):
+    turns = [{"role": role, "content": f"{{i}} {role}"} for role in ("user", "assistant") * 2]
+    rows = [{"messages": [{**turn, "content": turn["content"].format(i=i)} for turn in turns]} for i in range(10)]
+    data = load(write(tmp_path / "d.jsonl", rows), eval=2, test=3)
+    numbers = [{row["prompt"][0]["content"].split()[0] for row in part} for part in (data.train, data.eval, data.test)]
+    assert [len(part) for part in numbers] == [5, 2, 3]
+    assert len(set.union(*numbers)) == 10
 
 
 def test_a_file_can_be_the_held_out_part(tmp_path):
@@ -171,6 +195,13 @@ def test_one_class_or_an_unseen_held_out_class_is_refused(tmp_path):
     held = write(tmp_path / "e.jsonl", [{"text": "t", "label": "z"}])
     with pytest.raises(FormatError, match="labels that no training row has: z"):
         load(tmp_path / "d.jsonl", task="classification", eval=str(held))
+
+
+def test_an_unseen_class_among_the_test_rows_is_refused(tmp_path):
+    rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(10)]
+    test = write(tmp_path / "test.jsonl", [{"text": "t", "label": "c"}])
+    with pytest.raises(FormatError, match="labels that no training row has: c"):
+        load(write(tmp_path / "d.jsonl", rows), "classification", eval=None, test=str(test))
 
 
 def test_a_format_of_the_other_task_is_refused(tmp_path):

@@ -15,9 +15,9 @@ from flashbone.checkpoint import reading
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.rwkv import RwkvTokenizer, from_pth
 from flashbone.train import callbacks
-from flashbone.train import run as runs
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.binidx import write_binidx
+from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe, Recipe
@@ -238,7 +238,7 @@ def test_time_decay_learns_at_a_rate_of_its_own(recipe_for, base6, tmp_path):
 def test_the_l2_wrap_adds_its_gradient_and_nothing_to_the_loss(recipe_for, base, tmp_path):
     recipe = recipe_for(base, tmp_path, rwkv={"l2_wrap": True}, data={"eval": None})
     args = trainer_arguments(recipe)
-    trainer, _ = runs._trainer(recipe, args, load_data(recipe, windows_for(args)))
+    trainer, _ = build_trainer(recipe, args, load_data(recipe, windows_for(args)))
     model = trainer.model.train()
     inputs = next(iter(trainer.get_train_dataloader()))
     trained = [p for p in model.parameters() if p.requires_grad]

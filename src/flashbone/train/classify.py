@@ -1,4 +1,4 @@
-"""Text classification: tokenized rows, a Trainer on a PEFT model with a new head, accuracy and macro-F1."""
+"""Text classification: tokenized rows, a Trainer on an adapted model with a new head, accuracy and macro-F1."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,30 @@ if TYPE_CHECKING:
 MAX_LENGTH = 512  # tokens of a text that are read, unless training.max_length says otherwise
 
 
-def classification_trainer(model: Any, config: Any, args: Any, data: Data, tokenizer: Any, max_length: int) -> Any:
-    """A Trainer on `model` adapted with `config`; PEFT trains and saves the head along."""
-    from peft import get_peft_model
+def classification_trainer(model: Any, args: Any, data: Data, held_out: Any, tokenizer: Any, max_length: int) -> Any:
+    """A Trainer on a model that has been adapted, its head included.
+
+    Args:
+        model: What trains.
+        args: The trainer's.
+        data: The rows.
+        held_out: Rows, or several sets of them by name, or nothing.
+        tokenizer: The model's.
+        max_length: Tokens of a text that are read.
+    """
     from transformers import DataCollatorWithPadding, Trainer
+
+    def tokenized(rows: Any) -> Any:
+        if isinstance(rows, dict):
+            return {name: tokenized(part) for name, part in rows.items()}
+        return rows and _tokenized(rows, data.labels, tokenizer, max_length)
 
     args.label_names = ["labels"]
     return Trainer(
-        model=get_peft_model(model, config),
+        model=model,
         args=args,
-        train_dataset=_tokenized(data.train, data.labels, tokenizer, max_length),  # pyright: ignore[reportArgumentType]
-        eval_dataset=data.eval and _tokenized(data.eval, data.labels, tokenizer, max_length),  # pyright: ignore[reportArgumentType]
+        train_dataset=tokenized(data.train),
+        eval_dataset=tokenized(held_out),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda prediction: scores(prediction.predictions, prediction.label_ids),

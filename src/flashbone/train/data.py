@@ -26,11 +26,13 @@ CONVERSION = 1  # counts up when the same rows become other examples, so that ca
 
 @dataclass
 class Data:
-    """What a trainer needs: rows to learn from, rows held out (if any), and the classes (classification)."""
+    """What a trainer needs: rows to learn from, rows held out and rows for a last test (if any), and the classes
+    (classification)."""
 
     train: "Dataset"
     eval: "Dataset | None"
     labels: list[str]
+    test: "Dataset | None" = None
 
     @property
     def conversational(self) -> bool:
@@ -38,28 +40,36 @@ class Data:
         return "prompt" in self.train.column_names and not isinstance(self.train[0]["prompt"], str)
 
 
-def load_data(recipe: Recipe, windows: tokens.Windows | None = None) -> Data:
+def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: int | float | str | None = None) -> Data:
     """Read, check and split the recipe's data.
 
     Args:
+        recipe: Its `data` says where the rows are.
         windows: What documents of token ids are cut into; they stay whole without it.
+        test: Rows for a last test, which are neither learned nor held out: a share, a number of rows, or another file.
 
     Raises:
         FormatError: rows are malformed; the message names the first few with file and line.
-        ConfigError: `data` asks for columns, splits or a held-out part that are not there.
+        ConfigError: `data` asks for columns, splits or a part that are not there.
     """
     windows = windows or tokens.Windows()
     examples = _load(recipe.data, recipe.task, windows)
-    train, held_out = _split(examples, recipe, windows)
-    train, held_out = tokens.without_numbers(train), held_out and tokens.without_numbers(held_out)
+    examples, tested = _split(examples, recipe, windows, test, "test")
+    train, held_out = _split(examples, recipe, windows, recipe.data.eval, "eval")
+    train, others = (
+        tokens.without_numbers(train),
+        [part and tokens.without_numbers(part) for part in (held_out, tested)],
+    )
     labels: list[str] = []
     if recipe.task == "classification":
-        labels = _labels(train, held_out, recipe.data.path)
+        labels = _labels(train, others, recipe.data.path)
     if "messages" in train.column_names:
         train = _cut_answers(train, recipe.data.turns)
-        held_out = held_out and _cut_answers(held_out, recipe.data.turns)
-    log.info("data: %d training rows, %d held out", len(train), len(held_out or ()))
-    return Data(train, held_out, labels)
+        others = [part and _cut_answers(part, recipe.data.turns) for part in others]
+    held_out, tested = others
+    counts = f", {len(tested)} to test" if tested else ""
+    log.info("data: %d training rows, %d held out%s", len(train), len(held_out or ()), counts)
+    return Data(train, held_out, labels, tested)
 
 
 def _load(data: DataRecipe, task: str, windows: tokens.Windows) -> "Dataset":
@@ -178,20 +188,21 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
     return tokens.select(examples, rows)
 
 
-def _split(examples: "Dataset", recipe: Recipe, windows: tokens.Windows) -> "tuple[Dataset, Dataset | None]":
-    """Training rows and held-out rows; the draw depends on the seed only."""
-    held = recipe.data.eval
+def _split(
+    examples: "Dataset", recipe: Recipe, windows: tokens.Windows, held: int | float | str | None, field: str
+) -> "tuple[Dataset, Dataset | None]":
+    """The rows without those of `data.<field>`, and these; the draw depends on the seed only."""
     if isinstance(held, str):
         return examples, _load(replace(recipe.data, path=held, split="train"), recipe.task, windows)
     if not held:
         return examples, None
     if held < 0 or (isinstance(held, float) and held >= 1 and not held.is_integer()):
-        raise ConfigError(f"data.eval is {held}; a share below 1, a number of rows, a file or null was wanted")
+        raise ConfigError(f"data.{field} is {held}; a share below 1, a number of rows, a file or null was wanted")
     total = tokens.count(examples)
     count = int(held) if held >= 1 else max(1, round(total * held))
     if count >= total:
         raise ConfigError(
-            f"data.eval {held} holds out {count} of the {total} rows of {recipe.data.path}, "
+            f"data.{field} {held} holds out {count} of the {total} rows of {recipe.data.path}, "
             "which leaves none to learn from; lower it, or set it to null"
         )
     seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
@@ -206,14 +217,14 @@ def _cut_answers(examples: "Dataset", turns: str) -> "Dataset":
     return examples.map(cut, batched=True, remove_columns=examples.column_names, desc="Cutting conversations")
 
 
-def _labels(train: "Dataset", held_out: "Dataset | None", where: str) -> list[str]:
+def _labels(train: "Dataset", others: "list[Dataset | None]", where: str) -> list[str]:
     """The classes in the training rows, sorted, as numbers where all are numbers."""
     labels = sorted(train.unique("label"))
     if all(label.lstrip("-").isdigit() for label in labels):
         labels.sort(key=int)
     if len(labels) < 2:
         raise FormatError(f"{where}: all training rows have the label {labels[0]!r}; two or more classes were wanted")
-    strange = sorted(set(held_out.unique("label")) - set(labels)) if held_out else []
+    strange = sorted({label for part in others if part for label in part.unique("label")} - set(labels))
     if strange:
         raise FormatError(f"{where}: held-out rows have labels that no training row has: {', '.join(strange)}")
     return labels
