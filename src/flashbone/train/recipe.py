@@ -1,13 +1,11 @@
 """The recipe of a training run: its fields, how YAML and command-line overrides fill them, and what is refused."""
 
-import dataclasses
-import difflib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError
+from flashbone.train.fields import check_names, field_names, flag_names, keys, numbers, one_line, parse, read_yaml
 from flashbone.train.sections import Quantization, RwkvSettings, section
 
 Task = Literal["sft", "classification"]
@@ -77,6 +75,9 @@ def rwkv_of(recipe: Recipe) -> RwkvSettings | None:
     return section(RwkvSettings, "rwkv", recipe.rwkv)
 
 
+SECTIONS = ("data", "adapter", "training", "quantization", "rwkv")
+
+
 def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a YAML file with `--dotted.field value` overrides on top.
 
@@ -85,8 +86,8 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         FormatError: the file is no YAML mapping; the message gives the line.
     """
     overrides = list(overrides or [])
-    given = _read_yaml(Path(config))
-    _refuse_unknown(_keys(given) + _flag_names(overrides), given.get("task"), str(config))
+    given = read_yaml(Path(config))
+    _refuse_unknown(keys(given, SECTIONS) + flag_names(overrides), given.get("task"), str(config))
     _require(given, overrides, str(config))
     return _parse(given, overrides, str(config))
 
@@ -104,22 +105,23 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
     from jsonargparse import ArgumentParser
 
     where = "adapter" if config is None else str(config)
-    recipe = {} if config is None else _read_yaml(Path(config))
+    recipe = {} if config is None else read_yaml(Path(config))
     section, task = recipe.get("adapter"), recipe.get("task")
     if task is not None and task not in list(TASK_TYPES):
         raise ConfigError(f"{where}: task: got {task!r}, wanted one of {', '.join(TASK_TYPES)}")
     if not isinstance(section, dict | None):
         raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
     given = {"adapter": section or {}}
-    _check_names(_keys(given) + _flag_names(overrides), ["adapter", *_adapter_names()], where)
+    check_names(keys(given, SECTIONS) + flag_names(overrides), ["adapter", *_adapter_names()], where, OURS)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--adapter", type=dict[str, Any], default={})
     try:
         merged = parser.parse_args(overrides, namespace=parser.parse_object(given))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    _check_names([f"adapter.{name}" for name in merged.adapter], _adapter_names(), where)  # of `--adapter {...}`, too
-    return _numbers(merged.adapter) | ({} if task is None else {"task_type": TASK_TYPES[task]})
+        raise ConfigError(f"{where}: {one_line(str(error))}") from None
+    inside = [f"adapter.{name}" for name in merged.adapter]  # of `--adapter {...}`, too
+    check_names(inside, _adapter_names(), where, OURS)
+    return numbers(merged.adapter) | ({} if task is None else {"task_type": TASK_TYPES[task]})
 
 
 def arguments_class(task: Any) -> type:
@@ -133,61 +135,17 @@ def arguments_class(task: Any) -> type:
     return SFTConfig
 
 
-def _field_names(cls: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(cls) if item.init]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; a YAML file was wanted") from None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "malformed"
-        raise FormatError(f"{path}{line}: not valid YAML: {problem}") from None
-    if not isinstance(given, dict):
-        got = "nothing" if given is None else type(given).__name__
-        raise FormatError(f"{path}: holds {got}; a mapping with model, data and output was wanted")
-    return given
-
-
-SECTIONS = ("data", "adapter", "training", "quantization", "rwkv")
-
-
-def _keys(given: dict[str, Any]) -> list[str]:
-    """The dotted names in a YAML mapping, two levels deep: `model`, `data.path`, `training.max_steps`."""
-    names = []
-    for key, value in given.items():
-        nested = key in SECTIONS and isinstance(value, dict)
-        names += [f"{key}.{inner}" for inner in value] if nested else [str(key)]
-    return names
-
-
-def _flag_names(overrides: list[str]) -> list[str]:
-    """The dotted names behind the `--flags`, two levels deep: `--data.columns.prompt=q` is `data.columns`."""
-    flags = [flag[2:].split("=", 1)[0] for flag in overrides if flag.startswith("--")]
-    return [".".join(flag.split(".")[:2]) for flag in flags]
-
-
 def _refuse_unknown(names: list[str], task: Any, where: str) -> None:
     """Raise one ConfigError that names every field which nothing would read, with the nearest that exist."""
-    known = _field_names(Recipe)
-    known += [f"data.{name}" for name in _field_names(DataRecipe)]
+    known = field_names(Recipe)
+    known += [f"data.{name}" for name in field_names(DataRecipe)]
     known += _adapter_names()
-    known += [f"quantization.{name}" for name in _field_names(Quantization)]
-    known += [f"rwkv.{name}" for name in _field_names(RwkvSettings)]
-    known += [f"training.{name}" for name in _field_names(arguments_class(task))]
+    known += [f"quantization.{name}" for name in field_names(Quantization)]
+    known += [f"rwkv.{name}" for name in field_names(RwkvSettings)]
+    known += [f"training.{name}" for name in field_names(arguments_class(task))]
     if task == "classification":
         known.append("training.max_length")  # ours: transformers' arguments have none
-    _check_names(names, known, where)
+    check_names(names, known, where, OURS)
 
 
 def _adapter_names() -> list[str]:
@@ -195,46 +153,11 @@ def _adapter_names() -> list[str]:
 
     from flashbone import BoneConfig
 
-    return [f"adapter.{name}" for name in _field_names(BoneConfig)]
-
-
-def _check_names(names: list[str], known: list[str], where: str) -> None:
-    known = [name for name in known if name not in OURS]
-    problems = []
-    for name in dict.fromkeys(names):
-        if name in OURS:
-            problems.append(f"{name} ({OURS[name]})")
-        elif name not in known:
-            problems.append(f"{name}{_hint(name, known)}")
-    if problems:
-        plural = "s" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: unknown field{plural}: {'; '.join(problems)}")
-
-
-def _hint(name: str, known: list[str]) -> str:
-    section = name.rsplit(".", 1)[0] + "." if "." in name else ""
-    rivals = [other for other in known if other.startswith(section)]
-    near = difflib.get_close_matches(name, rivals, n=2) or difflib.get_close_matches(name, known, n=1)
-    if not near:  # right name, wrong section: `max_steps` at the top
-        near = [other for other in known if other.rsplit(".", 1)[-1] == name]
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    return [f"adapter.{name}" for name in field_names(BoneConfig)]
 
 
 def _parse(given: dict[str, Any], overrides: list[str], where: str) -> Recipe:
-    import argparse
-
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, None)
-    try:
-        merged = parser.parse_args(overrides, namespace=parser.parse_object(_without_empty_sections(given)))
-        plain = parser.instantiate(merged)
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    fields = {name: plain[name] for name in _field_names(Recipe)}
-    sections = ("adapter", "training", "quantization", "rwkv")
-    recipe = Recipe(**{**fields, **{name: _numbers(plain[name]) for name in sections}})
+    recipe = parse(Recipe, given, overrides, where, SECTIONS)
     try:
         quantization_of(recipe)
         rwkv_of(recipe)
@@ -243,30 +166,11 @@ def _parse(given: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     return recipe
 
 
-def _without_empty_sections(given: dict[str, Any]) -> dict[str, Any]:
-    """`training:` with nothing below means its defaults."""
-    return {key: value for key, value in given.items() if value is not None or key not in SECTIONS}
-
-
-def _numbers(value: Any) -> Any:
-    """Numbers that YAML 1.1 leaves as strings, such as 2e-4, at any depth."""
-    if isinstance(value, dict):
-        return {key: _numbers(inner) for key, inner in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
-        return float(value) if re.search(r"[.eE]", value) else int(value)
-    return value
-
-
 def _require(given: dict[str, Any], overrides: list[str], where: str) -> None:
-    flags = _flag_names(overrides)
+    flags = flag_names(overrides)
     data = given.get("data")
     missing = [name for name in ("model", "output") if given.get(name) is None and name not in flags]
     if not (isinstance(data, dict) and data.get("path") is not None) and "data.path" not in flags:
         missing.append("data.path")
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
-
-
-def _one_line(message: str) -> str:
-    message = re.sub(r"<class '(\w+)'>", r"\1", message.replace('Parser key "', '"').replace("typing.", ""))
-    return " ".join(message.split())
