@@ -1,38 +1,221 @@
 """The methods of a comparison on small models: what they attach, where they start, what trains, what is refused."""
 
+import copy
+
+import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from small_models import LINEARS, albert, bert, gpt2, ids, llama, real
+from torch import nn
 
-from flashbone.compare.methods import METHODS, attach
+from flashbone.compare.methods import METHODS, adapter_bytes, attach, get, save
+from flashbone.errors import ConfigError
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = [name for name, method in METHODS.items() if not method.is_bound]
-# A size each, which fits the layers of the tiny Llama (inputs of 36 and 60).
+# A size each, which fits inputs of 36 and 60.
 SIZES = {name: 2 if METHODS[name].has_size else None for name in ADAPTERS} | {"oft": 6, "boft": 6}
+CASES = {"llama": (llama, "CAUSAL_LM", LINEARS), "bert": (bert, "SEQ_CLS", ["query", "value", "output.dense"])}
 
 
-def llama(**fields) -> LlamaConfig:
-    """Grouped queries, and sizes that no power of two divides."""
-    sizes = {"hidden_size": 36, "intermediate_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2}
-    return LlamaConfig(vocab_size=40, num_hidden_layers=2, **sizes, **fields)
-
-
-def real(config, seed=0):
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def ids():
-    return torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def attached(name, seed=0, **settings):
+def attached(name, seed=0, case="llama", **settings):
+    config, task_type, targets = CASES[case]
     method = METHODS[name]
-    return attach(real(llama()), method, method.config(SIZES.get(name), LINEARS, "CAUSAL_LM", settings), seed)
+    fields = method.config(SIZES.get(name), targets, task_type, settings)
+    return attach(real(config(), task_type), method, fields, seed)
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_start_changes_no_output(name, case):
+    config, task_type, _ = CASES[case]
+    want = real(config(), task_type)(ids()).logits
+    got = attached(name, case=case).eval()(ids()).logits
+    # PiSSA and OLoRA take W apart and put it together, OFT and HRA multiply by the identity, all up to rounding.
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if METHODS[name].config_class in ("BoneConfig", "MissConfig") or name in ("lora", "rslora", "vera", "full"):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-7 if name == "orthogonal" else 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_seed_makes_the_same_model_bit_for_bit(name):
+    first, second = attached(name, 3).state_dict(), attached(name, 3).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "hra", "vera"])
+def test_another_seed_makes_another_start(name):
+    first, second = attached(name, 3).state_dict(), attached(name, 4).state_dict()
+    assert any(not torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_changes_what_trains_and_nothing_else(name, case):
+    model = attached(name, case=case).train()
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    for _ in range(2):  # LoRA's A has no gradient in the first
+        optimizer.zero_grad()
+        labels = ids() if case == "llama" else torch.tensor([0, 2])
+        model(ids(), labels=labels).loss.backward()
+        optimizer.step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == set(trained(model))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_start_changes_nothing(name):
-    got = attached(name).eval()(ids()).logits
-    torch.testing.assert_close(got, real(llama())(ids()).logits, rtol=2e-5, atol=2e-6)
+def test_the_peft_type_and_the_fields_of_a_method_are_its_own(name):
+    model = attached(name)
+    config = model.peft_config["default"]
+    assert config.peft_type == METHODS[name].peft_type
+    assert all(getattr(config, key) == value for key, value in METHODS[name].identity.items())
+
+
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_saved_adapters_load_again_and_their_size_is_that_of_their_files(name, tmp_path):
+    model = attached(name, case="bert")
+    with torch.no_grad():
+        for p in trained(model).values():
+            p.add_(0.01 * torch.randn_like(p))
+    size = save(model, METHODS[name], tmp_path)
+    files = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert size == files["adapter_model.safetensors"] + files["adapter_config.json"]
+    assert size > adapter_bytes(model)  # the header, the configuration, and VeRA's random matrices
+    base = real(bert(), "SEQ_CLS")
+    if name in ("pissa", "olora"):  # their file belongs to what is left of W, which a fresh base is not
+        return
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(loaded(ids()).logits, model.eval()(ids()).logits)
+
+
+def test_full_fine_tuning_takes_half_precision_to_fp32():
+    model = attach(real(llama()).bfloat16(), METHODS["full"], None, 0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert adapter_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_linear_head_in_half_precision_trains_in_fp32():
+    model = attach(real(bert(), "SEQ_CLS").bfloat16(), METHODS["linear"], None, 0)
+    assert {name: p.dtype for name, p in trained(model).items()} == {
+        "classifier.weight": torch.float32,
+        "classifier.bias": torch.float32,
+    }
+    model(ids(), labels=torch.tensor([0, 1])).loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    assert adapter_bytes(model) == 4 * (3 * 36 + 3)
+
+
+@pytest.mark.parametrize("config", [llama(tie_word_embeddings=True), gpt2()], ids=["llama", "gpt2"])
+def test_a_tied_output_projection_is_trained_as_a_copy(config):
+    model = attach(real(config), METHODS["linear"], None, 0)
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert list(trained(model)) == ["lm_head.weight"]
+    assert torch.equal(head, embeddings)
+    assert head.data_ptr() != embeddings.data_ptr()
+    assert not embeddings.requires_grad
+    model.tie_weights()  # saving and loading do that
+    assert model.get_output_embeddings().weight is head
+
+
+def test_lora_s_scale_follows_its_conventions():
+    def of(name, **settings):
+        size = {"r": 6, "rank_pattern": {"q_proj": 12}}
+        config = METHODS[name].config(size, LINEARS, "CAUSAL_LM", settings)
+        return config.lora_alpha, config.alpha_pattern
+
+    assert of("lora") == of("dora") == (12, {"q_proj": 24})
+    assert of("pissa") == of("olora") == (6, {"q_proj": 12})
+    assert of("rslora") == (16, {})
+    assert of("lora", lora_alpha=5) == (5, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "messages"),
+    [
+        (
+            "lora",
+            {"lora_aplha": 3, "rang": 2},
+            ["lora: LoraConfig has no field lora_aplha (did you mean lora_alpha", "rang"],
+        ),
+        (
+            "bone",
+            {"varient": "mini", "task_type": "X"},
+            ["bone: BoneConfig has no field varient", "task_type cannot be set"],
+        ),
+        ("bone", {"variant": "mini"}, ["bone: variant='mini' would be another method; it is 'bone' here"]),
+        ("bone", {"init_weights": "bat"}, ["name the method bat-col"]),
+        ("bone", {"r": -1}, ["bone: BoneConfig: `r` should be a positive integer"]),
+        ("lora", {"use_dora": True}, ["lora: use_dora=True would be another method"]),
+        (
+            "lora",
+            {"init_lora_weights": "pissa_niter_4"},
+            ["lora: init_lora_weights='pissa_niter_4'", "the method pissa"],
+        ),
+        ("pissa", {"init_lora_weights": True}, ["pissa: init_lora_weights='True' would be another method"]),
+        ("oft", {"r": 4, "oft_block_size": 4}, ["oft: You can only specify either r (4) or oft_block_size (4)"]),
+        ("full", {"r": 4}, ["full: it has no settings, but got r"]),
+    ],
+)
+def test_wrong_settings_are_named_all_at_once(name, settings, messages):
+    with pytest.raises(ConfigError) as error:
+        METHODS[name].config(None, LINEARS, "CAUSAL_LM", settings)
+    assert "\n" not in str(error.value)
+    assert all(message in str(error.value) for message in messages), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "source", "targets", "message"),
+    [
+        (
+            "oft",
+            7,
+            llama,
+            LINEARS,
+            "oft: oft_block_size=7 does not divide the inputs of model.layers.0.self_attn.q_proj (36",
+        ),
+        ("oft", {"r": 5, "oft_block_size": 0}, llama, LINEARS, "oft: r=5 does not divide the inputs of"),
+        ("boft", 7, llama, LINEARS, "boft: in_features (36) must be divisible by boft_block_size (7)!"),
+        ("pissa", 13, llama, LINEARS, "pissa: r=13, but model.layers.0.self_attn.k_proj has only 12 directions"),
+        ("orthogonal", 37, llama, LINEARS, "orthogonal: "),
+        ("miss", 37, llama, LINEARS, "miss: `r` (37) must be less than or equal to in_features (36)"),
+        ("hra", 2, gpt2, ["c_attn"], "hra: Target module Conv1D"),
+        ("lora", 2, llama, ["kproj"], "lora: "),
+        ("ia3", None, albert, ["query"], "ia3: Please specify `feedforward_modules` in `peft_config`; name those of"),
+    ],
+)
+def test_what_cannot_be_attached_is_told_in_one_line(name, size, source, targets, message):
+    method, made = METHODS[name], source()
+    model = real(made, "SEQ_CLS" if source is albert else "CAUSAL_LM")
+    with pytest.raises(ConfigError) as error:
+        attach(model, method, method.config(size, targets, None), 0)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_butterflies_that_would_silently_be_left_out_are_refused():
+    with pytest.raises(ConfigError, match="boft: boft_n_butterfly_factor=2 needs PEFT's CUDA extension"):
+        attached("boft", boft_n_butterfly_factor=2)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "hra", "full"])
+def test_a_quantised_base_is_refused_where_its_weights_are_needed(name):
+    model = copy.copy(real(llama()))
+    model.is_quantized = True
+    with pytest.raises(ConfigError, match=f"{name}: .*quanti[sz]"):
+        attach(model, METHODS[name], METHODS[name].config(2 if name != "full" else None, LINEARS, "CAUSAL_LM"), 0)
+
+
+def test_a_model_without_a_head_has_no_linear_probe():
+    with pytest.raises(ConfigError, match=r"linear: Linear has no head"):
+        attach(nn.Linear(2, 2), METHODS["linear"], None, 0)
+
+
+def test_an_unknown_method_is_named_with_those_there_are():
+    with pytest.raises(ConfigError, match="method: got 'loro', wanted one of bone, bat-row"):
+        get("loro")

@@ -52,8 +52,7 @@ def attach(model: Any, method: Method, config: Any, seed: int) -> Any:
             config.projection_prng_key = seed  # its random matrices come from a generator of their own
         return with_adapter(model, method, config)
     except FlashboneError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(method.name) else f"{method.name}: {text}") from error
+        raise named(method, error) from error
 
 
 def with_adapter(model: Any, method: Method, config: Any) -> Any:
@@ -66,13 +65,19 @@ def with_adapter(model: Any, method: Method, config: Any) -> Any:
             for text in _NOISE:
                 warnings.filterwarnings("ignore", text)
             attached = get_peft_model(model, config)
-    except FlashboneError:
+    except (FlashboneError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError, NotImplementedError, KeyError) as error:
         raise ConfigError(" ".join(str(error).split()) + _remedy(config)) from error
     _check_blocks(attached)
     _check_ranks(attached, method)
     return attached
+
+
+def named(method: Method, error: FlashboneError) -> ConfigError:
+    """The error with the method's name before it, once."""
+    prefix = f"{method.name}: "
+    return ConfigError(prefix + str(error).removeprefix(prefix))
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -182,6 +187,8 @@ def _check_ranks(model: Any, method: Method) -> None:
         return
     adapter = model.active_adapter
     for name, layer in tuner_layers(model):
+        if method.name == "olora" and layer.fan_in_fan_out:
+            raise ConfigError(f"{name} is a Conv1D, which PEFT's OLoRA takes for its transpose; leave the method out")
         shorter = min(layer.in_features, layer.out_features)
         if layer.r[adapter] > shorter:
             raise ConfigError(f"r={layer.r[adapter]}, but {name} has only {shorter} directions; choose a smaller r")

@@ -81,12 +81,22 @@ def check_settings(method: Method, settings: Mapping[str, Any]) -> None:
             problems.append(f"{method.config_class} has no field {name}{hint}")
         elif name in method.identity and value != method.identity[name]:
             problems.append(f"{name}={value!r} would be another method; it is {method.identity[name]!r} here")
-    if method.name == "pissa" and not str(settings.get("init_lora_weights", "pissa")).startswith("pissa"):
-        problems.append(
-            f"init_lora_weights={settings['init_lora_weights']!r} would be another method; 'pissa' or 'pissa_niter_16'"
-        )
+    problems += _other_start(method, settings)
     if problems:
         raise ConfigError(f"{method.name}: {'; '.join(problems)}")
+
+
+def _other_start(method: Method, settings: Mapping[str, Any]) -> list[str]:
+    """Some methods are named after how they start, and `init_lora_weights` or `init_weights` may ask for another's."""
+    problems = []
+    start = str(settings.get("init_lora_weights", ""))
+    named = start.split("_")[0] if start.split("_")[0] in ("pissa", "olora") else ""
+    if start and (named or method.name == "pissa") and named != method.name and method.name != "olora":
+        remedy = f"name the method {named}" if named else "'pissa' or 'pissa_niter_16' were wanted"
+        problems.append(f"init_lora_weights={start!r} would be another method; {remedy}")
+    if settings.get("init_weights") == "bat" and method.config_class == "BoneConfig" and method.name != "bat-col":
+        problems.append("init_weights='bat' would be another method; name the method bat-col")
+    return problems
 
 
 def _one_size(method: Method, fields: dict[str, Any]) -> None:

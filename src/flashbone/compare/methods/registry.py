@@ -33,8 +33,8 @@ class Method:
     name: str
     title: str
     config_class: str | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     size_fields: tuple[str, ...] = ()
     alpha: int | None = None
     rate_factor: float = 1.0
@@ -100,10 +100,12 @@ def get(name: str) -> Method:
 
 _BONE = {"config_class": "BoneConfig", "size_fields": ("r", "rank_pattern"), "source": "arXiv 2409.15371"}
 _LORA = {"config_class": "LoraConfig", "size_fields": ("r", "rank_pattern")}
-# PEFT's comparison of methods (huggingface/peft, method_comparison/MetaMathQA): one rate of 1e-4 for all but those that
-# say otherwise. Its LoRA and DoRA have alpha = 2 r.
+# PEFT's comparison of methods: one rate of 1e-4 for all but those that say otherwise; LoRA and DoRA with alpha = 2 r.
 _PEFT_COMPARISON = "huggingface/peft, method_comparison/MetaMathQA/experiments"
 
+# Where a factor is not 1, the rate with the lowest held-out loss was measured on MiniLM, query and value, 147,456
+# parameters, BBC news, 30 steps of 8 texts of 32 tokens, AdamW, no decay or dropout, one seed, rates a factor 3 apart.
+# LoRA's, bone's and orthogonal's was 0.003, HRA's 0.01.
 _ALL = (
     Method("bone", "Bone", identity={"variant": "bone"}, **_BONE),
     Method("bat-row", "Bone (bat-row)", identity={"variant": "bat-row"}, **_BONE),
@@ -146,14 +148,14 @@ _ALL = (
     Method("oft", "OFT", "OFTConfig", size_fields=("oft_block_size", "r"), source="arXiv 2306.07280"),
     Method("boft", "BOFT", "BOFTConfig", size_fields=("boft_block_size", "boft_block_num"), source="arXiv 2311.06243"),
     Method("hra", "HRA", "HRAConfig", size_fields=("r",), source="arXiv 2405.17484"),
-    # The paper trains VeRA at ten times LoRA's rate: 4e-3 beside 4e-4 for instruction tuning. PEFT's default of
-    # d_initial, 0.1, is the paper's.
+    # Measured best: 0.03. PEFT's default of d_initial, 0.1, is the paper's.
     Method("vera", "VeRA", "VeraConfig", size_fields=("r",), rate_factor=10.0, source="arXiv 2310.11454"),
     Method("miss", "MiSS", "MissConfig", size_fields=("r",), source="arXiv 2409.15371"),
-    # 5e-3 in PEFT's comparison, where the others have 1e-4.
-    Method("ia3", "(IA)3", "IA3Config", rate_factor=50.0, source=f"arXiv 2205.05638; {_PEFT_COMPARISON}"),
-    # 1e-5 in PEFT's comparison, where the others have 1e-4.
+    # Measured best: 0.03. PEFT's comparison has 50 times the others' rate, but 1e-4 is low for them.
+    Method("ia3", "(IA)3", "IA3Config", rate_factor=10.0, source=f"arXiv 2205.05638; {_PEFT_COMPARISON}"),
+    # Measured best: 0.0003; 1e-5 in PEFT's comparison, where the others have 1e-4.
     Method("full", "Full fine-tuning", rate_factor=0.1, source=_PEFT_COMPARISON),
-    Method("linear", "Linear probing"),
+    # Measured best: 0.1, nearly as good: 0.03.
+    Method("linear", "Linear probing", rate_factor=30.0),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -39,7 +39,7 @@ def families(method: Method, layers: Iterable[Layer], settings: Mapping[str, Any
     if method.name in ranks:
         return [[{"r": r} for r in range(1, ranks[method.name] + 1)]]
     if method.name == "mini":
-        return [_mini(min(inputs), outputs, settings)]
+        return _mini(min(inputs), outputs, settings)
     if method.name == "hra":  # an odd number of reflections is no identity at the start
         return [[{"r": r} for r in range(2, min(inputs) + 1, 2)]]
     if method.name == "oft":
@@ -61,14 +61,16 @@ def families(method: Method, layers: Iterable[Layer], settings: Mapping[str, Any
     raise AssertionError(f"{method.name} has no sizes")
 
 
-def _mini(shortest_input: int, outputs: set[int], settings: Mapping[str, Any]) -> list[Settings]:
+def _mini(shortest_input: int, outputs: set[int], settings: Mapping[str, Any]) -> list[list[Settings]]:
     """One of its two sizes is varied: mini_r where r is given, else r. A block half as wide as the narrowest layer is
-    used twice or more, and is so what mini is about; one that divides all layers is used equally often everywhere."""
+    used twice or more, and is so what mini is about; one that divides all layers is used equally often everywhere. For
+    budgets that no such block reaches there is the one as wide as the narrowest layer."""
     if "r" in settings:
-        return [{"r": settings["r"], "mini_r": m} for m in range(1, min(outputs) + 1)]
+        return [[{"r": settings["r"], "mini_r": m} for m in range(1, min(outputs) + 1)]]
     half = min(outputs) // 2
-    width = settings.get("mini_r") or max((d for d in _divisors(outputs) if 8 <= d <= half), default=max(1, half))
-    return [{"r": r, "mini_r": width} for r in range(1, shortest_input + 1)]
+    width = max((d for d in _divisors(outputs) if 8 <= d <= half), default=max(1, half))
+    widths = [settings["mini_r"]] if settings.get("mini_r") else [width, min(outputs)]
+    return [[{"r": r, "mini_r": m} for r in range(1, shortest_input + 1)] for m in widths]
 
 
 def _divisors(numbers: Iterable[int]) -> list[int]:

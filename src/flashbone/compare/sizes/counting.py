@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashbone.compare.methods.attaching import find_heads, train_all, train_head, tuner_layers, with_adapter
+from flashbone.compare.methods.attaching import find_heads, named, train_all, train_head, tuner_layers, with_adapter
 from flashbone.compare.methods.registry import Method, Size
-from flashbone.errors import ConfigError, FlashboneError
+from flashbone.errors import FlashboneError
 from flashbone.tuner.presets import parameter_count
 
 
@@ -94,8 +94,7 @@ class Counter:
                 warnings.filterwarnings("ignore", "The symmetric initialization can NOT be performed")  # HRA, odd r
                 attached = with_adapter(model, self.method, config)
         except FlashboneError as error:
-            text = str(error)
-            raise ConfigError(text if text.startswith(self.method.name) else f"{self.method.name}: {text}") from error
+            raise named(self.method, error) from error
         trained = {name: p.numel() for name, p in attached.named_parameters() if p.requires_grad}
         prefix = attached.base_model.prefix
         adapter = sum(number for name, number in trained.items() if prefix in name)

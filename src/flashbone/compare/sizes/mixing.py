@@ -49,10 +49,16 @@ def _place(name: str) -> tuple[str, str]:
 def _spread(extras: dict[Key, int], wanted: int) -> tuple[list[Key], int]:
     """Keys whose extras come near what is wanted, evenly spaced, in their order; and the sum of their extras."""
     keys, chosen, reached = list(extras), set(), 0
-    for place in sorted(range(len(keys)), key=lambda i: (i + 1) * _GOLDEN % 1):
-        if abs(reached + extras[keys[place]] - wanted) < abs(reached - wanted):
+    order = sorted(range(len(keys)), key=lambda i: (i + 1) * _GOLDEN % 1)
+    for place in order:
+        if reached + extras[keys[place]] <= wanted:
             chosen.add(place)
             reached += extras[keys[place]]
+    rest = [place for place in order if place not in chosen]
+    last = min(rest, key=lambda place: abs(reached + extras[keys[place]] - wanted), default=None)
+    if last is not None and abs(reached + extras[keys[last]] - wanted) < abs(reached - wanted):
+        chosen.add(last)
+        reached += extras[keys[last]]
     return [keys[place] for place in sorted(chosen)], reached
 
 
