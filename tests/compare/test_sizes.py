@@ -78,6 +78,20 @@ def test_methods_with_sizes_of_single_layers_meet_every_budget(name, budget):
     assert not found.fixed
 
 
+def test_methods_of_smollm2_s_shape_lie_close_together_or_say_that_they_do_not():
+    source = llama(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+    for r in (8, 16, 50):
+        budget = r * 2 * (576 * 3 + 192 * 2 + 1536 * 2)
+        sizes = [
+            match(METHODS[name], budget, lambda: skeleton(source, task_type="CAUSAL_LM"), "all-linear", "CAUSAL_LM")
+            for name in ADAPTERS
+        ]
+        assert all(found.matched == (abs(found.off_budget) <= 0.03) for found in sizes)
+        patterned = [found for found in sizes if METHODS[found.method].has_patterns]
+        assert all(abs(found.off_budget) <= 0.01 for found in patterned), patterned  # so that no two are 3% apart
+        assert len(patterned) == 10
+
+
 def test_what_meets_no_budget_says_so_and_comes_as_near_as_it_can():
     for name, budget, size in [
         ("oft", 2250, "4 blocks"),

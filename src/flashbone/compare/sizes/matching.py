@@ -11,6 +11,10 @@ from flashbone.compare.sizes.candidates import Settings, families, layer_paramet
 from flashbone.compare.sizes.counting import Count, Counter, Layer
 from flashbone.compare.sizes.mixing import mix
 
+# A single size is taken where it is off by no more than this share of the tolerance: two methods at opposite ends of
+# the whole of it would lie twice as far apart as it allows.
+TIDY = 1 / 3
+
 
 @dataclass(frozen=True)
 class Sized:
@@ -51,15 +55,17 @@ def match(
 ) -> Sized:
     """Choose the size of a method so that its adapter has `budget` parameters, or as near as it can.
 
-    Where no single size is within the tolerance, two neighbouring ones are mixed over the layers, if the method can
-    have that (`rank_pattern`); else the nearest is taken, and `matched` is False. Everything in the result is counted
-    on the adapter that PEFT attaches, on torch's meta device: no weights are needed or computed.
+    Where no single size is within a third of the tolerance, two neighbouring ones are mixed over the layers, if the
+    method can have that (`rank_pattern`); else the nearest is taken, and `matched` says whether it is within the
+    tolerance. Everything in the result is counted on the adapter that PEFT attaches, on torch's meta device: no weights
+    are needed or computed.
 
     Args:
         method: Of `METHODS`.
         budget: Parameters of the adapter, see `budget_of`.
         build_model: Makes the model, not quantised; `skeleton(folder, task_type=...)` where the model has a config,
-            else the real one (RWKV's `.pth`, GGUF). It is called once, and only names and shapes are kept.
+            else the real one (RWKV's `.pth`, GGUF); of a classifier with as many labels as are trained. It is called
+            once, and only names and shapes are kept.
         target_modules: As PEFT takes them.
         task_type: "CAUSAL_LM" or "SEQ_CLS".
         settings: The user's fields of the configuration; those that decide the size are kept.
@@ -76,14 +82,14 @@ def match(
     best: Sized | None = None
     aim, tried = budget, []
     for _ in range(3):  # settings may add to what a size alone makes, such as biases of LoRA; then the aim is corrected
-        size = _choose(method, layers, aim, settings, tolerance)
+        size, predicted = _choose(method, layers, aim, settings, tolerance * TIDY)
         if size in tried:
             break
         tried.append(size)
         found = _sized(method, size, settings, counter(size), budget, tolerance, fixed=False)
         if best is None or _off(found) < _off(best):
             best = found
-        if found.matched:
+        if found.adapter_parameters == predicted:
             break
         aim = max(1, aim + budget - found.adapter_parameters)
     assert best is not None
@@ -98,22 +104,23 @@ def is_fixed(method: Method, settings: Mapping[str, Any]) -> bool:
 
 
 def _choose(
-    method: Method, layers: tuple[Layer, ...], aim: int, settings: Mapping[str, Any], tolerance: float
-) -> Settings:
-    nearest: list[tuple[int, Settings]] = []
+    method: Method, layers: tuple[Layer, ...], aim: int, settings: Mapping[str, Any], near: float
+) -> tuple[Settings, int]:
+    """The size, and the parameters that it makes by itself."""
+    nearest: list[tuple[Settings, int]] = []
     for sizes in families(method, layers, settings):
         counts = totals(method, layers, [{**settings, **size} for size in sizes])
         if not counts:
             continue
         count, size = min(zip(counts, sizes, strict=True), key=lambda pair: abs(pair[0] - aim))
-        nearest.append((abs(count - aim), size))
-        if abs(count - aim) <= tolerance * aim:
-            return size
+        nearest.append((size, count))
+        if abs(count - aim) <= near * aim:
+            return size, count
         if method.has_patterns:
-            mixed = _mixed(method, layers, aim, settings, tolerance, dict(zip(counts, sizes, strict=True)))
+            mixed = _mixed(method, layers, aim, settings, near, dict(zip(counts, sizes, strict=True)))
             if mixed is not None:
                 return mixed
-    return min(nearest, key=lambda pair: pair[0])[1]
+    return min(nearest, key=lambda pair: abs(pair[1] - aim))
 
 
 def _mixed(
@@ -121,9 +128,9 @@ def _mixed(
     layers: tuple[Layer, ...],
     aim: int,
     settings: Mapping[str, Any],
-    tolerance: float,
+    near: float,
     sizes: dict[int, Settings],
-) -> Settings | None:
+) -> tuple[Settings, int] | None:
     """The nearest sizes above and below, mixed; None where the aim does not lie between two."""
     below, above = [c for c in sizes if c <= aim], [c for c in sizes if c > aim]
     if not below or not above:
@@ -132,8 +139,8 @@ def _mixed(
     if low.get("mini_r") != high.get("mini_r"):
         return None  # the pattern holds r only
     of_low, of_high = (layer_parameters(method, {**settings, **size}) for size in (low, high))
-    pattern = mix(layers, high["r"], of_low, of_high, aim, tolerance)
-    return {**low, "rank_pattern": pattern} if pattern else low
+    pattern, count = mix(layers, high["r"], of_low, of_high, aim, near)
+    return ({**low, "rank_pattern": pattern} if pattern else low), count
 
 
 def _sized(

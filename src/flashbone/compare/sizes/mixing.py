@@ -14,8 +14,8 @@ _GOLDEN = 0.6180339887498949
 
 def mix(
     layers: Sequence[Layer], r: int, low: Callable[[Layer], int], high: Callable[[Layer], int], target: int, near: float
-) -> dict[str, int]:
-    """Which layers get the higher size, r, as PEFT's rank_pattern.
+) -> tuple[dict[str, int], int]:
+    """Which layers get the higher size, r, as PEFT's rank_pattern; and the parameters then.
 
     Whole decoder layers where that comes near enough, since the pattern then is one line; else single modules. Those
     that get more are spread evenly over the model's depth.
@@ -35,9 +35,9 @@ def mix(
     extras = {place: sum(high(one) - low(one) for one in group) for place, group in groups.items()}
     chosen, reached = _spread(extras, target - start)
     if abs(reached - (target - start)) <= near * target:
-        return _pattern(chosen, r)
-    names, _ = _spread({layer.name: high(layer) - low(layer) for layer in layers}, target - start)
-    return {re.escape(name): r for name in names}
+        return _pattern(chosen, r), start + reached
+    names, reached = _spread({layer.name: high(layer) - low(layer) for layer in layers}, target - start)
+    return {re.escape(name): r for name in names}, start + reached
 
 
 def _place(name: str) -> tuple[str, str]:
