@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashbone import cli
-from flashbone.cli.train import _separate
+from flashbone.cli.train import OPTIONS, separate
 from flashbone.train.recipe import load_recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))
@@ -76,7 +76,7 @@ def test_a_missing_configuration_is_a_usage_error_and_help_is_none(capsys):
 
 
 def test_fields_may_stand_before_or_after_the_configuration():
-    ours, fields = _separate(["--adapter.r", "16", "c.yaml", "--resume", "--output=x", "--data.eval", "-1"])
+    ours, fields = separate(["--adapter.r", "16", "c.yaml", "--resume", "--output=x", "--data.eval", "-1"], OPTIONS)
     assert ours == ["c.yaml", "--resume"]
     assert fields == ["--adapter.r", "16", "--output=x", "--data.eval", "-1"]
 
@@ -91,7 +91,7 @@ def test_the_example_scripts_are_the_recipe_of_the_paper(script, variant, tmp_pa
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ARGUMENTS": str(written)}
     subprocess.run(["bash", str(EXAMPLES / script)], check=True, cwd=tmp_path, env=environment, timeout=30)
     command, *args = written.read_text().splitlines()
-    ours, fields = _separate(args)
+    ours, fields = separate(args, OPTIONS)
     assert command == "train"
     recipe = load_recipe(ours[0], fields)
 

@@ -11,6 +11,8 @@ from flashbone.errors import FlashboneError
 # A command's module is imported only when it is asked for, so that help answers at once.
 COMMANDS = {
     "train": ("flashbone.cli.train", "fine-tune a model as a YAML file says"),
+    "compare": ("flashbone.cli.compare", "train methods side by side, and say which did best"),
+    "eval": ("flashbone.cli.eval", "measure a model's quality, with or without an adapter"),
     "inspect": ("flashbone.cli.inspect", "say what an adapter would cost, or what a file holds"),
     "merge": ("flashbone.cli.merge", "write adapters into a checkpoint's weights"),
     "unmerge": ("flashbone.cli.unmerge", "take adapters out of a merged checkpoint again"),
@@ -90,7 +92,7 @@ def _help() -> str:
         [
             "usage: flashbone COMMAND ...",
             "",
-            "Bone-family adapters: fine-tune, inspect, merge and convert.",
+            "Bone-family adapters: fine-tune, compare, inspect, merge and convert.",
             "",
             "commands:",
             *lines,

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Collection
 
 from flashbone.errors import ConfigError
 
@@ -38,10 +39,10 @@ Every field can be given on the command line too: --training.max_steps 20 --adap
 
 def run(argv: list[str]) -> int:
     """Parse, train, print the summary on stdout; notices and progress go to stderr."""
-    ours, overrides = _separate(argv)
+    ours, overrides = separate(argv, OPTIONS)
     options = _parser().parse_args(ours)
-    _check_extra()
-    _set_up_output()
+    check_extra("training")
+    set_up_output()
 
     from flashbone.train.recipe import load_recipe
 
@@ -62,19 +63,19 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _check_extra() -> None:
+def check_extra(what: str) -> None:
     """Refuse to start without the packages that training alone needs."""
     missing = [name for name in ("trl", "datasets", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"training needs {', '.join(missing)}, not installed; run: pip install 'flashbone[train]'")
+        raise ConfigError(f"{what} needs {', '.join(missing)}, not installed; run: pip install 'flashbone[train]'")
 
 
-def _separate(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and the recipe's fields with their values, in whatever order they came."""
+def separate(argv: list[str], options: Collection[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and a configuration's fields with their values, in whatever order they came."""
     ours, fields = [], []
     words = iter(argv)
     for word in words:
-        if word in OPTIONS or not word.startswith("--"):
+        if word in options or not word.startswith("--"):
             ours.append(word)
         else:
             fields.append(word)
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _set_up_output() -> None:
+def set_up_output() -> None:
     """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets)(\.|$)")
     warnings.filterwarnings("ignore", message=r"Could not find a config file in .*(gguf|\.pth)", category=UserWarning)

@@ -1,1 +1,1 @@
-"""The engine of `flashbone compare`: methods at equal size, on the same data, each in a process of its own."""
+"""`flashbone compare`: methods of fine-tuning at equal size on one's own model and data."""

@@ -68,11 +68,11 @@ class RwkvSettings:
             raise ConfigError("; ".join(f"rwkv.{problem}" for problem in problems))
 
 
-Section = TypeVar("Section", Quantization, RwkvSettings)
+Section = TypeVar("Section")
 
 
 def section(kind: type[Section], name: str, given: dict[str, Any]) -> Section | None:
-    """A section of the recipe as what it means; None where it is empty.
+    """A section of a configuration as the dataclass that it means; None where it is empty.
 
     Raises:
         ConfigError: it makes no sense.
@@ -80,5 +80,5 @@ def section(kind: type[Section], name: str, given: dict[str, Any]) -> Section | 
     try:
         return kind(**given) if given else None
     except TypeError:
-        names = ", ".join(item.name for item in dataclasses.fields(kind))
+        names = ", ".join(item.name for item in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
         raise ConfigError(f"{name}: got {given}, wanted {names}") from None

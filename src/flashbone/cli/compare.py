@@ -1,0 +1,121 @@
+"""`flashbone compare CONFIG.yaml [--dotted.field value ...]`: train methods side by side, then say which did best."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from flashbone.cli.train import check_extra, separate, set_up_output
+from flashbone.errors import ConfigError
+
+OPTIONS = ("--plan", "--report", "--retry-failed", "--json", "--help")
+
+EPILOG = """\
+CONFIG.yaml:
+  model: path-or-hub-id          # folder, hub id, .gguf file, or an RWKV model's .pth file
+  task: sft                      # sft | classification
+  data:                          # as in `flashbone train`, and
+    path: train.jsonl
+    eval: 0.1                    # held out: chooses the learning rates and draws the curves
+    test: test.jsonl             # scored once at the end of each run: a share, a number of rows, or a file
+  methods:                       # bone bat-row bat-col mini orthogonal lora rslora dora pissa olora oft boft hra vera
+    - bone                       # miss ia3, and as bounds full (fine-tuning) and linear (probing)
+    - {method: lora, lora_alpha: 16, learning_rates: [1.0e-3, 2.0e-3], label: LoRA with alpha 16}
+  budget: {method: bone, r: 64}  # all adapters get as many parameters as this one, or a number
+  target_modules: all-linear
+  learning_rates: [3.0e-4, 1.0e-3, 3.0e-3]   # all are tried by each method, with the first seed
+  seeds: [0, 1, 2]               # the others follow at the rate that did best on the held-out rows
+  training: {max_steps: 200}     # any field of SFTConfig or TrainingArguments, the same for all methods
+  metric: auto                   # loss (sft), accuracy (classification), or exact_match (as of GSM8K)
+  answers: {max_new_tokens: 256, batch_size: 16}   # with exact_match
+  jobs: 1                        # runs at once, each on a GPU of its own, or with its share of the threads
+  output: runs/compare           # results.jsonl, report.html, *.png, recipes/*.yaml, runs/*/
+
+Every field can be given on the command line too: --seeds '[0]' --methods '[bone, lora]' --output runs/second
+A comparison that was stopped goes on where it was when it is started again.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Parse, run what is missing, report; progress goes to stderr."""
+    ours, overrides = separate(argv, OPTIONS)
+    options = _parser().parse_args(ours)
+    check_extra("a comparison")
+    set_up_output()
+
+    from flashbone.compare.config import load_comparison
+
+    comparison = load_comparison(options.config, overrides)
+    if options.plan:
+        return _plan(comparison, options.json)
+
+    from flashbone.report.comparison import print_comparison, write_report
+
+    file = Path(comparison.output) / "results.jsonl"
+    if options.report:
+        if not file.is_file():
+            raise ConfigError(f"output {comparison.output}: no results.jsonl there yet; run the comparison first")
+    else:
+        from flashbone.compare.commands import Origin
+        from flashbone.compare.run import compare
+
+        file = compare(comparison, Origin(options.config, tuple(overrides)), options.retry_failed)
+    written = write_report(file, file.parent)
+    if options.json:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        print(json.dumps(rows, indent=2))
+        return 0
+    print_comparison(file)
+    for path in [file, *written]:
+        print(os.path.relpath(path))
+    return 0
+
+
+def _plan(comparison, as_json: bool) -> int:
+    """Print the sizes and how many runs there will be."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from flashbone.compare.run import plan
+
+    budget, methods = plan(comparison)
+    runs = sum(len(one.entry.learning_rates) + len(comparison.seeds) - 1 for one in methods if one.sized)
+    if as_json:
+        rows = [
+            {"method": one.entry.label, **(vars(one.sized) if one.sized else {"error": one.error})} for one in methods
+        ]
+        print(json.dumps({"budget": budget.parameters, "runs": runs, "methods": rows}, indent=2))
+        return 0
+    table = Table(
+        title=f"{runs} runs; budget {budget.parameters:,} parameters {budget.origin and f'({budget.origin})'}"
+    )
+    for name in ("method", "size", "parameters", "off budget", "learning rates"):
+        table.add_column(name, justify="left" if name in ("method", "size") else "right")
+    for one in methods:
+        rates = " ".join(f"{rate:g}" for rate in one.entry.learning_rates)
+        cells = [one.entry.label, one.error or "", "", "", rates]
+        if one.sized is not None:
+            off = "bound" if one.sized.off_budget is None else f"{100 * one.sized.off_budget:+.1f} %"
+            mark = "" if one.sized.matched or off == "bound" else " (unmatched)"
+            cells[1:4] = [one.sized.size, f"{one.sized.adapter_parameters:,}", off + mark]
+        table.add_row(*map(Text, cells))
+    Console().print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashbone compare",
+        description="Train methods side by side on one model and its data, and report which did best at what cost.",
+        usage="flashbone compare CONFIG.yaml [--plan | --report] [--retry-failed] [--json] [--dotted.field value ...]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the comparison")
+    parser.add_argument("--plan", action="store_true", help="only find the sizes, and say how many runs there will be")
+    parser.add_argument("--report", action="store_true", help="only write the report again, from results.jsonl")
+    parser.add_argument("--retry-failed", action="store_true", help="do runs again that failed")
+    parser.add_argument("--json", action="store_true", help="print results.jsonl as one JSON list")
+    return parser

@@ -1,0 +1,209 @@
+"""The configuration of a comparison: its fields, how YAML and command-line overrides fill them, and what is refused."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flashbone.compare.methods import METHODS
+from flashbone.errors import ConfigError
+from flashbone.train.fields import check_names, field_names, flag_names, keys, parse, read_yaml
+from flashbone.train.recipe import OURS, DataRecipe, Task, arguments_class
+from flashbone.train.sections import Quantization, RwkvSettings, section
+
+Metric = Literal["auto", "loss", "accuracy", "exact_match"]
+
+
+@dataclass
+class ComparedData(DataRecipe):
+    """Rows to learn from, rows held out, by which learning rates are chosen, and rows for the test at the end.
+
+    The three parts are the same in all runs: `seed` decides the draws, not the seeds of the runs.
+    """
+
+    test: int | float | str | None = None  # a share, a number of rows, or another file; scored once by each run
+    seed: int | None = 0
+
+
+@dataclass
+class Answers:
+    """How the model answers the test rows where the metric is exact_match: greedily.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_new_tokens: int = 256
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"answers.{name}: got {value!r}, wanted a number of at least 1")
+
+
+@dataclass
+class Comparison:
+    """Everything that decides a comparison; each method trains with the same `training`, but its own learning rates."""
+
+    model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
+    data: ComparedData
+    output: str
+    task: Task = "sft"
+    methods: list[str | dict[str, Any]] = field(default_factory=lambda: ["bone", "lora", "miss"])
+    budget: int | dict[str, Any] = field(
+        default_factory=lambda: {"method": "bone", "r": 64}
+    )  # or numbers of an adapter
+    tolerance: float = 0.03  # how far the sizes of two matched adapters may lie apart
+    target_modules: str | list[str] = "all-linear"
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    training: dict[str, Any] = field(default_factory=dict)  # fields of SFTConfig or TrainingArguments
+    quantization: dict[str, Any] = field(default_factory=dict)
+    rwkv: dict[str, Any] = field(default_factory=dict)
+    metric: Metric = "auto"  # of the test: accuracy (classification) or loss (sft) where nothing is said
+    answers: dict[str, Any] = field(default_factory=dict)  # with exact_match, see `Answers`
+    jobs: int = 1  # runs at the same time, each on a GPU of its own, or with a share of the threads
+
+    @property
+    def test_metric(self) -> str:
+        """What the test measures: loss, accuracy or exact_match."""
+        return {"sft": "loss", "classification": "accuracy"}[self.task] if self.metric == "auto" else self.metric
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of `methods`.
+
+    Attributes:
+        label: its name in results, unlike all others.
+        method: of `METHODS`.
+        settings: fields of the method's configuration that the user decides.
+        learning_rates: what is tried, in rising order.
+    """
+
+    label: str
+    method: str
+    settings: dict[str, Any]
+    learning_rates: tuple[float, ...]
+
+
+SECTIONS = ("data", "training", "quantization", "rwkv", "answers")
+_NOT_HERE = {
+    "training.learning_rate": "set `learning_rates` instead",
+    "training.output_dir": "set `output` instead",
+    "training.seed": "set `seeds` instead",
+    "training.resume_from_checkpoint": "a comparison goes on by itself",
+}
+_ENTRY = ("method", "label", "learning_rates")
+
+
+def load_comparison(config: str | Path, overrides: list[str] | None = None) -> Comparison:
+    """The comparison in a YAML file with `--dotted.field value` overrides on top.
+
+    Raises:
+        ConfigError: a field is unknown (all of them are named), missing, or of the wrong type or range.
+        FormatError: the file is no YAML mapping; the message gives the line.
+    """
+    overrides, where = list(overrides or []), str(config)
+    given = read_yaml(Path(config))
+    flags = flag_names(overrides)
+    known = field_names(Comparison)
+    known += [f"data.{name}" for name in field_names(ComparedData)]
+    known += [f"training.{name}" for name in field_names(arguments_class(given.get("task")))]
+    known += [f"training.{name}" for name in ("max_length",) if given.get("task") == "classification"]
+    for name, cls in (("quantization", Quantization), ("rwkv", RwkvSettings), ("answers", Answers)):
+        known += [f"{name}.{inner}" for inner in field_names(cls)]
+    check_names(keys(given, SECTIONS) + flags, known, where, {**OURS, **_NOT_HERE})
+    data = given.get("data")
+    missing = [name for name in ("model", "output") if given.get(name) is None and name not in flags]
+    missing += [
+        f"data.{name}"
+        for name in ("path", "test")
+        if not (isinstance(data, dict) and data.get(name) is not None) and f"data.{name}" not in flags
+    ]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    comparison = parse(Comparison, given, overrides, where, (*SECTIONS, "methods", "budget"))
+    try:
+        check(comparison)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return comparison
+
+
+def check(comparison: Comparison) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        ConfigError: naming the first thing that does.
+    """
+    entries(comparison)
+    section(Quantization, "quantization", comparison.quantization)
+    section(RwkvSettings, "rwkv", comparison.rwkv)
+    section(Answers, "answers", comparison.answers)
+    if not comparison.data.eval:
+        raise ConfigError("data.eval: learning rates are chosen by held-out rows; give a share, a number or a file")
+    if not comparison.seeds or len(set(comparison.seeds)) != len(comparison.seeds):
+        raise ConfigError(f"seeds: got {comparison.seeds}, wanted one or more different numbers")
+    if comparison.jobs < 1:
+        raise ConfigError(f"jobs: got {comparison.jobs}, wanted at least 1")
+    if not 0 < comparison.tolerance < 1:
+        raise ConfigError(f"tolerance: got {comparison.tolerance}, wanted a share such as 0.03")
+    if (comparison.test_metric == "accuracy") != (comparison.task == "classification"):
+        raise ConfigError(f"metric: {comparison.metric} does not go with task {comparison.task}")
+    wrong = [key for key in comparison.training if key.startswith(("eval_strategy", "logging_strategy", "do_"))]
+    if wrong:
+        raise ConfigError(f"training.{wrong[0]}: a comparison logs every step and evaluates by steps; leave it out")
+
+
+def entries(comparison: Comparison) -> list[Entry]:
+    """The methods of a comparison, with their own labels, settings and rates.
+
+    Raises:
+        ConfigError: a method is unknown, two have the same label, or one has more learning rates to try than another.
+    """
+    common = _rates(comparison.learning_rates, "learning_rates")
+    found: list[Entry] = []
+    for number, given in enumerate(comparison.methods):
+        where = f"methods[{number}]"
+        fields = {"method": given} if isinstance(given, str) else dict(given)
+        name = fields.get("method")
+        if name not in METHODS:
+            raise ConfigError(f"{where}: got method {name!r}, wanted one of {', '.join(METHODS)}")
+        settings = {key: value for key, value in fields.items() if key not in _ENTRY}
+        factor = METHODS[name].rate_factor
+        own = fields.get("learning_rates")
+        rates = tuple(_significant(rate * factor) for rate in common) if own is None else _rates(own, where)
+        label = str(fields.get("label") or _label(name, settings))
+        if not re.search(r"\w", label) or len(label) > 60:
+            raise ConfigError(f"{where}: label {label!r}: wanted a word of at most 60 characters")
+        found.append(Entry(label, name, settings, rates))
+    labels = [entry.label for entry in found]
+    if double := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise ConfigError(f"methods: {', '.join(double)} is there more than once; give each a label of its own")
+    if not found:
+        raise ConfigError("methods: is empty; name one or more")
+    if len({len(entry.learning_rates) for entry in found}) > 1:
+        counts = ", ".join(f"{entry.label} {len(entry.learning_rates)}" for entry in found)
+        raise ConfigError(f"learning_rates: every method may try as many as any other, but got {counts}")
+    return found
+
+
+def _label(name: str, settings: dict[str, Any]) -> str:
+    return " ".join([name, *(f"{key}={value}" for key, value in settings.items())])[:60]
+
+
+def _rates(given: Any, where: str) -> tuple[float, ...]:
+    rates = given if isinstance(given, list) else [given]
+    good = [isinstance(r, int | float) and not isinstance(r, bool) and math.isfinite(r) and r > 0 for r in rates]
+    if not rates or not all(good) or len(set(rates)) != len(rates):
+        raise ConfigError(f"{where}: learning_rates: got {given!r}, wanted different positive numbers")
+    return tuple(sorted(float(rate) for rate in rates))
+
+
+def _significant(rate: float) -> float:
+    """Without the dust of a multiplication: 3e-3 times 0.1 is 3e-4."""
+    return float(f"{rate:.6g}")

@@ -1,0 +1,108 @@
+"""The runs of a comparison: what each needs, the folder that it has for itself, and the order in which they come."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashbone.compare.config import ComparedData, Comparison, Entry
+from flashbone.train.recipe import DataRecipe, Recipe
+
+# What a comparison should not have to say; everything else is as in `flashbone train`.
+DEFAULTS = {"eval_steps": 0.2, "save_strategy": "no"}
+# Every loss is a point of a curve, and the first gradient's norm is a figure of its own.
+FIXED = {"eval_strategy": "steps", "logging_strategy": "steps", "logging_steps": 1, "logging_first_step": True}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method at one learning rate with one seed. All that decides its numbers is in it.
+
+    Attributes:
+        label: of the method in the comparison.
+        method: of `METHODS`.
+        size: fields that give the method its size.
+        settings: the user's own fields.
+        target_modules: what adapters are put on, unless the settings say otherwise.
+        learning_rate: of the run.
+        seed: of the adapter's start and of the order of the rows.
+        data: where the rows are, and how many are held out and tested.
+        recipe: model, task, training, and what else a recipe has.
+        metric: loss, accuracy or exact_match.
+        answers: see `Answers`.
+    """
+
+    label: str
+    method: str
+    size: dict[str, Any]
+    settings: dict[str, Any]
+    target_modules: str | list[str]
+    learning_rate: float
+    seed: int
+    data: dict[str, Any]
+    recipe: dict[str, Any]
+    metric: str
+    answers: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its folder; the hash is of everything that decides the run."""
+        word = re.sub(r"\W+", "-", self.label).strip("-")[:40] or "method"
+        return f"{word}-{self.learning_rate:g}-seed{self.seed}-{self.key}"
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that decides the run; a label does not."""
+        plain = json.dumps({**dataclasses.asdict(self), "label": None}, sort_keys=True)
+        return hashlib.sha256(plain.encode()).hexdigest()[:10]
+
+    def to_recipe(self, folder: Path) -> Recipe:
+        """What is trained, as `flashbone train` takes it; the adapter aside."""
+        plain = {name: value for name, value in self.data.items() if name != "test"}
+        training = {**DEFAULTS, **self.recipe["training"], **FIXED, "learning_rate": self.learning_rate}
+        if training["save_strategy"] == "no" and "save_steps" in self.recipe["training"]:
+            del training["save_strategy"]
+        fields = {**self.recipe, "training": training}
+        return Recipe(data=DataRecipe(**plain), output=str(folder), seed=self.seed, monitor=False, **fields)
+
+
+def job(comparison: Comparison, entry: Entry, size: Mapping[str, Any], learning_rate: float, seed: int) -> Job:
+    """The run of a method at a learning rate with a seed."""
+    fields = ("model", "task", "training", "quantization", "rwkv")
+    return Job(
+        label=entry.label,
+        method=entry.method,
+        size=dict(size),
+        settings=entry.settings,
+        target_modules=comparison.target_modules,
+        learning_rate=learning_rate,
+        seed=seed,
+        data=_plain(comparison.data),
+        recipe={name: getattr(comparison, name) for name in fields},
+        metric=comparison.test_metric,
+        answers=comparison.answers if comparison.test_metric == "exact_match" else {},
+    )
+
+
+Sizes = Sequence[tuple[Entry, Mapping[str, Any]]]
+
+
+def sweep(comparison: Comparison, sizes: Sizes) -> list[Job]:
+    """Every learning rate of every method with the first seed. All methods have their turn before one has its second,
+    so that what disturbs the machine for a while disturbs all alike."""
+    seed, count = comparison.seeds[0], len(sizes[0][0].learning_rates) if sizes else 0
+    return [job(comparison, entry, size, entry.learning_rates[i], seed) for i in range(count) for entry, size in sizes]
+
+
+def repeats(comparison: Comparison, sizes: Sizes, chosen: Mapping[str, float]) -> list[Job]:
+    """Every other seed of every method at its chosen learning rate, in the same order; `chosen` goes by labels."""
+    ready = [(entry, size) for entry, size in sizes if entry.label in chosen]
+    return [job(comparison, e, size, chosen[e.label], seed) for seed in comparison.seeds[1:] for e, size in ready]
+
+
+def _plain(data: ComparedData) -> dict[str, Any]:
+    return dataclasses.asdict(data)

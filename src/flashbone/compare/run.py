@@ -1,0 +1,213 @@
+"""A comparison from its configuration to results.jsonl: sizes, a sweep of learning rates, repeats with other seeds."""
+
+import datetime
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flashbone.compare import about, fairness, jobs, results
+from flashbone.compare.commands import Origin, commands
+from flashbone.compare.config import Comparison, check, entries
+from flashbone.compare.jobs import Job
+from flashbone.compare.methods import METHODS
+from flashbone.compare.processes import Ended, run_all
+from flashbone.compare.results import Compared
+from flashbone.compare.sizes import Budget, budget_of, match
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.train.models import is_pth, load_causal_lm
+from flashbone.train.recipe import TASK_TYPES
+from flashbone.tuner.skeleton import skeleton
+
+log = logging.getLogger(__name__)
+
+RESULTS = "results.jsonl"
+
+
+def compare(comparison: Comparison, origin: Origin, retry_failed: bool = False) -> Path:
+    """Run what has not been run yet, and bring all together; returns the path of results.jsonl.
+
+    A run that has ended is not done again, whatever else has changed: so a comparison that was killed goes on, and one
+    with more methods, rates or seeds does only these. results.jsonl is written after each run.
+
+    Args:
+        comparison: What is compared.
+        origin: Where it came from, for the commands in the results.
+        retry_failed: Do failed runs again.
+
+    Raises:
+        FlashboneError: the configuration makes no sense, or the model cannot be read.
+    """
+    check(comparison)
+    experiment = Experiment(comparison, origin)
+    if retry_failed:
+        experiment.forget_failures()
+    experiment.do(experiment.sweep())
+    experiment.do(experiment.repeats())
+    return experiment.write(finished=True)
+
+
+class Experiment:
+    """A comparison in its folder: OUTPUT/runs/NAME/ for each run, OUTPUT/results.jsonl.
+
+    Args:
+        comparison: What is compared.
+        origin: Where it came from.
+    """
+
+    def __init__(self, comparison: Comparison, origin: Origin):
+        self.comparison, self.origin = comparison, origin
+        self.folder = Path(comparison.output)
+        self.runs = self.folder / "runs"
+        self.budget, self.methods = plan(comparison)
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"output {self.folder}: a file is in the way; choose another output") from None
+        self._read()
+
+    def sweep(self) -> list[Job]:
+        """Every learning rate of every method with the first seed."""
+        return jobs.sweep(self.comparison, self._sizes())
+
+    def repeats(self) -> list[Job]:
+        """The other seeds, once the rates have been chosen."""
+        chosen = {one.entry.label: one.chosen for one in self.methods if one.chosen is not None}
+        return jobs.repeats(self.comparison, self._sizes(), chosen)
+
+    def do(self, wanted: list[Job]) -> None:
+        """Run those of these that have no result yet."""
+        missing = [job for job in wanted if results.read_result(self.runs, job) is None]
+        if len(missing) < len(wanted):
+            log.info("%d of %d runs are there already", len(wanted) - len(missing), len(wanted))
+        began = time.perf_counter()
+        for number, ended in enumerate(run_all(missing, self.runs, self.comparison.jobs), 1):
+            self._note(ended)
+            left = (time.perf_counter() - began) / number * (len(missing) - number)
+            log.info("%d/%d %s, about %.0f s left", number, len(missing), self._words(ended), left)
+            self.write(finished=False)
+        self._read()
+
+    def write(self, finished: bool) -> Path:
+        """results.jsonl as far as it goes."""
+        told = commands(self.comparison, self.methods, self.origin) if finished else {}
+        rows = results.lines(self._header(finished), self.comparison, self.methods, told)
+        results.write(rows, self.folder / RESULTS)
+        return self.folder / RESULTS
+
+    def forget_failures(self) -> None:
+        """Take the results of failed runs away."""
+        for job in [*self.sweep(), *self.repeats()]:
+            found = results.read_result(self.runs, job)
+            if found is not None and found["status"] == "failed":
+                (self.runs / job.name / "result.json").unlink()
+        self._read()
+
+    def _sizes(self) -> jobs.Sizes:
+        return [(one.entry, one.sized.settings) for one in self.methods if one.sized is not None]
+
+    def _read(self) -> None:
+        """Take up what the runs left."""
+        for one in self.methods:
+            if one.sized is None:
+                continue
+            rates, seeds = one.entry.learning_rates, self.comparison.seeds
+            for rate, seed in [(rate, seed) for rate in rates for seed in seeds]:
+                job = jobs.job(self.comparison, one.entry, one.sized.settings, rate, seed)
+                if (found := results.read_result(self.runs, job)) is not None:
+                    one.runs[rate, seed] = found
+            if one.chosen is None and one.error is None:
+                one.choose(seeds[0], self.comparison.task)
+
+    def _note(self, ended: Ended) -> None:
+        """Take up one run; one that a signal ended has left nothing, and is done again the next time."""
+        one = next(one for one in self.methods if one.entry.label == ended.job.label)
+        found = results.read_result(self.runs, ended.job)
+        if found is None:
+            why = f"by signal {ended.signal}" if ended.signal else "without a result"
+            hint = " (out of memory?)" if ended.signal == 9 else ""
+            log_file = self.runs / ended.job.name / "log.txt"
+            found = {"status": "failed", "error": f"its process ended {why}{hint}; see {log_file}"}
+        one.runs[ended.job.learning_rate, ended.job.seed] = found
+        if one.chosen is None:
+            one.choose(self.comparison.seeds[0], self.comparison.task)
+
+    def _words(self, ended: Ended) -> str:
+        job = ended.job
+        name = f"{job.label}, learning rate {job.learning_rate:g}, seed {job.seed}"
+        found = next(one.runs for one in self.methods if one.entry.label == job.label)[job.learning_rate, job.seed]
+        if found["status"] == "failed":
+            return f"{name}: failed: {found['error']}"
+        loss = found["held_out"]["loss"]
+        return f"{name}: held-out loss {loss[0]:.4g} -> {loss[-1]:.4g} ({ended.seconds:.0f} s)"
+
+    def _header(self, finished: bool) -> dict[str, Any]:
+        comparison = self.comparison
+        some = next((run for one in self.methods for run in one.runs.values() if run["status"] == "ok"), None)
+        rows = some["rows"] if some else {"train": 0, "held_out": 0, "test": 0}
+        return {
+            "kind": "comparison",
+            "version": 1,
+            "name": Path(self.origin.config).stem,
+            "config": self.origin.config,
+            "model": comparison.model,
+            "task": comparison.task,
+            "metric": comparison.test_metric,
+            "higher_is_better": comparison.test_metric != "loss",
+            "data": {"path": comparison.data.path, **{f"{name}_rows": count for name, count in rows.items()}},
+            "budget": {"parameters": self.budget.parameters, "from": self.budget.origin},
+            "tolerance": comparison.tolerance,
+            "steps": some["steps"] if some else 0,
+            "epochs": some["epochs"] if some else 0.0,
+            "seeds": list(comparison.seeds),
+            "device": about.device(),
+            "hardware": about.hardware(),
+            "jobs": comparison.jobs,
+            "versions": about.versions(),
+            "commit": about.commit(),
+            "date": datetime.date.today().isoformat(),
+            "command": self.origin.command(),
+            "fairness": {
+                "checked": list(fairness.CHECKED),
+                "problems": fairness.problems(comparison, self.methods),
+            },
+            "finished": finished and all(one.status(comparison.seeds) != "unfinished" for one in self.methods),
+        }
+
+
+def plan(comparison: Comparison) -> tuple[Budget, list[Compared]]:
+    """The methods with their sizes; one whose size cannot be found has an error instead.
+
+    Raises:
+        ConfigError: the budget makes no sense, or there is no such model.
+    """
+    build, task_type = model_builder(comparison), TASK_TYPES[comparison.task]
+    spec = comparison.budget
+    budget = budget_of(spec, build, comparison.target_modules, task_type)
+    around = comparison.tolerance / (
+        2 + comparison.tolerance
+    )  # of the budget, so that any two are within the tolerance
+    methods = []
+    for entry in entries(comparison):
+        one = Compared(entry)
+        targets = comparison.target_modules
+        try:
+            one.sized = match(
+                METHODS[entry.method], budget.parameters, build, targets, task_type, entry.settings, around
+            )
+        except FlashboneError as error:
+            one.error = str(error)
+            log.warning("%s: left out: %s", entry.label, error)
+        methods.append(one)
+    return budget, methods
+
+
+def model_builder(comparison: Comparison) -> Callable[[], Any]:
+    """Makes the model without its weights, or, of files that hold no configuration, the model."""
+    import torch
+
+    if is_pth(comparison.model) or comparison.model.endswith(".gguf"):
+        model = load_causal_lm(comparison.model, torch.float32)
+        return lambda: model
+    return lambda: skeleton(comparison.model, task_type=TASK_TYPES[comparison.task])

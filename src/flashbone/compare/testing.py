@@ -1,0 +1,73 @@
+"""The test at the end of a run: scores of single rows that were neither learned nor held out."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from flashbone.compare.config import Answers
+from flashbone.compare.jobs import Job
+from flashbone.errors import ConfigError
+from flashbone.evaluate.exact_match import exact_matches
+from flashbone.evaluate.scoring import row_classes, row_losses
+from flashbone.train.classify import scores
+from flashbone.train.data import Data
+
+
+def test(job: Job, trainer: Any, data: Data) -> dict[str, Any]:
+    """Score the test rows; `test` has the figures, `test_scores` and `test_weights` those of single rows, whose
+    quotient of sums is the metric.
+
+    Raises:
+        ConfigError: the rows have no answers that could be compared.
+    """
+    model, amp = trainer.accelerator.unwrap_model(trainer.model), trainer.compute_loss_context_manager
+    batches = trainer.get_eval_dataloader(trainer.test_dataset)
+    if job.metric == "accuracy":
+        predicted, wanted, losses = zip(*row_classes(model, batches, amp), strict=True)
+        figures = scores(np.eye(len(data.labels))[list(predicted)], np.array(wanted))
+        right = [int(p == w) for p, w in zip(predicted, wanted, strict=True)]
+        return _result({"loss": float(np.mean(losses)), **figures}, right, [1] * len(right))
+    sums, tokens = map(list, zip(*row_losses(model, batches, amp), strict=True))
+    figures = {"loss": sum(sums) / max(1, sum(tokens))}
+    if job.metric == "loss":
+        return _result(figures, [round(value, 5) for value in sums], tokens)
+    answers = Answers(**job.answers)
+    answered = exact_matches(
+        model,
+        trainer.processing_class,
+        _questions(data),
+        max_new_tokens=answers.max_new_tokens,
+        batch_size=answers.batch_size,
+        amp=amp,
+    )
+    right = [int(row.right) for row in answered]
+    return _result({**figures, "exact_match": sum(right) / len(right)}, right, [1] * len(right))
+
+
+def _result(figures: dict[str, float], row_scores: list[Any], weights: list[int]) -> dict[str, Any]:
+    return {"test": figures, "test_scores": row_scores, "test_weights": weights}
+
+
+def _questions(data: Data) -> list[tuple[Any, str]]:
+    """Prompts and the answers that are wanted."""
+    assert data.test is not None
+    if not {"prompt", "completion"} <= set(data.test.column_names):
+        raise ConfigError("metric exact_match: data.test has no prompts and answers; its rows are texts")
+    answer = (lambda row: row["completion"]) if isinstance(data.test[0]["completion"], str) else _last_turn
+    return [(row["prompt"], answer(row)) for row in data.test]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _last_turn(row: dict[str, Any]) -> str:
+    return row["completion"][-1]["content"]
+
+
+def overlap(data: Data) -> dict[str, int]:
+    """How many test rows are learned or held out as well, word for word."""
+
+    def texts(part: Any) -> set[str]:
+        columns = [name for name in part.column_names if name != "label"] if part else []
+        return {json.dumps({name: row[name] for name in columns}, sort_keys=True) for row in part or ()}
+
+    tested = texts(data.test)
+    return {"learned": len(tested & texts(data.train)), "held_out": len(tested & texts(data.eval))}

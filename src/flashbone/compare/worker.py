@@ -1,0 +1,188 @@
+"""One run of a comparison, in a process of its own: train, test, save, and write down what came of it.
+
+What a run leaves in its folder: job.json, log.txt, metrics.jsonl, batches.jsonl, adapter/, and result.json at the end.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+import warnings
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashbone.compare.about import versions
+from flashbone.compare.jobs import Job
+from flashbone.compare.measuring import Memory, Watch, read_rows
+from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
+from flashbone.compare.testing import overlap, test
+from flashbone.errors import FlashboneError
+from flashbone.train.arguments import trainer_arguments
+from flashbone.train.building import build_trainer
+from flashbone.train.data import load_data
+from flashbone.train.fitting import fit
+from flashbone.train.folder import RunFolder, whole_folder, write_text
+from flashbone.train.recipe import TASK_TYPES
+from flashbone.train.tokens import windows_for
+
+FAILED = 1  # exit code of a run whose error has been written down
+
+
+def work(plain: dict[str, Any], folder: Path, place: dict[str, Any]) -> None:
+    """Run a job in this process and leave its result in the folder; the process ends with its parent.
+
+    Args:
+        plain: The job's fields.
+        folder: Of the run.
+        place: `gpu` (a number, or None) and `threads` (a number, or None for all) that this run may use.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if place["gpu"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place["gpu"]
+    if place["threads"]:
+        torch.set_num_threads(place["threads"])
+    job = Job(**plain)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        _redirect(log)
+        try:
+            result = {"status": "ok", "error": None, **execute(job, folder)}
+        except Exception as error:  # every failure of a method is a row of the comparison; its traceback is in log.txt
+            traceback.print_exc()
+            result = {"status": "failed", "error": _one_line(error)}
+    write_text(folder / "result.json", json.dumps(result) + "\n")
+    sys.exit(FAILED if result["status"] == "failed" else 0)
+
+
+def execute(job: Job, folder: Path) -> dict[str, Any]:
+    """Train and test; returns what is measured, see docs/comparing.md for the fields.
+
+    Raises:
+        FlashboneError: the method, the data or the model do not allow it, or the loss diverged.
+    """
+    began = time.perf_counter()
+    recipe, method = job.to_recipe(folder), METHODS[job.method]
+    write_text(folder / "job.json", json.dumps(dataclasses.asdict(job), indent=2) + "\n")
+    args = trainer_arguments(recipe)
+    data = load_data(recipe, windows_for(args), job.data["test"])
+    memory, startup = Memory(), Startup()
+
+    def adapt(model: Any) -> Any:
+        gc.collect()
+        memory.start()
+        config = method.config(job.size, job.target_modules, TASK_TYPES[recipe.task], job.settings)
+        with startup:
+            return attach(model, method, config, job.seed)
+
+    trainer, _ = build_trainer(recipe, args, data, adapt)
+    loaded_s = time.perf_counter() - began - startup.seconds
+    watch = Watch(trainer, folder / "batches.jsonl", memory)
+    metrics, recorder = fit(trainer, RunFolder(folder), begin=functools.partial(_clear, folder))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size = adapter_bytes(model)
+    if not method.is_bound:
+        with whole_folder(folder / "adapter") as place:
+            size = save(model, method, place)
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "tokens": watch.tokens(),
+        "digest": watch.digest(),
+        "rows": {"train": len(data.train), "held_out": len(data.eval or ()), "test": len(data.test or ())},
+        "overlap": overlap(data),
+        **_curves(folder, startup.seconds),
+        **test(job, trainer, data),
+        "step_ms": watch.step_ms(),
+        "train_s": round(recorder.train_s, 3),
+        "startup_s": round(startup.seconds, 3),
+        "load_s": round(loaded_s, 3),
+        **memory.figures(),
+        "adapter_bytes": size,
+        "grad_norm_first": next((row["grad_norm"] for row in metrics.rows if "grad_norm" in row), None),
+        **_parameters(model, method),
+        "versions": versions(),
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Startup:
+    """Times a block: making an adapter, with whatever it computes for its start."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+def _parameters(model: Any, method: Method) -> dict[str, int]:
+    """How many parameters really trained: all, and those of the adapter."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    adapter = 0 if method.is_bound else sum(n for name, n in trained.items() if model.base_model.prefix in name)
+    return {"trainable_parameters": sum(trained.values()), "adapter_parameters": adapter}
+
+
+def _clear(folder: Path) -> None:
+    (folder / "result.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+
+
+def _curves(folder: Path, startup_s: float) -> dict[str, Any]:
+    """Losses over steps and over seconds; the seconds are those of making the adapter and of training steps."""
+    rows = read_rows(folder / "metrics.jsonl")
+
+    def curve(prefix: str, names: tuple[str, ...]) -> dict[str, list[Any]]:
+        points = [row for row in rows if f"{prefix}loss" in row]
+        found = {
+            name: [row[prefix + name] for row in points] for name in names if points and prefix + name in points[0]
+        }
+        seconds = [round(startup_s + row["train_s"], 3) for row in points]
+        return {"step": [row["step"] for row in points], "seconds": seconds, **found}
+
+    return {"train": curve("", ("loss",)), "held_out": curve("eval_", ("loss", "accuracy", "macro_f1"))}
+
+
+def _short(value: float | None) -> float | None:
+    return value if value is None else float(f"{value:.7g}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, FlashboneError) and text else f"{type(error).__name__}: {text}"
+
+
+def _redirect(log: Any) -> None:
+    """Everything that is printed goes to the run's log, also from below Python."""
+    for number in (1, 2):
+        os.dup2(log.fileno(), number)
+    sys.stdout = sys.stderr = log
+    logging.basicConfig(stream=log, level=logging.INFO, force=True)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    with contextlib.suppress(ImportError):
+        from datasets.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def _end_with_parent() -> None:
+    """A comparison that was killed leaves no run behind that would go on."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(FAILED)
