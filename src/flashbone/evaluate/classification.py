@@ -1,0 +1,106 @@
+"""How well a classifier sorts texts: accuracy, macro-F1, cross-entropy, and a table of its classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flashbone.errors import FormatError
+from flashbone.evaluate.batches import by_length, padded
+from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
+from flashbone.evaluate.results import Evaluation, figure
+from flashbone.evaluate.scoring import row_classes
+from flashbone.train.formats import Example
+
+MAX_LENGTH = 512  # as in training
+
+
+def classification(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    *,
+    of: str = "",
+    batch_size: int = 8,
+    max_length: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Evaluation:
+    """Classify every text.
+
+    Args:
+        model: A classifier.
+        tokenizer: Its tokenizer.
+        examples: Each with `text` and `label`.
+        labels: The classes in the order of the head's outputs.
+        of: Where the examples are from.
+        batch_size: Texts that are classified at once.
+        max_length: Tokens of a text that are read; 512 where nothing is said.
+        progress: Called with the number of rows of each batch that is done.
+
+    Raises:
+        FormatError: a row has another label.
+    """
+    number = {label: index for index, label in enumerate(labels)}
+    strange = sorted({example["label"] for example in examples} - set(number))
+    if strange:
+        raise FormatError(f"{of}: has the labels {', '.join(strange)}, but the model knows {', '.join(labels)}")
+    ids = [
+        tokenizer(example["text"], truncation=True, max_length=max_length or MAX_LENGTH)["input_ids"]
+        for example in examples
+    ]
+    right = np.array([number[example["label"]] for example in examples])
+    predicted, losses = np.zeros(len(ids), int), np.zeros(len(ids))
+    batches = by_length(ids, batch_size)
+    made = (
+        padded([ids[row] for row in rows], tokenizer.pad_token_id, classes=right[rows].tolist()) for rows in batches
+    )
+    scored = row_classes(model, made)
+    for rows in batches:
+        for row in rows:
+            predicted[row], _, losses[row] = next(scored)
+        progress(len(rows))
+    return _evaluation(of, labels, right, predicted, losses)
+
+
+def confusion(right: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How often each class was taken for each: integers of shape (right class, predicted class)."""
+    return np.bincount(right * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """F1 of a confusion matrix, averaged over the classes that occur, in the rows or in the predictions."""
+    sums = counts.sum(0) + counts.sum(1)
+    return float(np.mean(2 * np.diagonal(counts)[sums > 0] / sums[sums > 0]))
+
+
+def _evaluation(
+    of: str, labels: Sequence[str], right: np.ndarray, predicted: np.ndarray, losses: np.ndarray
+) -> Evaluation:
+    rows, hits = len(right), int(np.sum(right == predicted))
+    counts = confusion(right, predicted, len(labels))
+    f1 = bootstrap(lambda drawn: macro_f1(confusion(right[drawn], predicted[drawn], len(labels))), rows)
+    figures = [
+        figure("accuracy", hits / rows, wilson(hits, rows), "wilson"),
+        figure("macro-F1", macro_f1(counts), f1, "bootstrap"),
+        figure("cross-entropy (nats)", float(losses.mean()), bootstrap_ratio(losses, np.ones(rows)), "bootstrap"),
+    ]
+    details = {"classes": _classes(labels, counts), "confusion": counts.tolist()}
+    return Evaluation("classification", of, rows, figures, details)
+
+
+def _classes(labels: Sequence[str], counts: np.ndarray) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of each class; None where they are not defined."""
+    entries = []
+    for number, label in enumerate(labels):
+        hits, there, said = int(counts[number, number]), int(counts[number].sum()), int(counts[:, number].sum())
+        entries.append(
+            {
+                "label": label,
+                "rows": there,
+                "precision": hits / said if said else None,
+                "recall": hits / there if there else None,
+                "f1": 2 * hits / (there + said) if there + said else None,
+            }
+        )
+    return entries
