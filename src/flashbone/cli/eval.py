@@ -1,0 +1,163 @@
+"""`flashbone eval MODEL [--adapter A]`: measure a model's quality, each figure with its interval of 95%."""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashbone.cli import hub
+
+EPILOG = """\
+examples:
+  flashbone eval MODEL --adapter runs/first/adapter --exact-match gsm8k/test.jsonl --output results/first
+  flashbone eval MODEL --tasks arc_easy,my_task --include-path my_tasks --limit 200
+  flashbone eval MODEL --adapter runs/news/adapter --classification news/test.jsonl
+  flashbone eval MODEL --perplexity held_out.jsonl --json
+
+A run with --output that was killed goes on where it was, when the same command is given again.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Measure, print a table or JSON on stdout; bad input raises a FlashboneError, a bad command line SystemExit."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    _set_up_output()
+
+    from flashbone.evaluate.results import as_json, print_table
+    from flashbone.evaluate.run import Request, evaluate
+
+    given = {key: value for key, value in vars(args).items() if key not in ("json", "adapter")}
+    adapter = None if args.adapter is None else hub.folder(args.adapter)
+    about, evaluations = evaluate(Request(**given, adapter=adapter), _bar)
+    if args.json:
+        print(as_json(about, evaluations))
+    else:
+        with_adapter = f" with {about['adapter']}{', merged' if about['merged'] else ''}" if about["adapter"] else ""
+        print_table(f"{about['model']}{with_adapter}", evaluations)
+    return 0
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself, as a usage error."""
+    generative = [args.tasks, args.exact_match, args.perplexity]
+    if not any([*generative, args.classification]):
+        parser.error("nothing to measure; give --tasks, --exact-match, --classification or --perplexity")
+    if args.classification and any(generative):
+        parser.error("--classification needs another kind of model than the rest; measure it on its own")
+    if args.merge and args.adapter is None:
+        parser.error("--merge needs an --adapter")
+    belong = [
+        ("--include-path", args.include_path, "--tasks", args.tasks),
+        ("--num-fewshot", args.num_fewshot, "--tasks", args.tasks),
+        ("--apply-chat-template", args.apply_chat_template, "--tasks", args.tasks),
+        ("--prompt", args.prompt, "--exact-match", args.exact_match),
+        ("--no-chat-template", not args.chat_template, "--exact-match", args.exact_match),
+        ("--labels", args.labels, "--classification", args.classification),
+        ("--columns", args.columns, "a file", args.exact_match or args.classification or args.perplexity),
+    ]
+    for option, value, other, there in belong:
+        if value is not None and value is not False and value != () and value != {} and not there:
+            parser.error(f"{option} needs {other}")
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda rows: progress.advance(task, rows)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("got no name, wanted names with commas between them")
+    return names
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted OURS=THEIRS,... as in question=query,answer=response")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _template(text: str) -> str:
+    text = text.replace("\\n", "\n")  # a shell passes no line break by itself
+    if text != "alpaca" and "{question}" not in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted 'alpaca' or a text with {{question}} in it")
+    return text
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number, {least} or more")
+        return value
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashbone eval",
+        description="Measure a model's quality, with or without an adapter; each figure has its interval of 95%.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder, hub id, .gguf file, or an RWKV model's .pth file")
+    add("--adapter", metavar="A", help="adapter of any format that flashbone reads, or of PEFT's other methods")
+    add("--merge", action="store_true", help="put the adapter into the weights first, in memory")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the model (fp32 on a CPU, bf16 on a GPU)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    add("--vocabulary", metavar="FILE", help="the tokens of an RWKV model")
+    add("--limit", type=_at_least(1), metavar="N", help="only the first N rows of each file and task")
+    add("--batch-size", type=_at_least(1), default=8, metavar="N", help="rows at once (8)")
+    add("--output", type=Path, metavar="DIR", help="also write results.json there, and answers as they come")
+    add("--json", action="store_true", help="print the results as one JSON object")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--exact-match", type=Path, metavar="FILE", help="questions with answers, as GSM8K's")
+    what.add_argument("--tasks", type=_names, default=(), metavar="T,...", help="tasks of lm-evaluation-harness")
+    what.add_argument("--classification", type=Path, metavar="FILE", help="texts with labels")
+    what.add_argument("--perplexity", type=Path, metavar="FILE", help="texts, or rows as `flashbone train` reads them")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--columns", type=_columns, default={}, metavar="O=T,...", help="our column names to the file's")
+    add("--prompt", type=_template, metavar="T", help="'alpaca', or a text with {question} in it (the question)")
+    add("--no-chat-template", dest="chat_template", action="store_false", help="questions as plain text")
+    add("--max-new-tokens", type=_at_least(1), default=512, metavar="N", help="longest answer (512)")
+    add("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
+    add("--num-fewshot", type=_at_least(0), metavar="N", help="solved examples before each question (the task's)")
+    add("--apply-chat-template", action="store_true", help="questions of tasks in the tokenizer's chat template")
+    add("--labels", type=_names, default=(), metavar="L,...", help="the classes, in the order of the head's outputs")
+    add("--max-length", type=_at_least(2), metavar="N", help="tokens of a row (512; perplexity: 1024)")
+    return parser
+
+
+def _set_up_output() -> None:
+    """Our notices on stderr; no word on what the libraries mean to rename."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|datasets|lm_eval)(\.|$)")
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*(gguf|\.pth)", category=UserWarning)
+    log = logging.getLogger("flashbone")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

@@ -1,0 +1,120 @@
+"""An output folder in which answers are kept as they come, so that a run that was killed goes on where it was.
+
+settings.json   what decides the results; a run with other settings is refused
+answers.jsonl   one line an answered row, in the order of decoding
+results.json    the figures; there when the run has ended
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.evaluate.exact_match import Answered
+from flashbone.sources import read_json
+from flashbone.train.folder import write_text
+
+SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or find that it is of a run with the same settings.
+
+    Raises:
+        ConfigError: it holds something else, or results of other settings; the first differences are named.
+    """
+    settings = json.loads(json.dumps(settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"output {folder}: a file is in the way; choose another output") from None
+    file = folder / SETTINGS
+    if not file.exists():
+        if any(not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise ConfigError(f"output {folder}: holds files, but none of an evaluation; choose another output")
+        write_text(file, json.dumps(settings, indent=2) + "\n")
+        return
+    before = read_json(file)
+    names = [name for name in dict.fromkeys([*before, *settings]) if before.get(name) != settings.get(name)]
+    if names:
+        parts = [f"{name} was {_short(before.get(name))}, is {_short(settings.get(name))}" for name in names]
+        raise ConfigError(
+            f"output {folder} holds an evaluation with other settings: {'; '.join(parts)}; choose another output"
+        )
+
+
+def release(folder: Path) -> None:
+    """Leave nothing behind a run that failed before its first answer: the same folder may then hold another."""
+    answers = folder / ANSWERS
+    if answers.exists() and answers.stat().st_size:
+        return
+    for file in (answers, folder / SETTINGS):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def read_answers(folder: Path) -> list[Answered]:
+    """What was answered before; a last line that a kill cut short is taken off the file.
+
+    Raises:
+        FormatError: a whole line is no answer.
+    """
+    file = folder / ANSWERS
+    if not file.exists():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    answers = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            answers.append(Answered(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise FormatError(f"{file}:{number}: is no answer of an evaluation; remove the file") from None
+    return answers
+
+
+@contextmanager
+def appending(folder: Path | None) -> Iterator["Appender"]:
+    """Where answers are put as they come; nowhere without a folder."""
+    if folder is None:
+        yield Appender(None)
+        return
+    with (folder / ANSWERS).open("a", encoding="utf-8") as file:
+        yield Appender(file)
+
+
+class Appender:
+    """Puts answers into a file, each a whole line that is on its way to the disk before the next is computed."""
+
+    def __init__(self, file: TextIO | None):
+        self._file = file
+
+    def add(self, answered: Answered) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(answered), ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+def stamp(*paths: Path) -> str:
+    """What changes when the contents of files do: of small ones a digest, of large ones size and time."""
+    digest = hashlib.sha256()
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    for file in files:
+        about = file.stat()
+        small = about.st_size < 2**26
+        digest.update(file.name.encode() + b"\0")
+        digest.update(file.read_bytes() if small else repr((about.st_size, about.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,241 @@
+"""One `flashbone eval` from request to figures: check everything that can be checked, load the model once, measure."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from flashbone import __version__
+from flashbone.errors import FlashboneError
+from flashbone.evaluate import answer_file, rows
+from flashbone.evaluate.classification import classification
+from flashbone.evaluate.exact_match import Answered, answer_rows, make_prompt
+from flashbone.evaluate.harness import Tasks
+from flashbone.evaluate.intervals import wilson
+from flashbone.evaluate.loading import load_labelled_classifier, load_language_model, run_of
+from flashbone.evaluate.perplexity import perplexity
+from flashbone.evaluate.request import DTYPES, Request, settled
+from flashbone.evaluate.results import Evaluation, Figure, figure, write_results
+from flashbone.sources import read_json
+from flashbone.train.formats import Example
+
+log = logging.getLogger(__name__)
+
+# Makes a bar of so many rows under a title; what it yields is called with the rows that are done.
+Bars = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def evaluate(
+    request: Request, bars: Bars = lambda title, total: nullcontext(lambda rows: None)
+) -> tuple[dict[str, Any], list[Evaluation]]:
+    """Measure what the request asks for: what it was measured on, and the results.
+
+    Args:
+        request: What to measure.
+        bars: Makes progress bars.
+
+    Raises:
+        ConfigError: the request contradicts itself, or names what is not there.
+        FormatError, ShapeError: a file is malformed, or the adapter does not fit the model.
+        FlashboneError: memory or disk are full, or a task of the harness failed.
+    """
+    request = settled(request)
+    inputs = _inputs(request)
+    tasks = Tasks(request.tasks, request.include_path) if request.tasks else None
+    if request.output is not None:
+        answer_file.claim(request.output, _settings(request))
+        if (found := _finished(request.output)) is not None:
+            return found
+    began = time.monotonic()
+    try:
+        with _out_of_memory():
+            if request.classification:
+                evaluations = [_classified(request, inputs, bars)]
+            else:
+                evaluations = _of_language_model(request, inputs, tasks, bars)
+    except BaseException:
+        if request.output is not None:
+            answer_file.release(request.output)
+        raise
+    about = _about(request) | {"seconds": round(time.monotonic() - began, 1)}
+    if request.output is not None:
+        write_results(request.output, about, evaluations)
+    return about, evaluations
+
+
+@dataclass
+class _Inputs:
+    """The rows of all files, read before the model is loaded, so that bad ones cost no time."""
+
+    questions: list[tuple[str, str]]
+    labelled: list[Example]
+    texts: list[Example]
+
+
+def _inputs(request: Request) -> _Inputs:
+    asked = (rows.QUESTION, rows.ANSWER)
+    of_questions = {ours: theirs for ours, theirs in request.columns.items() if ours in asked}
+    of_others = {ours: theirs for ours, theirs in request.columns.items() if ours not in asked}
+    if not (request.classification or request.perplexity):
+        of_questions = request.columns  # where names that nobody knows are refused
+    if not request.exact_match:
+        of_others = request.columns
+    found = _Inputs([], [], [])
+    if request.exact_match:
+        found.questions = rows.read_questions(request.exact_match, of_questions, request.limit)
+    if request.classification:
+        found.labelled = rows.read_examples(request.classification, "classification", of_others, request.limit)
+    if request.perplexity:
+        found.texts = rows.read_examples(request.perplexity, "sft", of_others, request.limit)
+    return found
+
+
+def _classified(request: Request, inputs: _Inputs, bars: Bars) -> Evaluation:
+    assert request.classification is not None
+    assert request.dtype is not None
+    model, tokenizer, labels = load_labelled_classifier(
+        request.model,
+        request.adapter,
+        DTYPES[request.dtype],
+        request.device,
+        labels=list(request.labels),
+        merge=request.merge,
+    )
+    with bars("classifying", len(inputs.labelled)) as advance:
+        return classification(
+            model,
+            tokenizer,
+            inputs.labelled,
+            labels,
+            of=str(request.classification),
+            batch_size=request.batch_size,
+            max_length=request.max_length or run_of(request.adapter).max_length,
+            progress=advance,
+        )
+
+
+def _of_language_model(request: Request, inputs: _Inputs, tasks: Tasks | None, bars: Bars) -> list[Evaluation]:
+    assert request.dtype is not None
+    model, tokenizer = load_language_model(
+        request.model,
+        request.adapter,
+        DTYPES[request.dtype],
+        request.device,
+        merge=request.merge,
+        vocabulary=request.vocabulary,
+    )
+    found = []
+    if request.perplexity:
+        with bars("predicting", len(inputs.texts)) as advance:
+            found.append(
+                perplexity(
+                    model,
+                    tokenizer,
+                    inputs.texts,
+                    of=str(request.perplexity),
+                    batch_size=request.batch_size,
+                    max_length=request.max_length or run_of(request.adapter).max_length,
+                    progress=advance,
+                )
+            )
+    if request.exact_match:
+        found.append(_matched(request, model, tokenizer, inputs.questions, bars))
+    if tasks is not None:
+        found += tasks.run(
+            model,
+            tokenizer,
+            num_fewshot=request.num_fewshot,
+            batch_size=request.batch_size,
+            limit=request.limit,
+            chat_template=request.apply_chat_template,
+        )
+    return found
+
+
+def _matched(request: Request, model: Any, tokenizer: Any, questions: list[tuple[str, str]], bars: Bars) -> Evaluation:
+    """Exact match, with what an earlier run into the same output answered already."""
+    chat = request.chat_template and request.prompt != "alpaca" and tokenizer.chat_template is not None
+    asked = [(make_prompt(question, request.prompt, chat), reference) for question, reference in questions]
+    found = {one.row: one for one in (answer_file.read_answers(request.output) if request.output else ())}
+    if found:
+        log.info("%d of %d rows were answered before; going on", len(found), len(asked))
+    with bars("answering", len(asked)) as advance, answer_file.appending(request.output) as file:
+        advance(len(found))
+        for one in answer_rows(
+            model,
+            tokenizer,
+            asked,
+            max_new_tokens=request.max_new_tokens,
+            batch_size=request.batch_size,
+            done=set(found),
+        ):
+            file.add(one)
+            found[one.row] = one
+            advance(1)
+    return exact_match_of(str(request.exact_match), list(found.values()), request.max_new_tokens)
+
+
+def exact_match_of(of: str, answered: list[Answered], max_new_tokens: int) -> Evaluation:
+    """The share of right answers."""
+    hits, total = sum(one.right for one in answered), len(answered)
+    details = {
+        "right": hits,
+        "without_answer": sum(one.answer is None for one in answered),
+        "cut_off": sum(one.tokens >= max_new_tokens for one in answered),
+        "tokens": sum(one.tokens for one in answered),
+    }
+    return Evaluation(
+        "exact_match", of, total, [figure("exact match", hits / total, wilson(hits, total), "wilson")], details
+    )
+
+
+def _about(request: Request) -> dict[str, Any]:
+    versions = {"flashbone": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "model": request.model,
+        "adapter": None if request.adapter is None else str(request.adapter),
+        "merged": request.merge,
+        "dtype": request.dtype,
+        "device": request.device,
+        "limit": request.limit,
+        "versions": versions | {"peft": peft.__version__},
+    }
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    """What decides the results: the request but for where they go, and stamps of the files that it names."""
+    fields = {name: value for name, value in vars(request).items() if name != "output"}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    named = [request.model, request.adapter, request.exact_match, request.classification, request.perplexity]
+    files = [Path(one).expanduser() for one in named if one is not None]
+    stamps = {f"contents of {file}": answer_file.stamp(file) for file in files if file.exists()}
+    return plain | stamps | {"versions": _about(request)["versions"]}
+
+
+def _finished(output: Path) -> tuple[dict[str, Any], list[Evaluation]] | None:
+    """The results of a run that ended."""
+    path = output / "results.json"
+    if not path.exists():
+        return None
+    about = read_json(path)
+    log.info("the evaluation in %s is finished; nothing to do", output)
+    found = [
+        Evaluation(**{**entry, "figures": [Figure(**one) for one in entry["figures"]]})
+        for entry in about.pop("evaluations")
+    ]
+    return about, found
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise FlashboneError(f"the GPU is out of memory; lower --batch-size ({str(error)[:120]})") from error
