@@ -1,0 +1,63 @@
+"""The report of a comparison, from its results.jsonl alone: statistics, verdict, tables, figures, page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_report(results: Path, folder: Path) -> list[Path]:
+    """Write report.html and its figures as PNGs into `folder`, each whole or not at all; returns their paths.
+
+    The comparison may be unfinished: the report is of what has run so far.
+
+    Raises:
+        FormatError: the results are not what `flashbone compare` writes.
+    """
+    from flashbone.report.comparison.figures import draw
+    from flashbone.report.comparison.page import page
+    from flashbone.report.comparison.reading import read_results
+    from flashbone.report.comparison.standing import stand
+
+    standing = stand(read_results(results))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "report.html"
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(page(standing), encoding="utf-8", newline="\n")
+    partial.replace(target)
+    return [target, *draw(standing, folder)]
+
+
+def print_comparison(results: Path) -> None:
+    """Print the verdict and the tables of a comparison on stdout.
+
+    Raises:
+        FormatError: the results are not what `flashbone compare` writes.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from flashbone.report.comparison.reading import read_results
+    from flashbone.report.comparison.standing import stand
+    from flashbone.report.comparison.tables import terminal
+    from flashbone.report.comparison.verdict import judge
+
+    standing = stand(read_results(results))
+    verdict, console = judge(standing), Console()
+    for table in terminal(standing):
+        console.print(table)
+    console.print(Text(verdict.text, style="bold"))
+    for note in verdict.notes:
+        console.print(Text(f"- {note}"))
+
+
+def comparison_markdown(results: Path) -> str:
+    """The table of a comparison in Markdown, for pages that are generated from it.
+
+    Raises:
+        FormatError: the results are not what `flashbone compare` writes.
+    """
+    from flashbone.report.comparison.reading import read_results
+    from flashbone.report.comparison.standing import stand
+    from flashbone.report.comparison.tables import markdown
+
+    return markdown(stand(read_results(results)))
