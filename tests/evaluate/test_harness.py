@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +14,7 @@ from flashbone.errors import ConfigError
 from flashbone.evaluate.harness import Tasks, evaluations_of
 from flashbone.evaluate.loading import load_language_model
 from flashbone.evaluate.run import Request, evaluate
+from helpers.rwkv import write_rwkv
 
 HAS_HARNESS = find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-evaluation-harness is not installed: make test-harness")
@@ -86,6 +90,37 @@ def test_accuracy_is_that_of_plain_log_likelihoods_with_and_without_an_adapter(l
         assert acc.high == pytest.approx(min(1, want + 1.95996 * stderr), abs=1e-4)
         shares.append((want, tuple(best)))
     assert shares[0] != shares[1] == shares[2], "the adapter has to change a choice to be seen"
+
+
+@needs_harness
+def test_an_rwkv_model_runs_tasks_too(tasks, tmp_path):
+    base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=260, layers=2)
+    vocabulary = tmp_path / "bytes.txt"
+    vocabulary.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
+    request = Request(str(base), tasks=("pets", "pets_said"), include_path=tasks, vocabulary=str(vocabulary))
+    _, found = evaluate(request)
+    best = best_choices(*load_language_model(str(base), None, torch.float32, "cpu", vocabulary=str(vocabulary)))
+    acc = {one.of: one.figures[0] for one in found}["pets"]
+    assert acc.name == "acc"
+    assert acc.value == sum(choice == row["answer"] for choice, row in zip(best, QUESTIONS, strict=True)) / 4
+
+
+@needs_harness
+def test_the_command_prints_nothing_but_json_on_stdout(llama, tasks, tmp_path):
+    command = [sys.executable, "-m", "flashbone", "eval", str(llama), "--tasks", "pets,pets_said", "--json"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "--include-path", str(tasks), "--limit", "2", "--output", str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [one["of"] for one in json.loads(done.stdout)["evaluations"]] == ["pets", "pets_said"]
+    assert (tmp_path / "out" / "results.json").read_text() == done.stdout
+    assert "Warning" not in done.stderr
 
 
 @needs_harness

@@ -1,5 +1,6 @@
 """The model that is evaluated, with its adapter, and what the run that trained the adapter says about it."""
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -101,7 +102,8 @@ def load_labelled_classifier(
         raise ConfigError(
             f"model {name}: has no trained classification head; give the adapter that was trained with one"
         )
-    model = load_classifier(name, dtype, labels, tokenizer)
+    with _without_report(not has_head):
+        model = load_classifier(name, dtype, labels, tokenizer)
     if adapter is not None:
         model = attach(model, adapter, "SEQ_CLS", merge, needs_head=not has_head)
     return model.to(device).eval(), tokenizer, labels
@@ -156,6 +158,18 @@ def _misfits(adapter: Path) -> Iterator[None]:
         except (ValueError, RuntimeError, KeyError, TypeError, OSError, UserWarning) as error:
             text = " ".join(str(error).split())[:300]
             raise FormatError(f"adapter {adapter}: does not fit the model, or is broken: {text}") from error
+
+
+@contextmanager
+def _without_report(quiet: bool) -> Iterator[None]:
+    """No word of transformers on a head that is new, where the adapter is about to bring a trained one."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before = log.level
+    log.setLevel(logging.ERROR if quiet else before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _tokenizer(name: str, adapter: Path | None, vocabulary: str | None) -> Any:
