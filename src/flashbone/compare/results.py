@@ -128,13 +128,14 @@ def _method(one: Compared, comparison: Comparison, commands: Mapping[str, Any]) 
     entry, sized, method = one.entry, one.sized, METHODS[one.entry.method]
     size = {"size": "", "matched": False, "fixed": False, "off_budget": None}
     if sized is not None:
+        trainable = _measured(one, "trainable_parameters") or sized.trainable_parameters  # the classes were not known
         size = {
             "size": sized.size,
             "matched": sized.matched,
             "fixed": sized.fixed,
             "adapter_parameters": sized.adapter_parameters,
-            "trainable_parameters": _measured(one, "trainable_parameters") or sized.trainable_parameters,
-            "total_parameters": sized.total_parameters,
+            "trainable_parameters": trainable,
+            "total_parameters": sized.total_parameters + trainable - sized.trainable_parameters,
             "off_budget": None if sized.off_budget is None else round(sized.off_budget, 5),
         }
     status = one.status(comparison.seeds)

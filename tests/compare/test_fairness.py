@@ -1,0 +1,93 @@
+"""What was not the same for all methods is told, whatever it was; and rates are chosen by held-out rows alone."""
+
+import pytest
+
+from flashbone.compare import fairness
+from flashbone.compare.config import ComparedData, Comparison, Entry
+from flashbone.compare.results import Compared
+from flashbone.compare.sizes import Sized
+
+COMPARISON = Comparison(model="m", data=ComparedData(path="d", test=1), output="o", seeds=[0, 1])
+
+
+def run(**changes) -> dict:
+    fields = {
+        "status": "ok",
+        "digest": "a",
+        "tokens": 100,
+        "steps": 4,
+        "threads": 2,
+        "device": "cpu",
+        "adapter_parameters": 1000,
+        "versions": {"torch": "2"},
+        "overlap": {"learned": 0, "held_out": 0},
+        "held_out": {"loss": [2.0, 1.0]},
+    }
+    return {**fields, **changes}
+
+
+def method(label: str, parameters: int = 1000, runs: dict | None = None) -> Compared:
+    sized = Sized(label, {}, parameters, parameters, 10**6, (parameters - 1000) / 1000, True, False, "r = 1")
+    return Compared(Entry(label, label, {}, (1e-3,)), sized, runs or {(1e-3, 0): run(), (1e-3, 1): run(digest="b")})
+
+
+def test_equal_runs_have_no_problems():
+    assert fairness.problems(COMPARISON, [method("bone"), method("lora")]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("digest", "c", "seed 1: lora learned other rows, or in another order than bone"),
+        ("tokens", 99, "seed 1: lora learned other numbers of tokens than bone"),
+        ("steps", 5, "seed 1: lora took other numbers of steps than bone"),
+        ("threads", 1, "seed 1: lora had other numbers of threads than bone"),
+        ("device", "cuda:0", "seed 1: lora ran on other devices than bone"),
+        ("overlap", {"learned": 3, "held_out": 0}, "3 of the test rows are also learned, word for word"),
+        ("overlap", {"learned": 0, "held_out": 2}, "2 of the test rows are also held out, word for word"),
+        ("versions", {"torch": "3"}, "different versions of torch"),
+        ("adapter_parameters", 1010, "lora: 1,010 parameters trained, 1,000 were planned"),
+    ],
+)
+def test_whatever_one_run_had_otherwise_is_told(name, value, words):
+    unlike = {(1e-3, 0): run(), (1e-3, 1): run(**{"digest": "b", name: value})}
+    found = fairness.problems(COMPARISON, [method("bone"), method("lora", runs=unlike)])
+    assert any(words in problem for problem in found)
+    assert len(found) == 1
+
+
+def test_matched_sizes_more_than_the_tolerance_apart_are_told():
+    runs = {(1e-3, 0): run(adapter_parameters=1031)}
+    assert fairness.problems(COMPARISON, [method("bone", 1001), method("lora", 1031, runs)])
+    found = fairness.problems(COMPARISON, [method("bone", 1000), method("lora", 1031, runs)])
+    assert "lora has 1,031 parameters, bone 1,000: too far apart" in found[0]
+
+
+def rates(task: str, *held_out: dict) -> Compared:
+    entry = Entry("bone", "bone", {}, (1e-4, 1e-3, 1e-2))
+    one = Compared(
+        entry, None, {(rate, 0): run(held_out=h) for rate, h in zip(entry.learning_rates, held_out, strict=True)}
+    )
+    one.choose(0, task)
+    return one
+
+
+def test_the_lowest_held_out_loss_at_the_end_decides():
+    one = rates("sft", {"loss": [1, 0.9]}, {"loss": [1, 0.1, 0.8]}, {"loss": [1, 0.7]})
+    assert (one.chosen, one.at_edge) == (1e-2, "highest")
+    one = rates("sft", {"loss": [1, 0.9]}, {"loss": [1, 0.8]}, {"loss": [1, None]})
+    assert (one.chosen, one.at_edge) == (1e-3, None)
+
+
+def test_accuracy_decides_for_classifiers_and_the_loss_where_it_is_equal():
+    held_out = [{"loss": [1, 0.1], "accuracy": [0, 0.8]}, {"loss": [1, 0.9], "accuracy": [0, 0.9]}]
+    assert rates("classification", *held_out, {"loss": [1, 0.8], "accuracy": [0, 0.9]}).chosen == 1e-2
+
+
+def test_nothing_is_chosen_before_all_rates_have_been_tried():
+    one = rates("sft", {"loss": [1, 0.9]}, {"loss": [1, 0.8]}, {"loss": [1, 0.7]})
+    one.chosen = None
+    del one.runs[1e-2, 0]
+    one.choose(0, "sft")
+    assert one.chosen is None
+    assert one.status([0]) == "unfinished"
