@@ -67,9 +67,7 @@ def method(key, title=None, **changes):
     }
 
 
-def run(
-    key, seed, scores, rate=RATES[1], counted=True, floor=0.3, step_ms=480.0, peak=1480.0, metric="accuracy", **more
-):
+def run(key, seed, scores, rate=RATES[1], counted=True, floor=0.3, metric="accuracy", **more):
     """One run's line: curves fall to `floor` as exp(-step / 10), with noise from (seed, rate)."""
     step_ms, peak = more.get("step_ms", 480.0), more.get("peak_mib", 1480.0)
     generator = np.random.default_rng((seed, round(rate * 1e6), *key.encode()))
@@ -145,9 +143,7 @@ def all_methods(changed=None):
     described[keys[-2]].update(bound=True, matched=False, off_budget=None, size="all weights", adapter_parameters=0)
     described[keys[-1]].update(bound=True, matched=False, off_budget=None, size="head only", adapter_parameters=0)
     described[keys[13]].update(matched=False, fixed=True, off_budget=-0.93, size="fixed", adapter_parameters=20480)
-    described[keys[14]].update(
-        status="failed", error="prompt tuning: virtual tokens do not fit", chosen=None, train=None
-    )
+    described[keys[14]].update(status="failed", error="virtual tokens do not fit", chosen=None, train=None)
     lines = [line for line in lines if line["kind"] != "run" or line["method"] != keys[14]]
     described[keys[4]].update(at_edge="highest", chosen=RATES[1])
     for key, update in (changed or {}).items():

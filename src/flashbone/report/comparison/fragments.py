@@ -68,7 +68,8 @@ def commands(standing: Standing) -> str:
     again = [m for m in comparison.methods if m.rerun]
     if again:
         lines = "\n".join(_command(comparison.label(m.method), m.rerun or "") for m in again)
-        parts.append(f"<h3>Run one row again</h3>\n{lines}")
+        opened = " open" if len(again) <= 4 else ""
+        parts.append(f"<details{opened}><summary>Run one row again</summary>\n{lines}\n</details>")
     others = [m for m in comparison.methods if m.train and m not in best]
     if others:
         lines = "\n".join(_command(comparison.label(m.method), m.train or "") for m in others)

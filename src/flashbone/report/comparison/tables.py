@@ -62,11 +62,11 @@ def columns(standing: Standing) -> list[Column]:
     peak_of = next((run.peak_of for run in standing.comparison.runs if run.peak_of), "memory")
     return [
         Column("method", "method", "The method, as in the configuration.", "name"),
+        Column("test", f"test {words.metric(header)}", "Mean over the seeds with its 95 % interval.", "quality"),
+        Column("held_out", "held-out loss", "At the end of training, mean over the seeds.", "quality"),
         Column("size", "size", "The setting that was chosen to meet the budget of parameters.", "quality"),
         Column("parameters", "adapter parameters", "The trainable ones, and how far off the budget.", "quality"),
         Column("rate", "learning rate", "The one with the best held-out figure on the first seed.", "quality"),
-        Column("test", f"test {words.metric(header)}", "Mean over the seeds with its 95 % interval.", "quality"),
-        Column("held_out", "held-out loss", "At the end of training, mean over the seeds.", "quality"),
         Column(
             "seconds", f"s to {reached}", "Training time with start-up until the held-out loss that each of the best "
             "methods reaches: the tied ones, or the winner and the next.", "cost",

@@ -85,9 +85,9 @@ def _tie(standing: Standing) -> str:
     else:
         listed = f"from {figures[0]} to {figures[-1]}: {words.names(comparison, tied)}"
     if len(tied) < len(standing.ranked):
-        who = f"The best {len(tied)} of the {len(standing.ranked)} methods"
+        who = f"Of the {len(standing.ranked)} methods matched in size, {len(tied)}"
     else:
-        who = "Both methods" if len(tied) == 2 else f"All {len(tied)} methods"
+        who = f"{'Both' if len(tied) == 2 else f'All {len(tied)}'} methods matched in size"
     next_one = standing.differences.get(tied[1])
     if next_one is None or next_one.share_better is None:
         why = "since there is nothing to judge their differences by"
@@ -100,7 +100,7 @@ def _tie(standing: Standing) -> str:
             f"since the 95 % interval of {each} includes 0 ({first} was better than {comparison.label(tied[1])} in "
             f"{words.share(next_one.share_better)} of resamplings)"
         )
-    return f"{who} matched in size are tied on the test set ({words.metric(header)} {listed}), {why}."
+    return f"{who} are tied for best on the test set ({words.metric(header)} {listed}), {why}."
 
 
 def _cost(standing: Standing) -> str:

@@ -6,7 +6,7 @@ function frame(figure, x, y) {
   const box = { left: 58, right: width - 14, top: 26, bottom: height - 46, width, height };
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${y.label} over ${x.label}` });
   const across = scale(...x.range, box.left, box.right, x.log), up = scale(...y.range, box.bottom, box.top, y.log);
-  for (const tick of up.ticks(5)) {
+  for (const tick of up.ticks(7)) {
     const at = up(tick);
     root.append(svg("line", { class: "grid", x1: box.left, x2: box.right, y1: at, y2: at }));
     root.append(text(box.left - 8, at + 4, y.write(tick), "end"));
@@ -15,7 +15,7 @@ function frame(figure, x, y) {
     root.append(svg("line", { class: "grid", x1: across(tick), x2: across(tick), y1: box.bottom, y2: box.bottom + 5 }));
     root.append(text(across(tick), box.bottom + 19, x.write(tick), "middle"));
   }
-  root.append(text(box.left - 46, 12, y.label, "start"), text(box.right, height - 8, x.label, "end"));
+  root.append(text(0, 12, y.label, "start"), text(box.right, height - 8, x.label, "end"));
   return { root, across, up, box };
 }
 

@@ -29,7 +29,7 @@ function namePoints(spots, box) {
   const names = [];
   for (const { method, x, y } of [...spots].sort((a, b) => b.method.best - a.method.best || a.y - b.y)) {
     const label = method.label.length > 18 ? `${method.label.slice(0, 17)}…` : method.label;
-    const wide = 7 * label.length;
+    const wide = 7.6 * label.length;
     for (const [side, drop] of [[1, 0], [-1, 0], [1, -11], [-1, -11], [1, 11], [-1, 11], [1, -20], [1, 20], [-1, -20], [-1, 20]]) {
       const left = side > 0 ? x + 9 : x - 9 - wide, middle = y + drop;
       const area = [left, middle - 7, left + wide, middle + 7];
