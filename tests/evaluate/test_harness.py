@@ -20,7 +20,7 @@ HAS_HARNESS = find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-evaluation-harness is not installed: make test-harness")
 
 QUESTIONS = [
-    {"question": "where was the cat ?", "choices": ["a mat", "under tree", "red mat"], "answer": 0},
+    {"question": "where was the cat ?", "choices": ["a mat", "under tree", "red mat"], "answer": 1},
     {"question": "what did the dog do ?", "choices": ["it ran", "a mat", "it sat"], "answer": 2},
     {"question": "was it big ?", "choices": ["no no", "yes big", "small cat"], "answer": 1},
     {"question": "who sat ?", "choices": ["blue cat", "the dog", "tree tree"], "answer": 1},
@@ -72,6 +72,7 @@ def test_accuracy_is_that_of_plain_log_likelihoods_with_and_without_an_adapter(l
     from flashbone import BoneConfig
 
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), BoneConfig(r=8, target_modules="all-linear"))
+    torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "bone_" in name:
@@ -155,12 +156,18 @@ def test_groups_metrics_and_filters_become_figures():
                 "one": {"exact_match,strict": 0.99, "exact_match_stderr,strict": 0.02, "alias": "one"},
                 "two": {"word_perplexity,none": 12.0, "word_perplexity_stderr,none": "N/A", "note,none": "text"},
                 "empty": {"alias": "empty"},
+                "all": {"acc,none": 1.0, "acc_stderr,none": 0.0},
             },
-            "n-samples": {"one": {"original": 9, "effective": 5}, "two": {"original": 7, "effective": 7}},
+            "n-samples": {
+                "one": {"original": 9, "effective": 5},
+                "two": {"original": 7, "effective": 7},
+                "all": {"effective": 20},
+            },
             "group_subtasks": {"group": ["one", "two"]},
         }
     )
-    group, one, two = found
+    group, one, two, every = found
+    assert (every.figures[0].low, every.figures[0].high) == (pytest.approx(0.8389, abs=1e-4), 1.0), "as Wilson has it"
     assert (group.rows, one.rows, two.rows) == (12, 5, 7)
     assert one.figures[0].name == "exact_match (strict)"
     assert (one.figures[0].low, one.figures[0].high) == (pytest.approx(0.9508, abs=1e-4), 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.evaluate.intervals import Interval, from_stderr
+from flashbone.evaluate.intervals import from_stderr, wilson
 from flashbone.evaluate.results import Evaluation, Figure, figure
 
 SHARES = ("acc", "exact_match", "f1", "em")  # beginnings of metrics that are within 0 and 1
@@ -104,10 +104,10 @@ def evaluations_of(found: dict[str, Any]) -> list[Evaluation]:
 
 
 def _evaluation(name: str, values: dict[str, Any], found: dict[str, Any]) -> Evaluation:
-    figures = [_figure(metric, filter, value, values) for metric, filter, value in _metrics(values)]
     counts = found.get("n-samples", {})
     tasks = [name] if name in counts else found.get("group_subtasks", {}).get(name, [])
     rows = sum(counts[task]["effective"] for task in tasks if task in counts)
+    figures = [_figure(metric, filter, value, values, rows) for metric, filter, value in _metrics(values)]
     details = {"num_fewshot": found.get("n-shot", {}).get(name), "version": found.get("versions", {}).get(name)}
     return Evaluation("task", name, rows, figures, details)
 
@@ -121,19 +121,16 @@ def _metrics(values: dict[str, Any]) -> list[tuple[str, str, float]]:
     ]
 
 
-def _figure(metric: str, filter: str, value: float, values: dict[str, Any]) -> Figure:
+def _figure(metric: str, filter: str, value: float, values: dict[str, Any], rows: int) -> Figure:
     stderr = values.get(f"{metric}_stderr,{filter}")
     name = metric if filter == "none" else f"{metric} ({filter})"
     if not isinstance(stderr, int | float) or stderr != stderr:
         return figure(name, value)
-    return figure(name, value, _within(from_stderr(value, float(stderr)), metric, value), "stderr")
-
-
-def _within(interval: Interval, metric: str, value: float) -> Interval:
-    """The interval, cut where no share can be; the normal one does not know."""
-    if not (metric.startswith(SHARES) and 0 <= value <= 1):
-        return interval
-    return max(0.0, interval[0]), min(1.0, interval[1])
+    is_share = metric.startswith(SHARES) and 0 <= value <= 1
+    if is_share and value in (0, 1) and rows:  # all rows alike: their standard error is 0, which says nothing
+        return figure(name, value, wilson(int(value) * rows, rows), "wilson")
+    low, high = from_stderr(value, float(stderr))
+    return figure(name, value, (max(0.0, low), min(1.0, high)) if is_share else (low, high), "stderr")
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
