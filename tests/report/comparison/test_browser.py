@@ -5,7 +5,9 @@ import shutil
 import comparison_rows as made
 import pytest
 
-from flashbone.report.comparison import write_report
+from flashbone.report.comparison.page import page as page_of
+from flashbone.report.comparison.reading import read_results
+from flashbone.report.comparison.standing import stand
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -46,10 +48,11 @@ def reports(tmp_path_factory):
         "all": made.all_methods(),
     }
     folder = tmp_path_factory.mktemp("reports")
-    return {
-        name: write_report(made.write(folder, lines, f"{name}.jsonl"), folder / name)[0]
-        for name, lines in cases.items()
-    }
+    paths = {name: folder / f"{name}.html" for name in cases}
+    for name, lines in cases.items():
+        standing = stand(read_results(made.write(folder, lines)), 1000)
+        paths[name].write_text(page_of(standing), encoding="utf-8", newline="\n")
+    return paths
 
 
 @pytest.fixture
@@ -206,6 +209,7 @@ def test_bands_show_for_few_methods_and_for_the_one_pointed_at(visit):
     page = visit("all")
     shown = page.locator("#curves .band:not([visibility=hidden])")
     assert shown.count() == 0
+    page.locator("#curves svg").scroll_into_view_if_needed()
     box = page.locator("#curves svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     assert shown.count() == 1
@@ -221,6 +225,7 @@ def test_pointing_reads_the_means_at_the_nearest_step(visit):
     page = visit("few")
     readout = page.locator("#curves .readout")
     assert readout.is_hidden()
+    page.locator("#curves svg").scroll_into_view_if_needed()
     box = page.locator("#curves svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 100)
     assert readout.is_visible()

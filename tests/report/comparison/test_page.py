@@ -12,7 +12,10 @@ import pytest
 
 from flashbone.errors import FormatError
 from flashbone.report.comparison import style, write_report
+from flashbone.report.comparison.page import page
 from flashbone.report.comparison.payload import as_json
+from flashbone.report.comparison.reading import read_results
+from flashbone.report.comparison.standing import stand
 
 EVIL = "</script><script>alert(1)</script>\"'&<b>ü漢\u2028"
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
@@ -80,7 +83,7 @@ def test_a_broken_file_leaves_no_report(tmp_path):
 
 
 def page_of(tmp_path, lines):
-    return write_report(made.write(tmp_path, lines), tmp_path)[0].read_text(encoding="utf-8")
+    return page(stand(read_results(made.write(tmp_path, lines)), 1000))
 
 
 def test_nothing_can_break_out_of_the_page(tmp_path):

@@ -94,9 +94,7 @@ def measured(header: Header) -> str:
         "data": f"{header.data.get('path', '')}: {data}",
         "measured by": f"{words.metric(header)} on the test set, which no choice looks at",
         "budget": _budget(budget, header.tolerance),
-        "training": " ".join(
-            f"{value:g} {name}" for name, value in (("steps,", header.steps), ("epochs", header.epochs)) if value
-        ),
+        "training": _training(header),
         "seeds": ", ".join(map(str, header.seeds)),
         "hardware": ": ".join(filter(None, (header.device, header.hardware))),
         "runs at once": header.jobs,
@@ -109,6 +107,12 @@ def measured(header: Header) -> str:
     checked = notes(header.checked).replace('class="notes"', 'class="checked"')
     fair = f"<h3>Checked for fairness</h3>\n{checked}" if checked else ""
     return f'<dl class="facts">\n{listed}\n</dl>\n{fair}'
+
+
+def _training(header: Header) -> str:
+    steps = words.count(header.steps, "step") if header.steps else ""
+    epochs = f"{header.epochs:g} epoch{'' if header.epochs == 1 else 's'}" if header.epochs else ""
+    return ", ".join(filter(None, (steps, epochs)))
 
 
 def _budget(budget: dict[str, Any], tolerance: float | None) -> str | None:

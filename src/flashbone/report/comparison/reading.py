@@ -117,10 +117,12 @@ def read_results(path: Path) -> Comparison:
         FormatError: the file is missing, or a line of it is broken: where, what was got, what was wanted.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: cannot be read as a results.jsonl: {error}") from error
     header, methods, runs = None, [], []
+    # Not splitlines, which cuts at characters that a title may hold, too.
+    lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         row = _object(line, where)

@@ -1,7 +1,7 @@
 """Colours, dashes and markers of methods: seven colours after Okabe and Ito (2008), made darker or lighter until they
 stand out from a white or a dark ground (contrast of 3 or more) and are told apart in dichromacy; a test holds both."""
 
-LIGHT = ("#006eb1", "#d55e00", "#009d72", "#b0508a", "#b6864b", "#4997c8", "#222222")
+LIGHT = ("#0468b3", "#a23600", "#009e73", "#a84b85", "#b5830b", "#4498cb", "#222222")
 DARK = ("#3792db", "#e56e28", "#2aba81", "#c581ac", "#ffca46", "#93d1f7", "#f0f1f1")
 LIGHT_GROUND, DARK_GROUND = "#fcfcfa", "#16181c"
 # From the eighth method on the colours come again, with the next dash and marker (of matplotlib).
