@@ -85,3 +85,12 @@ def test_rows_to_hold_out_and_to_test_are_required(config, rows, part):
     data = {"path": str(rows / "train.jsonl"), "eval": 16, "test": 8, part: None}
     with pytest.raises(ConfigError, match=rf"data\.{part}"):
         load_comparison(config(data=data))
+
+
+def test_test_rows_may_be_said_with_names_of_their_own(config, rows):
+    part = {"path": str(rows / "test.jsonl"), "columns": {"prompt": "prompt"}}
+    comparison = load_comparison(config(data={"path": str(rows / "train.jsonl"), "eval": 16, "test": part}))
+    assert comparison.data.test == part
+    for wrong, words in (({"path": "x", "eval": 3}, "data.test.eval"), ({"split": "test"}, "wanted a path")):
+        with pytest.raises(ConfigError, match=words):
+            load_comparison(config(data={"path": str(rows / "train.jsonl"), "eval": 16, "test": wrong}))

@@ -72,6 +72,31 @@ def test_the_test_rows_can_be_a_file_and_stay_in_its_order(tmp_path):
     assert len(data.train) == 17
 
 
+def test_the_test_rows_may_have_names_of_their_own(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"q": "1 + 1", "a": "2"}])
+    part = DataRecipe(path=str(path), format="alpaca", columns={"instruction": "q", "output": "a"})
+    data = load(write(tmp_path / "d.jsonl", PAIRS), eval=3, test=part)
+    assert data.test[0]["completion"] == "2"
+    assert "### Instruction:\n1 + 1\n" in data.test[0]["prompt"]
+    assert len(data.train) == 17
+
+
+def test_a_template_goes_around_each_prompt(tmp_path):
+    path = write(tmp_path / "d.jsonl", PAIRS)
+    plain, framed = load(path, eval=None), load(path, eval=None, template="Question: {prompt}\nAnswer:")
+    assert framed.train[3] == {"prompt": "Question: p3\nAnswer:", "completion": "c3"}
+    assert plain.train[3] == PAIRS[3]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"), [("Answer:", "with {prompt} in it"), ("{prompt}", "no prompt of their own")]
+)
+def test_a_template_without_a_place_or_a_prompt_is_refused(tmp_path, template, words):
+    rows = PAIRS if template == "Answer:" else [{"text": "t"}] * 4
+    with pytest.raises(ConfigError, match=words):
+        load(write(tmp_path / "d.jsonl", rows), eval=None, template=template)
+
+
 def test_conversations_stay_on_one_side_of_the_test_rows(tmp_path):
     turns = [{"role": role, "content": f"{{i}} {role}"} for role in ("user", "assistant") * 2]
     rows = [{"messages": [{**turn, "content": turn["content"].format(i=i)} for turn in turns]} for i in range(10)]

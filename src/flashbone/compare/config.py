@@ -1,7 +1,9 @@
 """The configuration of a comparison: its fields, how YAML and command-line overrides fill them, and what is refused."""
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,9 @@ class ComparedData(DataRecipe):
     The three parts are the same in all runs: `seed` decides the draws, not the seeds of the runs.
     """
 
-    test: int | float | str | None = None  # a share, a number of rows, or another file; scored once by each run
+    test: int | float | str | dict[str, Any] | None = (
+        None  # a share, a number of rows, a file, or where and how (path...)
+    )
     seed: int | None = 0
 
 
@@ -97,7 +101,23 @@ _NOT_HERE = {
     "training.seed": "set `seeds` instead",
     "training.resume_from_checkpoint": "a comparison goes on by itself",
 }
+_OF_TEST = ("path", "format", "columns", "split", "subset", "turns", "template")
 _ENTRY = ("method", "label", "learning_rates")
+
+
+def test_part(data: Mapping[str, Any]) -> int | float | str | DataRecipe | None:
+    """`data.test` as `load_data` takes it; what it does not say of its rows is not taken over from the others.
+
+    Raises:
+        ConfigError: it names fields that there are not, or no path.
+    """
+    test = data["test"]
+    if not isinstance(test, Mapping):
+        return test
+    check_names([f"data.test.{name}" for name in test], [f"data.test.{name}" for name in _OF_TEST], "data", {})
+    if not isinstance(test.get("path"), str):
+        raise ConfigError(f"data.test: got {dict(test)}, wanted a path")
+    return DataRecipe(**test)
 
 
 def load_comparison(config: str | Path, overrides: list[str] | None = None) -> Comparison:
@@ -144,6 +164,7 @@ def check(comparison: Comparison) -> None:
     section(Quantization, "quantization", comparison.quantization)
     section(RwkvSettings, "rwkv", comparison.rwkv)
     section(Answers, "answers", comparison.answers)
+    test_part(dataclasses.asdict(comparison.data))
     if not comparison.data.eval:
         raise ConfigError("data.eval: learning rates are chosen by held-out rows; give a share, a number or a file")
     if not comparison.seeds or len(set(comparison.seeds)) != len(comparison.seeds):

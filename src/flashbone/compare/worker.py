@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from flashbone.compare.about import versions
+from flashbone.compare.config import test_part
 from flashbone.compare.jobs import Job
 from flashbone.compare.measuring import Memory, Watch, read_rows
 from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
@@ -76,7 +77,7 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
     recipe, method = job.to_recipe(folder), METHODS[job.method]
     write_text(folder / "job.json", json.dumps(dataclasses.asdict(job), indent=2) + "\n")
     args = trainer_arguments(recipe)
-    data = load_data(recipe, windows_for(args), job.data["test"])
+    data = load_data(recipe, windows_for(args), test_part(job.data))
     memory, startup = Memory(), Startup()
 
     def adapt(model: Any) -> Any:

@@ -40,13 +40,17 @@ class Data:
         return "prompt" in self.train.column_names and not isinstance(self.train[0]["prompt"], str)
 
 
-def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: int | float | str | None = None) -> Data:
+Part = int | float | str | DataRecipe | None
+
+
+def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: Part = None) -> Data:
     """Read, check and split the recipe's data.
 
     Args:
         recipe: Its `data` says where the rows are.
         windows: What documents of token ids are cut into; they stay whole without it.
-        test: Rows for a last test, which are neither learned nor held out: a share, a number of rows, or another file.
+        test: Rows for a last test, which are neither learned nor held out: a share, a number of rows, another file, or
+            where they are and how they are read.
 
     Raises:
         FormatError: rows are malformed; the message names the first few with file and line.
@@ -91,10 +95,15 @@ def _load(data: DataRecipe, task: str, windows: tokens.Windows) -> "Dataset":
 
     def generate() -> Iterator[Example]:
         examples = _examples(rows(), format, columns, data.path)
+        if data.template is not None:
+            examples = _in_template(examples, data.template)
         return tokens.cut(examples, windows, data.path) if format == "tokens" else examples
 
     stamp = [_file_stamp(file) for file in files] if source is None else source._fingerprint
-    key = Hasher.hash((CONVERSION, stamp, format, columns, astuple(windows) if format == "tokens" else ()))
+    if data.template is not None:
+        _check_template(data.template, format)
+    parts = (CONVERSION, stamp, format, columns, astuple(windows) if format == "tokens" else ())
+    key = Hasher.hash(parts if data.template is None else (*parts, data.template))
     try:
         examples = Dataset.from_generator(generate, fingerprint=key)
     except DatasetGenerationError as error:
@@ -144,6 +153,21 @@ def _examples(rows: Iterator[Row | BadRow], format: str, columns: dict[str, str]
         raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
 
 
+def _check_template(template: str, format: str) -> None:
+    if format not in ("prompt-completion", "alpaca"):
+        raise ConfigError(f"data.template: rows of format {format} have no prompt of their own; leave it out")
+    if "{prompt}" not in template:
+        raise ConfigError(f"data.template: got {template!r}, wanted a text with {{prompt}} in it")
+
+
+def _in_template(examples: Iterator[Example], template: str) -> Iterator[Example]:
+    """The examples with the template around their prompts; conversations are left as they are."""
+    for example in examples:
+        if "prompt" in example:
+            example = {**example, "prompt": template.replace("{prompt}", example["prompt"])}
+        yield example
+
+
 def _file_stamp(path: Path) -> tuple[str, int, int]:
     """What changes when the file does."""
     about = path.stat()
@@ -189,9 +213,11 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
 
 
 def _split(
-    examples: "Dataset", recipe: Recipe, windows: tokens.Windows, held: int | float | str | None, field: str
+    examples: "Dataset", recipe: Recipe, windows: tokens.Windows, held: Part, field: str
 ) -> "tuple[Dataset, Dataset | None]":
     """The rows without those of `data.<field>`, and these; the draw depends on the seed only."""
+    if isinstance(held, DataRecipe):
+        return examples, _load(held, recipe.task, windows)
     if isinstance(held, str):
         return examples, _load(replace(recipe.data, path=held, split="train"), recipe.task, windows)
     if not held:

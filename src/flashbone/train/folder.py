@@ -110,6 +110,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 def _compare(recipe: Recipe, before: dict[str, Any], folder: RunFolder) -> None:
     absent = {"quantization": {}, "rwkv": {}, "init_adapter": None}  # in earlier recipes
     now, before = _plain(recipe), {**absent, **before}
+    before["data"] = {"template": None, **(before.get("data") or {})}
     changed = [f"{name}{_change(before.get(name), now[name])}" for name in FIXED if before.get(name) != now[name]]
     if changed:
         raise ConfigError(
