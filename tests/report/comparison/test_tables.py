@@ -50,6 +50,9 @@ def test_figures_are_those_of_the_counted_runs(tmp_path):
             line.update(step_ms=9e9, peak_mib=9e9)
     cells = next(row.cells for row in tables.rows(standing(tmp_path, lines)) if row.method == "a")
     assert cells["parameters"].text == "294,912 (+1.2 %)"
+    lines[1]["off_budget"] = -0.0001
+    near = tables.rows(standing(tmp_path, lines))
+    assert {row.cells["parameters"].text for row in near} == {"294,912", "294,912 (+1.2 %)"}
     assert (cells["step"].text, cells["peak"].text, cells["above"].text) == ("400", "1,200", "130")
     assert cells["adapter"].text == "1.13"
     assert cells["rate"].text == "0.003"
@@ -109,5 +112,6 @@ def test_the_terminal_shows_tables_and_verdict(tmp_path, capsys, monkeypatch, wi
     assert "what the methods reached" in shown
     assert "what they cost" in shown
     assert "tied for best" in shown
+    assert "…" not in shown
     assert "[red]" in shown
     assert max(map(len, shown.splitlines())) <= int(width)

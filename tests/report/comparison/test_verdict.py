@@ -135,3 +135,13 @@ def test_what_is_amiss_is_noted(tmp_path):
     two = verdict(tmp_path, made.comparison({"a": 0.0, "b": 0.0}, seeds=(0, 1))).notes
     assert any("Two seeds only" in note for note in two)
     assert verdict(tmp_path, made.comparison({"a": 0.0, "b": 0.0})).notes == ()
+
+
+def test_an_unfinished_comparison_is_judged_so_far(tmp_path):
+    lines = made.comparison({"a": 0.1, "b": -0.3, "c": 0.0}, finished=False)[:-5]
+    lines[3].update(status="unfinished", chosen=None)
+    found = verdict(tmp_path, lines)
+    assert found.best.startswith(
+        "a ended best on the test set among the 2 methods matched in size that have a figure so far"
+    )
+    assert found.notes[0] == "The comparison is unfinished: c still to run. All figures are of what has run so far."

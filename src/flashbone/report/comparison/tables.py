@@ -129,10 +129,9 @@ def _cells(standing: Standing, method: Method, loss: float | None, sure: set[tup
 def _parameters(method: Method) -> Cell:
     if method.adapter_parameters is None:
         return Cell()
-    off = (
-        "" if method.off_budget is None else f" ({method.off_budget:+.1%})".replace("-", words.MINUS).replace("%", " %")
-    )
-    return Cell(f"{method.adapter_parameters:,}{off}", method.adapter_parameters)
+    off = f"{100 * (method.off_budget or 0):+.1f}"
+    beside = "" if float(off) == 0 else f" ({off.replace('-', words.MINUS)} %)"
+    return Cell(f"{method.adapter_parameters:,}{beside}", method.adapter_parameters)
 
 
 def _edge(method: Method) -> str:
@@ -192,10 +191,11 @@ def terminal(standing: Standing) -> list[Table]:
     header, tables = standing.comparison.header, []
     titles = {"quality": f"{header.name}: what the methods reached", "cost": f"{header.name}: what they cost"}
     for part, title in titles.items():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         shown = [column for column in columns(standing) if column.part in ("name", part)]
         for column in shown:
-            table.add_column(column.head, justify="left" if column.key in ("method", "size") else "right")
+            side = "left" if column.key in ("method", "size") else "right"
+            table.add_column(column.head, justify=side, overflow="fold")
         for row in rows(standing):
             if part == "cost" and row.group in ("failed", "unfinished"):
                 continue

@@ -70,11 +70,15 @@ def _best(standing: Standing) -> str:
         certain = "" if after.share_better is None else f", better in {words.share(after.share_better)} of resamplings"
         lead = words.lead(header, after)
         return (
-            f"{comparison.label(best)} ended best on the test set among the {len(ranked)} methods matched in size: "
+            f"{comparison.label(best)} ended best on the test set among the {len(ranked)} {_candidates(standing)}: "
             f"{metric} {words.figure(header, standing.estimates[best].mean)}, ahead of {comparison.label(ranked[1])}, "
             f"the next, by {lead} at 95 % confidence{certain}."
         )
     return _tie(standing)
+
+
+def _candidates(standing: Standing) -> str:
+    return "methods matched in size" + ("" if standing.comparison.header.finished else " that have a figure so far")
 
 
 def _tie(standing: Standing) -> str:
@@ -85,9 +89,9 @@ def _tie(standing: Standing) -> str:
     else:
         listed = f"from {figures[0]} to {figures[-1]}: {words.names(comparison, tied)}"
     if len(tied) < len(standing.ranked):
-        who = f"Of the {len(standing.ranked)} methods matched in size, {len(tied)}"
+        who = f"Of the {len(standing.ranked)} {_candidates(standing)}, {len(tied)}"
     else:
-        who = f"{'Both' if len(tied) == 2 else f'All {len(tied)}'} methods matched in size"
+        who = f"{'Both' if len(tied) == 2 else f'All {len(tied)}'} {_candidates(standing)}"
     next_one = standing.differences.get(tied[1])
     if next_one is None or next_one.share_better is None:
         why = "since there is nothing to judge their differences by"

@@ -11,7 +11,7 @@ function frame(figure, x, y) {
     root.append(svg("line", { class: "grid", x1: box.left, x2: box.right, y1: at, y2: at }));
     root.append(text(box.left - 8, at + 4, y.write(tick), "end"));
   }
-  for (const tick of x.ticks ?? across.ticks(narrow ? 4 : 8)) {
+  for (const tick of (x.ticks ?? across.ticks(narrow ? 4 : 8)).filter((tick) => !x.whole || Number.isInteger(tick))) {
     root.append(svg("line", { class: "grid", x1: across(tick), x2: across(tick), y1: box.bottom, y2: box.bottom + 5 }));
     root.append(text(across(tick), box.bottom + 19, x.write(tick), "middle"));
   }

@@ -20,7 +20,7 @@ function drawCurves(figure, data, state) {
   const kind = state.kind === "train" ? "training" : "held-out";
   const y = { range: padded(points.flatMap((p) => [p.low, p.high]), state.log), log: state.log, write: short, label: `${kind} loss (${data.loss_unit})` };
   const far = Math.max(...points.map((p) => p.x));
-  const x = { range: [0, far || 1], write: thousands, label: state.x === "step" ? "steps" : "seconds of training, with start-up" };
+  const x = { range: [0, far || 1], whole: state.x === "step", write: thousands, label: state.x === "step" ? "steps" : "seconds of training, with start-up" };
   const chart = frame(figure, x, y);
   const groups = new Map(curves.map((curve) => [curve.method.key, drawCurve(chart, curve, curves.length <= 4)]));
   chart.root.append(...groups.values());
@@ -112,7 +112,7 @@ function valueAt(points, x) {
 function listOf(values, near) {
   const rows = values.map(({ method, value }) =>
     html("tr", method.key === near ? { class: "near" } : {},
-      html("td", {}, html("span", { class: `swatch c${method.colour}` }), method.label),
+      html("td", {}, sample(method), method.label),
       html("td", { class: "number" }, value.toFixed(4))));
   return html("table", {}, html("tbody", {}, ...rows));
 }

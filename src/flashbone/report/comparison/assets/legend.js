@@ -26,9 +26,7 @@ function addLegend(place, data, state, redraw) {
     redraw();
   };
   for (const method of data.methods) {
-    const swatch = svg("svg", { viewBox: "0 0 28 12", "aria-hidden": "true" });
-    swatch.append(svg("line", { class: `line c${method.colour} d${method.dash}`, x1: 0, x2: 28, y1: 6, y2: 6 }), mark(14, 6, method));
-    const button = html("button", { type: "button", "data-key": method.key, "aria-pressed": "true" }, swatch, html("span", {}, method.label));
+    const button = html("button", { type: "button", "data-key": method.key, "aria-pressed": "true" }, sample(method), html("span", {}, method.label));
     button.addEventListener("click", () => {
       state.shown.has(method.key) ? state.shown.delete(method.key) : state.shown.add(method.key);
       update();

@@ -70,3 +70,9 @@ function mark(x, y, method, size = 4) {
   if (method.dash === 2) return svg("path", { class: name, d: `M${x} ${y - size * 1.2}l${size * 1.2} ${size * 2.2}h${-size * 2.4}z` });
   return svg("circle", { class: name, cx: x, cy: y, r: size });
 }
+
+// A piece of a method's line with its marker, for legends.
+function sample(method) {
+  const line = svg("line", { class: `line c${method.colour} d${method.dash}`, x1: 0, x2: 28, y1: 6, y2: 6 });
+  return svg("svg", { class: "sample", viewBox: "0 0 28 12", "aria-hidden": "true" }, line, mark(14, 6, method));
+}
