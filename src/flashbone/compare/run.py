@@ -61,6 +61,7 @@ class Experiment:
         self.folder = Path(comparison.output)
         self.runs = self.folder / "runs"
         self.budget, self.methods = plan(comparison)
+        self.commit = about.commit()  # of what runs; the checkout may change under it
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -165,7 +166,7 @@ class Experiment:
             "hardware": about.hardware(),
             "jobs": comparison.jobs,
             "versions": about.versions(),
-            "commit": about.commit(),
+            "commit": self.commit,
             "date": datetime.date.today().isoformat(),
             "command": self.origin.command(),
             "fairness": {
