@@ -67,7 +67,11 @@ def test_overrides_go_over_the_file(config):
         ({"task": "classification", "metric": "loss"}, "does not go with task classification"),
         ({"metric": "f1"}, "metric"),
         ({"training": {"learning_rate": 1e-3}}, "set `learning_rates` instead"),
-        ({"training": {"eval_strategy": "epoch"}}, "leave it out"),
+        (
+            {"training": {"eval_strategy": "epoch", "eval_packing": True}},
+            "training.eval_packing, training.eval_strategy: .*leave",
+        ),
+        ({"task": "classification", "rwkv": {"l2_wrap": True}}, "rwkv"),
         ({"adapter": {"r": 8}}, "unknown field: adapter"),
         ({"sedes": [1], "trainin": {}}, "unknown fields: sedes .*seeds.*trainin"),
         ({"answers": {"max_new_tokens": 0}}, "answers.max_new_tokens: got 0"),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from test_compare_runs import results
 
+from flashbone.errors import ConfigError
+
 WORDS = {"sport": "match goal team win", "money": "bank rate market price"}
 
 
@@ -83,14 +85,14 @@ def test_answers_are_compared_by_exact_match(config, rows, tmp_path):
     assert found[2]["test"]["loss"] > 0
 
 
-def test_texts_without_answers_cannot_be_matched(config, rows, tmp_path):
+def test_texts_without_answers_cannot_be_matched(config, tmp_path):
     for name, start in (("train", 0), ("test", 100)):
         texts = [{"text": f"the cat sat {'. ' * number}"} for number in range(start, start + 24)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     data = {"path": str(tmp_path / "train.jsonl"), "eval": 4, "test": str(tmp_path / "test.jsonl")}
-    found = results(config(methods=["bone"], seeds=[0], learning_rates=[1e-3], metric="exact_match", data=data))
-    assert found[1]["status"] == "failed"
-    assert "data.test has no prompts and answers" in found[1]["error"]
+    with pytest.raises(ConfigError, match=r"data\.test has no prompts and answers"):
+        results(config(methods=["bone"], seeds=[0], learning_rates=[1e-3], metric="exact_match", data=data))
+    assert not (tmp_path / "out").exists()
 
 
 def test_test_rows_among_the_training_rows_are_told(config, rows):

@@ -2,12 +2,15 @@
 
 import pytest
 
-from flashbone.compare import fairness
+from flashbone.compare import about, fairness
 from flashbone.compare.config import ComparedData, Comparison, Entry
 from flashbone.compare.results import Compared
 from flashbone.compare.sizes import Sized
 
 COMPARISON = Comparison(model="m", data=ComparedData(path="d", test=1), output="o", seeds=[0, 1])
+
+
+ABOUT = {"device": "cpu", "hardware": "a CPU, 2 threads", "versions": {"torch": "2"}}
 
 
 def run(**changes) -> dict:
@@ -16,10 +19,8 @@ def run(**changes) -> dict:
         "digest": "a",
         "tokens": 100,
         "steps": 4,
-        "threads": 2,
-        "device": "cpu",
         "adapter_parameters": 1000,
-        "versions": {"torch": "2"},
+        "about": ABOUT,
         "overlap": {"learned": 0, "held_out": 0},
         "held_out": {"loss": [2.0, 1.0]},
     }
@@ -41,11 +42,16 @@ def test_equal_runs_have_no_problems():
         ("digest", "c", "seed 1: lora learned other rows, or in another order than bone"),
         ("tokens", 99, "seed 1: lora learned other numbers of tokens than bone"),
         ("steps", 5, "seed 1: lora took other numbers of steps than bone"),
-        ("threads", 1, "seed 1: lora had other numbers of threads than bone"),
-        ("device", "cuda:0", "seed 1: lora ran on other devices than bone"),
+        ("about", {**ABOUT, "device": "cuda"}, "on different device: cpu; cuda"),
+        (
+            "about",
+            {**ABOUT, "hardware": "a CPU, 1 threads"},
+            "on different hardware: a CPU, 1 threads; a CPU, 2 threads",
+        ),
         ("overlap", {"learned": 3, "held_out": 0}, "3 of the test rows are also learned, word for word"),
         ("overlap", {"learned": 0, "held_out": 2}, "2 of the test rows are also held out, word for word"),
-        ("versions", {"torch": "3"}, "different versions of torch"),
+        ("about", {**ABOUT, "versions": {"torch": "3"}}, "different versions of torch"),
+        ("about", {**ABOUT, "versions": {}}, "different versions of torch"),
         ("adapter_parameters", 1010, "lora: 1,010 parameters trained, 1,000 were planned"),
     ],
 )
@@ -63,31 +69,50 @@ def test_matched_sizes_more_than_the_tolerance_apart_are_told():
     assert "lora has 1,031 parameters, bone 1,000: too far apart" in found[0]
 
 
-def rates(task: str, *held_out: dict) -> Compared:
+def rates(*held_out: dict) -> Compared:
     entry = Entry("bone", "bone", {}, (1e-4, 1e-3, 1e-2))
     one = Compared(
         entry, None, {(rate, 0): run(held_out=h) for rate, h in zip(entry.learning_rates, held_out, strict=True)}
     )
-    one.choose(0, task)
+    one.choose(0)
     return one
 
 
 def test_the_lowest_held_out_loss_at_the_end_decides():
-    one = rates("sft", {"loss": [1, 0.9]}, {"loss": [1, 0.1, 0.8]}, {"loss": [1, 0.7]})
+    one = rates({"loss": [1, 0.9]}, {"loss": [1, 0.1, 0.8]}, {"loss": [1, 0.7]})
     assert (one.chosen, one.at_edge) == (1e-2, "highest")
-    one = rates("sft", {"loss": [1, 0.9]}, {"loss": [1, 0.8]}, {"loss": [1, None]})
+    one = rates({"loss": [1, 0.9]}, {"loss": [1, 0.8]}, {"loss": [1, None]})
     assert (one.chosen, one.at_edge) == (1e-3, None)
 
 
-def test_accuracy_decides_for_classifiers_and_the_loss_where_it_is_equal():
-    held_out = [{"loss": [1, 0.1], "accuracy": [0, 0.8]}, {"loss": [1, 0.9], "accuracy": [0, 0.9]}]
-    assert rates("classification", *held_out, {"loss": [1, 0.8], "accuracy": [0, 0.9]}).chosen == 1e-2
+def test_the_loss_decides_for_classifiers_too():
+    held_out = [{"loss": [1, 0.5], "accuracy": [0, 0.8]}, {"loss": [1, 0.9], "accuracy": [0, 0.9]}]
+    assert rates(*held_out, {"loss": [1, 0.8], "accuracy": [0, 0.9]}).chosen == 1e-4
 
 
 def test_nothing_is_chosen_before_all_rates_have_been_tried():
-    one = rates("sft", {"loss": [1, 0.9]}, {"loss": [1, 0.8]}, {"loss": [1, 0.7]})
+    one = rates({"loss": [1, 0.9]}, {"loss": [1, 0.8]}, {"loss": [1, 0.7]})
     one.chosen = None
     del one.runs[1e-2, 0]
-    one.choose(0, "sft")
+    one.choose(0)
     assert one.chosen is None
     assert one.status([0]) == "unfinished"
+
+
+def test_a_method_that_fails_with_one_seed_has_no_figure():
+    runs = {(1e-3, 0): run(), (1e-3, 1): {"status": "failed", "error": "diverged"}}
+    one = method("bone", runs=runs)
+    one.choose(0)
+    assert one.chosen == 1e-3
+    assert one.status([0]) == "ok"
+    assert one.status([0, 1]) == "failed"
+    assert one.status([0, 1, 2]) == "unfinished"
+
+
+def test_places_of_several_runs_are_all_told():
+    here = {**ABOUT, "commit": "a", "date": "2026-01-01"}
+    there = {**here, "hardware": "another", "versions": {"torch": "3"}, "commit": None, "date": "2026-01-02"}
+    made = about.together([here, there, here])
+    assert made["hardware"] == "a CPU, 2 threads and another"
+    assert made["versions"] == {"torch": "2 and 3"}
+    assert (made["commit"], made["date"], made["device"]) == ("a", "2026-01-02", "cpu")

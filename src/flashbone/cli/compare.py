@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from flashbone.cli.train import check_extra, separate, set_up_output
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, FlashboneError
 
 OPTIONS = ("--plan", "--report", "--retry-failed", "--json", "--help")
 
@@ -61,13 +61,16 @@ def run(argv: list[str]) -> int:
 
         file = compare(comparison, Origin(options.config, tuple(overrides)), options.retry_failed)
     written = write_report(file, file.parent)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if options.json:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         print(json.dumps(rows, indent=2))
-        return 0
-    print_comparison(file)
-    for path in [file, *written]:
-        print(os.path.relpath(path))
+    else:
+        print_comparison(file)
+        for path in [file, *written]:
+            print(os.path.relpath(path))
+    methods = [row for row in rows if row["kind"] == "method"]
+    if all(row["status"] == "failed" for row in methods):
+        raise FlashboneError(f"all {len(methods)} methods failed; {methods[0]['method']}: {methods[0]['error']}")
     return 0
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from flashbone.compare.methods import METHODS
 from flashbone.errors import ConfigError
 from flashbone.train.fields import check_names, field_names, flag_names, keys, parse, read_yaml
-from flashbone.train.recipe import OURS, DataRecipe, Task, arguments_class
+from flashbone.train.recipe import OURS, DataRecipe, Recipe, Task, arguments_class
 from flashbone.train.sections import Quantization, RwkvSettings, section
+from flashbone.train.trainers import refuse_classification
 
 Metric = Literal["auto", "loss", "accuracy", "exact_match"]
 
@@ -101,6 +102,7 @@ _NOT_HERE = {
     "training.seed": "set `seeds` instead",
     "training.resume_from_checkpoint": "a comparison goes on by itself",
 }
+_DECIDED = ("eval_strategy", "logging_strategy", "logging_steps", "logging_first_step", "eval_packing")
 _OF_TEST = ("path", "format", "columns", "split", "subset", "turns", "template")
 _ENTRY = ("method", "label", "learning_rates")
 
@@ -175,9 +177,14 @@ def check(comparison: Comparison) -> None:
         raise ConfigError(f"tolerance: got {comparison.tolerance}, wanted a share such as 0.03")
     if (comparison.test_metric == "accuracy") != (comparison.task == "classification"):
         raise ConfigError(f"metric: {comparison.metric} does not go with task {comparison.task}")
-    wrong = [key for key in comparison.training if key.startswith(("eval_strategy", "logging_strategy", "do_"))]
-    if wrong:
-        raise ConfigError(f"training.{wrong[0]}: a comparison logs every step and evaluates by steps; leave it out")
+    if wrong := [key for key in comparison.training if key in _DECIDED or key.startswith("do_")]:
+        raise ConfigError(
+            f"training.{', training.'.join(wrong)}: a comparison logs every step, evaluates by steps, and tests single"
+            " rows; leave it out"
+        )
+    if comparison.data.seed is None:
+        raise ConfigError("data.seed: the held-out and test rows have to be the same for all seeds; give a number")
+    refuse_classification(Recipe(comparison.model, comparison.data, "", comparison.task, rwkv=comparison.rwkv))
 
 
 def entries(comparison: Comparison) -> list[Entry]:

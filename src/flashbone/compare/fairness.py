@@ -11,11 +11,10 @@ CHECKED = (
     "same number of learning rates",
     "sizes of matched adapters within the tolerance",
     "no test row learned or held out",
-    "same versions and hardware",
+    "same versions, hardware and numbers of threads",
 )
 _SAME = {"digest": "learned other rows, or in another order", "tokens": "learned other numbers of tokens",
-         "steps": "took other numbers of steps", "threads": "had other numbers of threads",
-         "device": "ran on other devices"}  # fmt: skip
+         "steps": "took other numbers of steps"}  # fmt: skip
 
 
 def problems(comparison: Comparison, methods: Sequence[Compared]) -> list[str]:
@@ -25,10 +24,12 @@ def problems(comparison: Comparison, methods: Sequence[Compared]) -> list[str]:
     for part, did in (("learned", "learned"), ("held_out", "held out")):
         if count := max((run["overlap"][part] for run in runs), default=0):
             found.append(f"{count} of the test rows are also {did}, word for word")
-    versions = {tuple(sorted(run["versions"].items())) for run in runs}
-    if len(versions) > 1:
-        names = sorted({name for one in versions for name, _ in set.union(*map(set, versions)) - set(one)})
-        found.append(f"runs were made with different versions of {', '.join(names)}")
+    for what in ("device", "hardware"):
+        if len(kinds := sorted({run["about"][what] for run in runs})) > 1:
+            found.append(f"runs were made on different {what}: {'; '.join(kinds)}")
+    versions = [set(run["about"]["versions"].items()) for run in runs]
+    if unlike := sorted({name for one in versions for name, _ in set.union(*versions) - one}):
+        found.append(f"runs were made with different versions of {', '.join(unlike)}")
     return found
 
 

@@ -1,15 +1,16 @@
 """The runs of a comparison: what each needs, the folder that it has for itself, and the order in which they come."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashbone.compare.config import ComparedData, Comparison, Entry
+from flashbone.compare.config import Comparison, Entry
+from flashbone.compare.methods import METHODS
 from flashbone.train.recipe import DataRecipe, Recipe
 
 # What a comparison should not have to say; everything else is as in `flashbone train`.
@@ -34,6 +35,7 @@ class Job:
         recipe: model, task, training, and what else a recipe has.
         metric: loss, accuracy or exact_match.
         answers: see `Answers`.
+        contents: hashes of the local files of `data`, so that changed files make new runs.
     """
 
     label: str
@@ -47,12 +49,12 @@ class Job:
     recipe: dict[str, Any]
     metric: str
     answers: dict[str, Any]
+    contents: dict[str, str]
 
     @property
     def name(self) -> str:
         """Of its folder; the hash is of everything that decides the run."""
-        word = re.sub(r"\W+", "-", self.label).strip("-")[:40] or "method"
-        return f"{word}-{self.learning_rate:g}-seed{self.seed}-{self.key}"
+        return f"{self.method}-{self.learning_rate:g}-seed{self.seed}-{self.key}"
 
     @property
     def key(self) -> str:
@@ -63,15 +65,21 @@ class Job:
     def to_recipe(self, folder: Path) -> Recipe:
         """What is trained, as `flashbone train` takes it; the adapter aside."""
         plain = {name: value for name, value in self.data.items() if name != "test"}
-        training = {**DEFAULTS, **self.recipe["training"], **FIXED, "learning_rate": self.learning_rate}
-        if training["save_strategy"] == "no" and "save_steps" in self.recipe["training"]:
-            del training["save_strategy"]
+        given = self.recipe["training"]
+        training = {**DEFAULTS, **given, **FIXED, "learning_rate": self.learning_rate}
+        if "save_steps" in given and "save_strategy" not in given:
+            training["save_strategy"] = "steps"
+        if METHODS[self.method].is_bound:  # a run goes on from adapters only
+            training["save_strategy"] = "no"
+        if self.recipe["task"] == "sft":
+            training["eval_packing"] = False  # the test is scored row by row
         fields = {**self.recipe, "training": training}
         return Recipe(data=DataRecipe(**plain), output=str(folder), seed=self.seed, monitor=False, **fields)
 
 
 def job(comparison: Comparison, entry: Entry, size: Mapping[str, Any], learning_rate: float, seed: int) -> Job:
     """The run of a method at a learning rate with a seed."""
+    data = dataclasses.asdict(comparison.data)
     fields = ("model", "task", "training", "quantization", "rwkv")
     return Job(
         label=entry.label,
@@ -81,10 +89,11 @@ def job(comparison: Comparison, entry: Entry, size: Mapping[str, Any], learning_
         target_modules=comparison.target_modules,
         learning_rate=learning_rate,
         seed=seed,
-        data=_plain(comparison.data),
+        data=data,
         recipe={name: getattr(comparison, name) for name in fields},
         metric=comparison.test_metric,
         answers=comparison.answers if comparison.test_metric == "exact_match" else {},
+        contents={path: _content(path, *stamp) for path, stamp in _files(data)},
     )
 
 
@@ -104,5 +113,20 @@ def repeats(comparison: Comparison, sizes: Sizes, chosen: Mapping[str, float]) -
     return [job(comparison, e, size, chosen[e.label], seed) for seed in comparison.seeds[1:] for e, size in ready]
 
 
-def _plain(data: ComparedData) -> dict[str, Any]:
-    return dataclasses.asdict(data)
+def _files(data: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:
+    """The local files that `data` names, each with its size and time of change."""
+    test = data["test"]
+    named = [data["path"], data["eval"], test["path"] if isinstance(test, Mapping) else test]
+    places = [Path(name).expanduser() for name in named if isinstance(name, str)]
+    pairs = [place.with_suffix(kind) for place in places for kind in (".bin", ".idx")]
+    found = [place for place in dict.fromkeys([*places, *pairs]) if place.is_file()]
+    return [(str(place), (place.stat().st_size, place.stat().st_mtime_ns)) for place in found]
+
+
+@functools.cache
+def _content(path: str, size: int, changed: int) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            sha.update(chunk)
+    return sha.hexdigest()[:16]

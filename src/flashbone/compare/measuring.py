@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flashbone.train.folder import write_text
+
 WARM_UP = 2  # steps that are not timed: kernels are chosen and memory is got in them
 _STATUS = Path("/proc/self/status")
 
@@ -43,16 +45,16 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         kept = [row for row in read_rows(self.file) if row["step"] < state.global_step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.memory.begin_step()
-        _synchronise()
+        synchronise()
         self._since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._since is not None:
-            _synchronise()
+            synchronise()
             self.durations.append(time.perf_counter() - self._since)
             self.memory.end_step()
 
@@ -90,7 +92,8 @@ def _about(inputs: Any) -> dict[str, Any]:
     return {"digest": sha.hexdigest()[:16], "tokens": tokens}
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for the GPU, where one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -98,20 +101,24 @@ def _synchronise() -> None:
 class Memory:
     """Peak memory within training steps, on the GPU or resident; evaluating, testing and saving are left out.
 
-    `start` says that the model has been loaded: `above_mib` counts from there.
+    `start` says that the model has been loaded: `above_model_mib` counts from there.
+
+    Args:
+        on_gpu: Whether the run uses a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
         self._base: float | None = None
         self._peak: float | None = None
 
     def start(self) -> None:
         """The model has been loaded, and nothing was done to it yet."""
-        self._base = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else _status_mib("VmRSS")
+        self._base = torch.cuda.memory_allocated() / 2**20 if self._on_gpu else _status_mib("VmRSS")
 
     def begin_step(self) -> None:
         """Forget the peaks before this step."""
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError):
@@ -119,7 +126,7 @@ class Memory:
 
     def end_step(self) -> None:
         """Take the peak of this step into account."""
-        peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status_mib("VmHWM")
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self._on_gpu else _status_mib("VmHWM")
         if peak is not None:
             self._peak = max(peak, self._peak or 0.0)
 
@@ -127,7 +134,7 @@ class Memory:
         """`peak_mib`, `peak_of` and `above_model_mib`, in MiB; None where the system does not tell."""
         above = None if self._peak is None or self._base is None else round(self._peak - self._base, 1)
         peak = None if self._peak is None else round(self._peak, 1)
-        what = "GPU memory allocated" if torch.cuda.is_available() else "resident memory"
+        what = "GPU memory allocated" if self._on_gpu else "resident memory"
         return {"peak_mib": peak, "peak_of": what, "above_model_mib": above}
 
 

@@ -14,9 +14,21 @@ from typing import Any
 
 import torch
 
+from flashbone.compare import about
 from flashbone.compare.jobs import Job
 
 PRELOADED = ["flashbone.compare.worker", "trl.trainer.sft_trainer", "peft"]
+
+
+_SHOWN = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a run may use: the number of a GPU, or so many threads; None for all."""
+
+    gpu: str | None
+    threads: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +49,8 @@ def run_all(jobs: Sequence[Job], folders: Path, at_once: int) -> Iterator[Ended]
         folders: Where each has a folder of its name.
         at_once: On GPUs each has one for itself as long as there are enough; on CPUs they share the threads.
     """
-    context = _context()
-    places = _places(at_once)
+    on_gpu = bool(jobs) and about.on_gpu(jobs[0].recipe["training"])
+    context, places = _context(on_gpu), _places(at_once, on_gpu)
     waiting, running = list(jobs), {}
     try:
         while waiting or running:
@@ -57,13 +69,46 @@ def run_all(jobs: Sequence[Job], folders: Path, at_once: int) -> Iterator[Ended]
             process.join()
 
 
-def _start(context: Any, job: Job, folder: Path, place: dict[str, Any]) -> Any:
-    from flashbone.compare.worker import work
+def rehearsal(job: Job) -> str:
+    """What is wrong with the arguments and the data of a job, in one line; nothing if all is well."""
+    from flashbone.compare.worker import rehearse
 
-    process = context.Process(target=work, args=(dataclasses.asdict(job), folder, place))
+    context = _context(about.on_gpu(job.recipe["training"]))
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=rehearse, args=(dataclasses.asdict(job), send))
     with _without_main():
         process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:  # its end was not of its own making, and the runs will tell
+        return ""
+    finally:
+        process.join()
+
+
+def _start(context: Any, job: Job, folder: Path, place: Place) -> Any:
+    from flashbone.compare.worker import work
+
+    process = context.Process(target=work, args=(dataclasses.asdict(job), folder, place.threads))
+    with _without_main(), _only_gpu(place.gpu):
+        process.start()
     return process
+
+
+@contextlib.contextmanager
+def _only_gpu(gpu: str | None) -> Iterator[None]:
+    """A process that starts now sees this GPU alone; it looks before any code of ours runs in it."""
+    before = os.environ.get(_SHOWN)
+    if gpu is not None:
+        os.environ[_SHOWN] = gpu
+    try:
+        yield
+    finally:
+        if gpu is not None:
+            os.environ.pop(_SHOWN)
+            if before is not None:
+                os.environ[_SHOWN] = before
 
 
 @contextlib.contextmanager
@@ -87,22 +132,21 @@ def _ended(running: Iterable[Any]) -> list[Any]:
     return ended
 
 
-def _context() -> Any:
+def _context(on_gpu: bool) -> Any:
     """On CPUs runs are forked from a process that has imported everything and computed nothing, which saves seconds in
     each; with a GPU, or where forking is not to be had, each starts from nothing."""
-    if os.name != "posix" or torch.cuda.is_available():
+    if os.name != "posix" or on_gpu:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    with contextlib.suppress(AttributeError):
-        context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
-def _places(at_once: int) -> list[dict[str, Any]]:
+def _places(at_once: int, on_gpu: bool) -> list[Place]:
     """What each of the runs that go on at once may use."""
-    if torch.cuda.is_available():
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if on_gpu:
+        shown = os.environ.get(_SHOWN)
         gpus = shown.split(",") if shown else [str(number) for number in range(torch.cuda.device_count())]
-        return [{"gpu": gpus[slot % len(gpus)], "threads": None} for slot in range(at_once)]
+        return [Place(gpus[slot % len(gpus)], None) for slot in range(at_once)]
     threads = None if at_once == 1 else max(1, torch.get_num_threads() // at_once)
-    return [{"gpu": None, "threads": threads} for _ in range(at_once)]
+    return [Place(None, threads) for _ in range(at_once)]

@@ -1,9 +1,9 @@
 """A comparison from its configuration to results.jsonl: sizes, a sweep of learning rates, repeats with other seeds."""
 
-import datetime
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from flashbone.compare.commands import Origin, commands
 from flashbone.compare.config import Comparison, check, entries
 from flashbone.compare.jobs import Job
 from flashbone.compare.methods import METHODS
-from flashbone.compare.processes import Ended, run_all
+from flashbone.compare.processes import Ended, rehearsal, run_all
 from flashbone.compare.results import Compared
 from flashbone.compare.sizes import Budget, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
@@ -41,11 +41,35 @@ def compare(comparison: Comparison, origin: Origin, retry_failed: bool = False) 
     """
     check(comparison)
     experiment = Experiment(comparison, origin)
-    if retry_failed:
-        experiment.forget_failures()
-    experiment.do(experiment.sweep())
-    experiment.do(experiment.repeats())
-    return experiment.write(finished=True)
+    experiment.rehearse()
+    try:
+        experiment.runs.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"output {experiment.folder}: a file is in the way; choose another output") from None
+    with alone(experiment.folder):
+        experiment.do(experiment.sweep(), retry_failed)
+        experiment.do(experiment.repeats(), retry_failed)
+        return experiment.write(finished=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a second comparison out of the folder; the system lets go of the lock however this process ends.
+
+    Raises:
+        ConfigError: one is there already.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output {folder}: another comparison is running there; wait for it") from None
+        yield
 
 
 class Experiment:
@@ -60,12 +84,8 @@ class Experiment:
         self.comparison, self.origin = comparison, origin
         self.folder = Path(comparison.output)
         self.runs = self.folder / "runs"
+        self.lost: dict[tuple[str, float, int], dict[str, Any]] = {}  # runs that a signal ended, in this program
         self.budget, self.methods = plan(comparison)
-        self.commit = about.commit()  # of what runs; the checkout may change under it
-        try:
-            self.runs.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ConfigError(f"output {self.folder}: a file is in the way; choose another output") from None
         self._read()
 
     def sweep(self) -> list[Job]:
@@ -77,8 +97,22 @@ class Experiment:
         chosen = {one.entry.label: one.chosen for one in self.methods if one.chosen is not None}
         return jobs.repeats(self.comparison, self._sizes(), chosen)
 
-    def do(self, wanted: list[Job]) -> None:
-        """Run those of these that have no result yet."""
+    def rehearse(self) -> None:
+        """Read the arguments and the data as all runs will, in a process of its own, before anything is written.
+
+        Raises:
+            ConfigError: what would fail in each of them.
+        """
+        missing = [job for job in [*self.sweep(), *self.repeats()] if results.read_result(self.runs, job) is None]
+        if missing and (problem := rehearsal(missing[0])):
+            raise ConfigError(problem)
+
+    def do(self, wanted: list[Job], retry_failed: bool = False) -> None:
+        """Run those of these that have no result yet, or a failure that is to be tried again."""
+        for job in wanted if retry_failed else ():
+            if (result := results.read_result(self.runs, job)) is not None and result["status"] == "failed":
+                (self.runs / job.name / "result.json").unlink()
+        self._read()
         missing = [job for job in wanted if results.read_result(self.runs, job) is None]
         if len(missing) < len(wanted):
             log.info("%d of %d runs are there already", len(wanted) - len(missing), len(wanted))
@@ -88,7 +122,6 @@ class Experiment:
             left = (time.perf_counter() - began) / number * (len(missing) - number)
             log.info("%d/%d %s, about %.0f s left", number, len(missing), self._words(ended), left)
             self.write(finished=False)
-        self._read()
 
     def write(self, finished: bool) -> Path:
         """results.jsonl as far as it goes."""
@@ -97,42 +130,34 @@ class Experiment:
         results.write(rows, self.folder / RESULTS)
         return self.folder / RESULTS
 
-    def forget_failures(self) -> None:
-        """Take the results of failed runs away."""
-        for job in [*self.sweep(), *self.repeats()]:
-            found = results.read_result(self.runs, job)
-            if found is not None and found["status"] == "failed":
-                (self.runs / job.name / "result.json").unlink()
-        self._read()
-
     def _sizes(self) -> jobs.Sizes:
         return [(one.entry, one.sized.settings) for one in self.methods if one.sized is not None]
 
     def _read(self) -> None:
-        """Take up what the runs left."""
+        """Take up what the runs left, and nothing that was thought before."""
         for one in self.methods:
             if one.sized is None:
                 continue
             rates, seeds = one.entry.learning_rates, self.comparison.seeds
+            one.chosen = one.error = None
+            one.runs = {}
             for rate, seed in [(rate, seed) for rate in rates for seed in seeds]:
+                if lost := self.lost.get((one.entry.label, rate, seed)):
+                    one.runs[rate, seed] = lost
                 job = jobs.job(self.comparison, one.entry, one.sized.settings, rate, seed)
                 if (found := results.read_result(self.runs, job)) is not None:
                     one.runs[rate, seed] = found
-            if one.chosen is None and one.error is None:
-                one.choose(seeds[0], self.comparison.task)
+            one.choose(seeds[0])
 
     def _note(self, ended: Ended) -> None:
         """Take up one run; one that a signal ended has left nothing, and is done again the next time."""
-        one = next(one for one in self.methods if one.entry.label == ended.job.label)
-        found = results.read_result(self.runs, ended.job)
-        if found is None:
+        job = ended.job
+        if results.read_result(self.runs, job) is None:
             why = f"by signal {ended.signal}" if ended.signal else "without a result"
             hint = " (out of memory?)" if ended.signal == 9 else ""
-            log_file = self.runs / ended.job.name / "log.txt"
-            found = {"status": "failed", "error": f"its process ended {why}{hint}; see {log_file}"}
-        one.runs[ended.job.learning_rate, ended.job.seed] = found
-        if one.chosen is None:
-            one.choose(self.comparison.seeds[0], self.comparison.task)
+            error = f"its process ended {why}{hint}; see {self.runs / job.name / 'log.txt'}"
+            self.lost[job.label, job.learning_rate, job.seed] = {"status": "failed", "error": error}
+        self._read()
 
     def _words(self, ended: Ended) -> str:
         job = ended.job
@@ -144,9 +169,10 @@ class Experiment:
         return f"{name}: held-out loss {loss[0]:.4g} -> {loss[-1]:.4g} ({ended.seconds:.0f} s)"
 
     def _header(self, finished: bool) -> dict[str, Any]:
-        comparison = self.comparison
-        some = next((run for one in self.methods for run in one.runs.values() if run["status"] == "ok"), None)
-        rows = some["rows"] if some else {"train": 0, "held_out": 0, "test": 0}
+        comparison, runs = self.comparison, [run for one in self.methods for run in one.runs.values()]
+        good = [run for run in runs if run["status"] == "ok"]
+        some = good[0] if good else {"rows": {"train": 0, "held_out": 0, "test": 0}, "steps": 0, "epochs": 0.0}
+        made = about.together([run["about"] for run in good]) if good else about.here(comparison)
         return {
             "kind": "comparison",
             "version": 1,
@@ -156,18 +182,14 @@ class Experiment:
             "task": comparison.task,
             "metric": comparison.test_metric,
             "higher_is_better": comparison.test_metric != "loss",
-            "data": {"path": comparison.data.path, **{f"{name}_rows": count for name, count in rows.items()}},
+            "data": {"path": comparison.data.path, **{f"{name}_rows": count for name, count in some["rows"].items()}},
             "budget": {"parameters": self.budget.parameters, "from": self.budget.origin},
             "tolerance": comparison.tolerance,
-            "steps": some["steps"] if some else 0,
-            "epochs": some["epochs"] if some else 0.0,
+            "steps": some["steps"],
+            "epochs": some["epochs"],
             "seeds": list(comparison.seeds),
-            "device": about.device(),
-            "hardware": about.hardware(),
             "jobs": comparison.jobs,
-            "versions": about.versions(),
-            "commit": self.commit,
-            "date": datetime.date.today().isoformat(),
+            **made,
             "command": self.origin.command(),
             "fairness": {
                 "checked": list(fairness.CHECKED),

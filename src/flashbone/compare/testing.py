@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from flashbone.compare.config import Answers
 from flashbone.compare.jobs import Job
 from flashbone.errors import ConfigError
-from flashbone.evaluate.exact_match import exact_matches
+from flashbone.evaluate.exact_match import check_room, exact_matches
 from flashbone.evaluate.scoring import row_classes, row_losses
 from flashbone.train.classify import scores
 from flashbone.train.data import Data
@@ -17,12 +18,11 @@ from flashbone.train.data import Data
 def test(job: Job, trainer: Any, data: Data) -> dict[str, Any]:
     """Score the test rows; `test` has the figures, `test_scores` and `test_weights` those of single rows, whose
     quotient of sums is the metric.
-
-    Raises:
-        ConfigError: the rows have no answers that could be compared.
     """
     model, amp = trainer.accelerator.unwrap_model(trainer.model), trainer.compute_loss_context_manager
-    batches = trainer.get_eval_dataloader(trainer.test_dataset)
+    # Not the trainer's loader: it may sort rows by their length, and all runs have to score them in one order.
+    size = trainer.args.eval_batch_size
+    batches = DataLoader(trainer.test_dataset, batch_size=size, collate_fn=trainer.data_collator)
     if job.metric == "accuracy":
         predicted, wanted, losses = zip(*row_classes(model, batches, amp), strict=True)
         figures = scores(np.eye(len(data.labels))[list(predicted)], np.array(wanted))
@@ -32,15 +32,9 @@ def test(job: Job, trainer: Any, data: Data) -> dict[str, Any]:
     figures = {"loss": sum(sums) / max(1, sum(tokens))}
     if job.metric == "loss":
         return _result(figures, [round(value, 5) for value in sums], tokens)
-    answers = Answers(**job.answers)
-    answered = exact_matches(
-        model,
-        trainer.processing_class,
-        _questions(data),
-        max_new_tokens=answers.max_new_tokens,
-        batch_size=answers.batch_size,
-        amp=amp,
-    )
+    answers, rows = Answers(**job.answers), _questions(data)
+    sizes = {"max_new_tokens": answers.max_new_tokens, "batch_size": answers.batch_size}
+    answered = exact_matches(model, trainer.processing_class, rows, **sizes, amp=amp)
     right = [int(row.right) for row in answered]
     return _result({**figures, "exact_match": sum(right) / len(right)}, right, [1] * len(right))
 
@@ -49,11 +43,32 @@ def _result(figures: dict[str, float], row_scores: list[Any], weights: list[int]
     return {"test": figures, "test_scores": row_scores, "test_weights": weights}
 
 
+def check_rows(job: Job, data: Data) -> None:
+    """Refuse test rows that could not be tested, before anything is trained.
+
+    Raises:
+        ConfigError: there are none, or they have no answers that could be compared.
+    """
+    if not data.test:
+        raise ConfigError(f"data.test: {job.data['test']} makes no test rows; give a share, a number or a file")
+    if job.metric == "exact_match" and not {"prompt", "completion"} <= set(data.test.column_names):
+        raise ConfigError("metric exact_match: data.test has no prompts and answers; its rows are texts")
+
+
+def check_prompts(job: Job, trainer: Any, data: Data) -> None:
+    """Refuse questions that leave the model no room for an answer, before anything is trained.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if job.metric == "exact_match":
+        answers = Answers(**job.answers)
+        check_room(trainer.model, trainer.processing_class, _questions(data), answers.max_new_tokens)
+
+
 def _questions(data: Data) -> list[tuple[Any, str]]:
     """Prompts and the answers that are wanted."""
     assert data.test is not None
-    if not {"prompt", "completion"} <= set(data.test.column_names):
-        raise ConfigError("metric exact_match: data.test has no prompts and answers; its rows are texts")
     answer = (lambda row: row["completion"]) if isinstance(data.test[0]["completion"], str) else _last_turn
     return [(row["prompt"], answer(row)) for row in data.test]  # pyright: ignore[reportArgumentType, reportCallIssue]
 

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from flashbone.compare.about import versions
+from flashbone.compare import about
 from flashbone.compare.config import test_part
 from flashbone.compare.jobs import Job
-from flashbone.compare.measuring import Memory, Watch, read_rows
+from flashbone.compare.measuring import Memory, Watch, read_rows, synchronise
 from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
-from flashbone.compare.testing import overlap, test
+from flashbone.compare.testing import check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
@@ -41,20 +41,18 @@ from flashbone.train.tokens import windows_for
 FAILED = 1  # exit code of a run whose error has been written down
 
 
-def work(plain: dict[str, Any], folder: Path, place: dict[str, Any]) -> None:
+def work(plain: dict[str, Any], folder: Path, threads: int | None) -> None:
     """Run a job in this process and leave its result in the folder; the process ends with its parent.
 
     Args:
         plain: The job's fields.
         folder: Of the run.
-        place: `gpu` (a number, or None) and `threads` (a number, or None for all) that this run may use.
+        threads: How many this run may use; None for all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if place["gpu"] is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place["gpu"]
-    if place["threads"]:
-        torch.set_num_threads(place["threads"])
+    if threads:
+        torch.set_num_threads(threads)
     job = Job(**plain)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         _redirect(log)
@@ -64,7 +62,22 @@ def work(plain: dict[str, Any], folder: Path, place: dict[str, Any]) -> None:
             traceback.print_exc()
             result = {"status": "failed", "error": _one_line(error)}
     write_text(folder / "result.json", json.dumps(result) + "\n")
+    for checkpoint in folder.glob("checkpoint-*"):  # nothing goes on from them any more
+        shutil.rmtree(checkpoint, ignore_errors=True)
     sys.exit(FAILED if result["status"] == "failed" else 0)
+
+
+def rehearse(plain: dict[str, Any], answer: Any) -> None:
+    """Read the arguments and the data of a job, and send what is wrong with them, or nothing, to `answer`."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        _redirect(nowhere)
+        try:
+            job = Job(**plain)
+            recipe = job.to_recipe(Path("rehearsal"))
+            check_rows(job, load_data(recipe, windows_for(trainer_arguments(recipe)), test_part(job.data)))
+            answer.send("")
+        except Exception as error:  # whatever it is, each run would end with it
+            answer.send(_one_line(error))
 
 
 def execute(job: Job, folder: Path) -> dict[str, Any]:
@@ -78,16 +91,21 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
     write_text(folder / "job.json", json.dumps(dataclasses.asdict(job), indent=2) + "\n")
     args = trainer_arguments(recipe)
     data = load_data(recipe, windows_for(args), test_part(job.data))
-    memory, startup = Memory(), Startup()
+    check_rows(job, data)
+    memory, startup = Memory(args.device.type == "cuda"), Startup()
 
     def adapt(model: Any) -> Any:
+        if not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
+            model.to(args.device)  # as the trainer does later: what a start computes is computed there
         gc.collect()
         memory.start()
         config = method.config(job.size, job.target_modules, TASK_TYPES[recipe.task], job.settings)
         with startup:
-            return attach(model, method, config, job.seed)
+            adapted = attach(model, method, config, job.seed)
+        return _in_fp32(adapted)
 
     trainer, _ = build_trainer(recipe, args, data, adapt)
+    check_prompts(job, trainer, data)
     loaded_s = time.perf_counter() - began - startup.seconds
     watch = Watch(trainer, folder / "batches.jsonl", memory)
     metrics, recorder = fit(trainer, RunFolder(folder), begin=functools.partial(_clear, folder))
@@ -113,10 +131,16 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
         "adapter_bytes": size,
         "grad_norm_first": next((row["grad_norm"] for row in metrics.rows if "grad_norm" in row), None),
         **_parameters(model, method),
-        "versions": versions(),
-        "device": str(trainer.args.device),
-        "threads": torch.get_num_threads(),
+        "about": about.place(trainer.args.device.type),
     }
+
+
+def _in_fp32(model: Any) -> Any:
+    """What trains is in fp32, whatever the base is, for every method: PEFT leaves the copies of heads in the base's."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return model
 
 
 class Startup:
@@ -128,6 +152,7 @@ class Startup:
         self._since = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
+        synchronise()
         self.seconds += time.perf_counter() - self._since
 
 
@@ -149,9 +174,8 @@ def _curves(folder: Path, startup_s: float) -> dict[str, Any]:
 
     def curve(prefix: str, names: tuple[str, ...]) -> dict[str, list[Any]]:
         points = [row for row in rows if f"{prefix}loss" in row]
-        found = {
-            name: [row[prefix + name] for row in points] for name in names if points and prefix + name in points[0]
-        }
+        held = [name for name in names if points and prefix + name in points[0]]
+        found = {name: [_short(row[prefix + name]) for row in points] for name in held}
         seconds = [round(startup_s + row["train_s"], 3) for row in points]
         return {"step": [row["step"] for row in points], "seconds": seconds, **found}
 

@@ -172,6 +172,15 @@ def _stops(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
 
 
+def check_room(model: Any, tokenizer: Any, rows: Sequence[tuple[Prompt, str]], max_new_tokens: int) -> None:
+    """Refuse rows that `answer_rows` could not answer.
+
+    Raises:
+        ConfigError: a prompt is empty, or is longer with its answer than the model's positions.
+    """
+    _check_lengths(model, [_encoded(tokenizer, prompt) for prompt, _ in rows], max_new_tokens)
+
+
 def _check_lengths(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
     empty = [row for row, prompt in enumerate(prompts) if not prompt]
     if empty:

@@ -67,10 +67,9 @@ def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: Part 
     labels: list[str] = []
     if recipe.task == "classification":
         labels = _labels(train, others, recipe.data.path)
-    if "messages" in train.column_names:
-        train = _cut_answers(train, recipe.data.turns)
-        others = [part and _cut_answers(part, recipe.data.turns) for part in others]
-    held_out, tested = others
+    train = _cut_answers(train, recipe.data.turns)
+    held_out = others[0] and _cut_answers(others[0], recipe.data.turns)
+    tested = others[1] and _cut_answers(others[1], test.turns if isinstance(test, DataRecipe) else recipe.data.turns)
     counts = f", {len(tested)} to test" if tested else ""
     log.info("data: %d training rows, %d held out%s", len(train), len(held_out or ()), counts)
     return Data(train, held_out, labels, tested)
@@ -236,6 +235,10 @@ def _split(
 
 
 def _cut_answers(examples: "Dataset", turns: str) -> "Dataset":
+    """Conversations as prompts and completions; other rows are left as they are."""
+    if "messages" not in examples.column_names:
+        return examples
+
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = list(itertools.chain.from_iterable(answers(messages, turns) for messages in batch["messages"]))
         return {name: [row[name] for row in rows] for name in ("prompt", "completion")}

@@ -104,7 +104,8 @@ def accept_tokens(data: Any, args: Any, model: Any, recipe: Recipe) -> None:
         ConfigError: the model has no embedding for some; on a GPU they would be an assertion in the first step.
     """
     held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else recipe.data.path
-    given = [(part, where) for part, where in ((data.train, recipe.data.path), (data.eval, held_out)) if part]
+    parts = ((data.train, recipe.data.path), (data.eval, held_out), (data.test, "test"))
+    given = [(part, where) for part, where in parts if part]
     tokenised = [(part, where) for part, where in given if "input_ids" in part.column_names]
     for part, where in tokenised:
         top, known = _largest(part), model.get_input_embeddings().num_embeddings

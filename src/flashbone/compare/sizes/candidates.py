@@ -109,11 +109,6 @@ def _block(layer: Layer, size: int, number: int) -> int:
     return size or layer.in_features // number
 
 
-def total(method: Method, layers: Iterable[Layer], settings: Mapping[str, Any]) -> int:
-    """Trained parameters of all layers."""
-    return totals(method, layers, [settings])[0]
-
-
 def totals(method: Method, layers: Iterable[Layer], sizes: Iterable[Mapping[str, Any]]) -> list[int]:
     """Trained parameters of all layers, for each of several sizes."""
     shapes = Counter((layer.out_features, layer.in_features) for layer in layers)  # a model has few

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+Scored = tuple[tuple[float, ...], tuple[float, ...]]
+FEWEST_ROWS = 10  # a handful drawn anew says nothing of how they vary; one says that they do not
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -46,8 +49,13 @@ class Run:
     grad_norm_first: float | None = None
 
     @property
-    def scored(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Scores and weights of the test rows, None unless every one of them is a number."""
+    def scored(self) -> Scored | None:
+        """Scores and weights of the test rows; None unless every one of them is a number, and there are enough of them
+        to be drawn anew."""
+        return self._scored if self._scored is not None and len(self._scored[0]) >= FEWEST_ROWS else None
+
+    @property
+    def _scored(self) -> Scored | None:
         if not self.test_scores or not self.test_weights:
             return None
         scores = tuple(s for s in self.test_scores if s is not None)
@@ -58,8 +66,8 @@ class Run:
     def figure(self, metric: str) -> float | None:
         """The metric on the test set: sum(test_scores) / sum(test_weights), or `test[metric]` where rows have no
         scores; None where it is not finite."""
-        if self.scored is not None:
-            scores, weights = self.scored
+        if self._scored is not None:
+            scores, weights = self._scored
             return math.fsum(scores) / math.fsum(weights)
         return None if self.test_scores else self.test.get(metric)
 

@@ -130,7 +130,7 @@ def _cost(standing: Standing) -> str:
 
 def _costs(comparison: Comparison, group: tuple[str, ...], name: str) -> dict[str, float]:
     found = {key: spread(comparison, key, name) for key in group}
-    return {key: value.mean for key, value in found.items() if value is not None}
+    return {key: value.mean for key, value in found.items() if value is not None and value.mean > 0}
 
 
 def _against(comparison: Comparison, best: str, least: str, costs: dict[str, float], most: str, what: str) -> str:

@@ -1,0 +1,64 @@
+"""Fill what docs/comparing.md and README.md say of comparisons from the results that are kept beside this file.
+
+python -m examples.compare.tables [--check]
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from flashbone.report.comparison import comparison_markdown
+from flashbone.report.comparison.reading import read_results
+from flashbone.report.comparison.standing import stand
+from flashbone.report.comparison.verdict import judge
+
+RESULTS = Path("examples/compare/results")
+PAGE, README = Path("docs/comparing.md"), Path("README.md")
+
+
+def main(args: list[str]) -> int:
+    """Write the pages, or with --check only say by the exit code whether they are as the results are."""
+    before = {page: page.read_text(encoding="utf-8") for page in (PAGE, README)}
+    after = {page: filled(text, RESULTS) for page, text in before.items()}
+    if args == ["--check"]:
+        return int(before != after)
+    for page, text in after.items():
+        page.write_text(text, encoding="utf-8")
+    return 0
+
+
+def filled(text: str, folder: Path) -> str:
+    """A page with what stands between its markers as the results say it: `section of NAME`, `verdict of NAME`."""
+    for results in sorted(folder.glob("*/results.jsonl")):
+        for what, write in (("section", section), ("verdict", verdict)):
+            start, end = f"<!-- {what} of {results.parent.name} -->", f"<!-- end of {results.parent.name} -->"
+            pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
+            content = f"{start}\n{write(results)}\n{end}"
+            text = pattern.sub(lambda _, content=content: content, text)
+    return text
+
+
+def section(results: Path) -> str:
+    """Verdict, notes, table, where it was measured, and the curves of one comparison."""
+    comparison = read_results(results)
+    judged, header = judge(stand(comparison)), comparison.header
+    versions = ", ".join(f"{name} {number}" for name, number in header.versions.items())
+    place = f"../{results.parent.as_posix()}"
+    parts = [
+        f"> {judged.text}",
+        "\n".join(f"- {note}" for note in judged.notes),
+        comparison_markdown(results).strip(),
+        f"({header.hardware}; {versions}; commit {header.commit}, {header.date}. "
+        f"[All figures]({place}/results.jsonl), [the report]({place}/report.html).)",
+        f"![Learning curves]({place}/learning_curves.png)",
+    ]
+    return "\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict(results: Path) -> str:
+    """The two sentences of one comparison."""
+    return judge(stand(read_results(results))).text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
