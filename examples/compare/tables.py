@@ -7,9 +7,11 @@ import re
 import sys
 from pathlib import Path
 
-from flashbone.report.comparison import comparison_markdown
+from flashbone.report.comparison import comparison_markdown, words
 from flashbone.report.comparison.reading import read_results
+from flashbone.report.comparison.results import Comparison
 from flashbone.report.comparison.standing import stand
+from flashbone.report.comparison.statistics import Bootstrap
 from flashbone.report.comparison.verdict import judge
 
 RESULTS = Path("examples/compare/results")
@@ -28,9 +30,9 @@ def main(args: list[str]) -> int:
 
 
 def filled(text: str, folder: Path) -> str:
-    """A page with what stands between its markers as the results say it: `section of NAME`, `verdict of NAME`."""
+    """A page with what stands between its markers as the results say it: `section`, `verdict` or `claims of NAME`."""
     for results in sorted(folder.glob("*/results.jsonl")):
-        for what, write in (("section", section), ("verdict", verdict)):
+        for what, write in (("section", section), ("verdict", verdict), ("claims", claims)):
             start, end = f"<!-- {what} of {results.parent.name} -->", f"<!-- end of {results.parent.name} -->"
             pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
             content = f"{start}\n{write(results)}\n{end}"
@@ -58,6 +60,38 @@ def section(results: Path) -> str:
 def verdict(results: Path) -> str:
     """The two sentences of one comparison."""
     return judge(stand(read_results(results))).text
+
+
+def claims(results: Path) -> str:
+    """What the comparison says of "outperforms LoRA", and where it is two epochs long, of "converges quickly"."""
+    comparison = read_results(results)
+    header, bootstrap = comparison.header, Bootstrap(comparison)
+    lines = []
+    for key in ("bone", "bat-row", "bat-col", "orthogonal"):
+        if key in {method.method for method in comparison.methods}:
+            lead = bootstrap.difference(key, "lora")
+            verb = "is tied with" if lead.tied else "is better than" if lead.mean > 0 else "is worse than"
+            lines.append(f"{comparison.label(key)} {verb} LoRA: {words.lead(header, lead)}")
+    text = "; ".join(lines) + f". (Leads over LoRA in test {words.metric(header)}, 95% intervals; positive is better.)"
+    if header.epochs >= 2:
+        shares = [
+            f"{comparison.label(key)} {100 * first_epoch(comparison, key):.0f}%" for key in ("bone", "lora", "full")
+        ]
+        text += (
+            f"\n\nOf the fall of the held-out loss in {header.epochs:g} epochs, the first made: {', '.join(shares)}."
+        )
+    return text
+
+
+def first_epoch(comparison: Comparison, method: str) -> float:
+    """The share of the fall in held-out loss that the first epoch made, over the counted runs."""
+    shares = []
+    for run in comparison.counted(method):
+        curve = run.held_out
+        end = min(curve.step, key=lambda step: abs(step - curve.step[-1] / comparison.header.epochs))
+        losses = dict(zip(curve.step, curve.loss, strict=True))
+        shares.append((curve.loss[0] - losses[end]) / (curve.loss[0] - curve.loss[-1]))
+    return sum(shares) / len(shares)
 
 
 if __name__ == "__main__":
