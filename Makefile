@@ -17,6 +17,7 @@ help:
 	@echo "make test-fla    flash-linear-attention's RWKV-7 and RWKV-6, interpreted on the CPU"
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
 	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp"
+	@echo "make test-wheel  sdist and wheel, and the wheel in an environment of its own; minutes"
 	@echo "make compare-classification   methods side by side on the news, 13 minutes; make compare-sft on a chat corpus, an hour"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
@@ -159,6 +160,16 @@ golden-llamacpp: .venv/.llamacpp
 	rm -rf .cache/golden-llamacpp
 	$(BIN)/python tests/llamacpp/convert.py $(LLAMA_CPP) .cache/golden-llamacpp
 	$(BIN)/python tests/llamacpp/write_golden.py .cache/golden-llamacpp
+
+# Beside the environment: only this target builds. The wheel's own environment is in .cache/wheel, and gone afterwards.
+.PHONY: test-wheel
+.venv/.build: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/build build pyproject_hooks
+	@touch $@
+
+test-wheel: .venv/.build
+	mkdir -p .cache
+	PYTHONPATH=$(CURDIR)/.venv/build $(BIN)/pytest -s --timeout=1800 --basetemp=.cache/wheel tests/packaging/built_wheel.py
 
 golden: .venv/.dev
 	PYTHONPATH=.venv/peft-0.18.1 $(BIN)/python tests/golden/write_golden.py
