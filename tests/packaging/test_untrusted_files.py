@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from flashbone.cli import main
-from flashbone.errors import FlashboneError, FormatError
+from flashbone.errors import ConfigError, FlashboneError, FormatError
 from helpers.adapter_folders import blocks_for, tiny_llama, write_adapter, write_config
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))
@@ -201,21 +201,26 @@ def test_tags_of_python_in_yaml_are_refused(tmp_path, trace, capsys, place):
     assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(reason="flashbone.train.fields lets jsonargparse import and make what a class_path names")
-@pytest.mark.parametrize("read", ["recipe", "adapter"])
-def test_a_class_path_in_a_recipe_is_plain_data(tmp_path, monkeypatch, read):
+@pytest.mark.parametrize("place", ["file", "word", "flag"])
+@pytest.mark.parametrize("read", ["recipe", "adapter", "comparison"])
+def test_a_class_path_is_refused_and_not_imported(tmp_path, monkeypatch, trace, read, place):
+    from flashbone.compare.config import load_comparison
     from flashbone.train.recipe import load_adapter_fields, load_recipe
 
-    (tmp_path / f"trap_of_{read}.py").write_text("open('trace', 'w').close()\nclass Thing: pass\n")
+    module = f"trap_of_{read}_{place}"
+    (tmp_path / f"{module}.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Thing: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    spec = {"class_path": f"trap_of_{read}.Thing"}
-    recipe = {"model": "m", "output": "o", "data": {"path": "p"}, "adapter": {"rank_pattern": spec}}
-    Path("recipe.yaml").write_text(json.dumps(recipe))
-    with contextlib.suppress(FlashboneError):
-        found = load_recipe("recipe.yaml").adapter if read == "recipe" else load_adapter_fields("recipe.yaml", [])
-        assert found["rank_pattern"] == spec
-    assert not Path("trace").exists()
+    section = "training.model_init_kwargs" if read == "comparison" else "adapter.rank_pattern"
+    spec = {"class_path": f"{module}.Thing"}
+    words = {"file": [], "word": [f"--{section}", json.dumps(spec)], "flag": [f"--{section}.class_path={module}.Thing"]}
+    recipe = {"model": "m", "output": "o", "data": {"path": "p", **({"test": 1} if read == "comparison" else {})}}
+    if place == "file":
+        outer, inner = section.split(".")
+        recipe[outer] = {inner: spec}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    load = {"recipe": load_recipe, "adapter": load_adapter_fields, "comparison": load_comparison}[read]
+    with pytest.raises(ConfigError, match="class_path is refused"):
+        load(tmp_path / "recipe.yaml", words[place])
 
 
 def test_a_datasets_script_is_not_run(tmp_path, trace):

@@ -1,6 +1,7 @@
 """Configurations as YAML files with `--dotted.field value` on top: reading them, naming every field that is none."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -103,10 +104,11 @@ def parse(cls: type[T], given: dict[str, Any], overrides: list[str], where: str,
             1.1 leaves as strings become numbers.
 
     Raises:
-        ConfigError: a value is of the wrong type.
+        ConfigError: a value is of the wrong type, or names a class.
     """
     from jsonargparse import ArgumentParser
 
+    refuse_classes(given, overrides, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
     filled = {key: value for key, value in given.items() if value is not None or key not in sections}
@@ -117,6 +119,30 @@ def parse(cls: type[T], given: dict[str, Any], overrides: list[str], where: str,
         raise ConfigError(f"{where}: {one_line(str(error))}") from None
     fields = {name: plain[name] for name in field_names(cls)}
     return cls(**{name: numbers(value) if name in sections else value for name, value in fields.items()})
+
+
+def refuse_classes(given: dict[str, Any], overrides: list[str], where: str) -> None:
+    """Refuse `class_path`, wherever it is: jsonargparse would import what it names, and make an object of it.
+
+    Raises:
+        ConfigError: there is one. A configuration is plain data.
+    """
+    import yaml
+
+    values: list[Any] = [given]
+    for word in overrides:
+        name, _, value = word.partition("=")
+        values.append(name.split("."))
+        with contextlib.suppress(yaml.YAMLError):  # the parser says what is wrong with it
+            values.append(yaml.safe_load(value if word.startswith("--") else word))
+    if any(_names_class(value) for value in values):
+        raise ConfigError(f"{where}: class_path is refused: a configuration is plain data and makes no objects")
+
+
+def _names_class(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_class, value.values()))
+    return isinstance(value, list) and ("class_path" in value or any(map(_names_class, value)))
 
 
 def numbers(value: Any) -> Any:

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashbone.errors import ConfigError
-from flashbone.train.fields import check_names, field_names, flag_names, keys, numbers, one_line, parse, read_yaml
+from flashbone.train.fields import (
+    check_names,
+    field_names,
+    flag_names,
+    keys,
+    numbers,
+    one_line,
+    parse,
+    read_yaml,
+    refuse_classes,
+)
 from flashbone.train.sections import Quantization, RwkvSettings, section
 
 Task = Literal["sft", "classification"]
@@ -114,6 +124,7 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
         raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
     given = {"adapter": section or {}}
     check_names(keys(given, SECTIONS) + flag_names(overrides), ["adapter", *_adapter_names()], where, OURS)
+    refuse_classes(given, overrides, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--adapter", type=dict[str, Any], default={})
     try:
