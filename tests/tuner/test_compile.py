@@ -1,5 +1,6 @@
 """torch.compile takes an adapted layer as one graph. In its own process: the tests' shape checks do not compile."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -70,8 +71,10 @@ print("compiled")
 def test_every_variant_compiles_as_one_graph_with_equal_outputs_and_gradients(backend, tmp_path):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a C++ compiler")
+    # A cache and a compiler of its own: on a busy machine a library in the common cache was once loaded half-written.
+    own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, backend], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", CODE, backend], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "compiled\n"
