@@ -359,3 +359,31 @@ def test_what_trains_is_in_fp32_on_a_base_in_half_precision(config, tmp_path):
         assert {str(tensor.dtype) for tensor in load_file(file).values()} == {"torch.float32"}
     head, head_run = (next(row for row in rows if row["method"] == "linear") for rows in (found[1:4], found[4:]))
     assert head_run["adapter_bytes"] == 4 * head["trainable_parameters"]
+
+
+def test_entries_that_come_to_the_same_run_share_it(config, tmp_path):
+    listed = ["bone", {"method": "bone", "label": "bone again"}, {"method": "bone", "label": "bone*"}]
+    found = results(config(methods=listed, seeds=[0], learning_rates=[1e-3], jobs=2))
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
+    assert [row["status"] for row in found[1:]] == ["ok"] * 6
+    assert found[4]["train"]["step"] == [1, 2, 3, 4]
+    assert len({row["train"] for row in found[1:4]}) == 3  # a recipe for each
+
+
+def test_packed_rows_are_learned_together_and_tested_one_by_one(config):
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "packing": True, "max_length": 64}
+    found = results(config(methods=["linear"], seeds=[0], learning_rates=[1e-9], training=training))
+    assert found[1]["error"] is None
+    assert len(found[2]["test_scores"]) == 24
+
+
+def test_a_file_that_changes_meanwhile_is_for_the_next_comparison(config, rows, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text((rows / "train.jsonl").read_text())
+    data = {"path": str(file), "eval": 16, "test": str(rows / "test.jsonl")}
+    path = config(methods=["bone"], seeds=[0], learning_rates=[1e-3], data=data)
+    experiment = Experiment(load_comparison(path), Origin(str(path)))
+    names = [job.name for job in experiment.sweep()]
+    file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+    assert [job.name for job in experiment.sweep()] == names
+    assert [job.name for job in Experiment(load_comparison(path), Origin(str(path))).sweep()] != names

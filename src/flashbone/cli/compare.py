@@ -69,7 +69,7 @@ def run(argv: list[str]) -> int:
         for path in [file, *written]:
             print(os.path.relpath(path))
     methods = [row for row in rows if row["kind"] == "method"]
-    if all(row["status"] == "failed" for row in methods):
+    if methods and all(row["status"] == "failed" for row in methods):
         raise FlashboneError(f"all {len(methods)} methods failed; {methods[0]['method']}: {methods[0]['error']}")
     return 0
 

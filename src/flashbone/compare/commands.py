@@ -40,13 +40,15 @@ def commands(comparison: Comparison, methods: Sequence[Compared], origin: Origin
     `rerun` does its runs once more, in another folder. `train` is `flashbone train` with a recipe that is written here,
     for the Bone family; for others it is a comparison of this method alone with one seed, which leaves its adapter.
     """
-    found = {}
+    found, words = {}, set()
     for one in methods:
         if one.chosen is None or one.sized is None:
             continue
         fields = {"method": one.entry.method, **one.entry.settings, "learning_rates": [one.chosen]}
         only = f"--methods={json.dumps([fields])}"
         word = re.sub(r"\W+", "-", one.entry.label).strip("-")
+        word += f"-{len(found) + 1}" if word in words else ""
+        words.add(word)
         rerun = origin.command(only, f"--output={comparison.output}-{word}")
         seed = f"--seeds=[{comparison.seeds[0]}]"
         train = origin.command(only, seed, f"--output={comparison.output}-{word}-alone")

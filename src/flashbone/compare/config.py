@@ -102,7 +102,14 @@ _NOT_HERE = {
     "training.seed": "set `seeds` instead",
     "training.resume_from_checkpoint": "a comparison goes on by itself",
 }
-_DECIDED = ("eval_strategy", "logging_strategy", "logging_steps", "logging_first_step", "eval_packing")
+_DECIDED = (
+    "eval_strategy",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "eval_packing",
+    "shuffle_dataset",
+)
 _OF_TEST = ("path", "format", "columns", "split", "subset", "turns", "template")
 _ENTRY = ("method", "label", "learning_rates")
 

@@ -93,7 +93,7 @@ def job(comparison: Comparison, entry: Entry, size: Mapping[str, Any], learning_
         recipe={name: getattr(comparison, name) for name in fields},
         metric=comparison.test_metric,
         answers=comparison.answers if comparison.test_metric == "exact_match" else {},
-        contents={path: _content(path, *stamp) for path, stamp in _files(data)},
+        contents={path: _content(path) for path in _files(data)},
     )
 
 
@@ -113,18 +113,22 @@ def repeats(comparison: Comparison, sizes: Sizes, chosen: Mapping[str, float]) -
     return [job(comparison, e, size, chosen[e.label], seed) for seed in comparison.seeds[1:] for e, size in ready]
 
 
-def _files(data: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:
-    """The local files that `data` names, each with its size and time of change."""
+def _files(data: Mapping[str, Any]) -> list[str]:
+    """The local files that `data` names."""
     test = data["test"]
     named = [data["path"], data["eval"], test["path"] if isinstance(test, Mapping) else test]
     places = [Path(name).expanduser() for name in named if isinstance(name, str)]
-    pairs = [place.with_suffix(kind) for place in places for kind in (".bin", ".idx")]
-    found = [place for place in dict.fromkeys([*places, *pairs]) if place.is_file()]
-    return [(str(place), (place.stat().st_size, place.stat().st_mtime_ns)) for place in found]
+    pairs = [place.with_suffix(kind) for place in places if place.name for kind in (".bin", ".idx")]
+    return [str(place) for place in dict.fromkeys([*places, *pairs]) if place.is_file()]
+
+
+def forget_contents() -> None:
+    """Read the files anew: a comparison reads each once, when it starts, and what changes later is for the next."""
+    _content.cache_clear()
 
 
 @functools.cache
-def _content(path: str, size: int, changed: int) -> str:
+def _content(path: str) -> str:
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):

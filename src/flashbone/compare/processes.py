@@ -135,7 +135,7 @@ def _ended(running: Iterable[Any]) -> list[Any]:
 def _context(on_gpu: bool) -> Any:
     """On CPUs runs are forked from a process that has imported everything and computed nothing, which saves seconds in
     each; with a GPU, or where forking is not to be had, each starts from nothing."""
-    if os.name != "posix" or on_gpu:
+    if not sys.platform.startswith("linux") or on_gpu:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -85,6 +85,7 @@ class Experiment:
         self.folder = Path(comparison.output)
         self.runs = self.folder / "runs"
         self.lost: dict[tuple[str, float, int], dict[str, Any]] = {}  # runs that a signal ended, in this program
+        jobs.forget_contents()
         self.budget, self.methods = plan(comparison)
         self._read()
 
@@ -113,6 +114,8 @@ class Experiment:
             if (result := results.read_result(self.runs, job)) is not None and result["status"] == "failed":
                 (self.runs / job.name / "result.json").unlink()
         self._read()
+        # Two entries may come to the same run, by settings that are equal: it is done once, for both.
+        wanted = list({job.name: job for job in wanted}.values())
         missing = [job for job in wanted if results.read_result(self.runs, job) is None]
         if len(missing) < len(wanted):
             log.info("%d of %d runs are there already", len(wanted) - len(missing), len(wanted))

@@ -19,9 +19,10 @@ def test(job: Job, trainer: Any, data: Data) -> dict[str, Any]:
     """Score the test rows; `test` has the figures, `test_scores` and `test_weights` those of single rows, whose
     quotient of sums is the metric.
     """
-    model, amp = trainer.accelerator.unwrap_model(trainer.model), trainer.compute_loss_context_manager
+    model, amp = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.autocast
     # Not the trainer's loader: it may sort rows by their length, and all runs have to score them in one order.
-    size = trainer.args.eval_batch_size
+    args = trainer.args  # without padding a batch is one long row, and rows could not be told apart
+    size = 1 if getattr(args, "packing", False) or getattr(args, "padding_free", False) else args.eval_batch_size
     batches = DataLoader(trainer.test_dataset, batch_size=size, collate_fn=trainer.data_collator)
     if job.metric == "accuracy":
         predicted, wanted, losses = zip(*row_classes(model, batches, amp), strict=True)

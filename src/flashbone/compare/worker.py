@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
@@ -53,6 +54,8 @@ def work(plain: dict[str, Any], folder: Path, threads: int | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads:
         torch.set_num_threads(threads)
+    if multiprocessing.get_start_method() == "forkserver":  # the data loader's workers end with their parent then
+        multiprocessing.set_start_method("fork", force=True)
     job = Job(**plain)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         _redirect(log)
@@ -62,7 +65,7 @@ def work(plain: dict[str, Any], folder: Path, threads: int | None) -> None:
             traceback.print_exc()
             result = {"status": "failed", "error": _one_line(error)}
     write_text(folder / "result.json", json.dumps(result) + "\n")
-    for checkpoint in folder.glob("checkpoint-*"):  # nothing goes on from them any more
+    for checkpoint in folder.glob("checkpoint-*") if result["status"] == "ok" else ():  # nothing goes on from them
         shutil.rmtree(checkpoint, ignore_errors=True)
     sys.exit(FAILED if result["status"] == "failed" else 0)
 
@@ -92,6 +95,7 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
     args = trainer_arguments(recipe)
     data = load_data(recipe, windows_for(args), test_part(job.data))
     check_rows(job, data)
+    made = about.place(args.device.type)
     memory, startup = Memory(args.device.type == "cuda"), Startup()
 
     def adapt(model: Any) -> Any:
@@ -131,7 +135,7 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
         "adapter_bytes": size,
         "grad_norm_first": next((row["grad_norm"] for row in metrics.rows if "grad_norm" in row), None),
         **_parameters(model, method),
-        "about": about.place(trainer.args.device.type),
+        "about": made,
     }
 
 

@@ -58,6 +58,6 @@ def _in_eval(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
     model.eval()
     try:
         for batch in batches:
-            yield {key: value.to(device) for key, value in batch.items()}
+            yield {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     finally:
         model.train(was_training)

@@ -144,6 +144,7 @@ def _refuse_quantised(model: Any, method: Method) -> None:
         "pissa": "it takes the base's weights apart, which a quantised base does not have",
         "olora": "it changes the base's weights, which would be quantised a second time",
         "hra": "PEFT's HRA reads the base's weights, which a quantised base does not have",
+        "linear": "Trainer takes no quantised model without an adapter",
         "full": "the weights of a quantised base cannot be trained",
     }
     if method.name in reasons:

@@ -44,6 +44,8 @@ def stand(comparison: Comparison, draws: int = DRAWS) -> Standing:
     bootstrap = Bootstrap(comparison, draws)
     estimates = {}
     for method in comparison.methods:
+        if method.status == "failed":  # with one seed at least: those with which it went well would flatter it
+            continue
         diverged = len(comparison.counted(method.method)) > len(bootstrap.figures.get(method.method, {}))
         # A run whose loss was not finite counts against its method: no mean over the seeds that went well.
         if not diverged and (estimate := bootstrap.estimate(method.method)) is not None:
