@@ -51,7 +51,8 @@ def section(results: Path) -> str:
         "\n".join(f"- {note}" for note in judged.notes),
         comparison_markdown(results).strip(),
         f"({header.hardware}; {versions}; commit {header.commit}, {header.date}. "
-        f"[All figures]({place}/results.jsonl), [the report]({place}/report.html).)",
+        f"[All figures]({place}/results.jsonl); the report: `flashbone compare {header.config} --report --output "
+        f"{results.parent.as_posix()}`.)",
         f"![Learning curves]({place}/learning_curves.png)",
     ]
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"

@@ -12,6 +12,7 @@ from flashbone.compare.jobs import Job
 from flashbone.compare.methods import METHODS
 from flashbone.compare.sizes import Sized
 from flashbone.errors import ConfigError
+from flashbone.evaluate.results import finite
 from flashbone.train.folder import write_text
 
 FIGURES = (
@@ -112,15 +113,7 @@ def lines(
 
 def write(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Write results.jsonl whole or not at all; what is not finite becomes null, since JSON has no word for it."""
-    write_text(file, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(file, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def _method(one: Compared, comparison: Comparison, commands: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def figure(name: str, value: float, interval: Interval | None = None, how: str |
 def as_json(about: dict[str, Any], evaluations: Sequence[Evaluation]) -> str:
     """All of it as one JSON object; numbers that are not finite are null."""
     content = {**about, "evaluations": [asdict(evaluation) for evaluation in evaluations]}
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False)
+    return json.dumps(finite(content), indent=2, ensure_ascii=False)
 
 
 def write_results(folder: Path, about: dict[str, Any], evaluations: Sequence[Evaluation]) -> Path:
@@ -114,9 +114,10 @@ def _classes(details: dict[str, Any]) -> Any:
     return table
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, at any depth: JSON has no word for them."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
