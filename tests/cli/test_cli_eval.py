@@ -6,14 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from flashbone import cli
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import questions, write_tiny_llama
+from helpers.tiny_llama import questions, write_tiny_llama
 
 ROWS = [
     {"question": row["prompt"] + " yes" * (number % 3), "answer": f"#### {number}"}

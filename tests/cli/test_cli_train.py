@@ -11,9 +11,7 @@ import pytest
 from flashbone import cli
 from flashbone.cli.train import OPTIONS, separate
 from flashbone.train.recipe import load_recipe
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import questions, write_tiny_llama
+from helpers.tiny_llama import questions, write_tiny_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -1,14 +1,12 @@
 """A tiny language model, its rows, and comparisons small enough to run whole."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
-from tiny_llama import questions, write_tiny_llama
+from helpers.tiny_llama import questions, write_tiny_llama
 
 
 @pytest.fixture(scope="session")

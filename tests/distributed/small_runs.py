@@ -1,7 +1,6 @@
 """Twenty steps on a tiny Llama, in one process or in several: what the tests compare."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -11,9 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 from flashbone import BoneConfig
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import questions, tiny_tokenizer
+from helpers.tiny_llama import questions, tiny_tokenizer
 
 BATCH, STEPS = 8, 20
 

@@ -10,12 +10,12 @@ import pytest
 import small_runs  # noqa: F401  (finds tiny_llama)
 from launching import launch
 from peft import PeftModel
-from tiny_llama import questions, write_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from flashbone.errors import ConfigError
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
+from helpers.tiny_llama import questions, write_tiny_llama
 
 HERE = Path(__file__).parent
 

@@ -1,7 +1,6 @@
 """The page on comparisons: its Python runs, and its tables are what the kept results say."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,7 @@ def test_a_changed_result_would_show(tables, tmp_path):
 
 
 def test_the_python_and_the_yaml_of_the_page_run(tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT / "tests" / "train"))
-    from tiny_llama import questions, write_tiny_llama
+    from helpers.tiny_llama import questions, write_tiny_llama
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -1,15 +1,12 @@
 """The Python of docs/evaluating.md runs as it stands, on a tiny model, and the page names every option."""
 
 import re
-import sys
 from pathlib import Path
 
 import yaml
 
 from flashbone.cli.eval import _parser
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import write_tiny_llama
+from helpers.tiny_llama import write_tiny_llama
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
 

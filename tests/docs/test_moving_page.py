@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import re
 import shlex
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,7 @@ from flashbone.cli import main
 from flashbone.train.recipe import load_recipe
 from helpers.adapter_folders import blocks_for, write_adapter, write_config
 from helpers.rwkv import write_rwkv
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import write_tiny_llama
+from helpers.tiny_llama import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "moving.md").read_text()

@@ -5,8 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import write_tiny_llama
+from helpers.tiny_llama import write_tiny_llama
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 

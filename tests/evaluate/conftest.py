@@ -1,13 +1,11 @@
 """A tiny model for the tests of evaluation, which learns nothing, and small data files."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import write_tiny_llama
+from helpers.tiny_llama import write_tiny_llama
 
 
 @pytest.fixture(scope="session")

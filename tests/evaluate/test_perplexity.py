@@ -102,11 +102,11 @@ def test_rows_of_which_nothing_is_learned_are_counted_and_token_ids_are_checked(
 def test_the_held_out_loss_of_a_training_run_comes_out_again(llama, tmp_path, monkeypatch):
     """With the run's adapter; all held-out rows have one length, for which the Trainer's mean of batches is exact."""
     import datasets
-    from tiny_llama import questions
 
     from flashbone.evaluate.run import Request, evaluate
     from flashbone.train.recipe import DataRecipe, Recipe
     from flashbone.train.run import train
+    from helpers.tiny_llama import questions
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name, rows in (("t", questions(24)), ("h", questions(32)[24:])):

@@ -1,12 +1,10 @@
 """A tiny Llama with its tokenizer for the hosts; nothing touches the user's caches, and no progress bars."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import write_tiny_llama
+from helpers.tiny_llama import write_tiny_llama
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import BoneConfig, PeftModel, get_peft_model
-from tiny_llama import questions
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import (
     DPOConfig,
@@ -19,6 +18,8 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+
+from helpers.tiny_llama import questions
 
 # transformers 5.23 about what trl 1.16 and peft 0.21 call
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")

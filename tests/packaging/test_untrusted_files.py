@@ -17,9 +17,7 @@ from peft import PeftModel
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from helpers.adapter_folders import blocks_for, tiny_llama, write_adapter, write_config
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from tiny_llama import questions, write_tiny_llama
+from helpers.tiny_llama import questions, write_tiny_llama
 
 
 class Intruder:

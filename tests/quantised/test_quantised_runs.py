@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,11 +53,8 @@ def test_nonsense_is_one_clear_line(tmp_path, text, message):
 @pytest.fixture
 def recipe(tmp_path):
     """Of a run on a tiny Llama, in a folder of its own."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-    try:
-        from tiny_llama import questions, write_tiny_llama
-    finally:
-        sys.path.pop(0)
+    from helpers.tiny_llama import questions, write_tiny_llama
+
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in questions(40)))
     model = write_tiny_llama(tmp_path / "llama")

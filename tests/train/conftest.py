@@ -24,7 +24,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
-    from tiny_llama import write_tiny_llama
+    from helpers.tiny_llama import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("llama"))
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import BoneConfig, get_peft_model
 from test_train_run import recipe_for
-from tiny_llama import questions
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flashbone import variants
@@ -17,6 +16,7 @@ from flashbone.report.training import plot_losses, plot_rotations
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.run import train
 from helpers.adapter_folders import tiny_bert
+from helpers.tiny_llama import questions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft

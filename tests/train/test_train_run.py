@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_llama import questions, word_tokenizer, write_tiny_llama
 
 from flashbone.errors import ConfigError, FlashboneError, NonFiniteError
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
 from flashbone.train.summary import peak_memory
+from helpers.tiny_llama import questions, word_tokenizer, write_tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_train_run import kill_at_step_seven, metrics_of, recipe_for
-from tiny_llama import WORDS, questions, tiny_tokenizer
 
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError
@@ -19,6 +18,7 @@ from flashbone.train.formats import converter, detect
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
 from flashbone.train.tokens import Windows
+from helpers.tiny_llama import WORDS, questions, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft
