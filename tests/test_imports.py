@@ -15,6 +15,7 @@ ALLOWED = {
     "import_hook": set(),
     "host_hooks": {"import_hook", "tuner"},  # the tuner once a host has been imported
     "sources": {"errors"},
+    "outputs": set(),
     "shards": {"errors"},
     "ops": {"errors", "shards"},
     "variants": {"errors", "shards", "ops"},
@@ -25,10 +26,10 @@ ALLOWED = {
     "verify": {"errors", "checkpoint", "rwkv"},
     "tuner": {"errors", "sources", "shards", "ops", "variants", "cards"},
     "rwkv": {"errors", "checkpoint"},
-    "train": {"errors", "sources", "tuner", "checkpoint", "variants", "rwkv", "conversion", "merge"},
-    "report": {"errors", "sources", "tuner", "checkpoint", "variants", "conversion", "rwkv"},
-    "evaluate": {"errors", "sources", "checkpoint", "rwkv", "train"},
-    "compare": {"errors", "tuner", "variants", "train", "evaluate"},
+    "train": {"errors", "outputs", "sources", "tuner", "checkpoint", "variants", "rwkv", "conversion", "merge"},
+    "report": {"errors", "outputs", "sources", "tuner", "checkpoint", "variants", "conversion", "rwkv"},
+    "evaluate": {"errors", "outputs", "sources", "checkpoint", "rwkv", "train"},
+    "compare": {"errors", "outputs", "tuner", "variants", "train", "evaluate"},
     "cli": {
         "errors",
         "sources",
@@ -47,6 +48,7 @@ ALLOWED = {
 # Maths and files work without the hosts; the commands start without anything heavy.
 WITHOUT_HOSTS = {
     "errors",
+    "outputs",
     "sources",
     "import_hook",
     "shards",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flashbone.train.folder import write_text
+from flashbone.outputs import read_json_lines, write_text
 
 WARM_UP = 2  # steps that are not timed: kernels are chosen and memory is got in them
 _STATUS = Path("/proc/self/status")
@@ -44,7 +44,7 @@ class Watch(TrainerCallback):
         return self._step(model, inputs, *args, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        kept = [row for row in read_rows(self.file) if row["step"] < state.global_step]
+        kept = [row for row in read_json_lines(self.file) if row["step"] < state.global_step]
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -65,20 +65,11 @@ class Watch(TrainerCallback):
 
     def digest(self) -> str:
         """One hash of all batches in their order."""
-        return hashlib.sha256("".join(row["digest"] for row in read_rows(self.file)).encode()).hexdigest()[:16]
+        return hashlib.sha256("".join(row["digest"] for row in read_json_lines(self.file)).encode()).hexdigest()[:16]
 
     def tokens(self) -> int:
         """How many tokens the model was given, paddings aside."""
-        return sum(row["tokens"] for row in read_rows(self.file))
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl; one that a kill cut short is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+        return sum(row["tokens"] for row in read_json_lines(self.file))
 
 
 def _about(inputs: Any) -> dict[str, Any]:

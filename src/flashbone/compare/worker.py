@@ -27,15 +27,16 @@ import torch
 from flashbone.compare import about
 from flashbone.compare.config import test_part
 from flashbone.compare.jobs import Job
-from flashbone.compare.measuring import Memory, Watch, read_rows, synchronise
+from flashbone.compare.measuring import Memory, Watch, synchronise
 from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
 from flashbone.compare.testing import check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
+from flashbone.outputs import read_json_lines, whole_folder, write_text
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data
 from flashbone.train.fitting import fit
-from flashbone.train.folder import RunFolder, whole_folder, write_text
+from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import TASK_TYPES
 from flashbone.train.tokens import windows_for
 
@@ -174,7 +175,7 @@ def _clear(folder: Path) -> None:
 
 def _curves(folder: Path, startup_s: float) -> dict[str, Any]:
     """Losses over steps and over seconds; the seconds are those of making the adapter and of training steps."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_json_lines(folder / "metrics.jsonl")
 
     def curve(prefix: str, names: tuple[str, ...]) -> dict[str, list[Any]]:
         points = [row for row in rows if f"{prefix}loss" in row]

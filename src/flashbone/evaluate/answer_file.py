@@ -16,8 +16,8 @@ from typing import Any, TextIO
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.evaluate.exact_match import Answered
+from flashbone.outputs import PARTIAL, write_text
 from flashbone.sources import read_json
-from flashbone.train.folder import write_text
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
@@ -35,7 +35,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"output {folder}: a file is in the way; choose another output") from None
     file = folder / SETTINGS
     if not file.exists():
-        if any(not path.name.endswith(".partial") for path in folder.iterdir()):
+        if any(not path.name.endswith(PARTIAL) for path in folder.iterdir()):
             raise ConfigError(f"output {folder}: holds files, but none of an evaluation; choose another output")
         write_text(file, json.dumps(settings, indent=2) + "\n")
         return

@@ -1,8 +1,10 @@
 """What came of a training run: its loss curve and its rotations as pictures, the summary as a table."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from flashbone.outputs import read_json_lines
+from flashbone.report import drawing
 
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
 ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
@@ -14,7 +16,7 @@ ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
 
 def plot_losses(metrics: Path, target: Path) -> Path:
     """Draw training and held-out loss over the steps from a metrics.jsonl; returns the PNG's path."""
-    rows = _rows(metrics)
+    rows = read_json_lines(metrics)
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     figure, (axes,) = _figure(7, 1)
@@ -25,13 +27,13 @@ def plot_losses(metrics: Path, target: Path) -> Path:
     axes.set_ylabel("loss (nats per token)" if _is_language_model(rows) else "loss (cross-entropy)")
     if train or held_out:
         axes.legend(frameon=False)
-    return _save(figure, target)
+    return drawing.save(figure, target)
 
 
 def plot_rotations(metrics: Path, target: Path) -> Path | None:
     """Draw what `RotationMonitor` logged, single modules thin, their maximum bold; returns the PNG's path, None if
     the run logged no rotations."""
-    rows = [row for row in _rows(metrics) if ROTATIONS[0][0] in row]
+    rows = [row for row in read_json_lines(metrics) if ROTATIONS[0][0] in row]
     if not rows:
         return None
     figure, panels = _figure(12, len(ROTATIONS))
@@ -46,35 +48,19 @@ def plot_rotations(metrics: Path, target: Path) -> Path | None:
         if modules:
             axes.plot([], [], color=TRAIN_COLOUR, linewidth=0.7, alpha=0.6, label=f"each of {len(modules)} modules")
             axes.legend(frameon=False)
-    return _save(figure, target)
+    return drawing.save(figure, target)
 
 
-def _rows(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-
-
-def _figure(width: float, panels: int) -> tuple[Any, list[Any]]:
+def _figure(width: float, count: int) -> tuple[Any, list[Any]]:
     """A figure with panels side by side, over optimiser steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(width, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure, panels = drawing.blank((width, 4.2), columns=count)
+    axes = list(panels[0])
     for panel in axes:
         panel.set_xlabel("optimiser step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _save(figure: Any, target: Path) -> Path:
-    partial = target.with_name(target.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(target)
-    return target
 
 
 def _is_language_model(rows: list[dict[str, Any]]) -> bool:

@@ -1,6 +1,5 @@
 """What happens at the trainer's events: metrics to a file, a progress bar on stderr, time per step, logs at saves."""
 
-import contextlib
 import json
 import math
 import time
@@ -11,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from flashbone.errors import NonFiniteError
-from flashbone.train.folder import write_text
+from flashbone.outputs import read_json_lines, write_text
 
 # Wall-clock figures and counters that a resumed run would repeat differently; ours are tokens and train_s.
 DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time")
@@ -24,8 +23,8 @@ class MetricsLog:
         """Open the log, dropping what was logged after `keep_to_step` (a checkpoint's), or everything."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        if keep_to_step is not None and path.exists():
-            self.rows = [row for row in _read(path) if row["step"] <= keep_to_step]
+        if keep_to_step is not None:
+            self.rows = [row for row in read_json_lines(path) if row["step"] <= keep_to_step]
 
     def rewrite(self) -> None:
         """Make the file hold the kept rows and nothing else."""
@@ -42,15 +41,6 @@ class MetricsLog:
 
     def last(self, key: str, default: Any = None) -> Any:
         return next((row[key] for row in reversed(self.rows) if key in row), default)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 class Recorder(TrainerCallback):

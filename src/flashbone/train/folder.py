@@ -1,4 +1,4 @@
-"""A run's output folder: fresh, resumable or finished; and files in it that appear whole or not at all.
+"""A run's output folder: fresh, resumable or finished.
 
 recipe.json  checkpoint-*/  metrics.jsonl  adapter/  merged/ (of a .pth model merged.pth)  loss.png
 summary.json (last: the run is finished)
@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.outputs import PARTIAL, write_text
 from flashbone.sources import read_json
 from flashbone.train.recipe import Recipe
 
@@ -50,7 +50,7 @@ class RunFolder:
         for _, folder in self._checkpoints():
             if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-        for folder in self.path.glob("*.partial"):
+        for folder in self.path.glob(f"*{PARTIAL}"):
             shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
@@ -146,33 +146,6 @@ def _read_own(path: Path) -> dict[str, Any]:
         return read_json(path)
     except FormatError as error:
         raise FormatError(f"{error}; delete it, or choose another output") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside itself, then rename it into place."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it gets its name `path` only when the block ends well, and vanishes when it does not."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager

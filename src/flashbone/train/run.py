@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.train import folder as outputs
+from flashbone.outputs import whole_folder, write_text
+from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data
@@ -47,7 +48,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
         FlashboneError: recipe, data, model or disk do not allow it; an earlier run in the output is left as it was.
     """
     folder = RunFolder(recipe.output)
-    summary = outputs.finished(recipe) if resume else None
+    summary = run_folder.finished(recipe) if resume else None
     if summary is not None:
         log.info("resume: the run in %s is finished; nothing to do", folder.path)
         return Result(folder, summary, _is_main())
@@ -57,11 +58,11 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
         raise ConfigError("merge: true needs the whole model in one process; train without it, then `flashbone merge`")
     try:
         if args.process_index == 0:
-            outputs.claim(recipe, resume)
-        with outputs.disk_errors(folder), _out_of_memory(), _bars_if_long(recipe):
+            run_folder.claim(recipe, resume)
+        with run_folder.disk_errors(folder), _out_of_memory(), _bars_if_long(recipe):
             return _train(recipe, folder, args)
     except BaseException:
-        outputs.release(recipe)
+        run_folder.release(recipe)
         raise
 
 
@@ -71,11 +72,11 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     trainer, load_plain = build_trainer(recipe, args, data)
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
-    metrics, recorder = fit(trainer, folder, begin=functools.partial(outputs.record, recipe))
+    metrics, recorder = fit(trainer, folder, begin=functools.partial(run_folder.record, recipe))
     summary = summarise(recipe, trainer, data, metrics, recorder)
     _save(recipe, folder, trainer, load_plain)
     if args.process_index == 0:
-        outputs.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+        write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()
     return Result(folder, summary, args.process_index == 0)
 
@@ -86,7 +87,7 @@ def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable)
     if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would write no adapter, without a word
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.accelerator.wait_for_everyone()
-    with outputs.whole_folder(folder.adapter) if main else contextlib.nullcontext(folder.adapter) as partial:
+    with whole_folder(folder.adapter) if main else contextlib.nullcontext(folder.adapter) as partial:
         trainer.save_model(str(partial))  # sharded models need every process here
         if main:
             trainer.processing_class.save_pretrained(partial)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashbone.outputs import write_text
+
 
 def write_report(results: Path, folder: Path) -> list[Path]:
     """Write report.html and its figures as PNGs into `folder`, each whole or not at all; returns their paths.
@@ -21,9 +23,7 @@ def write_report(results: Path, folder: Path) -> list[Path]:
     standing = stand(read_results(results))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "report.html"
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page(standing), encoding="utf-8", newline="\n")
-    partial.replace(target)
+    write_text(target, page(standing))
     return [target, *draw(standing, folder)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashbone.report import drawing
 from flashbone.report.comparison import style, words
 from flashbone.report.comparison.costs import band, spread
 from flashbone.report.comparison.payload import sweep
@@ -39,22 +40,11 @@ def _save(
     size: tuple[float, float],
     panels: tuple[int, int],
 ) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(*panels, squeeze=False)
-    for panel in axes.ravel():
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
+    figure, axes = drawing.blank(size, *panels)
     paint(standing, keys, axes)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside right upper")
-    partial = target.with_name(target.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(target)
-    return target
+    return drawing.save(figure, target)
 
 
 def _look(standing: Standing, key: str) -> dict[str, Any]:
