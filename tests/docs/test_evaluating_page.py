@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from flashbone.cli.eval import _parser
+from flashbone.cli.eval import make_parser
 from helpers.tiny_llama import write_tiny_llama
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
@@ -24,7 +24,7 @@ def test_python_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch
 
 
 def test_every_option_is_on_the_page_and_no_other():
-    options = {option for action in _parser()._actions for option in action.option_strings} - {"-h", "--help"}
+    options = {option for action in make_parser()._actions for option in action.option_strings} - {"-h", "--help"}
     assert {f"--{name}" for name in re.findall(r"`--([a-z-]+)", PAGE)} == options
 
 
@@ -32,7 +32,7 @@ def test_commands_of_the_page_parse():
     commands = re.findall(r"^    (?:\$ )?flashbone eval (?!MODEL \[)(.*)$", PAGE, re.M)
     assert len(commands) >= 7
     for command in commands:
-        _parser().parse_args(re.findall(r"'[^']*'|\S+", command))
+        make_parser().parse_args(re.findall(r"'[^']*'|\S+", command))
 
 
 def test_the_task_file_of_the_page_is_yaml():

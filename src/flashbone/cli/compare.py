@@ -39,7 +39,7 @@ A comparison that was stopped goes on where it was when it is started again.
 def run(argv: list[str]) -> int:
     """Parse, run what is missing, report; progress goes to stderr."""
     ours, overrides = separate(argv, OPTIONS)
-    options = _parser().parse_args(ours)
+    options = make_parser().parse_args(ours)
     check_extra("a comparison")
     set_up_output()
 
@@ -107,7 +107,7 @@ def _plan(comparison, as_json: bool) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone compare",
         description="Train methods side by side on one model and its data, and report which did best at what cost.",

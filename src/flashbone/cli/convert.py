@@ -20,7 +20,7 @@ formats:
 
 def run(argv: list[str]) -> int:
     """Parse, convert, print; bad input raises a FlashboneError, a bad command line SystemExit."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.to is None and args.engine is None:
         parser.error("one of --to FORMAT and --for ENGINE is needed")
@@ -63,7 +63,7 @@ def _print(report: Any) -> None:
         print(f"serve it:\n{report.serve}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone convert",
         description="Write an adapter in another format, or as a serving engine wants it.",

@@ -23,7 +23,7 @@ A run with --output that was killed goes on where it was, when the same command 
 
 def run(argv: list[str]) -> int:
     """Measure, print a table or JSON on stdout; bad input raises a FlashboneError, a bad command line SystemExit."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     _check(parser, args)
     _set_up_output()
@@ -112,7 +112,7 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone eval",
         description="Measure a model's quality, with or without an adapter; each figure has its interval of 95%.",

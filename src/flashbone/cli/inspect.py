@@ -33,7 +33,7 @@ The adapter on a model is the published setting for its size, unless --config or
 
 def run(argv: list[str]) -> int:
     """Parse, inspect, print on stdout."""
-    parser = _parser()
+    parser = make_parser()
     ours, fields = _separate(argv, parser)
     options = parser.parse_args(ours)
     # The libraries' words on what they mean to rename are no news to who asks about a model.
@@ -130,7 +130,7 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone inspect",
         description="Say what training an adapter on a model would cost, or what an adapter holds.",

@@ -17,7 +17,7 @@ from flashbone.errors import FlashboneError
 
 def run(argv: list[str]) -> int:
     """Merge; bad input raises a FlashboneError, a bad command line SystemExit."""
-    args = _parsed(_merge_parser(), argv)
+    args = _parsed(make_parser(), argv)
     from flashbone.merge import merge_checkpoint
 
     base, adapters = hub.folder(args.base, _OTHER_WEIGHTS), [hub.folder(a) for a in args.adapters]
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
 
 def run_unmerge(argv: list[str]) -> int:
     """Take adapters out again; fails as `run` does."""
-    args = _parsed(_unmerge_parser(), argv)
+    args = _parsed(make_unmerge_parser(), argv)
     from flashbone.merge import unmerge_checkpoint
 
     merged, adapters = hub.folder(args.merged, _OTHER_WEIGHTS), [hub.folder(a) for a in args.adapters]
@@ -167,7 +167,7 @@ def _parser(first: str, command: str, description: str) -> argparse.ArgumentPars
     return parser
 
 
-def _merge_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "BASE",
         "merge",
@@ -187,7 +187,7 @@ def _merge_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _unmerge_parser() -> argparse.ArgumentParser:
+def make_unmerge_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "MERGED",
         "unmerge",

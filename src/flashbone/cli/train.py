@@ -40,7 +40,7 @@ Every field can be given on the command line too: --training.max_steps 20 --adap
 def run(argv: list[str]) -> int:
     """Parse, train, print the summary on stdout; notices and progress go to stderr."""
     ours, overrides = separate(argv, OPTIONS)
-    options = _parser().parse_args(ours)
+    options = make_parser().parse_args(ours)
     check_extra("training")
     set_up_output()
 
@@ -84,7 +84,7 @@ def separate(argv: list[str], options: Collection[str]) -> tuple[list[str], list
     return ours, fields
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone train",
         description="Fine-tune a model with a Bone adapter as a YAML file says.",
