@@ -10,9 +10,8 @@ from flashbone.evaluate.batches import by_length, padded
 from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import row_classes
+from flashbone.train.classify import MAX_LENGTH, confusion, macro_f1
 from flashbone.train.formats import Example
-
-MAX_LENGTH = 512  # as in training
 
 
 def classification(
@@ -61,17 +60,6 @@ def classification(
             predicted[row], _, losses[row] = next(scored)
         progress(len(rows))
     return _evaluation(of, labels, right, predicted, losses)
-
-
-def confusion(right: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """How often each class was taken for each: integers of shape (right class, predicted class)."""
-    return np.bincount(right * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-
-
-def macro_f1(counts: np.ndarray) -> float:
-    """F1 of a confusion matrix, averaged over the classes that occur, in the rows or in the predictions."""
-    sums = counts.sum(0) + counts.sum(1)
-    return float(np.mean(2 * np.diagonal(counts)[sums > 0] / sums[sums > 0]))
 
 
 def _evaluation(

@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.formats import Example, check_columns, converter, detect
-from flashbone.train.rows import BadRow, Row, read_rows
+from flashbone.train.rows import BadRow, Row, all_bad, read_rows
 
-SHOWN_BAD_ROWS = 5
 QUESTION, ANSWER = "question", "answer"
 
 T = TypeVar("T")
@@ -95,8 +94,7 @@ def _converted(rows: list[Row | BadRow], convert: Callable[[Any], T], path: Path
         except FormatError as error:
             bad.append(f"{item[0]}: {error}")  # pyright: ignore[reportIndexIssue]
     if bad:
-        more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-        raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
+        raise all_bad(bad)
     if not good:
         raise FormatError(f"{path}: no rows")
     return good

@@ -54,10 +54,18 @@ def _tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: i
 
 def scores(logits: Any, labels: Any) -> dict[str, float]:
     """Accuracy, and F1 averaged over the classes that occur in the labels or the predictions."""
-    predicted = np.argmax(logits[0] if isinstance(logits, tuple) else logits, axis=-1)
-    labels = np.asarray(labels)
-    f1 = []
-    for label in np.union1d(labels, predicted):
-        hits = np.sum((predicted == label) & (labels == label))
-        f1.append(2 * hits / (np.sum(predicted == label) + np.sum(labels == label)))
-    return {"accuracy": float(np.mean(predicted == labels)), "macro_f1": float(np.mean(f1))}
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    labels, predicted = np.asarray(labels), np.argmax(logits, axis=-1)
+    f1 = macro_f1(confusion(labels, predicted, logits.shape[-1]))
+    return {"accuracy": float(np.mean(predicted == labels)), "macro_f1": f1}
+
+
+def confusion(right: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How often each class was taken for each: integers of shape (right class, predicted class)."""
+    return np.bincount(right * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """F1 of a confusion matrix, averaged over the classes that occur, in the rows or in the predictions."""
+    sums = counts.sum(0) + counts.sum(1)
+    return float(np.mean(2 * np.diagonal(counts)[sums > 0] / sums[sums > 0]))

@@ -12,7 +12,7 @@ from flashbone.train import tokens
 from flashbone.train.binidx import is_binidx, pair
 from flashbone.train.formats import Example, answers, check_columns, converter, detect
 from flashbone.train.recipe import DataRecipe, Recipe
-from flashbone.train.rows import BadRow, Row, read_rows
+from flashbone.train.rows import BadRow, Row, all_bad, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-SHOWN_BAD_ROWS = 5
 CONVERSION = 1  # counts up when the same rows become other examples, so that cached ones are not reused
 
 
@@ -148,8 +147,7 @@ def _examples(rows: Iterator[Row | BadRow], format: str, columns: dict[str, str]
     if not count:
         raise FormatError(f"{where}: no rows")
     if bad:
-        more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-        raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
+        raise all_bad(bad)
 
 
 def _check_template(template: str, format: str) -> None:

@@ -2,17 +2,24 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashbone.errors import FormatError
 
 Row = tuple[str, Any]  # where it stands, what it holds
+SHOWN_BAD_ROWS = 5
 
 
 class BadRow(FormatError):
     """One row that cannot be read or used; readers go on after it, so that several are reported at once."""
+
+
+def all_bad(rows: Sequence[str]) -> FormatError:
+    """One error for all bad rows, of which the first few are named."""
+    more = f"; and {len(rows) - SHOWN_BAD_ROWS} more" if len(rows) > SHOWN_BAD_ROWS else ""
+    return FormatError("; ".join(rows[:SHOWN_BAD_ROWS]) + more)
 
 
 def read_rows(path: Path) -> Iterator[Row | BadRow]:
