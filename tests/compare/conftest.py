@@ -6,24 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.tiny_llama import questions, write_tiny_llama
+from helpers.fixtures import _own_cache, llama
+from helpers.tiny_llama import questions
 
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
-    """Runs are processes of their own: they get it by the environment."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("datasets")
-        patch.setenv("HF_DATASETS_CACHE", str(place))
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", place)
-        yield
+__all__ = ["_own_cache", "llama"]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -28,11 +27,8 @@ QUESTIONS = [
 
 
 @pytest.fixture
-def tasks(tmp_path, monkeypatch):
-    """A folder with two tasks over files of its own; datasets' cache is a fresh one."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def tasks(tmp_path):
+    """A folder with two tasks over files of its own."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "pets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
@@ -109,10 +105,8 @@ def test_an_rwkv_model_runs_tasks_too(tasks, tmp_path):
 @needs_harness
 def test_the_command_prints_nothing_but_json_on_stdout(llama, tasks, tmp_path):
     command = [sys.executable, "-m", "flashbone", "eval", str(llama), "--tasks", "pets,pets_said", "--json"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [*command, "--include-path", str(tasks), "--limit", "2", "--output", str(tmp_path / "out")],
-        env=environment,
         capture_output=True,
         text=True,
         timeout=250,

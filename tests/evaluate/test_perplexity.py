@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashbone.errors import ConfigError
-from flashbone.evaluate.perplexity import perplexity, pieces_of
+from flashbone.evaluate.perplexity import MAX_LENGTH, perplexity, pieces_of
 
 TEXTS = [
     "the cat sat on the mat .",
@@ -32,6 +32,12 @@ def own_loss(model, ids, labels=None):
 
 def pooled(pairs):
     return sum(loss * count for loss, count in pairs) / sum(count for _, count in pairs)
+
+
+def test_as_many_tokens_are_seen_at_once_as_in_training():
+    from trl import SFTConfig
+
+    assert SFTConfig.__dataclass_fields__["max_length"].default == MAX_LENGTH
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -99,16 +105,13 @@ def test_rows_of_which_nothing_is_learned_are_counted_and_token_ids_are_checked(
         perplexity(model, tokenizer, [{"input_ids": [1, 99]}], of="f")
 
 
-def test_the_held_out_loss_of_a_training_run_comes_out_again(llama, tmp_path, monkeypatch):
+def test_the_held_out_loss_of_a_training_run_comes_out_again(llama, tmp_path):
     """With the run's adapter; all held-out rows have one length, for which the Trainer's mean of batches is exact."""
-    import datasets
-
     from flashbone.evaluate.run import Request, evaluate
     from flashbone.train.recipe import DataRecipe, Recipe
     from flashbone.train.run import train
     from helpers.tiny_llama import questions
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name, rows in (("t", questions(24)), ("h", questions(32)[24:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = train(
