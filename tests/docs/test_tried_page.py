@@ -1,0 +1,62 @@
+"""The log of what did not work: what missed its target is in it as it was measured, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+ROOT = DOCS.parent
+PAGE = (DOCS / "tried.md").read_text()
+WORDS = " ".join(PAGE.split())  # without the ends of lines
+
+
+def test_every_target_that_was_missed_is_on_the_page():
+    lines = [line.split("|") for line in (DOCS / "benchmarks.md").read_text().splitlines()]
+    missed = {line[1].strip(): line[3].strip() for line in lines if len(line) == 7 and line[5].strip() == "**no**"}
+    assert len(missed) >= 5
+    assert {name: ratio for name, ratio in missed.items() if not re.search(rf"\b{re.escape(ratio)}\b", WORDS)} == {}
+
+
+def test_leads_over_lora_are_those_that_were_measured():
+    text = (DOCS / "comparing.md").read_text()
+    leads = re.findall(r"(Bone[^;:]*?) is ([a-z ]+) LoRA: (\S+) (?:points )?\((\S+ to [^\s)]+)\)", text)
+    assert len(leads) == 7  # four variants on the news, three on the chats
+    for name, verdict, lead, interval in leads:
+        assert verdict == "tied with", f"{name}: {verdict} LoRA now; the page says that all are tied"
+        assert re.search(rf"{re.escape(lead)} (points )?\((95% interval )?{re.escape(interval)}\)", WORDS), name
+    shares = re.search(r"the first made: Bone (\d+)%, LoRA (\d+)%, Full fine-tuning (\d+)%", text)
+    assert shares is not None
+    assert "{}% for Bone, {}% for LoRA, {}% for full fine-tuning".format(*shares.groups()) in WORDS
+
+
+def test_files_and_targets_that_the_page_names_exist():
+    paths = [path for path in re.findall(r"`([\w./-]+/[\w.-]+\.\w+)`", PAGE) if not path.endswith(".jsonl")]
+    assert len(paths) >= 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    targets = re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.M)
+    known = {name for line in targets for name in line.split()}
+    assert set(re.findall(r"`make ([\w-]+)`", PAGE)) <= known
+
+
+def anchors(page: str) -> set[str]:
+    """What links may point at: the headings as GitHub and mkdocs spell them."""
+    heads = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", ["tried.md", "maths.md"])
+def test_links_into_pages_find_their_heading(page):
+    links = re.findall(r"\]\(([\w.-]+\.md)#([\w-]+)\)", (DOCS / page).read_text())
+    assert [(to, anchor) for to, anchor in links if anchor not in anchors(to)] == []
+
+
+def test_an_entry_is_short_and_says_at_once_what_was_tried():
+    sections = PAGE.split("\n## ")[1:]
+    assert len(sections) == 9
+    for section in sections:
+        name, *entries = section.strip().split("\n\n")
+        assert entries, name
+        for entry in entries[name == "Claims of the papers" :]:  # that section begins with where they come from
+            assert re.match(r"\*\*.{8,120}?\*\*", entry), entry
+            assert entry.count("\n") < 6, entry
