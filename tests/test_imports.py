@@ -32,6 +32,7 @@ ALLOWED = {
     "compare": {"errors", "outputs", "tuner", "variants", "train", "evaluate"},
     "cli": {
         "errors",
+        "outputs",
         "sources",
         "train",
         "report",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flashbone import cli
-from flashbone.cli.train import OPTIONS, separate
+from flashbone.cli.configured import separate
+from flashbone.cli.train import OPTIONS
 from flashbone.train.recipe import load_recipe
 from helpers.tiny_llama import questions, write_tiny_llama
 

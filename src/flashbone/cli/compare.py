@@ -5,8 +5,10 @@ import json
 import os
 from pathlib import Path
 
-from flashbone.cli.train import check_extra, separate, set_up_output
+from flashbone.cli.configured import check_extra, separate
+from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.outputs import read_json_lines
 
 OPTIONS = ("--plan", "--report", "--retry-failed", "--json", "--help")
 
@@ -41,7 +43,7 @@ def run(argv: list[str]) -> int:
     ours, overrides = separate(argv, OPTIONS)
     options = make_parser().parse_args(ours)
     check_extra("a comparison")
-    set_up_output()
+    set_up_notices()
 
     from flashbone.compare.config import load_comparison
 
@@ -61,7 +63,7 @@ def run(argv: list[str]) -> int:
 
         file = compare(comparison, Origin(options.config, tuple(overrides)), options.retry_failed)
     written = write_report(file, file.parent)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_json_lines(file)
     if options.json:
         print(json.dumps(rows, indent=2))
     else:

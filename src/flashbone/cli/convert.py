@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.cli import hub
+from flashbone.cli.terminal import progress_bars
 
 EPILOG = """\
 formats:
@@ -24,13 +25,9 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.to is None and args.engine is None:
         parser.error("one of --to FORMAT and --for ENGINE is needed")
-    from rich.console import Console
-    from rich.progress import Progress
-
     from flashbone.conversion import convert
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars() as bar:
         task = bar.add_task("converting", total=None)
         report = convert(
             hub.folder(args.adapter),

@@ -1,14 +1,12 @@
 """`flashbone eval MODEL [--adapter A]`: measure a model's quality, each figure with its interval of 95%."""
 
 import argparse
-import logging
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from flashbone.cli import hub
+from flashbone.cli.terminal import progress_bars, set_up_notices
 
 EPILOG = """\
 examples:
@@ -26,7 +24,7 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     _check(parser, args)
-    _set_up_output()
+    set_up_notices()
 
     from flashbone.evaluate.results import as_json, print_table
     from flashbone.evaluate.run import Request, evaluate
@@ -68,12 +66,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bars(*columns) as progress:
         task = progress.add_task(title, total=total)
         yield lambda rows: progress.advance(task, rows)
 
@@ -148,16 +144,3 @@ def make_parser() -> argparse.ArgumentParser:
     add("--labels", type=_names, default=(), metavar="L,...", help="the classes, in the order of the head's outputs")
     add("--max-length", type=_at_least(2), metavar="N", help="tokens of a row (512; perplexity: 1024)")
     return parser
-
-
-def _set_up_output() -> None:
-    """Our notices on stderr; no word on what the libraries mean to rename."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|datasets|lm_eval)(\.|$)")
-    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*(gguf|\.pth)", category=UserWarning)
-    log = logging.getLogger("flashbone")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.cli import hub
+from flashbone.cli.terminal import LIBRARIES, progress_bars
 from flashbone.errors import ConfigError
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
@@ -37,7 +38,7 @@ def run(argv: list[str]) -> int:
     ours, fields = _separate(argv, parser)
     options = parser.parse_args(ours)
     # The libraries' words on what they mean to rename are no news to who asks about a model.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)(\.|$)")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
     print_report: Any
     if _is_adapter(options.target):
         if fields or options.config:
@@ -45,7 +46,7 @@ def run(argv: list[str]) -> int:
         from flashbone.report.inspect.adapter import inspect_adapter
         from flashbone.report.inspect.adapter_tables import print_adapter as print_report
 
-        with _progress() as bar:
+        with progress_bars() as bar:
             task = bar.add_task("reading the adapter", total=None)
             report = inspect_adapter(
                 hub.folder(options.target), lambda done, total: bar.update(task, completed=done, total=total)
@@ -59,15 +60,6 @@ def run(argv: list[str]) -> int:
     else:
         print_report(report)
     return 0
-
-
-def _progress() -> Any:
-    """A bar on stderr, on terminals only."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _inspect_model(options: argparse.Namespace, fields: list[str]) -> Any:

@@ -1,15 +1,10 @@
 """`flashbone train CONFIG.yaml [--dotted.field value ...]`: fine-tune, then print what came of it."""
 
 import argparse
-import importlib.util
 import json
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Collection
 
-from flashbone.errors import ConfigError
+from flashbone.cli.configured import check_extra, separate
+from flashbone.cli.terminal import set_up_notices
 
 OPTIONS = ("--resume", "--json", "--help")
 
@@ -42,7 +37,7 @@ def run(argv: list[str]) -> int:
     ours, overrides = separate(argv, OPTIONS)
     options = make_parser().parse_args(ours)
     check_extra("training")
-    set_up_output()
+    set_up_notices()
 
     from flashbone.train.recipe import load_recipe
 
@@ -63,27 +58,6 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def check_extra(what: str) -> None:
-    """Refuse to start without the packages that training alone needs."""
-    missing = [name for name in ("trl", "datasets", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{what} needs {', '.join(missing)}, not installed; run: pip install 'flashbone[train]'")
-
-
-def separate(argv: list[str], options: Collection[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and a configuration's fields with their values, in whatever order they came."""
-    ours, fields = [], []
-    words = iter(argv)
-    for word in words:
-        if word in options or not word.startswith("--"):
-            ours.append(word)
-        else:
-            fields.append(word)
-            if "=" not in word:
-                fields += [value] if (value := next(words, None)) is not None else []
-    return ours, fields
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone train",
@@ -97,17 +71,3 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser
-
-
-def set_up_output() -> None:
-    """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|datasets)(\.|$)")
-    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*(gguf|\.pth)", category=UserWarning)
-    log = logging.getLogger("flashbone")
-    main = os.environ.get("RANK", "0") == "0"
-    log.setLevel(logging.INFO if main else logging.ERROR)
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False

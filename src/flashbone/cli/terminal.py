@@ -1,0 +1,36 @@
+"""What commands share on the terminal: notices and progress bars on stderr, where results are on stdout."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+LIBRARIES = r"(transformers|trl|peft|datasets|lm_eval)(\.|$)"
+
+
+def set_up_notices() -> None:
+    """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*(gguf|\.pth)", category=UserWarning)
+    log = logging.getLogger("flashbone")
+    main = os.environ.get("RANK", "0") == "0"
+    log.setLevel(logging.INFO if main else logging.ERROR)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+
+
+def progress_bars(*columns: Any) -> Any:
+    """rich's Progress on stderr, gone when it ends, on terminals only.
+
+    Args:
+        columns: Of rich; none for rich's own choice.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
