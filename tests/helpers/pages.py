@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CODE = ("python", "bash", "yaml", "json")
-_FENCE = re.compile(r"^([ \t]*)```([^\n`]*)\n(.*?)^\1```[ \t]*$", re.M | re.S)
+FENCE = re.compile(r"^([ \t]*)```([^\n`]*)\n(.*?)^\1```[ \t]*$", re.M | re.S)
 _NAMED = re.compile(r"#\s*([\w./-]+\.(?:yaml|yml|jsonl?))\s*$")
 
 
@@ -34,7 +34,7 @@ def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, named from the root of the repository, in their order."""
     text = (ROOT / page).read_text()
     found = []
-    for match in _FENCE.finditer(text):
+    for match in FENCE.finditer(text):
         language = match[2].split()[0] if match[2].split() else ""
         found.append(Block(language, textwrap.dedent(match[3]), text.count("\n", 0, match.start()) + 1))
     return found
@@ -96,24 +96,28 @@ class PageRun:
             raise AssertionError(f"{where}: nothing runs this; give it in `elsewhere`, or make the block ```text")
 
     def yaml(self, block: Block) -> None:
-        self._write(block, yaml.safe_load(block.text))
+        self._mapping(block, yaml.safe_load(block.text))
 
     def json(self, block: Block) -> None:
         named = _NAMED.match(block.text.splitlines()[0])
         lines = block.text.split("\n", 1)[1] if named else block.text
         if named and named[1].endswith(".jsonl"):
             assert all(isinstance(json.loads(line), dict) for line in lines.splitlines())
-            Path(named[1]).write_text(lines)
+            _write(named[1], lines)
         else:
-            self._write(Block("json", lines, block.line), json.loads(lines), named[1] if named else None)
+            self._mapping(Block("json", lines, block.line), json.loads(lines), named[1] if named else None)
 
-    def _write(self, block: Block, value: object, name: str | None = None) -> None:
+    def _mapping(self, block: Block, value: object, name: str | None = None) -> None:
         assert isinstance(value, dict), f"{self.page}:{block.line}: a mapping was wanted"
         if name is None and (named := _NAMED.match(block.text.splitlines()[0])):
             name = named[1]
         if name is not None:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text(block.text)
+            _write(name, block.text)
+
+
+def _write(name: str, text: str) -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text)
 
 
 def run_page(page: str, **options) -> PageRun:
