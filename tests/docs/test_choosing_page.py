@@ -216,14 +216,10 @@ def test_the_drawing_is_what_its_script_draws():
     }
 
 
-def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert blocks
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "docs/choosing.md", "exec"), names)
-    assert set(names["losses"]) == {"bone", "bat-row"}
+def test_the_python_of_the_page_runs(place):
+    from helpers.pages import run_page
+
+    assert set(run_page("docs/choosing.md").names["losses"]) == {"bone", "bat-row"}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The page on comparisons: its Python runs, and its tables are what the kept results say."""
+"""The page on comparisons: it runs, and its tables are what the kept results say."""
 
 import re
 from pathlib import Path
 
 import pytest
-import yaml
+
+from helpers.pages import run_page
+from helpers.stand_ins import write_rows
+from helpers.tiny_llama import questions, write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "comparing.md"
@@ -32,25 +35,21 @@ def test_a_changed_result_would_show(tables, tmp_path):
     assert tables.filled(changed, tables.RESULTS) == text
 
 
-def test_the_python_and_the_yaml_of_the_page_run(tmp_path, monkeypatch):
-    from helpers.tiny_llama import questions, write_tiny_llama
+SMALL = {
+    "budget: {method: bone, r: 64}": "budget: {method: bone, r: 8}",
+    "[3.0e-4, 1.0e-3, 3.0e-3]": "[1.0e-3]",
+    "max_steps: 200,": "max_steps: 2, use_cpu: true, disable_tqdm: true,",
+}
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    text = PAGE.read_text()
-    config = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
-    write_tiny_llama(tmp_path / "llama")
+
+def test_the_comparison_of_the_page_runs(place, capsys):
+    write_tiny_llama(place / ".cache/demo/smollm2")
     for name, count in (("train", 40), ("test", 8)):
-        rows = [
-            f'{{"prompt": "{row["prompt"]} {"." * i}", "completion": "{row["completion"]}"}}'
-            for i, row in enumerate(questions(count))
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    config |= {"model": str(tmp_path / "llama"), "learning_rates": [1e-3], "budget": {"method": "bone", "r": 8}}
-    config["training"] |= {"max_steps": 2, "use_cpu": True, "disable_tqdm": True}
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(compile(block, "comparing.md", "exec"), names)
-    assert "| Bone " in names["table"]
-    assert (tmp_path / "report" / "report.html").exists()
+        rows = enumerate(questions(count))
+        write_rows(f"{name}.jsonl", ({**row, "prompt": f"{row['prompt']} {'.' * i}"} for i, row in rows))
+    run = run_page("docs/comparing.md", replaced=SMALL)
+    assert run.ran == ["bash", "yaml", "bash", "python"]
+    assert "| Bone " in run.names["table"]
+    assert (place / "report" / "report.html").exists()
+    assert len(list((place / "runs" / "compare" / "runs").iterdir())) == 4
+    assert "12 runs; budget" in capsys.readouterr().out  # four methods, one rate, three seeds

@@ -1,31 +1,60 @@
 """What docs/inspect.md shows is what the command prints."""
 
+import io
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from flashbone.cli import main
 from flashbone.report.inspect.model import inspect_model
+from helpers.adapter_folders import write_adapter
+from helpers.pages import ROOT, PageRun, blocks
+from helpers.stand_ins import SMOLLM2
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "inspect.md").read_text()
+DRAWN = re.compile(r"\d\.\de-\d\d|\d+\.\d deg")  # depends on the blocks, which are random here
 
 
-def test_the_example_of_a_model_is_the_commands_output(tmp_path, monkeypatch, capsys):
-    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "Llama-2-7b")
-    monkeypatch.chdir(tmp_path)
+class Printed(PageRun):
+    """Keeps what each command prints."""
+
+    def command(self, words: list[str], where: str) -> None:
+        with redirect_stdout(io.StringIO()) as out:
+            super().command(words, where)
+        self.names.setdefault("printed", []).append([line.rstrip() for line in out.getvalue().splitlines()])
+
+
+def write_my_adapter(folder: Path) -> None:
+    """An orthogonal adapter of SmolLM2-135M's 30 attention outputs and down projections."""
+    names = [f"model.layers.{i}.{name}" for i in range(30) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    fields = {"mini_r": None, "base_model_name_or_path": SMOLLM2, "target_modules": ["o_proj", "down_proj"]}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(64, 64, generator=generator) * 0.01 for name in names}
+    file = write_adapter(folder, "orthogonal", drawn, r=64, **fields) / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})  # as PEFT does
+
+
+def test_the_examples_are_the_command_s_output(place, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    command = re.search(r"    \$ flashbone (inspect Llama-2-7b .*)\n((?:    .*\n|\n)*)", PAGE)
-    assert command
-    assert main(command[1].split()) == 0
-    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    shown = [line.removeprefix("    ").rstrip() for line in command[2].rstrip().splitlines()]
-    assert printed[: len(shown)] == shown
-    assert not printed[len(shown)]  # the notes are left out
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(place / "Llama-2-7b")
+    write_my_adapter(place / "my-adapter")
+    names = Printed("docs/inspect.md").run().names
+    shown = [block.text.rstrip().splitlines() for block in blocks("docs/inspect.md") if block.language == "text"][1:]
+    assert len(names["printed"]) == len(shown) == 2
+    for printed, lines in zip(names["printed"], shown, strict=True):
+        printed, lines = ([DRAWN.sub("0", line).rstrip() for line in some] for some in (printed, lines))
+        assert printed[: len(lines)] == lines
+    printed, lines = names["printed"][0], shown[0]
+    assert not printed[len(lines)]  # the notes are left out
+    assert len(names["printed"][1]) == len(shown[1])
+    assert sum(group.count for group in names["blocks"]) == 60
+    assert names["training_bytes"] > 0
 
 
 def test_the_page_of_adapters_and_this_one_agree_with_the_presets(tmp_path):
-    text = (Path(__file__).parent.parent.parent / "docs" / "adapters.md").read_text()
+    text = (ROOT / "docs" / "adapters.md").read_text()
     LlamaConfig().save_pretrained(tmp_path)
     published = inspect_model(tmp_path, {"r": 64}).recommended
     assert published is not None
