@@ -3,9 +3,7 @@
 import ast
 import dataclasses
 import re
-import shlex
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +13,16 @@ from peft import LoraConfig, MissConfig, PeftConfig
 from safetensors.torch import load_file
 
 from flashbone import BoneConfig
-from flashbone.cli import main
 from flashbone.train.recipe import load_recipe
 from helpers.adapter_folders import blocks_for, write_adapter, write_config
+from helpers.pages import ROOT, blocks, run_page
 from helpers.rwkv import write_rwkv
 from helpers.tiny_llama import write_tiny_llama
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "moving.md").read_text()
 OLD_BONE = ROOT / ".venv" / "peft-0.18.1" / "peft" / "tuners" / "bone" / "config.py"
 TRAINING = "# ... training ..."
 TOKENS = torch.arange(2, 12).view(2, 5)
-
-
-def steps() -> Iterator[tuple[str, str]]:
-    """The page's Python blocks and commands in their order."""
-    for block, command in re.findall(r"```python\n(.*?)```|^    (flashbone [^\n]*)$", PAGE, re.M | re.S):
-        yield ("python", block) if block else ("command", command)
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -50,18 +41,17 @@ def rwkv_adapter(file: Path) -> None:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def place(place) -> Path:
     """A folder with what the page names: a base, an adapter of PEFT 0.18, an RWKV model and an adapter of it."""
     from transformers import LlamaForCausalLM
 
-    monkeypatch.chdir(tmp_path)
-    write_tiny_llama(tmp_path / "base")
-    blocks = blocks_for(LlamaForCausalLM.from_pretrained("base"), "bat-col", ("q_proj", "v_proj"), 8)
-    folder = write_adapter(tmp_path / "old-adapter", "bat-col", blocks)
+    write_tiny_llama(place / "base")
+    adapted = blocks_for(LlamaForCausalLM.from_pretrained("base"), "bat-col", ("q_proj", "v_proj"), 8)
+    folder = write_adapter(place / "old-adapter", "bat-col", adapted)
     write_config(folder, r=8, init_weights="bat", mini_r=None, target_modules=["q_proj", "v_proj"], bias="none")
-    write_rwkv(tmp_path / "RWKV.pth", 7, layers=2)
-    rwkv_adapter(tmp_path / "rwkv-0.pth")
-    return tmp_path
+    write_rwkv(place / "RWKV.pth", 7, layers=2)
+    rwkv_adapter(place / "rwkv-0.pth")
+    return place
 
 
 def logits(model) -> torch.Tensor:
@@ -75,16 +65,9 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def test_python_and_commands_of_the_page_run_one_after_the_other(place, capsys):
-    names: dict = {"fill": fill}
-    kinds = []
-    for kind, text in steps():
-        kinds.append(kind)
-        if kind == "python":
-            exec(compile(text.replace(TRAINING, "fill(model)"), "docs/moving.md", "exec"), names)
-        else:
-            assert main(shlex.split(text, comments=True)[1:]) == 0, capsys.readouterr().err
-    assert kinds.count("python") >= 9
-    assert kinds.count("command") >= 10
+    run = run_page("docs/moving.md", replaced={TRAINING: "fill(model)"}, names={"fill": fill})
+    names = run.names
+    assert [run.ran.count(language) for language in ("python", "bash", "yaml")] == [9, 4, 1]
     assert torch.allclose(logits(names["theirs"]), logits(names["ours"]), atol=1e-5)
     assert_equal(*(load_file(place / name / "adapter_model.safetensors") for name in ("miss-again", "miss-adapter")))
     said = capsys.readouterr().out
@@ -160,7 +143,7 @@ def test_the_fields_of_the_old_bone_are_all_there():
 
 
 def test_snippets_of_recipes_are_fields_that_exist(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    (block,) = [block.text for block in blocks("docs/moving.md") if block.language == "yaml"]
     file = tmp_path / "recipe.yaml"
     file.write_text(block)
     assert load_recipe(file).adapter == {"variant": "bat-row", "r": 64}

@@ -1,4 +1,4 @@
-"""The Python of docs/rwkv.md runs as it stands, on a small model under the name that it uses, and so do the scripts."""
+"""docs/rwkv.md runs as it stands, on small models under the names that it uses, and so do the scripts."""
 
 import json
 import os
@@ -13,23 +13,37 @@ import yaml
 
 from flashbone.train.recipe import load_recipe
 from flashbone.train.sections import RwkvSettings
+from helpers.pages import ROOT, run_page
 from helpers.rwkv import write_rwkv
+from helpers.stand_ins import link_examples, write_rows
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "rwkv.md").read_text()
 SCRIPTS = ROOT / "examples" / "rwkv"
+RELEASED = "RWKV-x070-World-1.5B-v3-20250127-ctx4096.pth"
+SMALL = ["--data.path", "rows.jsonl", "--data.eval", "2", "--training.max_steps", "1", "--training.bf16", "false"]
+SMALL += ["--training.per_device_train_batch_size", "2"]
 pytest.importorskip("rwkv", reason="rwkv, which brings the vocabulary, is not installed; `make test` does it")
 
 
-def test_python_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_rwkv(tmp_path / "RWKV.pth", 7, vocabulary=65536)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(blocks) == 2
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "docs/rwkv.md", "exec"), names)
-    assert names["logits"].shape[-1] == 65536
+def write_questions(file: Path) -> None:
+    """Rows as in MetaMathQA."""
+    write_rows(file, ({"query": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(12)))
+
+
+def test_the_page_runs_from_top_to_bottom(place, capsys):
+    link_examples(place)
+    write_questions(place / "rows.jsonl")
+    write_rwkv(place / RELEASED, 7, layers=1, vocabulary=65536)
+    write_rwkv(place / "RWKV.pth", 7, vocabulary=65536)
+    run = run_page("docs/rwkv.md", replaced={"metamath.yaml": f"metamath.yaml {' '.join(SMALL)}"})
+    assert run.ran == ["bash", "python", "python"]
+    said = capsys.readouterr()
+    assert "verified, outputs differ by" in said.err
+    assert f"{RELEASED}: Rwkv7ForCausalLM, " in said.out.replace("\n", "")
+    files = ("runs/rwkv-bone/merged.pth", "rwkv-metamath.pth")
+    trained, merged = (torch.load(file, weights_only=True) for file in files)
+    assert all(torch.equal(trained[name], merged[name]) for name in trained)
+    assert run.names["logits"].shape[-1] == 65536
     assert torch.load("merged.pth", weights_only=True).keys() == torch.load("RWKV.pth", weights_only=True).keys()
 
 
@@ -61,11 +75,8 @@ def test_the_scripts_train_and_merge_a_small_model(tmp_path):
     base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=260, layers=1)
     vocabulary = tmp_path / "bytes.txt"
     vocabulary.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
-    rows = [{"query": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--model", str(base), "--data.path", str(tmp_path / "rows.jsonl"), "--data.eval", "2"]
-    common += ["--rwkv.vocabulary", str(vocabulary)]
-    common += ["--training.max_steps", "1", "--training.bf16", "false", "--training.per_device_train_batch_size", "2"]
+    write_questions(tmp_path / "rows.jsonl")
+    common = ["--model", str(base), "--rwkv.vocabulary", str(vocabulary), *SMALL]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
 

@@ -1,25 +1,19 @@
 """The page on quantised bases and its example run as they stand."""
 
-import re
-from pathlib import Path
-
 import pytest
 
 from flashbone.train.recipe import load_recipe
 from helpers.adapter_folders import tiny_llama
+from helpers.pages import ROOT, blocks, run_page
 
-ROOT = Path(__file__).parent.parent.parent
 
-
-def test_the_python_of_the_page_runs(tmp_path):
+def test_the_page_runs(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `make test-quantised` runs this with it")
-    tiny_llama().save_pretrained(tmp_path)
-    names = {"folder": tmp_path}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "quantisation.md").read_text(), re.S)
-    for block in blocks:
-        exec(compile(block, "docs/quantisation.md", "exec"), names)
-    assert len(blocks) == 2
-    layers = [layer for _, layer in names["model"].base_model._bone_layers()]
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("base")
+    run = run_page("docs/quantisation.md")
+    assert run.ran == ["python", "yaml", "python"]
+    layers = [layer for _, layer in run.names["model"].base_model._bone_layers()]
     assert len(layers) == 14
     assert not any(layer.merged for layer in layers)
 
@@ -27,3 +21,9 @@ def test_the_python_of_the_page_runs(tmp_path):
 def test_the_example_is_a_recipe():
     recipe = load_recipe(ROOT / "examples" / "train_qbone.yaml")
     assert recipe.quantization == {"bits": 4, "type": "nf4", "double": True}
+
+
+def test_the_section_of_the_page_is_one_of_recipes(tmp_path):
+    (section,) = [block.text for block in blocks("docs/quantisation.md") if block.language == "yaml"]
+    (tmp_path / "recipe.yaml").write_text(f"model: M\noutput: o\ndata: {{path: X}}\n{section}")
+    assert load_recipe(tmp_path / "recipe.yaml").quantization == {"bits": 4, "type": "nf4", "double": True}
