@@ -1,6 +1,7 @@
 """The command's frame: help at once, failures in one line, exit codes."""
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -100,3 +101,17 @@ def test_helper_processes_say_who_speaks(command, capsys, monkeypatch):
     command(raising(ConfigError("no")))
     cli.main(["train"])
     assert capsys.readouterr().err == "[process 1] flashbone train: error: no\n"
+
+
+@pytest.mark.parametrize(("users", "disabled"), [(None, True), ("0", False), ("1", True)])
+def test_no_command_sends_telemetry_unless_the_user_says_so(tmp_path, users, disabled):
+    """Asked of huggingface_hub, whose `send_telemetry` TRL calls, in a process in which a command ran."""
+    environment = {key: value for key, value in os.environ.items() if "TELEMETRY" not in key and key != "DO_NOT_TRACK"}
+    environment |= {} if users is None else {"HF_HUB_DISABLE_TELEMETRY": users}
+    code = (
+        "from flashbone.cli import main; assert main(['train', 'absent.yaml']) == 1;"
+        "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{disabled}\n", done.stderr

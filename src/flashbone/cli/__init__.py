@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(name: str, args: list[str]) -> int:
     """Run the command; what a user can put right is one line on stderr, anything else is our bug and propagates."""
+    # Before anything imports huggingface_hub, which reads it once: TRL would report each run to the hub.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(COMMANDS[name][0]).run(args)
     except FlashboneError as error:
