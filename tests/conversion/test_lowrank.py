@@ -5,6 +5,7 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import ConfigError, NonFiniteError
+from flashbone.ops import reference
 from flashbone.variants import lowrank
 from helpers.blocks import SIZES, VARIANT_NAMES, random_block
 from helpers.comparison import close, relative_error
@@ -70,6 +71,27 @@ def test_an_error_that_no_rank_meets_in_the_dtype_is_refused():
         lowrank.best(torch.randn(8, 8), None, 1e-9)
 
 
+def test_an_error_that_a_rank_meets_exactly_is_met():
+    found = lowrank.best(torch.diag(torch.tensor([4.0, 3.0], dtype=torch.float64)), None, 0.6)
+    assert (found.used, found.error) == (1, 0.6)
+
+
+def test_where_rounding_exceeds_the_error_one_rank_more_is_taken():
+    D = _slowly_decaying(40, 40).float()
+    spectrum, rounded = _left_out(D.double(), 30), lowrank.best(D, 30, None).error
+    error = (spectrum + rounded) / 2
+    assert spectrum < error < rounded
+    found = lowrank.best(D, None, error)
+    assert found.used == 31
+    assert found.error <= error
+
+
+def test_both_factors_are_of_one_magnitude():
+    found = lowrank.best(_slowly_decaying(9, 7), 4, None)
+    assert close(found.A.norm(dim=1), found.B.norm(dim=0))
+    assert close(found.A.norm(dim=1), (0.7 ** torch.arange(4)).sqrt(), torch.float32)
+
+
 def test_a_matrix_in_pieces_has_the_factors_of_the_whole(monkeypatch):
     D = torch.randn(5, 33, dtype=torch.float64)
     whole = lowrank.best(D, 2, None)
@@ -114,6 +136,25 @@ def test_a_scale_multiplies_the_delta(name):
     assert found.is_exact == (name in EXACT)
 
 
+def test_a_scale_keeps_the_dtype_where_it_rounds_nothing():
+    block = random_block("bone", 8, 12, 4, dtype=torch.bfloat16)
+    for scale, dtype in ((1.0, torch.bfloat16), (-0.5, torch.bfloat16), (0.3, torch.float32)):
+        found = lowrank.factored(variants.get("bone"), block, (8, 12), lambda: pytest.fail("reads W"), 4, None, scale)
+        assert (found.A.dtype, found.B.dtype) == (torch.bfloat16, dtype)
+        assert (found.is_exact, found.error, found.used) == (True, 0.0, 4)
+        assert close(found.B.double(), scale * block.double().mT, torch.float32)
+        assert torch.equal(found.B.double(), scale * block.double().mT) or scale == 0.3
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANT_NAMES) - set(EXACT)))
+@pytest.mark.parametrize(("of_weight", "of_block"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_delta_is_computed_in_the_wider_dtype(name, of_weight, of_block):
+    W, block = torch.randn(8, 12).to(of_weight), random_block(name, 8, 12, 4, dtype=of_block)
+    found = lowrank.factored(variants.get(name), block, (8, 12), lambda: W, 8, None)
+    assert found.A.dtype == found.B.dtype == torch.float64
+    assert relative_error(found.B @ found.A, reference.delta(name, W, block)) < 1e-9
+
+
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_a_broken_block_or_weight_is_refused(name):
     block = random_block(name, 8, 12, 4)
@@ -140,3 +181,10 @@ def test_a_broken_block_or_weight_is_refused(name):
 def test_sizes_that_cannot_be_are_named(rank, error, words):
     with pytest.raises(ConfigError, match=words):
         lowrank.check_size(rank, error)
+
+
+@pytest.mark.parametrize(("rank", "error"), [(None, None), (1, None), (None, lowrank.MIN_ERROR), (None, 0.99)])
+def test_the_least_and_the_largest_sizes_can_be(rank, error):
+    lowrank.check_size(rank, error)
+    with pytest.raises(ConfigError, match="rank: got 0"):
+        lowrank.check_size(0, error)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from flashbone import variants
-from flashbone.errors import NonFiniteError
+from flashbone.errors import FlashboneError, NonFiniteError
 from flashbone.ops import reference
 from flashbone.variants import merged
 from flashbone.variants.merged import merged_weight, row_chunks
 from flashbone.variants.stacked import PerExpert
-from flashbone.variants.undo import undo
+from flashbone.variants.undo import check_undoable, undo
 from helpers.blocks import CASES, VARIANT_NAMES, random_block
 from helpers.comparison import close
 
@@ -36,6 +36,15 @@ def test_chunks_of_rows_give_the_oracle_and_are_taken_back(chunk, name, size):
     assert close(undo(got, [term]), W, torch.float32)
     if size[:2] == (8, 12) and chunk < 96:
         assert len(list(row_chunks(W, [term]))) > 1
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.combinations(VARIANT_NAMES, 2)])
+def test_each_of_two_adapters_refers_to_the_pristine_weight(chunk, first, second):
+    W = torch.randn(11, 13, dtype=torch.float64)
+    terms = [_term(first, 11, 13, 4, 0.7, torch.float64), _term(second, 11, 13, 3, -1.5, torch.float64)]
+    want = W + sum(scale * reference.delta(variant.name, W, block) for variant, block, scale in terms)
+    assert close(merged_weight(W, terms), want)
+    assert close(merged_weight(W, terms, must_be_finite=True), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -76,6 +85,36 @@ def test_experts_are_merged_and_taken_back_one_by_one(chunk, name):
         assert torch.equal(got[e], merged_weight(W_e, [(variants.get(name), blocks[e], 0.5)]))
         assert close(got[e], W_e + 0.5 * reference.delta(name, W_e, blocks[e]), torch.float32)
     assert (undo(got, [term]) - W).norm() < 1e-4 * W.norm()
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_adapters_are_taken_out_in_the_dtype_that_is_asked_for_and_where_it_is_asked_for(chunk, name):
+    merged_to_it, term = torch.randn(11, 13), _term(name, 11, 13, 4, 0.7)
+    result = torch.empty(11, 13, dtype=torch.float64)
+    assert undo(merged_to_it, [term], result, torch.float64) is result
+    Q = torch.eye(4).double() + term[0].solved(term[1])[1] if name == "orthogonal" else None  # it was solved in fp32
+    assert close(result + 0.7 * reference.delta(name, result, term[1], Q), merged_to_it.double())
+    want = undo(merged_to_it, [term])
+    assert want.dtype == torch.float32
+    assert undo(merged_to_it, [term], merged_to_it) is merged_to_it
+    assert torch.equal(merged_to_it, want)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_whether_a_merge_can_be_taken_back_does_not_depend_on_the_size_of_the_weight(name, size):
+    W, (variant, block, scale) = size * torch.randn(11, 13), _term(name, 11, 13, 4, 1.0)
+    if not variant.delta_depends_on_weight:
+        block *= size
+    got = merged_weight(W, [(variant, block, scale)])
+    check_undoable(W, got, [(variant, block, scale)])
+    with pytest.raises(FlashboneError, match="without the original weight this merge could not be taken back"):
+        check_undoable(W, got + 1e-3 * got.abs().max(), [(variant, block, scale)])
+
+
+def test_a_zero_weight_can_always_be_taken_back():
+    term = _term("bat-col", 11, 13, 4, 1.0)
+    check_undoable(torch.zeros(11, 13), merged_weight(torch.zeros(11, 13), [term]), [term])
 
 
 def test_bad_values_are_counted_over_all_chunks(chunk):

@@ -140,3 +140,24 @@ def test_the_angle_of_a_plane_rotation_is_read_off():
     assert rotation_angle_deg(as_q(offset(A, 1e-12))) == pytest.approx(
         2 * torch.rad2deg(torch.atan(torch.tensor(0.25)))
     )
+
+
+@pytest.mark.parametrize("use_orthogonal", [True, False])
+@pytest.mark.parametrize("r", [1, 2, 5, 8])
+def test_the_figures_of_a_block_are_those_of_its_q(r, use_orthogonal):
+    P = torch.randn(r, r, dtype=torch.float64)
+    for eps in (1e-6, 1e-2):
+        variant = variants.get("orthogonal", use_orthogonal=use_orthogonal, eps=eps)
+        Q = reference.rotation(P, eps) if use_orthogonal else torch.eye(r, dtype=torch.float64) + P
+        assert variant.angle_deg(P) == pytest.approx(rotation_angle_deg(Q), abs=1e-9)
+        error = float((Q.T @ Q - torch.eye(r, dtype=torch.float64)).abs().max())
+        assert variant.orthogonality_error(P) == pytest.approx(error, rel=1e-6, abs=1e-15)
+
+
+@pytest.mark.parametrize("use_orthogonal", [True, False])
+def test_nothing_is_left_to_be_solved_in_what_stands_for_a_rotation(use_orthogonal):
+    variant, P = variants.get("orthogonal", use_orthogonal=use_orthogonal), torch.randn(4, 4, dtype=torch.float64)
+    W = torch.randn(6, 13, dtype=torch.float64)
+    twin, block = variant.solved(P)
+    assert twin.is_linear
+    assert close(twin.delta(W, block), variant.delta(W, P))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone import shards
 from flashbone.errors import ShapeError
@@ -44,6 +45,30 @@ def test_divisible_sizes_give_views():
     whole, tail = shards.full_and_tail(x[:, :11], 4)
     assert whole.data_ptr() == x.data_ptr()
     assert tail.data_ptr() == x[:, 8:].data_ptr()
+
+
+class Copies(TorchDispatchMode):
+    """Notes each tensor that an operator other than an addition makes in memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not out._is_view() and func.overloadpacket is not torch.ops.aten.add:
+            self.names.append(str(func))
+        return out
+
+
+def test_tiles_that_fit_are_added_without_being_made():
+    y, t = torch.randn(3, 12), torch.randn(3, 4)
+    with torch.no_grad(), Copies() as copies:
+        shards.add_tiled(y, t)
+    assert not [name for name in copies.names if "clone" in name]
+    with torch.no_grad(), Copies() as copies:
+        shards.add_tiled(y[:, :11], t)
+    assert [name for name in copies.names if "clone" in name]
 
 
 @pytest.mark.parametrize(("size", "r"), [(0, 4), (4, 0), (4, -1)])

@@ -1,0 +1,47 @@
+"""What variants say about themselves, and which blocks from files fit a layer."""
+
+import pytest
+import torch
+
+from flashbone import variants
+from flashbone.errors import ShapeError
+from flashbone.variants.stacked import PerExpert
+from helpers.blocks import VARIANT_NAMES, random_block
+
+ALL = [*map(variants.get, VARIANT_NAMES), variants.get("orthogonal", use_orthogonal=False)]
+
+
+@pytest.mark.parametrize("variant", ALL, ids=repr)
+def test_a_delta_is_linear_in_its_block_where_the_variant_says_so(variant):
+    W, block = torch.randn(8, 12, dtype=torch.float64), random_block(variant.name, 8, 12, 4)
+    is_linear = torch.allclose(variant.delta(W, 2 * block), 2 * variant.delta(W, block), rtol=1e-12, atol=1e-12)
+    assert variant.is_linear == is_linear == PerExpert(variant, 3).is_linear
+
+
+@pytest.mark.parametrize("variant", ALL, ids=repr)
+def test_a_delta_depends_on_the_weight_where_the_variant_says_so(variant):
+    W, block = torch.randn(8, 12, dtype=torch.float64), random_block(variant.name, 8, 12, 4)
+    depends = not torch.equal(variant.delta(W, block), variant.delta(2 * W, block))
+    assert variant.delta_depends_on_weight == depends == PerExpert(variant, 3).delta_depends_on_weight
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_a_block_fits_its_own_layer_whatever_its_sizes(name):
+    for r, mini_r in ((4, 3), (3, 4), (5, 1)):
+        block = random_block(name, 11, 13, r, mini_r=mini_r)
+        variants.check_block("here", variants.get(name), block, 11, 13)
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_blocks_of_other_layers_with_other_axes_or_without_numbers_are_refused(name):
+    variant = variants.get(name)
+    good = variant.block_shape(8, 12, 4, 3)
+    # A block of bone or mini without rows would fit by the formula of its shape.
+    for shape in [good[1:], (1, *good), (0, *good[1:]), (*good[:-1], 0), (0,) * len(good), ()]:
+        with pytest.raises(ShapeError, match=r"here: a .* does not fit a layer with 8 output and 12 input"):
+            variants.check_block("here", variant, torch.zeros(shape), 8, 12)
+
+
+def test_a_random_start_is_that_of_peft():
+    block = variants.random_block_(torch.empty(64, 256))
+    assert 0.99 / 16 < block.abs().max() <= 1 / 16  # uniform up to 1 / sqrt(columns)
