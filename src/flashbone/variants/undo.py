@@ -100,7 +100,7 @@ def _solve_bat(merged: Float[Tensor, "out in"], D: Float[Tensor, "a b r r"]) -> 
     eye = torch.eye(r, dtype=D.dtype, device=D.device)
     blocks = rearrange(shards.split_weight(merged, r), "a i b j -> a b i j").contiguous()
     whole = slice(0, blocks.shape[1] - 1) if tail else slice(None)
-    D_whole = D[:, whole] if D.shape[1] > 1 or not tail else D
+    D_whole = D[:, whole]  # of bat-col the one for all of them
     blocks[:, whole] = torch.linalg.solve(eye + D_whole, blocks[:, whole] - D_whole, left=False)
     if tail:
         D_tail, last = D[:, -1], blocks[:, -1]
