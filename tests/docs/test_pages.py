@@ -32,6 +32,7 @@ flashbone inspect TARGET [--json]
 """
 NONE = "has code, and is run by 0 tests: none"
 UNRUN = "nothing runs this"
+STRAY = "a fence that is not read as one: is it closed, and of three backticks?"
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def repository(tmp_path):
         ("docs/page.md", "\n    from flashbone import a\n", f"docs/page.md:13: {UNRUN}: from flashbone import a"),
         ("docs/page.md", "```sh\nls\n```\n", "docs/page.md:12: no such language here: sh"),
         ("docs/page.md", "```\nls\n```\n", "docs/page.md:12: no such language here: none"),
+        ("docs/page.md", "```python\n1 / 0\n", f"docs/page.md:12: {STRAY}"),
+        ("docs/page.md", "~~~\n", f"docs/page.md:12: {STRAY}"),
     ],
 )
 def test_a_block_that_nothing_runs_is_found(repository, page, added, said):

@@ -40,8 +40,13 @@ def complaints(root: Path = ROOT) -> list[str]:
                 found.append(f"{page}:{block.line}: no such language here: {block.language or 'none'}")
             if block.language == "text":
                 found += _unrun(f"{page}:{block.line}", block.text.splitlines())
-        for line, indented in _indented((root / page).read_text(encoding="utf-8")):
+        prose = _without_fences((root / page).read_text(encoding="utf-8"))
+        for line, indented in _indented(prose):
             found += _unrun(f"{page}:{line}", indented)
+        strays = [n for n, line in enumerate(prose, 1) if re.match(r"[\s>]*(```|~~~)", line)]
+        found += [
+            f"{page}:{line}: a fence that is not read as one: is it closed, and of three backticks?" for line in strays
+        ]
     return found
 
 
@@ -60,9 +65,13 @@ def _pages_run_by(tree: ast.Module) -> Iterator[str]:
                 yield value
 
 
-def _indented(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Indented blocks outside of fences: the number of the first line, the lines without indentation."""
-    lines = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text).splitlines()
+def _without_fences(text: str) -> list[str]:
+    """The lines of a page, those of its fences empty."""
+    return FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text).splitlines()
+
+
+def _indented(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Indented blocks: the number of the first line, the lines without indentation."""
     start = None
     for number, line in enumerate([*lines, ""], 1):
         if start is None and line.startswith("    ") and (number == 1 or not lines[number - 2].strip()):
