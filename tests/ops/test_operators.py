@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone import variants
 from flashbone.ops import reference
+from flashbone.ops.autocast import without_autocast
 from flashbone.ops.moves import Moves
 from flashbone.ops.tiles import add_tiles
 from helpers.blocks import VARIANT_NAMES, adapted, random_block
@@ -192,3 +193,28 @@ def test_tiles_in_place_equal_tiles_out_of_place(size):
         results.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, t])])
     for got, want in zip(*results, strict=True):
         assert close(got, want)
+
+
+def test_operators_compute_in_their_own_dtypes_under_autocast():
+    x, W, bias = torch.randn(3, IN), torch.randn(OUT, IN), torch.randn(OUT)
+    row, col, E = (random_block(name, OUT, IN, 4, dtype=torch.float32) for name in ("bat-row", "bat-col", "orthogonal"))
+    calls = [
+        lambda: torch.ops.flashbone.shift_input(x, row, None)[0],
+        lambda: torch.ops.flashbone.shift_input(x, row, None)[1],
+        lambda: torch.ops.flashbone.shift_input_backward(x, x[:, :4], x, row, True, True, True)[0],
+        lambda: torch.ops.flashbone.shift_input_backward(x, x[:, :4], x, row, True, True, True)[1],
+        lambda: torch.ops.flashbone.rotate_input(x, E, None),
+        lambda: torch.ops.flashbone.rotate_input_backward(x, x, E, True, True, True)[0],
+        lambda: torch.ops.flashbone.rotate_input_backward(x, x, E, True, True, True)[1],
+        lambda: torch.ops.flashbone.bat_col_linear(x, W, bias, [col], True),
+        *(
+            lambda i=i: torch.ops.flashbone.bat_col_linear_backward(x[:, :OUT], x, W, [col], True, [True] * 4)[i]
+            for i in range(4)
+        ),
+    ]
+    for call in calls:
+        want = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), want)
+    with without_autocast("meta"):  # which has none
+        assert torch.empty(2, device="meta").device.type == "meta"
