@@ -120,7 +120,8 @@ def accelerate(words: list[str]) -> None:
     assert (config["distributed_type"], config["fsdp_config"]["fsdp_version"]) == ("FSDP", 2)
     assert given.module
     assert (given.training_script, given.training_script_args[0]) == ("flashbone", "train")
-    load_recipe(given.training_script_args[1], given.training_script_args[2:])
+    recipe = load_recipe(given.training_script_args[1], given.training_script_args[2:])
+    assert not recipe.merge  # which is refused under FSDP
 
 
 def test_distributed(place):
