@@ -1,0 +1,74 @@
+"""docs/recipes/classification.md, from top to bottom, on a tiny BERT and tickets that can be told apart by a word."""
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from helpers.pages import run_page
+from helpers.tiny_llama import word_tokenizer
+
+TEAMS = {"billing": ["invoice", "refund", "price"], "hardware": ["screen", "cable"], "press": ["interview"]}
+COUNTS = {"billing": 40, "hardware": 40, "press": 6}  # one class is rare
+FILLERS = ["the", "is", "wrong", "stays", "dark", "my", "a", "please", "help", "with", "today"]
+
+
+def write_tiny_bert(folder: Path) -> None:
+    """An encoder without a head, and its tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    words = [word for team in TEAMS.values() for word in team]
+    tokenizer = word_tokenizer(
+        ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words, *FILLERS], "[PAD]", "[CLS]", "[SEP]", "[UNK]"
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_tickets(path: Path) -> None:
+    """Messages of three teams, some of them twice."""
+    rows = []
+    for team, words in TEAMS.items():
+        for number in range(COUNTS[team]):
+            one, two, three = (FILLERS[(number * step) % len(FILLERS)] for step in (1, 3, 7))
+            rows.append((f"{one} {words[number % len(words)]} {two} {three} {FILLERS[number // 11]}", team))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("message", "team"), *rows, *rows[:5]])
+
+
+def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    write_tiny_bert(tmp_path / "sentence-transformers/all-MiniLM-L6-v2")
+    write_tickets(tmp_path / "tickets.csv")
+    run = run_page("docs/recipes/classification.md")
+    assert set(run.ran) == {"python", "bash", "yaml"}
+
+    train, test = (
+        [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test")
+    )
+    assert not {row["text"] for row in train} & {row["text"] for row in test}
+    assert {row["label"] for row in test} == set(TEAMS)
+    learned = {team: [row["text"] for row in train if row["label"] == team] for team in TEAMS}
+    assert len(set(learned["billing"])) == len(learned["billing"])
+    assert len(learned["press"]) == 3 * len(set(learned["press"]))  # 40 // 12
+
+    summary = json.loads(Path("runs/sort/summary.json").read_text())
+    assert summary["labels"] == sorted(TEAMS)
+    assert summary["eval_accuracy_after"] > 0.9 > summary["eval_accuracy_before"]
+    assert run.names["sort"](run.names["texts"])[0]["label"] == "billing"
+    (evaluation,) = json.loads(Path("results/sort/results.json").read_text())["evaluations"]
+    assert evaluation["figures"][0]["value"] == pytest.approx(summary["eval_accuracy_after"])
