@@ -1,0 +1,69 @@
+"""docs/recipes/qbone.md, from top to bottom, on a tiny Llama in 4 bits on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.pages import ROOT, PageRun, blocks
+
+PAGE = "docs/recipes/qbone.md"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# What needs no GPU's time: twelve steps at a rate for a tiny model.
+SMALL = {"num_train_epochs: 1": "max_steps: 12", "2.0e-4": "1.0e-2", "max_length: 1024": "max_length: 64"}
+
+
+@pytest.fixture
+def bitsandbytes():
+    reason = "bitsandbytes is not installed; `make test-quantised` runs this with it"
+    return pytest.importorskip("bitsandbytes", reason=reason)
+
+
+def test_the_recipe_is_that_of_the_example():
+    (recipe,) = (yaml.safe_load(block.text) for block in blocks(PAGE) if block.language == "yaml")
+    assert recipe == yaml.safe_load((ROOT / "examples/train_qbone.yaml").read_text())
+
+
+def test_the_page_runs_from_top_to_bottom(bitsandbytes, tmp_path, monkeypatch):
+    import datasets
+    from safetensors.torch import load_file
+
+    from helpers.tiny_llama import questions, write_tiny_llama
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    write_tiny_llama(tmp_path / BASE)
+    for name, count in (("train", 40), ("test", 8)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(count)))
+    run = PageRun(PAGE, replaced=SMALL).run()
+    assert set(run.ran) == {"python", "bash", "yaml"}
+
+    names = run.names
+    kinds = {type(module.base_layer) for _, module in names["model"].base_model._bone_layers()}
+    assert kinds == {bitsandbytes.nn.Linear4bit}
+    # What the page says: unmerging was exact, and the merge was not.
+    assert names["distance"](names["bare"]) > 0.1
+    assert names["distance"](names["rounded"]) > 0.01
+
+    summary = json.loads(Path("runs/qbone/summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.1
+    by_train, by_command = (load_file(Path(folder) / "model.safetensors") for folder in ("runs/qbone/merged", "merged"))
+    assert all(by_command[key].equal(value) for key, value in by_train.items())
+    assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
+    merged, base = (
+        json.loads(Path(f"results/{name}/results.json").read_text())["evaluations"][0]["figures"][0]["value"]
+        for name in ("merged", "base")
+    )
+    assert merged < base - 0.1
+
+
+def test_bytes_of_a_weight_are_those_that_bitsandbytes_keeps(bitsandbytes):
+    import torch
+
+    (constant,) = (line for block in blocks(PAGE) for line in block.text.splitlines() if line.startswith("PER_WEIGHT"))
+    per_weight = eval(constant.split("=")[1].split("#")[0])
+    weight = torch.randn(256, 512)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    kept = [packed, state.absmax, state.state2.absmax]
+    assert sum(part.numel() * part.element_size() for part in kept) == per_weight * weight.numel()
