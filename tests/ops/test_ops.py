@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from flashbone import variants
 from flashbone.ops import reference
 from flashbone.ops.bat_col import bat_col_linear
+from flashbone.ops.bat_row import shift_input
 from flashbone.ops.moves import Moves
+from flashbone.ops.rotation import rotate_input
 from flashbone.shards import shard_sum
 from helpers.blocks import CASES, VARIANT_NAMES, adapted, random_block
 from helpers.comparison import close, relative_error
@@ -157,6 +159,38 @@ def test_adapters_active_at_once_are_the_sum_of_their_deltas_in_any_order(names)
     assert close(adapted(x, W, bias, adapters), want)
     assert close(adapted(x, W, bias, adapters[::-1]), want)
     assert close(x @ variants.merged_weight(W, [(variants.get(n), b, s) for n, b, s in adapters]).T + bias, want)
+
+
+@pytest.mark.parametrize("in_", [12, 13])
+@pytest.mark.parametrize("names", [("bat-row", "bat-row"), ("orthogonal", "orthogonal"), ("bat-row", "orthogonal")])
+def test_gradients_of_input_shifts_on_top_of_each_other_equal_the_oracle(names, in_):
+    W, bias = layer(11, in_)
+    leaves = [torch.randn(5, in_, dtype=torch.float64), *(random_block(n, 11, in_, 3 + i) for i, n in enumerate(names))]
+    results = []
+    for run in (adapted, reference.forward):
+        x, *blocks = (t.clone().requires_grad_() for t in leaves)
+        y = run(x, W, bias, [(n, b, 0.7) for n, b in zip(names, blocks, strict=True)])
+        weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *blocks])])
+    for got, want in zip(*results, strict=True):
+        assert close(got, want)
+
+
+@pytest.mark.parametrize("composite", [True, False])
+@pytest.mark.parametrize("in_", [12, 13])
+@pytest.mark.parametrize("shift", [shift_input, rotate_input])
+def test_gradcheck_of_an_input_shift_of_another_input_than_the_base_s(shift, in_, composite):
+    x, base_x = (torch.randn(3, in_, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    block = random_block("bat-row" if shift is shift_input else "orthogonal", 8, in_, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *tensors: shift(*tensors, composite), (x, block, base_x))
+    assert torch.autograd.gradcheck(lambda x, block: shift(x, block, None, composite), (x, block))
+    for frozen in (x, block, base_x):  # only what is needed is computed, and it is the same
+        needed = [t for t in (x, block, base_x) if t is not frozen]
+        grads = []
+        for leaves in ((x, block, base_x), tuple(t.detach() if t is frozen else t for t in (x, block, base_x))):
+            y = shift(*leaves, composite)
+            grads.append(torch.autograd.grad((y[0] if shift is shift_input else y).sin().sum(), needed))
+        assert all(map(torch.equal, *grads))
 
 
 @pytest.mark.parametrize("name", ["bone", "mini", "bat-row", "orthogonal"])
