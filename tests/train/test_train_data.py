@@ -204,6 +204,17 @@ def test_an_unknown_hub_id_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_with_a_script_is_refused_in_one_line(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "rows.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(
+        ConfigError, match=r"out of a script, rows\.py, and scripts are never run; give .* as a"
+    ) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("labels", "sorted_labels"), [((10, 9, 2), ["2", "9", "10"]), (("b", "a", "c"), ["a", "b", "c"])]
 )

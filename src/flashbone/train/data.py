@@ -190,6 +190,14 @@ def _hub(data: DataRecipe) -> Any:
         raise ConfigError(
             f"data.path {data.path} ({data.split}): no such file, and no dataset of that id could be loaded: {reason}"
         ) from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        script = str(error).rpartition(" ")[2]
+        raise ConfigError(
+            f"data.path {data.path}: its rows come out of a script, {script}, and scripts are never run; "
+            "give them as a .jsonl, .csv or .parquet file"
+        ) from None
 
 
 def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
