@@ -229,7 +229,11 @@ def test_an_output_with_a_run_is_refused_and_left_as_it_was(llama, questions_fil
     ("changes", "message"),
     [
         ({"model": "/no/such/folder"}, "model /no/such/folder: no such folder"),
-        ({"model": "nobody/nothing"}, "model nobody/nothing: could not be loaded .HF_HUB_OFFLINE is set"),
+        (
+            {"model": "nobody/nothing"},
+            "model nobody/nothing: no such folder, and not found in the hub's cache .offline",
+        ),
+        ({"model": __file__}, r"test_train_run\.py: is a file; a folder, a hub id, a \.gguf file or an RWKV"),
         ({"model": "/no/such.gguf"}, "no such GGUF file"),
         ({"adapter": {"r": 0}}, "`r` should be a positive integer value"),
         ({"adapter": {"r": 8, "target_modules": ["q_prj"]}}, "q_pr"),

@@ -9,7 +9,7 @@ from flashbone.sources import hub_problem
 
 def looks_like_hub_id(given: str) -> bool:
     """Whether nothing on this disk is meant, as far as the name tells."""
-    return not Path(given).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) is not None
+    return not Path(given).exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given) is not None
 
 
 def folder(given: str, ignored: tuple[str, ...] = ()) -> Path:
@@ -23,6 +23,8 @@ def folder(given: str, ignored: tuple[str, ...] = ()) -> Path:
         FormatError: it is neither here nor there, or cannot be had.
     """
     if not looks_like_hub_id(given):
+        if not Path(given).exists():
+            raise FormatError(f"{given}: no such folder or file; is it spelt right? A path or a hub id was wanted")
         return Path(given)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

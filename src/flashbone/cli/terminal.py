@@ -9,6 +9,13 @@ from typing import Any
 LIBRARIES = r"(transformers|trl|peft|datasets|lm_eval)(\.|$)"
 
 
+class _Notices(logging.Handler):
+    """Writes to stderr as it is at the time: who calls a command from Python may put another in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def set_up_notices() -> None:
     """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
@@ -17,7 +24,7 @@ def set_up_notices() -> None:
     main = os.environ.get("RANK", "0") == "0"
     log.setLevel(logging.INFO if main else logging.ERROR)
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Notices()
         handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
         log.addHandler(handler)
         log.propagate = False

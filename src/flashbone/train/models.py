@@ -1,12 +1,12 @@
 """Loading the model and its tokenizer: from a folder, a hub id, a .gguf file or an RWKV model's .pth file, ready to be
 adapted and saved again."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
+from flashbone.sources import hub_problem
 from flashbone.train.recipe import Recipe, quantization_of
 
 
@@ -104,7 +104,8 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or path.exists()
     if looks_local and not path.is_dir():
-        raise ConfigError(f"model {name}: no such folder; a folder, a hub id or a .gguf file was wanted")
+        wrong = "is a file" if path.exists() else "no such folder"
+        raise ConfigError(f"model {name}: {wrong}; a folder, a hub id, a .gguf file or an RWKV model's .pth was wanted")
     if looks_local and not (path / "config.json").is_file():
         raise ConfigError(
             f"model {name}: the folder has no config.json, so it holds no model that transformers can load"
@@ -113,13 +114,15 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _load(auto: Any, name: str, place: str, **kwargs: Any) -> Any:
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
     try:
         return auto.from_pretrained(place, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        hint = " (HF_HUB_OFFLINE is set, so nothing is downloaded)" if offline and not Path(place).exists() else ""
+        if isinstance(error.__cause__, RepositoryNotFoundError | LocalEntryNotFoundError):
+            raise ConfigError(f"model {hub_problem(name, error.__cause__)}") from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {name}: could not be loaded{hint}: {reason.strip()}") from error
+        raise ConfigError(f"model {name}: could not be loaded: {reason.strip()}") from error
 
 
 def _plain(model: Any, name: str) -> Any:

@@ -117,8 +117,8 @@ def _config_file(source: str | Path) -> Path:
         if not (path / CONFIG).is_file():
             raise ConfigError(f"{source}: the folder has no {CONFIG}, so it does not say what model it holds")
         return path / CONFIG
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ConfigError(f"{source}: no such folder or file")
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise ConfigError(f"{source}: no such folder or file; a model's folder, its {CONFIG} or a hub id was wanted")
     return _from_hub(source)
 
 
