@@ -13,6 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from flashbone.errors import ConfigError
+from flashbone.train.arguments import trainer_arguments
+from flashbone.train.launched import check_launch
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
 from helpers.tiny_llama import questions, write_tiny_llama
@@ -50,6 +52,35 @@ def test_processes_that_would_each_train_alone_are_refused(workplace, monkeypatc
     with pytest.raises(ConfigError, match=r"2 processes were launched, .* training\.use_cpu"):
         train(Recipe("llama", DataRecipe("q.jsonl"), "runs/b", training={"max_steps": 1, "disable_tqdm": True}))
     assert not (workplace / "runs/b").exists()
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_a_merge_under_an_engine_that_the_launcher_chose_is_refused(workplace, monkeypatch, engine):
+    training = {"max_steps": 1, "use_cpu": True}
+    recipe = Recipe("llama", DataRecipe("q.jsonl"), "runs/b", merge=True, training=training)
+    arguments = trainer_arguments(recipe)
+    check_launch(recipe, arguments)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match="merge: true needs the whole model in one process"):
+        check_launch(recipe, arguments)
+
+
+def test_a_launched_run_that_would_merge_ends_before_it_trains(workplace):
+    with pytest.raises(AssertionError, match="flashbone train: error: merge: true needs the whole model"):
+        launch("fsdp2", str(HERE / "pretend.py"), "train", "c.yaml", "--merge", "true")
+    assert not (workplace / "runs/a").exists()
+
+
+def test_accumulation_that_is_not_the_launchers_is_refused(workplace, monkeypatch):
+    training = {"max_steps": 1, "use_cpu": True, "gradient_accumulation_steps": 4}
+    recipe = Recipe("llama", DataRecipe("q.jsonl"), "runs/b", training=training)
+    arguments = trainer_arguments(recipe)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    check_launch(recipe, arguments)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    with pytest.raises(ConfigError, match=r"accumulation_steps: got 4, but accelerate's file says 1 to DeepSpeed"):
+        check_launch(recipe, arguments)
 
 
 def test_two_processes_of_ddp_train_one_model(workplace):

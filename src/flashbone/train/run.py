@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flashbone.errors import ConfigError, FlashboneError
+from flashbone.errors import FlashboneError
 from flashbone.outputs import whole_folder, write_text
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
@@ -20,6 +20,7 @@ from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
+from flashbone.train.launched import check_launch
 from flashbone.train.merged import write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe
@@ -54,8 +55,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
         return Result(folder, summary, _is_main())
     refuse_classification(recipe)
     args = trainer_arguments(recipe)
-    if recipe.merge and (args.fsdp or args.deepspeed):
-        raise ConfigError("merge: true needs the whole model in one process; train without it, then `flashbone merge`")
+    check_launch(recipe, args)
     try:
         if args.process_index == 0:
             run_folder.claim(recipe, resume)
