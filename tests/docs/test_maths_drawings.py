@@ -14,7 +14,8 @@ from matplotlib.textpath import TextPath
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
-DRAWINGS = ("shards", "moves", "variants")
+DRAWINGS = ("shards", "moves", "variants", "overview")
+PAGES = dict.fromkeys(DRAWINGS, ("docs/maths.md", "images")) | {"overview": ("README.md", "docs/images")}
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
 SEEN_AS = {
     "by all cones": np.eye(3),
@@ -43,7 +44,8 @@ def test_a_drawing_is_what_its_script_draws(scripts, name):
 
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_the_page_shows_each_drawing_with_a_description(name):
-    shown = re.findall(rf"!\[([^]]*)\]\(images/{name}\.svg\)", (ROOT / "docs" / "maths.md").read_text())
+    page, folder = PAGES[name]
+    shown = re.findall(rf"!\[([^]]*)\]\({folder}/{name}\.svg\)", (ROOT / page).read_text())
     assert len(shown) == 1
     assert len(shown[0].split()) > 20
 

@@ -18,10 +18,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NOT_FOR_USERS = {"dev", "docs", "all"}
 # What no pin is for, and why.
-UNPINNED = {
-    "mkdocs-material": "no target installs it yet: the site is built by hand",
-    "mkdocstrings": "as mkdocs-material",
-}
+UNPINNED: dict[str, str] = {}
 
 
 def pins() -> dict[str, Version]:

@@ -25,10 +25,9 @@ class ComparedData(DataRecipe):
     The three parts are the same in all runs: `seed` decides the draws, not the seeds of the runs.
     """
 
-    test: int | float | str | dict[str, Any] | None = (
-        None  # a share, a number of rows, a file, or where and how (path...)
-    )
-    seed: int | None = 0
+    # scored once at the end of each run: a share, a number of rows, a file, or where and how (path...)
+    test: int | float | str | dict[str, Any] | None = None
+    seed: int | None = 0  # of the draws of held-out and test rows
 
 
 @dataclass
@@ -39,8 +38,8 @@ class Answers:
         ConfigError: a value is out of range.
     """
 
-    max_new_tokens: int = 256
-    batch_size: int = 16
+    max_new_tokens: int = 256  # longest answer
+    batch_size: int = 16  # questions at once
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -54,22 +53,22 @@ class Comparison:
     """Everything that decides a comparison; each method trains with the same `training`, but its own learning rates."""
 
     model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
-    data: ComparedData
-    output: str
-    task: Task = "sft"
+    data: ComparedData  # rows to learn from, to choose by and to test with: fields below
+    output: str  # folder of the results, the report and all runs
+    task: Task = "sft"  # sft: a language model
+    # names, or mappings with method, label, learning_rates, and fields of that method's configuration
     methods: list[str | dict[str, Any]] = field(default_factory=lambda: ["bone", "lora", "miss"])
-    budget: int | dict[str, Any] = field(
-        default_factory=lambda: {"method": "bone", "r": 64}
-    )  # or numbers of an adapter
+    # what all adapters are matched to: a method with its size, or a number of parameters
+    budget: int | dict[str, Any] = field(default_factory=lambda: {"method": "bone", "r": 64})
     tolerance: float = 0.03  # how far the sizes of two matched adapters may lie apart
-    target_modules: str | list[str] = "all-linear"
-    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    target_modules: str | list[str] = "all-linear"  # of all methods
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # each method tries all of them
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # the first chooses the rate, the others repeat it
     training: dict[str, Any] = field(default_factory=dict)  # fields of SFTConfig or TrainingArguments
-    quantization: dict[str, Any] = field(default_factory=dict)
-    rwkv: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
+    rwkv: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
     metric: Metric = "auto"  # of the test: accuracy (classification) or loss (sft) where nothing is said
-    answers: dict[str, Any] = field(default_factory=dict)  # with exact_match, see `Answers`
+    answers: dict[str, Any] = field(default_factory=dict)  # with exact_match: fields below
     jobs: int = 1  # runs at the same time, each on a GPU of its own, or with a share of the threads
 
     @property

@@ -29,7 +29,7 @@ class DataRecipe:
 
     path: str  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
     eval: int | float | str | None = 0.1  # held out: a share, a number of rows, another file, or nothing
-    format: Format = "auto"
+    format: Format = "auto"  # of the rows; auto goes by the columns
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name
     split: str = "train"  # also slices: train[:5000]
     subset: str | None = None  # configuration of a hub dataset
@@ -43,17 +43,17 @@ class Recipe:
     """Everything that decides a run; `adapter` and `training` go to BoneConfig and to the trainer's arguments."""
 
     model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
-    data: DataRecipe
-    output: str
-    task: Task = "sft"
-    adapter: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    data: DataRecipe  # what is learned and what is held out: fields below
+    output: str  # the run's folder
+    task: Task = "sft"  # sft: a language model
+    adapter: dict[str, Any] = field(default_factory=dict)  # fields of BoneConfig; all linear layers if nothing is said
+    training: dict[str, Any] = field(default_factory=dict)  # fields of SFTConfig (sft) or TrainingArguments
     init_adapter: str | None = None  # go on with this adapter: a folder, hub id, or file of RWKV-PEFT
-    quantization: dict[str, Any] = field(default_factory=dict)  # of the base, see `Quantization`
-    rwkv: dict[str, Any] = field(default_factory=dict)  # of RWKV models, see `RwkvSettings`
-    merge: bool = False
+    quantization: dict[str, Any] = field(default_factory=dict)  # the base in few bits: fields below
+    rwkv: dict[str, Any] = field(default_factory=dict)  # of RWKV models: fields below
+    merge: bool = False  # also write the merged model
     monitor: bool = True  # log how far the orthogonal variant turns, and how orthogonal it is
-    seed: int = 42
+    seed: int = 42  # of the adapter's start, the order of rows, and the held-out draw
 
 
 # Fields that exist in the classes behind `adapter` and `training` but are decided by the recipe itself.

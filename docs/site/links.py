@@ -1,0 +1,77 @@
+"""Links that leave docs/: which files of the repository the site needs, and where it has them."""
+
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT_PAGES = {
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "SECURITY.md": "project/security.md",
+}
+_LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
+
+
+def uri_of(path: Path | PurePosixPath) -> str:
+    """Where the site has a file or folder of the repository, both named from their roots.
+
+    Folders, which get a list of their files, are told by their having no suffix.
+    """
+    name = path.as_posix()
+    if name == "README.md":
+        return "index.md"
+    if name in ROOT_PAGES:
+        return ROOT_PAGES[name]
+    if name.startswith("docs/"):
+        return name.removeprefix("docs/")
+    return f"files/{name}" if path.suffix else f"files/{name}/index.md"
+
+
+def origin_of(uri: str) -> str:
+    """The file of the repository that a page was made of, or stands in for."""
+    return {uri: name for name, uri in ROOT_PAGES.items()}.get(uri, f"docs/{uri}")
+
+
+def outside(root: Path) -> list[Path]:
+    """What pages link to and docs/ does not hold, but for pages; of folders, also their files."""
+    found: set[Path] = set()
+    pages = [*(root / "docs").rglob("*.md"), *(root / name for name in ROOT_PAGES)]
+    for page in pages:
+        for target in _targets(page.read_text()):
+            path = (page.parent / target).resolve()
+            is_ours = path.is_relative_to(root) and not path.is_relative_to(root / "docs")
+            if is_ours and path.exists() and path.relative_to(root).as_posix() not in {"README.md", *ROOT_PAGES}:
+                found |= {path, *(_files(path) if path.is_dir() else ())}
+    return sorted(found)
+
+
+def listing(folder: Path, root: Path) -> str:
+    """The page that stands in for a folder: links to its files."""
+    rows = [f"- [{file.relative_to(folder)}]({file.relative_to(folder)})" for file in _files(folder)]
+    return f"# {folder.relative_to(root)}\n\n" + "\n".join(rows) + "\n"
+
+
+def rewritten(markdown: str, uri: str, root: Path) -> str:
+    """A page's text with each link to a file of the repository led to where the site has that file."""
+    origin = origin_of(uri)
+    if origin.startswith("docs/files/"):
+        return markdown
+
+    def change(match: re.Match[str]) -> str:
+        path = PurePosixPath(posixpath.normpath(posixpath.join(posixpath.dirname(origin), match[1])))
+        stays = origin.startswith("docs/") and path.parts[0] == "docs"
+        if stays or not (root / path).exists():
+            return match[1]  # a broken one is reported by mkdocs
+        return posixpath.relpath(uri_of(path), posixpath.dirname(uri) or ".")
+
+    return _LINK.sub(change, markdown)
+
+
+def _targets(markdown: str) -> Iterator[str]:
+    return (match[1] for match in _LINK.finditer(markdown))
+
+
+def _files(folder: Path) -> list[Path]:
+    hidden = ("__pycache__", ".")
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(q.startswith(hidden) for q in p.parts[-3:]))

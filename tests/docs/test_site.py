@@ -1,0 +1,123 @@
+"""The site: it builds strictly, names every option and every public name, and asks for nothing from elsewhere."""
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import flashbone
+from flashbone.cli import COMMANDS
+from helpers.pages import ROOT
+
+SITE = ROOT / "docs" / "site"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site; the build is strict, so that a link that leads nowhere fails here."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """The modules of docs/site."""
+    monkeypatch.syspath_prepend(str(SITE))
+    return importlib.import_module
+
+
+def words(page: Path) -> str:
+    """A built page's text."""
+    return unescape(re.sub(r"<[^>]+>", "", page.read_text()))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_page_has_its_description_and_every_option(site, name):
+    text = words(site / "commands" / f"{name}.html")
+    parser = importlib.import_module(COMMANDS[name][0]).make_parser()
+    assert parser.description in text
+    for action in parser._actions:
+        assert [option for option in action.option_strings if option not in text] == []
+        assert action.help
+        assert re.sub(r"\s+", " ", action.help.replace("%%", "%")) in re.sub(r"\s+", " ", text)
+
+
+def test_every_field_of_the_files_of_train_and_compare_has_a_meaning(tools):
+    pages = tools("command_pages")
+    rows = [row for name in pages.FIELDS for row in pages.page(name).splitlines() if re.match(r"\| `\w+` \|", row)]
+    assert len(rows) > 40
+    assert [row for row in rows if not row.split(" | ")[-1].rstrip(" |")] == []
+
+
+def test_every_public_name_is_in_the_reference(site):
+    text = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
+    rwkv = importlib.import_module("flashbone.rwkv")
+    errors = [name for name in vars(importlib.import_module("flashbone.errors")) if name.endswith("Error")]
+    for name in [*flashbone.__all__, *rwkv.__all__, *errors]:
+        assert re.search(rf'id="flashbone[\w.]*\.{name}"', text), name
+
+
+def test_the_notebooks_are_pages_with_their_figures(site):
+    for script in (ROOT / "examples" / "notebooks").glob("*.py"):
+        if "# %%" in script.read_text():
+            page = site / "notebooks" / f"{script.stem}.html"
+            images = re.findall(r'<img[^>]* src="\.\./(images/notebooks/[^"]+)"', page.read_text())
+            assert images
+            assert all((site / image).stat().st_size > 1000 for image in images)
+
+
+def test_a_page_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 50
+    for page in pages:
+        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]*?(?:src|href)="(https?://[^"]+)"', page.read_text())
+        assert loaded == [], page
+
+
+def test_links_to_files_outside_docs_lead_to_their_copies(site):
+    for name in ("examples/train_sft.yaml", "CITATION.cff"):
+        assert (site / "files" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert (site / "project" / "changelog.html").exists()
+
+
+def test_links_are_led_to_where_the_site_has_what_they_name(tools):
+    links = tools("links")
+    text = "[a](../CHANGELOG.md#x) [b](adapters.md) [c](../examples/train_sft.yaml) [d](https://a.b/c)"
+    want = "[a](project/changelog.md#x) [b](adapters.md) [c](files/examples/train_sft.yaml) [d](https://a.b/c)"
+    assert links.rewritten(text, "moving.md", ROOT) == want
+    assert links.rewritten("[a](docs/maths.md)", "project/contributing.md", ROOT) == "[a](../maths.md)"
+    assert links.rewritten("[a](nowhere.md)", "project/contributing.md", ROOT) == "[a](nowhere.md)"
+
+
+def test_a_notebook_becomes_markdown_and_code(tools):
+    script = "# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\nx = 1\n\n# %% [markdown]\n# ![a](b.png)\n"
+    page = tools("notebook_pages").page(script, "first.py")
+    assert page.startswith("# Title\n\n*A notebook, ")
+    assert page.endswith("\n\nText.\n\n```python\nx = 1\n```\n\n![a](b.png)\n")
+
+
+def test_a_broken_link_fails_the_build(tmp_path):
+    """On a copy of the configuration with one page, which links to what is not there."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# A page\n\n[gone](gone.md)\n")
+    text = (ROOT / "mkdocs.yml").read_text()
+    settings = re.findall(r"^(?:site_name|strict|validation):.*\n(?:  .*\n)*", text, re.M)
+    assert len(settings) == 3
+    (tmp_path / "mkdocs.yml").write_text("".join(settings))
+    command = [sys.executable, "-m", "mkdocs", "build"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "gone.md" in done.stderr
