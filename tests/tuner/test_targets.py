@@ -1,23 +1,24 @@
-"""Roles, containers and names in `target_modules`: the layers they mean, model by model, and the saved names."""
+"""Roles, names and containers as targets: which layers they mean, in every family of models."""
 
 import copy
 import json
 
 import pytest
 import torch
-from peft import BoneConfig, LoraConfig, PeftModel, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft import PeftModel, get_peft_model
+from targeted_models import Linears, Unknown, adapted, config
 from torch import nn
 
-from flashbone import BoneLayer
-from flashbone.errors import ConfigError
-from flashbone.tuner.model import TargetError
 from flashbone.tuner.roles import NAMES, ROLES, held_by
 from flashbone.tuner.targets import resolved, roles_of
 from helpers.families import FAMILIES
 
 TRAINED = ("bert", "albert", "modernbert", "gpt2", "gpt-neox", "phi-3", "llama", "mixtral", "t5 with gates", "bart")
+
+
 TRAINED = (*TRAINED, "rwkv-4")
+
+
 # Entries that are also a module or a layer of the family, which wins: it holds a part of the role.
 CONTAINERS = {
     ("bert with cross-attention", "attention.output"): "bert.encoder.layer.*.attention.output.dense",
@@ -26,50 +27,8 @@ CONTAINERS = {
 }
 
 
-def config(*targets: str, **fields) -> BoneConfig:
-    return BoneConfig(**{"r": 4, "target_modules": list(targets)} | fields)
-
-
-def adapted(model: nn.Module) -> list[str]:
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
-    return [name for name, module in inner.named_modules() if isinstance(module, BoneLayer)]
-
-
 def of_layers(*names: str) -> set[str]:
     return {name.replace("*", layer) for name in names for layer in "01"}
-
-
-class Linears(nn.Module):
-    def __init__(self, **sizes: tuple[int, int]) -> None:
-        super().__init__()
-        for name, size in sizes.items():
-            setattr(self, name, nn.Linear(*size))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn = Linears(q_proj=(8, 8), k_proj=(8, 8), v_proj=(8, 8), out_proj=(8, 8))
-        self.mlp = Linears(gate_proj=(8, 12), up_proj=(8, 12), down_proj=(12, 8))
-        self.router = nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        attention, mlp = self.self_attn, self.mlp
-        x = attention.out_proj(attention.q_proj(x) * attention.k_proj(x) + attention.v_proj(x))
-        return mlp.down_proj(mlp.gate_proj(x).tanh() * mlp.up_proj(x)) * self.router(x).mean()
-
-
-class Unknown(nn.Module):
-    """A model that no table knows, with names as they are usual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.query = nn.Linear(8, 8), nn.EmbeddingBag(4, 8)
-        self.blocks = nn.Sequential(Block(), Block())
-        self.head = Linears(out_proj=(8, 8), down_proj=(8, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head.down_proj(self.head.out_proj(self.blocks(self.embed(x)) + self.query.weight[0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,178 +195,3 @@ def test_where_one_name_has_two_roles_the_saved_names_tell_them_apart():
     wanted = config("mlp.down")
     get_peft_model(FAMILIES["gpt2"].make(), wanted)
     assert wanted.target_modules == {"mlp.c_proj"}
-
-
-@pytest.mark.parametrize(
-    ("family", "targets", "message"),
-    [
-        (
-            "bert",
-            ["mlp.gate", "attention.query"],
-            "target_modules: this model has no layer with the role 'mlp.gate'; it has attention.query, attention.key,"
-            " attention.value, attention.output, mlp.up, mlp.down",
-        ),
-        (
-            "mixtral",
-            ["mlp.gate", "all-mlp", "intermediate"],
-            "target_modules: this model has no layer with the roles 'all-mlp', 'intermediate', 'mlp.gate'; it has"
-            " attention.query, attention.key, attention.value, attention.output",
-        ),
-    ],
-)
-def test_a_role_that_the_model_lacks_is_named_with_those_it_has(family, targets, message):
-    model, wanted = FAMILIES[family].make(), config(*targets)
-    for attempt in (resolved, get_peft_model):
-        with pytest.raises(TargetError) as caught:
-            attempt(model, wanted)
-        assert str(caught.value) == message
-        assert wanted.target_modules == set(targets)
-    assert not adapted(model)
-
-
-def test_without_any_role_the_error_names_the_linear_layers():
-    with pytest.raises(TargetError) as caught:
-        get_peft_model(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), config("all-attention"))
-    assert str(caught.value) == (
-        "target_modules: this model has no layer with the role 'all-attention'; nor with any other; its linear layers"
-        " end in: 0, 2"
-    )
-
-
-def test_what_is_neither_name_nor_role_is_left_to_peft():
-    model = FAMILIES["llama"].make()
-    assert len(resolved(model, config("attention.output", "typo"))) == 2
-    wanted = config("typo")
-    with pytest.raises(TargetError, match=r"not found in the base model.*Linear layers of this model end in: q_proj"):
-        get_peft_model(model, wanted)
-    assert wanted.target_modules == {"typo"}
-
-
-def test_a_name_of_a_module_that_cannot_be_adapted_says_so():
-    wanted = config("query", "intermediate")
-    for attempt in (resolved, get_peft_model):
-        with pytest.raises(ConfigError, match="query: target module cannot be adapted, it is an EmbeddingBag"):
-            attempt(Unknown(), wanted)
-        assert wanted.target_modules == {"query", "intermediate"}
-
-
-@pytest.mark.parametrize(
-    ("targets", "count"),
-    [
-        ("all-attention", 8),
-        ("attention.output", 2),
-        ("intermediate", 4),
-        (r".*\.1\..*q_proj", 1),
-        (".*proj", 14),
-        ("all-linear", 14),
-        ("ALL-LINEAR", 14),
-    ],
-)
-def test_a_string_is_a_role_only_where_it_is_exactly_one(targets, count):
-    model = FAMILIES["llama"].make()
-    fields = {"target_modules": targets, "task_type": "SEQ_CLS"}
-    names = resolved(model, BoneConfig(r=4, **fields))
-    assert len(names) == count
-    assert adapted(get_peft_model(model, BoneConfig(r=4, **fields))) == names
-
-
-def test_a_string_that_matches_a_module_as_an_expression_stays_one():
-    model = nn.ModuleDict({"output": nn.Linear(4, 4), "o_proj": nn.Linear(4, 4)})
-    wanted = BoneConfig(r=4, target_modules="output")
-    assert resolved(model, wanted) == adapted(get_peft_model(model, wanted)) == ["output"]
-    assert wanted.target_modules == "output"
-
-
-def test_a_string_that_is_a_role_and_the_ending_of_a_layer_means_the_layer():
-    wanted = BoneConfig(r=4, target_modules="attention.query")
-    assert len(adapted(get_peft_model(FAMILIES["albert"].make(), wanted))) == 1
-    assert wanted.target_modules == {"attention.query"}
-
-
-def test_a_second_adapter_finds_the_layers_of_the_first_and_the_others():
-    model = get_peft_model(FAMILIES["bert"].make(), config("attention.output", modules_to_save=["classifier"]), "first")
-    model.add_adapter("second", config("output", "mlp.up"))
-    model.add_adapter("third", config("encoder"))
-    layers = dict(model.base_model.model.named_modules())
-    held = {name: [n for n in adapted(model) if name in layers[n].bone_block] for name in model.peft_config}
-    expected = FAMILIES["bert"].expected()
-    assert set(held["first"]) == expected["attention.output"]
-    assert set(held["second"]) == expected["output"] | expected["mlp.up"]
-    assert set(held["third"]) == expected["all-attention"] | expected["all-mlp"]
-    assert model.peft_config["second"].target_modules == {"output.dense", "intermediate.dense"}
-    assert set(resolved(model.base_model.model, config("all-mlp"))) == expected["all-mlp"]
-    assert {role: set(names) for role, names in roles_of(model.base_model.model).items()} == expected
-
-
-def test_a_layer_with_another_methods_adapter_keeps_its_roles():
-    model = FAMILIES["llama"].make()
-    before = roles_of(model)
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    assert roles_of(model) == before
-
-
-@pytest.mark.parametrize(
-    "fields", [{"layers_to_transform": [1]}, {"layers_to_transform": 1, "layers_pattern": "layer"}]
-)
-def test_roles_and_containers_go_to_the_chosen_layers_only(fields):
-    wanted = config("attention.output", "mlp.down", "attention.self", **fields)
-    model = get_peft_model(FAMILIES["bert"].make(), wanted)
-    expected = FAMILIES["bert"].expected()
-    assert set(adapted(model)) == {n for n in expected["all-attention"] | expected["mlp.down"] if ".1." in n}
-    assert wanted.target_modules == {"output.dense", "query", "key", "value"}
-    assert resolved(FAMILIES["bert"].make(), wanted) == adapted(model)
-
-
-def test_excluded_layers_are_left_out_of_roles_and_sizes_are_set_by_name():
-    fields = {"exclude_modules": ["0.mlp.up_proj", "o_proj"], "rank_pattern": {"mlp.down_proj": 2}}
-    wanted = config("all-mlp", "output", **fields)
-    model = get_peft_model(FAMILIES["llama"].make(), wanted)
-    layers = dict(model.base_model.model.named_modules())
-    assert set(adapted(model)) == FAMILIES["llama"].expected()["all-mlp"] - {"model.layers.0.mlp.up_proj"}
-    assert wanted.target_modules == {"up_proj", "gate_proj", "down_proj"}
-    sizes = {name: layers[name].bone_r["default"] for name in adapted(model)}
-    assert sizes == {name: 2 if name.endswith("down_proj") else 4 for name in adapted(model)}
-
-
-def test_a_role_of_which_nothing_is_left_is_an_error():
-    for fields in ({"layers_to_transform": [7]}, {"exclude_modules": r".*"}):
-        wanted = config("mlp.down", **fields)
-        assert resolved(FAMILIES["bert"].make(), wanted) == []
-        with pytest.raises(TargetError, match="Linear layers of this model end in"):
-            get_peft_model(FAMILIES["bert"].make(), wanted)
-        assert wanted.target_modules == {"mlp.down"}
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "modernbert", "clip", "vit"])
-def test_no_targets_mean_pefts_table_and_else_all_linear_layers(family):
-    model = FAMILIES[family].make()
-    known = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING.get(model.config.model_type)
-    names = resolved(model, BoneConfig(r=4))
-    if known is None:
-        assert names == resolved(model, BoneConfig(r=4, target_modules="all-linear"))
-    wanted = BoneConfig(r=4)
-    assert adapted(get_peft_model(model, wanted)) == names
-    assert known is None or wanted.target_modules == set(known)
-
-
-def test_models_on_the_meta_device_resolve_and_take_adapters():
-    with torch.device("meta"):
-        model = FAMILIES["llama"].make()
-    assert set(resolved(model, config("all-mlp"))) == FAMILIES["llama"].expected()["all-mlp"]
-    model = get_peft_model(model, config("all-mlp"), low_cpu_mem_usage=True)
-    assert set(adapted(model)) == FAMILIES["llama"].expected()["all-mlp"]
-
-
-@pytest.mark.parametrize("fields", [{"exclude_modules": ["attention.query"]}, {"rank_pattern": {"attention.query": 2}}])
-def test_roles_in_other_fields_are_refused_with_the_names_to_use(fields):
-    model, (field,) = FAMILIES["llama"].make(), fields
-    message = f"{field}: 'attention.query' is a role, which only target_modules takes; name its layers, .* q_proj$"
-    with pytest.raises(TargetError, match=message):
-        get_peft_model(model, config("all-attention", **fields))
-    assert not adapted(model)
-
-
-def test_a_role_as_a_string_goes_with_layers_to_transform():
-    wanted = BoneConfig(r=4, target_modules="mlp.down", layers_to_transform=[1])
-    model = get_peft_model(FAMILIES["llama"].make(), wanted)
-    assert adapted(model) == ["model.layers.1.mlp.down_proj"]
