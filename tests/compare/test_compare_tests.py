@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_compare_runs import results
+from compared import results
 
 from flashbone.errors import ConfigError
 

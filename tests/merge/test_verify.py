@@ -1,6 +1,5 @@
-"""The comparison of a merged model with its base and adapters: right merges pass, wrong ones fail, in every dtype."""
+"""A merged checkpoint against its base and adapters: right ones pass, a single wrong layer fails."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,49 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from verified_merges import BERT, LLAMA, _adapter, _lively, _merged, _verify
 
 from flashbone import variants
 from flashbone.checkpoint import miss, peft
-from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.errors import FormatError
 from flashbone.merge import merge_checkpoint
-from flashbone.verify import LIMIT, check_verifiable, compare_logits
-from helpers.adapter_folders import blocks_for, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
+from flashbone.verify import LIMIT
+from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 from helpers.families import FAMILIES
 
-LLAMA, BERT = ("q_proj", "k_proj", "o_proj", "down_proj"), ("query", "key", "dense")
 MODELS = {"llama": (tiny_llama, LLAMA), "bert": (tiny_bert, BERT)}
-
-
-def _adapter(folder: Path, model: nn.Module, targets: tuple[str, ...], variant: str = "bone", **fields) -> Path:
-    """Blocks whose deltas are 3% of their weights, as trained ones are."""
-    blocks = {}
-    for name, block in blocks_for(model, variant, targets, 6, 0.01).items():
-        W = model.get_submodule(name).weight.detach().float()
-        W = W.mT if type(model.get_submodule(name)).__name__ == "Conv1D" else W
-        blocks[name] = block * 0.03 * W.norm() / variants.get(variant).delta(W, block).norm()
-    return write_adapter(folder, variant, blocks, r=6, target_modules=list(targets), **fields)
-
-
-def _lively(model: nn.Module) -> nn.Module:
-    """With matrices as large as trained ones: in a new model, queries and keys change next to nothing."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(10)
-    return model
-
-
-def _merged(place: Path, make, targets, variant: str = "bone", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Base, adapter and merged model in `place`."""
-    model = _lively(make()).to(dtype)
-    model.save_pretrained(place / "base")
-    _adapter(place / "adapter", model, targets, variant)
-    merge_checkpoint(place / "base", place / "adapter", place / "out")
-    return model
-
-
-def _verify(place: Path, *adapters: str, weights: list[float] | None = None):
-    return compare_logits(place / "base", [place / a for a in adapters or ("adapter",)], weights, place / "out")
 
 
 def _change(folder: Path, change) -> None:
@@ -76,6 +44,8 @@ def _live(place: Path, weights: dict[str, float], model: nn.Module, variant: str
 
 
 RIGHT = [("llama", variant, torch.bfloat16) for variant in VARIANT_NAMES]
+
+
 RIGHT += [("llama", "bone", torch.float32), ("bert", "bat-col", torch.float32), ("bert", "bone", torch.float16)]
 
 
@@ -262,55 +232,3 @@ def test_what_a_checkpoint_lacks_is_the_same_in_both(tmp_path):
     _change(tmp_path / "out", lambda state: state.pop("bert.pooler.dense.weight"))
     with pytest.raises(FormatError, match=r"out: it lacks bert\.pooler\.dense\.weight, which the base has"):
         _verify(tmp_path)
-
-
-def _refused(tmp_path: Path, message: str, adapters=("adapter",), weights=None, error=FormatError) -> None:
-    with pytest.raises(error, match=rf"^[^\n]*{message}[^\n]*$"):
-        _verify(tmp_path, *adapters, weights=weights)
-
-
-def test_what_cannot_be_verified_is_refused_by_name(tmp_path):
-    model = _merged(tmp_path, tiny_llama, LLAMA)
-    _refused(tmp_path, "weights: got 2 for 1 adapters", weights=[1, 2], error=ConfigError)
-    head = {"lm_head.weight": torch.randn(50, 20)}
-    _adapter(tmp_path / "head", model, LLAMA, others=head, modules_to_save=["lm_head"])
-    _refused(tmp_path, "head: holds values that take the place", ["adapter", "head"], error=ConfigError)
-    _adapter(tmp_path / "other", tiny_bert(), BERT)
-    _refused(tmp_path, "Target modules .* not found in the base model", ["other"], error=ConfigError)
-    narrow = {f"model.layers.{n}.self_attn.q_proj": torch.randn(4, 12) for n in range(2)}
-    write_adapter(tmp_path / "narrow", "bone", narrow, target_modules=["q_proj"])
-    _refused(tmp_path, "q_proj: .*shape", ["narrow"], error=FlashboneError)
-    torch.save({"emb.weight": torch.ones(2), "blocks.0.att.key.weight": torch.ones(2)}, tmp_path / "rwkv.pth")
-    with pytest.raises(FormatError, match=r"rwkv\.pth: is no RWKV model, .*; it can be merged, but not verified$"):
-        compare_logits(tmp_path / "rwkv.pth", [tmp_path / "adapter"], None, tmp_path / "out")
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    _refused(tmp_path, "this is a LORA adapter")
-
-
-def test_what_can_never_be_verified_is_known_before_a_merge(tmp_path):
-    model = _lively(tiny_bert())
-    model.save_pretrained(tmp_path / "base")
-    adapter = _adapter(tmp_path / "adapter", model, BERT)
-    head = {"classifier.bias": torch.randn(2)}
-    head = _adapter(tmp_path / "head", model, BERT, others=head, modules_to_save=["classifier"])
-    check_verifiable(tmp_path / "base", [adapter, adapter], [0.5, -0.5])
-    check_verifiable(tmp_path / "base", [head], None)
-    with pytest.raises(ConfigError, match="weights: got 1 for 2 adapters"):
-        check_verifiable(tmp_path / "base", [adapter, adapter], [1.0])
-    with pytest.raises(ConfigError, match="head: holds values that take the place"):
-        check_verifiable(tmp_path / "base", [head, head], None)
-    (tmp_path / "base" / "config.json").unlink()
-    with pytest.raises(FormatError, match=r"base: has no config\.json"):
-        check_verifiable(tmp_path / "base", [adapter], None)
-
-
-def test_models_that_transformers_cannot_load_or_run_are_refused(tmp_path):
-    _merged(tmp_path, tiny_llama, LLAMA)
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "never heard of"}))
-    _refused(tmp_path, "base: cannot be verified, .*never heard of")
-    (tmp_path / "base" / "config.json").unlink()
-    _refused(tmp_path, r"base: has no config\.json")
-    FAMILIES["vit"].make().save_pretrained(tmp_path / "images")
-    with pytest.raises(FormatError, match="images: cannot be verified, the model takes pixel_values, wanted token ids"):
-        compare_logits(tmp_path / "images", [tmp_path / "adapter"], None, tmp_path / "images")

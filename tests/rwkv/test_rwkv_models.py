@@ -4,45 +4,13 @@ import copy
 
 import pytest
 import torch
+from rwkv_cases import LIMIT, TOKENS, differs_by
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.rwkv import Rwkv6Config, Rwkv7Config, RwkvState, from_pth, to_pth
 from helpers.comparison import close
-from helpers.rwkv import VOCABULARY, reference_logits, write_rwkv
-
-VERSIONS = (7, 6)
-# hidden size, head size, blocks
-SIZES = [(16, 8, 1), (32, 8, 3), (48, 16, 2), (64, 64, 2), (96, 32, 1)]
-LIMIT = 2e-5  # largest difference of a logit, of the rms of all
-TOKENS = 75  # two chunks and a part
-
-
-@pytest.fixture(scope="module", params=VERSIONS, ids=lambda v: f"v{v}")
-def cases(request, tmp_path_factory):
-    """(version, [(file, tokens, token by token, whole sequence)]) with the reference's logits."""
-    folder = tmp_path_factory.mktemp("rwkv")
-    source = torch.Generator().manual_seed(5)
-    jobs = [
-        (
-            write_rwkv(folder / f"{hidden}-{head}-{layers}.pth", request.param, hidden, head, layers),
-            torch.randint(0, VOCABULARY, (TOKENS,), generator=source).tolist(),
-        )
-        for hidden, head, layers in SIZES
-    ]
-    found = reference_logits(request.param, jobs, folder)
-    return request.param, [(*job, *logits) for job, logits in zip(jobs, found, strict=True)]
-
-
-def differs_by(got, want):
-    return float((got - want).abs().max() / want.square().mean().sqrt())
-
-
-@pytest.fixture(scope="module")
-def one(cases):
-    """A file of three blocks, its model, tokens (1, 75) and the reference's logits."""
-    version, (_, (path, tokens, steps, _), *_) = cases
-    return version, from_pth(path), torch.tensor([tokens]), steps
+from helpers.rwkv import VOCABULARY
 
 
 @torch.no_grad()
@@ -100,62 +68,6 @@ def test_a_sequence_in_pieces_of_any_length_gives_the_same_logits(one):
 
 
 @torch.no_grad()
-def test_a_copied_state_serves_several_continuations(one):
-    _, model, tokens, want = one
-    prefix = model(tokens[:, :40], use_cache=True).past_key_values
-    for _ in range(2):
-        got = model(tokens[:, 40:], past_key_values=copy.deepcopy(prefix)).logits[0]
-        assert differs_by(got, want[40:]) < LIMIT
-
-
-@torch.no_grad()
-def test_generation_takes_the_most_likely_tokens_of_the_reference(one):
-    _, model, tokens, _ = one
-    prompt, new = tokens[:, :12], 9
-    got = model.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
-    assert got.shape == (1, 12 + new)
-    for length in range(12, 12 + new):
-        assert got[0, length] == model(got[:, :length]).logits[0, -1].argmax()
-
-
-@torch.no_grad()
-def test_generation_from_padded_prompts_equals_that_from_each_alone(one):
-    _, model, tokens, _ = one
-    prompts = [tokens[:, :5], tokens[:, 5:17]]
-    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
-    alone = [model.generate(p, **options)[0, p.shape[1] :] for p in prompts]
-    short = torch.nn.functional.pad(prompts[0], (7, 0))
-    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
-    together = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
-    assert torch.equal(together[:, 12:], torch.stack(alone))
-    short, mask = short.roll(5, 1), torch.cat([mask[:1].flip(1), mask[1:]])
-    right = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
-    assert torch.equal(right[:, 12:], torch.stack(alone))
-    without_cache = model.generate(prompts[1], use_cache=False, **options)
-    assert torch.equal(without_cache[0, 12:], alone[1])
-
-
-@torch.no_grad()
-def test_generation_goes_on_from_a_given_state(one):
-    _, model, tokens, _ = one
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    want = model.generate(tokens[:, :20], **options)
-    prefix = model(tokens[:, :12], use_cache=True).past_key_values
-
-    def from_prefix(given, mask=None):
-        return model.generate(given, attention_mask=mask, past_key_values=copy.deepcopy(prefix), **options)[:, -5:]
-
-    assert torch.equal(from_prefix(tokens[:, :20]), want[:, -5:])
-    assert torch.equal(from_prefix(tokens[:, 12:20], torch.ones(1, 20)), want[:, -5:])
-    for given in (tokens[:, 12:20], tokens[:, 8:20]):  # of which transformers would leave out four, and none
-        for mask in (None, torch.ones_like(given)):
-            with pytest.raises(ConfigError, match="past_key_values has seen as many tokens as were given, or more"):
-                from_prefix(given, mask)
-    embedded = model.generate(inputs_embeds=model.emb(tokens[:, :20]), **options)
-    assert torch.equal(embedded, want[:, -5:])
-
-
-@torch.no_grad()
 def test_a_state_has_one_size_however_long_the_sequence_is(one):
     """No view of it keeps a whole sequence's activations."""
     _, model, tokens, _ = one
@@ -183,22 +95,6 @@ def test_no_tokens_leave_a_state_as_it_is(one):
     assert model(tokens[:, :0], past_key_values=state).logits.shape == (1, 0, VOCABULARY)
     for layer, other in zip(state.layers, before.layers, strict=True):
         assert all(map(torch.equal, layer, other))
-
-
-@torch.no_grad()
-def test_beams_carry_their_own_states(one):
-    _, model, tokens, _ = one
-    options = {"max_new_tokens": 6, "num_beams": 4, "eos_token_id": None, "do_sample": False}
-    with_state = model.generate(tokens[:, :10], **options)
-    assert torch.equal(with_state, model.generate(tokens[:, :10], use_cache=False, **options))
-
-
-@torch.no_grad()
-def test_several_answers_to_one_prompt_begin_from_one_state(one):
-    _, model, tokens, _ = one
-    torch.manual_seed(0)
-    got = model.generate(tokens[:, :10], max_new_tokens=4, num_return_sequences=3, do_sample=True, eos_token_id=None)
-    assert got.shape == (3, 14)
 
 
 def test_a_saved_model_is_the_same_model(one, tmp_path):
@@ -234,87 +130,6 @@ def test_autocast_leaves_the_state_in_fp32(one):
         out = model(tokens, use_cache=True)
     assert out.past_key_values.layers[-1].wkv.dtype == torch.float32
     assert 1e-4 < differs_by(out.logits[0].float(), want) < 0.3
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(one, reentrant):
-    _, model, tokens, _ = one
-    model = copy.deepcopy(model).train()
-    want = gradients(model, tokens)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    got = gradients(model, tokens)
-    assert want.keys() == got.keys()
-    for name, grad in want.items():
-        assert close(got[name], grad, torch.float32), name
-
-
-def gradients(model, tokens, labels=None, **inputs):
-    model.zero_grad()
-    model(tokens, labels=tokens if labels is None else labels, **inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_every_parameter_is_trained_but_what_the_first_block_does_not_use(one):
-    version, model, tokens, _ = one
-    model = copy.deepcopy(model).double().train()
-    unused = {name for name, p in model.named_parameters()} - gradients(model, tokens).keys()
-    assert unused == ({f"blocks.0.att.v{i}" for i in range(3)} if version == 7 else set())
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_passing_the_state_on_gives_the_gradients_of_one_long_sequence(one, checkpointed):
-    _, model, tokens, _ = one
-    model = copy.deepcopy(model).double().train()
-    rows = torch.cat([tokens, tokens.roll(11, 1)])
-    mask = torch.ones_like(rows)
-    mask[0, 60:] = mask[1, :22] = 0
-    labels = rows.masked_fill(mask == 0, -100)
-    want = gradients(model, rows, labels, attention_mask=mask)
-    if checkpointed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.chunk_ctx = 19  # four chunks
-    got = gradients(model, rows, labels, attention_mask=mask)
-    assert want.keys() == got.keys()
-    for name, grad in want.items():
-        assert close(got[name], grad, torch.float64), name
-
-
-def test_a_cut_gradient_is_that_of_pieces_that_start_from_a_detached_state(one):
-    _, model, tokens, _ = one
-    model = copy.deepcopy(model).double().train()
-    whole = gradients(model, tokens)
-    model.chunk_ctx, model.carries_gradient = 19, False
-    got = gradients(model, tokens)
-    model.zero_grad()
-    state = RwkvState()
-    hidden = []
-    model.chunk_ctx = None
-    for piece in tokens.split(19, dim=1):
-        hidden.append(model.backbone(piece, past_key_values=state).last_hidden_state)
-        state = state.detach()
-    logits = model.head(torch.cat(hidden, 1))
-    model.loss_function(logits=logits, labels=tokens, vocab_size=VOCABULARY).backward()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            assert close(got[name], p.grad, torch.float64), name
-    name = "blocks.1.att.key.weight"
-    assert not close(got[name], whole[name], torch.float32)
-
-
-def test_state_passing_keeps_only_one_piece_in_memory(one):
-    _, model, tokens, _ = one
-    model = copy.deepcopy(model).train()
-
-    def kept(chunk_ctx):
-        model.chunk_ctx = chunk_ctx
-        sizes = []
-        rows = tokens.repeat(1, 8)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            model.backbone(rows)
-        return sum(sizes)
-
-    assert kept(25) < kept(None) / 20
 
 
 def test_the_backbone_and_the_head_are_the_model(one):
@@ -374,24 +189,6 @@ def test_wrong_calls_are_refused(one):
             ConfigError, match="tie_word_embeddings: got True; an RWKV model has an embedding and a head"
         ):
             config(tie_word_embeddings=True)
-
-
-@pytest.mark.parametrize("config", [Rwkv7Config, Rwkv6Config])
-def test_a_random_start_is_finite_and_learns(config):
-    model = AutoModelForCausalLM.from_config(
-        config(vocab_size=20, hidden_size=32, head_size=16, num_hidden_layers=2)
-    ).train()
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    tokens = torch.randint(0, 20, (2, 40))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(15):
-        loss = model(tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
 
 
 def test_a_resized_vocabulary_keeps_its_rows(one, tmp_path):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from peft import BoneConfig, get_peft_model
-from test_train_run import recipe_for
+from training_runs import recipe_for
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flashbone import variants

@@ -1,50 +1,22 @@
-"""Whole runs on a tiny Llama and a real ALBERT: what is learned, written, resumed and refused."""
+"""Runs of training: they learn, on the response only, and write what they promise; what is wrong is one line."""
 
-import errno
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from training_runs import metrics_of, recipe_for
 
 from flashbone.errors import ConfigError, FlashboneError, NonFiniteError
-from flashbone.train.folder import RunFolder
-from flashbone.train.recipe import DataRecipe, Recipe
+from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
 from flashbone.train.summary import peak_memory
-from helpers.tiny_llama import questions, word_tokenizer, write_tiny_llama
+from helpers.tiny_llama import word_tokenizer, write_tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft
 ]
-
-TIMINGS = ("train_s",)
-
-
-def recipe_for(llama, file, output, **changes) -> Recipe:
-    training = {"max_steps": 10, "learning_rate": 5e-3, "per_device_train_batch_size": 8, "disable_tqdm": True}
-    fields = {
-        "model": str(llama),
-        "data": DataRecipe(path=str(file)),
-        "output": str(output),
-        "adapter": {"r": 8},
-        "training": {**training, **changes.pop("training", {})},
-    }
-    return Recipe(**{**fields, **changes})
-
-
-@pytest.fixture
-def questions_file(jsonl):
-    return jsonl(questions(80))
-
-
-def metrics_of(folder) -> list[dict]:
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def test_a_run_learns_and_writes_everything_it_promises(llama, questions_file, tmp_path):
@@ -120,111 +92,6 @@ def test_conversations_without_a_chat_template_are_refused_with_the_remedy(jsonl
     assert train(recipe).summary["steps"] == 1
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-import flashbone.train.callbacks as callbacks
-from flashbone.cli import main
-step_end = callbacks.Recorder.on_step_end
-def dies_at_seven(self, args, state, control, **kwargs):
-    if state.global_step == 7:
-        os._exit(9)
-    step_end(self, args, state, control, **kwargs)
-callbacks.Recorder.on_step_end = dies_at_seven
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-
-
-def config_file(recipe: Recipe, path: Path) -> Path:
-    import dataclasses
-
-    path.write_text(json.dumps(dataclasses.asdict(recipe)))  # JSON is YAML
-    return path
-
-
-def kill_at_step_seven(recipe: Recipe, folder: Path) -> None:
-    config = config_file(recipe, folder / "killed.yaml")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(config)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 9, done.stderr
-    assert RunFolder(recipe.output).last_checkpoint().name == "checkpoint-6"
-
-
-def test_a_killed_run_resumes_to_the_losses_and_the_adapter_of_one_never_killed(llama, questions_file, tmp_path):
-    changes = {
-        "adapter": {"r": 8, "variant": "bat-row", "dropout": 0.1},
-        "training": {"save_steps": 3, "logging_steps": 4, "lr_scheduler_type": "cosine", "warmup_steps": 2},
-    }
-    straight, resumed = (recipe_for(llama, questions_file, tmp_path / name, **changes) for name in ("a", "b"))
-    train(straight)
-    kill_at_step_seven(resumed, tmp_path)
-    result = train(resumed, resume=True)
-
-    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
-    blocks = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("a", "b")]
-    assert blocks[0].keys() == blocks[1].keys()
-    assert all(torch.equal(blocks[0][key], blocks[1][key]) for key in blocks[0])
-    assert any(block.abs().max() > 0 for block in blocks[0].values())
-    assert result.summary["eval_loss_before"] is not None
-
-
-def test_a_run_killed_after_its_last_step_is_finished_without_another(llama, questions_file, tmp_path):
-    recipe = recipe_for(llama, questions_file, tmp_path / "a")
-    first = train(recipe).summary
-    adapter = load_file(tmp_path / "a/adapter/adapter_model.safetensors")
-    rows = metrics_of(tmp_path / "a")
-    (tmp_path / "a/summary.json").unlink()
-    again = train(recipe, resume=True).summary
-    assert (again["steps"], again["eval_loss_after"]) == (10, first["eval_loss_after"])
-    assert metrics_of(tmp_path / "a") == rows
-    after = load_file(tmp_path / "a/adapter/adapter_model.safetensors")
-    assert all(torch.equal(adapter[key], after[key]) for key in adapter)
-
-
-def test_a_checkpoint_cut_short_by_the_kill_is_passed_over(llama, questions_file, tmp_path):
-    recipe = recipe_for(llama, questions_file, tmp_path / "a", training={"save_steps": 5})
-    train(recipe)
-    (tmp_path / "a/summary.json").unlink()
-    (tmp_path / "a/checkpoint-10/trainer_state.json").write_text('{"global_st')
-    assert RunFolder(recipe.output).last_checkpoint().name == "checkpoint-5"
-    assert train(recipe, resume=True).summary["steps"] == 10
-
-
-def test_a_finished_run_says_so_and_is_left_alone(llama, questions_file, tmp_path, caplog):
-    recipe = recipe_for(llama, questions_file, tmp_path / "a")
-    first = train(recipe)
-    stamp = (tmp_path / "a/adapter/adapter_model.safetensors").stat().st_mtime_ns
-    with caplog.at_level("INFO", logger="flashbone"):
-        again = train(recipe, resume=True)
-    assert again.summary == first.summary
-    assert "is finished; nothing to do" in caplog.text
-    assert (tmp_path / "a/adapter/adapter_model.safetensors").stat().st_mtime_ns == stamp
-
-
-def test_a_finished_run_can_be_given_more_steps(llama, questions_file, tmp_path):
-    train(recipe_for(llama, questions_file, tmp_path / "a"))
-    longer = recipe_for(llama, questions_file, tmp_path / "a", training={"max_steps": 14})
-    assert train(longer, resume=True).summary["steps"] == 14
-
-
-def test_resuming_without_a_checkpoint_starts_afresh(llama, questions_file, tmp_path, caplog):
-    with caplog.at_level("INFO", logger="flashbone"):
-        summary = train(recipe_for(llama, questions_file, tmp_path / "a"), resume=True).summary
-    assert summary["steps"] == 10
-    assert "no checkpoint in" in caplog.text
-
-
-def test_an_output_with_a_run_is_refused_and_left_as_it_was(llama, questions_file, tmp_path):
-    recipe = recipe_for(llama, questions_file, tmp_path / "a")
-    train(recipe)
-    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume, or choose another output"):
-        train(recipe)
-    other = recipe_for(llama, questions_file, tmp_path / "a", adapter={"r": 4})
-    with pytest.raises(ConfigError, match=r"another recipe: adapter\.r was 8, is 4"):
-        train(other, resume=True)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -251,41 +118,6 @@ def test_wrong_input_is_one_clear_line_and_leaves_nothing_behind(llama, question
 def test_a_file_in_the_way_of_the_output_is_refused(llama, questions_file):
     with pytest.raises(ConfigError, match="a file is in the way"):
         train(recipe_for(llama, questions_file, questions_file / "run"))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),  # seen on a full tmpfs
-    ],
-)
-def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_file(
-    llama, questions_file, tmp_path, monkeypatch, error
-):
-    def full(obj, path):
-        Path(path).write_bytes(b"half")
-        raise error
-
-    recipe = recipe_for(llama, questions_file, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.trainer.torch.save", full)
-        with pytest.raises(FlashboneError, match="run: no space left on device; free some, then continue with") as got:
-            train(recipe)
-    assert "\n" not in str(got.value)
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
-    assert not (tmp_path / "run/adapter").exists()
-    assert train(recipe, resume=True).summary["steps"] == 10
-
-
-def test_a_failed_save_of_the_adapter_leaves_no_adapter(llama, questions_file, tmp_path, monkeypatch):
-    def broken(self, folder, **kwargs):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0")
-
-    monkeypatch.setattr("transformers.tokenization_utils_base.PreTrainedTokenizerBase.save_pretrained", broken)
-    with pytest.raises(FlashboneError, match="no space left on device"):
-        train(recipe_for(llama, questions_file, tmp_path / "run", training={"save_strategy": "no"}))
-    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith("adapter")]
 
 
 def test_a_diverged_run_stops_with_the_step_and_the_remedy(llama, questions_file, tmp_path):
@@ -343,13 +175,3 @@ def test_classification_learns_saves_its_head_and_reports_accuracy_and_f1(albert
 
 def test_peak_memory_and_rates_carry_their_units_in_their_names():
     assert set(peak_memory()) == {"peak_mib", "peak_of"}
-
-
-@pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_broken_record_of_an_earlier_run_is_named_with_the_remedy(content, llama, questions_file, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "recipe.json").write_text(content)
-    with pytest.raises(FlashboneError, match=r"recipe.json: .*JSON.*; delete it, or choose another output"):
-        train(recipe_for(llama, questions_file, out), resume=True)
-    assert (out / "recipe.json").read_text() == content

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_train_run import kill_at_step_seven, metrics_of, recipe_for
+from training_runs import kill_at_step_seven, metrics_of, recipe_for
 
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError

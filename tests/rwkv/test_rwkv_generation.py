@@ -1,0 +1,81 @@
+"""RWKV models that generate: the most likely tokens of the reference, from padded prompts, states and beams."""
+
+import copy
+
+import pytest
+import torch
+from rwkv_cases import LIMIT, differs_by
+
+from flashbone.errors import ConfigError
+
+
+@torch.no_grad()
+def test_a_copied_state_serves_several_continuations(one):
+    _, model, tokens, want = one
+    prefix = model(tokens[:, :40], use_cache=True).past_key_values
+    for _ in range(2):
+        got = model(tokens[:, 40:], past_key_values=copy.deepcopy(prefix)).logits[0]
+        assert differs_by(got, want[40:]) < LIMIT
+
+
+@torch.no_grad()
+def test_generation_takes_the_most_likely_tokens_of_the_reference(one):
+    _, model, tokens, _ = one
+    prompt, new = tokens[:, :12], 9
+    got = model.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    assert got.shape == (1, 12 + new)
+    for length in range(12, 12 + new):
+        assert got[0, length] == model(got[:, :length]).logits[0, -1].argmax()
+
+
+@torch.no_grad()
+def test_generation_from_padded_prompts_equals_that_from_each_alone(one):
+    _, model, tokens, _ = one
+    prompts = [tokens[:, :5], tokens[:, 5:17]]
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    alone = [model.generate(p, **options)[0, p.shape[1] :] for p in prompts]
+    short = torch.nn.functional.pad(prompts[0], (7, 0))
+    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
+    together = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
+    assert torch.equal(together[:, 12:], torch.stack(alone))
+    short, mask = short.roll(5, 1), torch.cat([mask[:1].flip(1), mask[1:]])
+    right = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
+    assert torch.equal(right[:, 12:], torch.stack(alone))
+    without_cache = model.generate(prompts[1], use_cache=False, **options)
+    assert torch.equal(without_cache[0, 12:], alone[1])
+
+
+@torch.no_grad()
+def test_generation_goes_on_from_a_given_state(one):
+    _, model, tokens, _ = one
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    want = model.generate(tokens[:, :20], **options)
+    prefix = model(tokens[:, :12], use_cache=True).past_key_values
+
+    def from_prefix(given, mask=None):
+        return model.generate(given, attention_mask=mask, past_key_values=copy.deepcopy(prefix), **options)[:, -5:]
+
+    assert torch.equal(from_prefix(tokens[:, :20]), want[:, -5:])
+    assert torch.equal(from_prefix(tokens[:, 12:20], torch.ones(1, 20)), want[:, -5:])
+    for given in (tokens[:, 12:20], tokens[:, 8:20]):  # of which transformers would leave out four, and none
+        for mask in (None, torch.ones_like(given)):
+            with pytest.raises(ConfigError, match="past_key_values has seen as many tokens as were given, or more"):
+                from_prefix(given, mask)
+    embedded = model.generate(inputs_embeds=model.emb(tokens[:, :20]), **options)
+    assert torch.equal(embedded, want[:, -5:])
+
+
+@torch.no_grad()
+def test_beams_carry_their_own_states(one):
+    _, model, tokens, _ = one
+    options = {"max_new_tokens": 6, "num_beams": 4, "eos_token_id": None, "do_sample": False}
+    with_state = model.generate(tokens[:, :10], **options)
+    assert torch.equal(with_state, model.generate(tokens[:, :10], use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_several_answers_to_one_prompt_begin_from_one_state(one):
+    _, model, tokens, _ = one
+    torch.manual_seed(0)
+    got = model.generate(tokens[:, :10], max_new_tokens=4, num_return_sequences=3, do_sample=True, eos_token_id=None)
+    assert got.shape == (3, 14)

@@ -1,0 +1,56 @@
+"""Recipes for small runs, runs that are killed, and what they logged."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from flashbone.train.folder import RunFolder
+from flashbone.train.recipe import DataRecipe, Recipe
+
+TIMINGS = ("train_s",)
+
+
+def recipe_for(llama, file, output, **changes) -> Recipe:
+    training = {"max_steps": 10, "learning_rate": 5e-3, "per_device_train_batch_size": 8, "disable_tqdm": True}
+    fields = {
+        "model": str(llama),
+        "data": DataRecipe(path=str(file)),
+        "output": str(output),
+        "adapter": {"r": 8},
+        "training": {**training, **changes.pop("training", {})},
+    }
+    return Recipe(**{**fields, **changes})
+
+
+def metrics_of(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import flashbone.train.callbacks as callbacks
+from flashbone.cli import main
+step_end = callbacks.Recorder.on_step_end
+def dies_at_seven(self, args, state, control, **kwargs):
+    if state.global_step == 7:
+        os._exit(9)
+    step_end(self, args, state, control, **kwargs)
+callbacks.Recorder.on_step_end = dies_at_seven
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def config_file(recipe: Recipe, path: Path) -> Path:
+    path.write_text(json.dumps(dataclasses.asdict(recipe)))  # JSON is YAML
+    return path
+
+
+def kill_at_step_seven(recipe: Recipe, folder: Path) -> None:
+    config = config_file(recipe, folder / "killed.yaml")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(config)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 9, done.stderr
+    assert RunFolder(recipe.output).last_checkpoint().name == "checkpoint-6"
