@@ -100,6 +100,23 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path):
         tensors.scan(cut)
 
 
+@pytest.mark.parametrize("length", [93, 2**40, 2**64 - 1])
+def test_a_header_longer_than_its_file_is_not_read(tmp_path, length):
+    (tmp_path / "file").write_bytes(length.to_bytes(8, "little") + bytes(92))
+    with pytest.raises(FormatError, match=r"not a whole safetensors file; it may be truncated"):
+        tensors.scan(tmp_path / "file")
+
+
+def test_a_header_beyond_the_limit_of_the_library_is_not_read(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(2)}, tmp_path / "file")
+    length = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    monkeypatch.setattr(tensors, "_MAX_HEADER", length)
+    assert len(tensors.scan(tmp_path / "file").entries) == 1
+    monkeypatch.setattr(tensors, "_MAX_HEADER", length - 1)
+    with pytest.raises(FormatError, match=r"not a whole safetensors file; it may be truncated"):
+        tensors.scan(tmp_path / "file")
+
+
 def _fields(start: int, end: int, dtype: str = "F32", shape=(1,)) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
