@@ -66,6 +66,49 @@ def test_what_is_written_is_read_again_bit_for_bit(tmp_path):
     assert got.bias == "lora_only"
 
 
+def test_the_biases_that_a_lora_holds_are_named_as_peft_names_them():
+    saved = {"head.weight": torch.ones(2, 8), "head.bias": torch.ones(2)}
+    for replacements, bias in (
+        ({}, "none"),
+        (saved, "none"),
+        (saved | {"q.bias": torch.ones(8)}, "lora_only"),
+        ({"q.bias": torch.ones(8), "k.bias": torch.ones(8)}, "all"),
+    ):
+        assert Lora({"q": free()}, replacements, modules_to_save=("head",)).bias == bias
+
+
+def test_a_bias_of_an_adapted_layer_has_the_name_that_it_has_inside_of_peft(tmp_path):
+    lora.write(Lora({"q": free()}, {"q.bias": torch.ones(8), "k.bias": torch.ones(8)}), tmp_path)
+    assert {f"{ROOT}q.base_layer.bias", f"{ROOT}k.bias"} <= set(load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("is_conv1d", [True, False])
+def test_layers_that_keep_in_by_out_are_all_but_the_embeddings(tmp_path, is_conv1d):
+    embedding = {f"{ROOT}e.lora_embedding_A": torch.ones(4, 9), f"{ROOT}e.lora_embedding_B": torch.ones(6, 4)}
+    got = lora.read(folder(tmp_path, {"q": free(), "k": free()}, embedding, fan_in_fan_out=is_conv1d))
+    assert got.conv1d == (frozenset("qk") if is_conv1d else frozenset())
+    assert got.embeddings == frozenset("e")
+
+
+def test_factors_of_one_rank_are_the_file_s_own(tmp_path):
+    pair = free()
+    folder(tmp_path, {"q": pair, "k": free(2)}, rank_pattern={"k": 2}, alpha_pattern={"k": 2})
+    got = lora.read(tmp_path).factors
+    assert torch.equal(got["q"][0], pair[0])
+    assert (got["q"][0].shape, got["k"][0].shape) == ((4, 6), (4, 6))
+    assert not got["k"][0][2:].any()
+
+
+def test_two_values_of_one_parameter_are_refused_unless_they_are_equal(tmp_path):
+    bias = {f"{ROOT}q.base_layer.bias": torch.ones(8), f"{ROOT}q.bias": torch.ones(8)}
+    assert torch.equal(
+        lora.read(folder(tmp_path, {"q": free()}, bias, bias="all")).replacements["q.bias"], torch.ones(8)
+    )
+    folder(tmp_path, {"q": free()}, bias | {f"{ROOT}q.bias": torch.zeros(8)}, bias="all")
+    with pytest.raises(FormatError, match=r"the file holds two different values of q\.bias"):
+        lora.read(tmp_path)
+
+
 @pytest.mark.parametrize(("dtype", "alpha", "wanted"), [(torch.bfloat16, 8, torch.bfloat16), (torch.bfloat16, 3, None)])
 def test_a_scaling_is_multiplied_in_without_rounding_where_it_can_be(tmp_path, dtype, alpha, wanted):
     A, B = free(dtype=dtype)

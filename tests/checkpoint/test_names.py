@@ -25,6 +25,17 @@ def test_a_base_model_prefix_is_dropped_or_added():
     assert not lost
 
 
+def test_a_dropped_prefix_is_one_whatever_comes_after_it():
+    stored = ["encoder.q.weight", "pooler.q.weight"]
+    found, lost = names.locate([f"bert.{name}" for name in stored], stored)
+    assert found == {f"bert.{name}": name for name in stored}
+    assert not lost
+    stored = ["encoder.q.weight", "bert.pooler.q.weight"]  # one would be dropped, one added
+    found, lost = names.locate(["bert.encoder.q.weight", "pooler.q.weight"], stored)
+    assert not found
+    assert all("but other names differ by another prefix" in reason for reason in lost.values())
+
+
 def test_unknown_names_are_all_returned():
     found, lost = names.locate(["x.q.weight", "encoder.0.q.weight", "y.weight"], ENCODER)
     assert set(found) == {"encoder.0.q.weight"}

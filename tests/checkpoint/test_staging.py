@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,3 +76,40 @@ def test_an_empty_folder_may_become_the_output_folder(tmp_path):
     with staging.whole_or_absent(tmp_path / "out") as folder:
         (folder / "x").touch()
     assert listing(tmp_path) == ["out", "out/x"]
+
+
+def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(FlashboneError, match="out: is the current folder, which cannot be replaced"):
+        staging.check(tmp_path / "out", 1, None)
+
+
+def test_a_file_system_without_room_for_anything_is_no_place_for_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
+    with pytest.raises(FlashboneError, match=r"is no place for files; name another one"):
+        staging.check(tmp_path / "out", 1, None)
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_where_there_are_no_links_a_file_is_renamed_and_still_never_over_another(tmp_path, monkeypatch, is_taken):
+    out = tmp_path / "adapter.pth"
+
+    def no_link(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_link)
+
+    def write() -> None:
+        with staging.whole_or_absent(out, is_file=True) as file:
+            file.write_bytes(b"ours")
+            if is_taken:
+                out.write_bytes(b"theirs")
+
+    if is_taken:
+        with pytest.raises(FlashboneError, match="another run made it meanwhile"):
+            write()
+    else:
+        write()
+    assert out.read_bytes() == (b"theirs" if is_taken else b"ours")
+    assert listing(tmp_path) == ["adapter.pth"]

@@ -211,3 +211,20 @@ def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, layout, meta
         {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}, tmp_path / "f", metadata
     )
     assert tensors.file_size(layout, metadata) == (tmp_path / "f").stat().st_size
+
+
+def test_a_tensor_of_a_file_that_ended_is_refused(file):
+    entry = max(tensors.scan(file).entries, key=lambda e: (e.dtype in tensors.FLOATS, e.end))
+    file.write_bytes(file.read_bytes()[: entry.end - 1])
+    with file.open("rb") as stream:
+        stream.seek(entry.start)
+        with pytest.raises(FormatError, match=rf"ended in the middle of {entry.name}; was it"):
+            tensors.read(stream, entry)
+
+
+def test_bytes_of_a_dtype_that_there_is_not_are_not_counted():
+    assert tensors.nbytes("F4", (3,)) == 2
+    assert tensors.nbytes("F6_E2M3", (4, 2)) == 6
+    assert tensors.nbytes("F32", ()) == 4
+    with pytest.raises(FormatError, match="dtype: got 'F3', wanted one of F64, I64"):
+        tensors.nbytes("F3", (3,))

@@ -5,8 +5,11 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import ShapeError
+from flashbone.ops import reference
+from flashbone.ops.moves import Moves
 from flashbone.variants.stacked import PerExpert
 from helpers.blocks import VARIANT_NAMES, random_block
+from helpers.comparison import close
 
 ALL = [*map(variants.get, VARIANT_NAMES), variants.get("orthogonal", use_orthogonal=False)]
 
@@ -45,3 +48,17 @@ def test_blocks_of_other_layers_with_other_axes_or_without_numbers_are_refused(n
 def test_a_random_start_is_that_of_peft():
     block = variants.random_block_(torch.empty(64, 256))
     assert 0.99 / 16 < block.abs().max() <= 1 / 16  # uniform up to 1 / sqrt(columns)
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_each_expert_has_the_delta_of_its_own_block_and_none_moves_by_itself(name):
+    inner = variants.get(name)
+    stacked = PerExpert(inner, 3)
+    assert stacked.block_shape(8, 12, 4, 2) == (3, *inner.block_shape(8, 12, 4, 2))
+    W = torch.randn(3, 8, 12, dtype=torch.float64)
+    block = torch.stack([random_block(name, 8, 12, 4) for _ in range(3)])
+    want = torch.stack([reference.delta(name, *pair) for pair in zip(W, block, strict=True)])
+    assert close(stacked.delta(W, block), want)
+    assert (stacked.name, stacked.reads_weight) == (inner.name, inner.reads_weight)
+    with pytest.raises(NotImplementedError, match="rows of x belong to one expert each"):
+        stacked.move(Moves(W[0]), W[0], block, 1.0)
