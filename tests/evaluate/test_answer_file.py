@@ -5,7 +5,8 @@ import json
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.evaluate.answer_file import ANSWERS, appending, claim, read_answers, stamp
+from flashbone.evaluate import answer_file
+from flashbone.evaluate.answer_file import ANSWERS, appending, claim, claimed, read_answers, stamp
 from flashbone.evaluate.exact_match import Answered
 
 FIRST = Answered(3, "it is 4\n#### 4", "4", "4", True, 9)
@@ -67,3 +68,41 @@ def test_a_stamp_sees_a_changed_byte_and_a_new_file(tmp_path):
     second = stamp(tmp_path)
     (tmp_path / "b").write_text("")
     assert len({first, second, stamp(tmp_path)}) == 3
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
+    """One that failed could take away what the other has answered meanwhile."""
+    folder = tmp_path / "out"
+    with claimed(folder, {"model": "m"}):
+        with pytest.raises(ConfigError, match="another evaluation is writing to it"), claimed(folder, {"model": "m"}):
+            raise AssertionError("had the folder twice")
+        with appending(folder) as file:
+            file.add(FIRST)
+    with claimed(folder, {"model": "m"}):
+        assert read_answers(folder) == [FIRST]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_run_that_fails_before_its_first_answer_leaves_nothing(tmp_path, answered):
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), claimed(folder, {"model": "m"}), appending(folder) as file:
+        if answered:
+            file.add(FIRST)
+        raise KeyboardInterrupt
+    assert folder.exists() is answered
+    assert read_answers(folder) == ([FIRST] if answered else [])
+
+
+def test_a_folder_that_a_failed_run_removes_meanwhile_is_claimed_again(tmp_path, monkeypatch):
+    folder, calls = tmp_path / "out", []
+
+    def claim_and_lose(*arguments):
+        claim(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
+            (folder / answer_file.SETTINGS).unlink()
+
+    monkeypatch.setattr(answer_file, "claim", claim_and_lose)
+    with claimed(folder, {"model": "m"}):
+        assert len(calls) == 2
+        assert (folder / answer_file.SETTINGS).exists()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +19,49 @@ from flashbone.evaluate.exact_match import Answered
 from flashbone.outputs import PARTIAL, write_text
 from flashbone.sources import read_json
 
+try:
+    import fcntl
+except ImportError:  # Windows, where runs have to keep apart by themselves
+    fcntl = None
+
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+
+
+@contextmanager
+def claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Have the folder for this run alone; where the block fails before its first answer, nothing is left of it.
+
+    Raises:
+        ConfigError: another run has it now; or as `claim` does.
+    """
+    with ExitStack() as held:
+        claim(folder, settings)
+        while not _lock(folder / SETTINGS, held):  # a run that failed removed it meanwhile
+            claim(folder, settings)
+        try:
+            yield
+        except BaseException:
+            _release(folder)
+            raise
+
+
+def _lock(file: Path, held: ExitStack) -> bool:
+    """Lock the file until `held` is closed, or the process ends; False where it is not there any more."""
+    if fcntl is None:
+        return True
+    try:
+        handle = held.enter_context(file.open("rb"))
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"output {file.parent}: another evaluation is writing to it; wait, or choose another"
+        ) from None
+    except OSError:  # a file system without locks
+        return True
+    return file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -48,7 +90,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def release(folder: Path) -> None:
+def _release(folder: Path) -> None:
     """Leave nothing behind a run that failed before its first answer: the same folder may then hold another."""
     answers = folder / ANSWERS
     if answers.exists() and answers.stat().st_size:

@@ -49,23 +49,12 @@ def evaluate(
     request = settled(request)
     inputs = _inputs(request)
     tasks = Tasks(request.tasks, request.include_path) if request.tasks else None
-    if request.output is not None:
-        answer_file.claim(request.output, _settings(request))
+    if request.output is None:
+        return _measured(request, inputs, tasks, bars)
+    with answer_file.claimed(request.output, _settings(request)):
         if (found := _finished(request.output)) is not None:
             return found
-    began = time.monotonic()
-    try:
-        with _out_of_memory():
-            if request.classification:
-                evaluations = [_classified(request, inputs, bars)]
-            else:
-                evaluations = _of_language_model(request, inputs, tasks, bars)
-    except BaseException:
-        if request.output is not None:
-            answer_file.release(request.output)
-        raise
-    about = _about(request) | {"seconds": round(time.monotonic() - began, 1)}
-    if request.output is not None:
+        about, evaluations = _measured(request, inputs, tasks, bars)
         write_results(request.output, about, evaluations)
     return about, evaluations
 
@@ -95,6 +84,18 @@ def _inputs(request: Request) -> _Inputs:
     if request.perplexity:
         found.texts = rows.read_examples(request.perplexity, "sft", of_others, request.limit)
     return found
+
+
+def _measured(
+    request: Request, inputs: _Inputs, tasks: Tasks | None, bars: Bars
+) -> tuple[dict[str, Any], list[Evaluation]]:
+    began = time.monotonic()
+    with _out_of_memory():
+        if request.classification:
+            evaluations = [_classified(request, inputs, bars)]
+        else:
+            evaluations = _of_language_model(request, inputs, tasks, bars)
+    return _about(request) | {"seconds": round(time.monotonic() - began, 1)}, evaluations
 
 
 def _classified(request: Request, inputs: _Inputs, bars: Bars) -> Evaluation:
