@@ -55,7 +55,7 @@ def plain(llama):
 def test_a_folder_of_peft_gives_the_adapted_outputs_merged_or_not(llama, tmp_path, config, merge):
     want = randomised(plain(llama), config, tmp_path / "a")
     model, _ = load_language_model(str(llama), tmp_path / "a", torch.float32, "cpu", merge=merge)
-    close(logits(model), want, torch.float32)
+    assert close(logits(model), want, torch.float32)
     assert hasattr(model, "peft_config") is not merge
     assert not torch.allclose(want, logits(plain(llama)), atol=1e-2)
 
@@ -65,7 +65,7 @@ def test_each_format_that_is_converted_to_gives_the_same_outputs(llama, tmp_path
     want = randomised(plain(llama), BoneConfig(r=8, target_modules=["q_proj", "v_proj"]), tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", to, base=llama)
     model, _ = load_language_model(str(llama), tmp_path / "b", torch.float32, "cpu")
-    close(logits(model), want, torch.float32)
+    assert close(logits(model), want, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in .*pth:UserWarning")  # peft looks for one
@@ -78,7 +78,7 @@ def test_an_rwkv_models_pth_with_an_adapters_pth_answers_and_predicts(tmp_path):
     convert(tmp_path / "a", tmp_path / "adapter.pth", "rwkv-peft")
     arguments = (str(base), tmp_path / "adapter.pth", torch.float32, "cpu")
     model, tokenizer = load_language_model(*arguments, vocabulary=str(vocabulary))
-    close(logits(model), want, torch.float32)
+    assert close(logits(model), want, torch.float32)
     rows = [("How are you", "1"), ("Hm", "1"), ("Two words and more", "1")]
     batched = exact_matches(model, tokenizer, rows, max_new_tokens=5, batch_size=3)
     assert batched == exact_matches(model, tokenizer, rows, max_new_tokens=5, batch_size=1)
