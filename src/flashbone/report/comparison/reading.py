@@ -107,7 +107,6 @@ RUN_OPTIONAL = {
     **dict.fromkeys(("above_model_mib", "adapter_bytes", "grad_norm_first"), NUMBER),
 }
 CURVE = {"step": _list_of(WHOLE), "seconds": _list_of(_or_none(NUMBER)), "loss": _list_of(_or_none(NUMBER))}
-CURVE_OPTIONAL = {"accuracy": _list_of(_or_none(NUMBER))}
 
 
 def read_results(path: Path) -> Comparison:
@@ -217,8 +216,8 @@ def _run(row: dict[str, Any], where: str, methods: list[Method], before: list[Ru
 def _curve(row: dict[str, Any] | None, where: str) -> Curve | None:
     if row is None:
         return None
-    _check(row, where, CURVE, CURVE_OPTIONAL)
-    fields = _fields(row, CURVE, CURVE_OPTIONAL)
+    _check(row, where, CURVE, {})
+    fields = _fields(row, CURVE)
     lengths = {name: len(values) for name, values in fields.items() if values is not None}
     if len(set(lengths.values())) > 1:
         _fail(where, "got " + ", ".join(f"{n} {name}s" for name, n in lengths.items()) + "; wanted as many of each")

@@ -17,7 +17,6 @@ class Curve:
     step: tuple[int, ...]
     seconds: tuple[float | None, ...]
     loss: tuple[float | None, ...]
-    accuracy: tuple[float | None, ...] | None = None
 
 
 @dataclass(frozen=True)
