@@ -34,7 +34,7 @@ def builds_weight(monkeypatch, tokens: int, *sizes: int) -> bool:
 @pytest.mark.parametrize("size", [(out, in_, r) for out, in_, r in SIZES if r > 2], ids=str)
 def test_output_and_gradients_are_those_of_the_oracle(always_large, size, with_base, has_bias, composite):
     out, in_, r = size
-    x, W, bias, blocks = tensors(out, in_, 1, r, r + 1)
+    x, W, bias, blocks = tensors(out, in_, (r - 1) // 2, r, r + 1)
     leaves = [t.requires_grad_() for t in (x, W, *([bias] if has_bias else []), *blocks)]
     got = bat_col.bat_col_linear(x, W, bias if has_bias else None, blocks, with_base, composite)
     want = reference.forward(x, W, bias if has_bias else None, [("bat-col", D, 1.0) for D in blocks])

@@ -74,11 +74,17 @@ def test_opcheck_of_the_weight_shift(with_base, has_bias):
     )
     assert set(checked.values()) == {"SUCCESS"}
     plain = [torch.randn(3, OUT), x.detach(), W.detach(), [D.detach() for D in blocks], with_base]
-    for need in ([True] * 5, [False, False, True, False, True]):
+    each_alone = [[i == j for i in range(5)] for j in range(5)]
+    for need in ([True] * 5, [False, False, True, False, True], *each_alone):
         checked = torch.library.opcheck(
             torch.ops.flashbone.bat_col_linear_backward.default, (*plain, need), test_utils=CHECKS
         )
         assert set(checked.values()) == {"SUCCESS"}
+        got = torch.ops.flashbone.bat_col_linear_backward(*plain, need)
+        whole = torch.ops.flashbone.bat_col_linear_backward(*plain, [True] * 5)
+        assert all(
+            torch.equal(g, w) if needed else not g.numel() for g, w, needed in zip(got, whole, need, strict=True)
+        )
 
 
 @pytest.mark.parametrize(

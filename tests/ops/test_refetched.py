@@ -51,6 +51,19 @@ def test_second_derivatives_exist():
     )
 
 
+def test_torch_func_transforms_the_composite():
+    x, W, bias, blocks = tensors((5, 6, 3))
+    several = torch.randn(4, 3, 6, dtype=torch.float64)
+
+    def run(x):
+        return bat_col_linear_refetched(x, lambda: W, bias, blocks, composite=True)
+
+    assert close(torch.func.vmap(run)(several), torch.stack([run(x) for x in several]))
+    direction = torch.randn_like(x)
+    _, tangent = torch.func.jvp(run, (x.detach(),), (direction,))
+    assert close(tangent, run(direction) - run(torch.zeros_like(direction)))
+
+
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
 def test_it_equals_the_ordinary_operator_and_each_gradient_has_its_own_dtype(bias_dtype):
     x, W, bias, blocks = tensors((11, 13, 4), torch.bfloat16, block_dtype=torch.float32)
