@@ -85,10 +85,15 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_run_that_fails_before_its_first_answer_leaves_nothing(tmp_path, answered):
     folder = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), claimed(folder, {"model": "m"}), appending(folder) as file:
-        if answered:
-            file.add(FIRST)
-        raise KeyboardInterrupt
+
+    def run():
+        with claimed(folder, {"model": "m"}), appending(folder) as file:
+            if answered:
+                file.add(FIRST)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert folder.exists() is answered
     assert read_answers(folder) == ([FIRST] if answered else [])
 

@@ -56,9 +56,7 @@ def _lock(file: Path, held: ExitStack) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(
-            f"output {file.parent}: another evaluation is writing to it; wait, or choose another"
-        ) from None
+        raise ConfigError(f"output {file.parent}: another evaluation is writing to it; choose another output") from None
     except OSError:  # a file system without locks
         return True
     return file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())
