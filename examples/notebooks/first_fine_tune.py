@@ -189,7 +189,7 @@ print(f"held-out loss {held_out_loss[0][1]:.2f} before, {held_out_loss[-1][1]:.2
 # ![Loss of every held-out row before and after](../images/notebooks/first_rows.png)
 #
 # A dot below the dashed line is a row that got better: 63 of 64 did. So the mean did not fall by a few rows alone. The
-# dots far below the line are answers that the base found unlikely and the adapter finds easy.
+# dots far below the line are answers that became much likelier.
 
 # %% [markdown]
 # ## The model, after
