@@ -100,6 +100,19 @@ def test_transforms_neither_use_nor_fill_the_cache(name):
             assert close(layer(x), want)
 
 
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_ensembles_of_blocks_by_torch_func_use_no_cache(name):
+    layer, x = make_layer((name, name)), torch.randn(2, IN, dtype=torch.float64)
+    blocks = {n: torch.stack([p.detach(), -2 * p.detach()]) for n, p in layer.named_parameters() if "bone_block" in n}
+    with torch.no_grad():
+        want = torch.stack(
+            [torch.func.functional_call(layer, {n: b[i] for n, b in blocks.items()}, (x,)) for i in range(2)]
+        )
+        for _ in range(2):
+            got = torch.func.vmap(lambda blocks: torch.func.functional_call(layer, blocks, (x,)))(blocks)
+            assert close(got, want)
+
+
 def test_nothing_is_kept_in_distributed_runs_nor_in_replicas(monkeypatch):
     x = torch.randn(2, IN, dtype=torch.float64)
     for change in ("distributed", "replica"):

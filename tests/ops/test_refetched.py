@@ -52,16 +52,21 @@ def test_second_derivatives_exist():
 
 
 def test_torch_func_transforms_the_composite():
-    x, W, bias, blocks = tensors((5, 6, 3))
+    _, W, bias, blocks = tensors((5, 6, 3))
     several = torch.randn(4, 3, 6, dtype=torch.float64)
 
     def run(x):
         return bat_col_linear_refetched(x, lambda: W, bias, blocks, composite=True)
 
     assert close(torch.func.vmap(run)(several), torch.stack([run(x) for x in several]))
-    direction = torch.randn_like(x)
-    _, tangent = torch.func.jvp(run, (x.detach(),), (direction,))
-    assert close(tangent, run(direction) - run(torch.zeros_like(direction)))
+
+    def through_moves(x):
+        moves = Moves(x)
+        variants.get("bat-col").move(moves, x, blocks[0], 1.0)
+        base = torch.nn.functional.linear
+        return moves.run(lambda base_x: base(base_x, W, bias), lambda: (W, bias), refetch=True)
+
+    assert close(torch.func.vmap(through_moves)(several), torch.stack([through_moves(x) for x in several]))
 
 
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
