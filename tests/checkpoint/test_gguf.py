@@ -143,3 +143,10 @@ def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch)
     monkeypatch.setattr(builtins, "__import__", without_gguf)
     with pytest.raises(BackendError, match="pip install gguf"):
         gguf.write(_lora(Q), tmp_path / "lora.gguf")
+
+
+def test_an_architecture_that_the_package_is_too_old_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(gguf.ARCHITECTURES, "LlamaForCausalLM", gguf.Architecture("llama-of-tomorrow"))
+    with pytest.raises(BackendError, match=r"this version does not know llama-of-tomorrow; pip install --upgrade gguf"):
+        gguf.write(_lora(DOWN), tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
