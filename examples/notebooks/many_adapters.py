@@ -349,8 +349,8 @@ for way, median in medians.items():
 # ![Time for one new token in four ways of running eight rows](../images/notebooks/many_time.png)
 #
 # Bars are medians of five rounds, whiskers their quartiles. The mixed batch took 1.1 times as long as one adapter for
-# all rows; a batch for each adapter, one after the other, took 2.4 times as long. Other programs ran on the two cores as
-# well, which the last whisker shows.
+# all rows; a batch for each adapter, one after the other, took 2.4 times as long. Other programs ran on the two cores
+# as well, which the last whisker shows.
 #
 # Memory needs no stopwatch: it is the weights that are held.
 
