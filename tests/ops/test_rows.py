@@ -74,12 +74,13 @@ def test_every_row_has_its_own_adapter(batch, shape, is_plain, refetch):
             assert base.shapes == ([((6 - alone) * tokens, IN)] if alone < 6 else [])  # rows that need it, as tokens
 
 
+@pytest.mark.parametrize("shape", [(), (5,)], ids=str)
 @pytest.mark.parametrize("batch", ["all rows", "gaps"])
-def test_the_output_of_a_base_is_overwritten_in_inference_only_and_only_of_a_plain_one(batch):
+def test_the_output_of_a_base_is_overwritten_in_inference_only_and_only_of_a_plain_one(batch, shape):
     with torch.no_grad():
-        assert not run((5,), batch, is_plain=False).was_overwritten()
-        assert run((5,), "all rows", is_plain=True).was_overwritten()
-    assert not run((5,), batch, is_plain=True).was_overwritten()
+        assert not run(shape, batch, is_plain=False).was_overwritten()
+        assert run(shape, "all rows", is_plain=True).was_overwritten()
+    assert not run(shape, batch, is_plain=True).was_overwritten()
 
 
 @pytest.mark.parametrize("name", VARIANT_NAMES)
