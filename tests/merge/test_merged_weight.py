@@ -131,3 +131,4 @@ def test_bad_values_are_counted_over_all_chunks(chunk):
     block[1, [0, 10]] = torch.nan
     with pytest.raises(NonFiniteError, match=r"here: .* 6 values that are NaN"):
         merged_weight(torch.randn(11, 13), [(variants.get("bone"), block, 1.0)], "here", must_be_finite=True)
+    assert merged_weight(torch.randn(11, 13), [(variants.get("bone"), block, 1.0)]).isnan().sum() == 6  # if not asked

@@ -28,6 +28,16 @@ def test_a_delta_depends_on_the_weight_where_the_variant_says_so(variant):
     assert variant.delta_depends_on_weight == depends == PerExpert(variant, 3).delta_depends_on_weight
 
 
+@pytest.mark.parametrize("variant", ALL, ids=repr)
+def test_a_move_reads_the_weight_where_the_variant_says_so(variant):
+    x, block = torch.randn(2, 12, dtype=torch.float64), random_block(variant.name, 8, 12, 4)
+    W, read = torch.randn(8, 12, dtype=torch.float64), []
+    moves = Moves(x)
+    variant.move(moves, x, block, 1.0)
+    moves.run(lambda x: x @ W.T, lambda: read.append(1) or (W, None))
+    assert variant.reads_weight == bool(read) == PerExpert(variant, 3).reads_weight
+
+
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_a_block_fits_its_own_layer_whatever_its_sizes(name):
     for r, mini_r in ((4, 3), (3, 4), (5, 1)):
