@@ -31,6 +31,8 @@ FIELDS = {"r": fields.SIZE, "p": fields.PROBABILITY, "f": fields.FLAG, "n": fiel
     ],
 )
 def test_a_field_holds_what_it_may_and_nothing_else(name, value, is_good):
+    will_do, _ = FIELDS[name]
+    assert will_do(value) is is_good
     if is_good:
         fields.check(Path("file"), {name: value}, FIELDS, ())
     else:

@@ -119,6 +119,16 @@ def test_whether_a_merge_can_be_taken_back_does_not_depend_on_the_size_of_the_we
         check_undoable(W, got + 1e-3 * got.abs().max(), [(variant, block, scale)])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_a_merge_may_be_lost_and_damage_may_not(dtype):
+    W, term = torch.randn(11, 13).to(dtype), _term("bone", 11, 13, 4, 1.0)
+    merged = merged_weight(W, [term])
+    assert not torch.equal(undo(merged, [term]), W)
+    check_undoable(W, merged, [term])
+    with pytest.raises(FlashboneError, match="could not be taken back"):
+        check_undoable(W, (merged.float() + 0.1 * torch.randn(11, 13)).to(dtype), [term])
+
+
 def test_a_zero_weight_can_always_be_taken_back():
     term = _term("bat-col", 11, 13, 4, 1.0)
     merged = merged_weight(torch.zeros(11, 13), [term])

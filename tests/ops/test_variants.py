@@ -43,6 +43,7 @@ def test_a_block_fits_its_own_layer_whatever_its_sizes(name):
     for r, mini_r in ((4, 3), (3, 4), (5, 1)):
         block = random_block(name, 11, 13, r, mini_r=mini_r)
         variants.check_block("here", variants.get(name), block, 11, 13)
+        assert block.ndim == variants.dimensions(variants.get(name))
 
 
 @pytest.mark.parametrize("name", VARIANT_NAMES)
