@@ -9,8 +9,6 @@ from flashbone import BoneConfig
 from flashbone.tuner.saved_parameters import find
 
 WIDTH = 8
-
-
 DECAYS = ["blocks.0.att.time_decay", "blocks.1.att.time_decay"]
 
 

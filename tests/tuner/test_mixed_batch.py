@@ -10,8 +10,6 @@ from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close
 
 OUT, IN = 11, 14  # no multiples of the block sizes
-
-
 ORDERS = {
     "side by side": ["0", "0", "1", "2", "2", "2", "3", "4", "__base__"],
     "anyhow": ["3", "__base__", "0", "4", "2", "0", "1", "2", "3"],

@@ -14,8 +14,6 @@ from flashbone.tuner.targets import resolved, roles_of
 from helpers.families import FAMILIES
 
 TRAINED = ("bert", "albert", "modernbert", "gpt2", "gpt-neox", "phi-3", "llama", "mixtral", "t5 with gates", "bart")
-
-
 TRAINED = (*TRAINED, "rwkv-4")
 
 
