@@ -83,4 +83,7 @@ def test_a_storage_is_of_the_class_that_torch_has_for_it_else_of_bytes():
         assert (tensor.storage.dtype == "UntypedStorage") == (dtype in LATE)
         assert tensor.storage.nbytes == tensor.nbytes == 6 * dtype.itemsize
         assert (tensor.start, tensor.stride, tensor.is_contiguous) == (0, (2, 1), True)
-        assert pickled.load(Path("f"), pickled.dump({"a": tensor})) == {"a": tensor}
+        data = pickled.dump({"a": tensor})
+        assert pickled.load(Path("f"), data) == {"a": tensor}
+        assert (b"_rebuild_tensor_v3" in data) == (dtype in LATE)
+        assert (b"_rebuild_tensor_v2" in data) == (dtype not in LATE)
