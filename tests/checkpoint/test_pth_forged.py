@@ -87,3 +87,33 @@ def test_a_storage_is_of_the_class_that_torch_has_for_it_else_of_bytes():
         assert pickled.load(Path("f"), data) == {"a": tensor}
         assert (b"_rebuild_tensor_v3" in data) == (dtype in LATE)
         assert (b"_rebuild_tensor_v2" in data) == (dtype not in LATE)
+
+
+@pytest.mark.parametrize(("offset", "shape"), [(1, (2,)), (2, (1,)), (0, (3,)), (10**6, (2,))])
+def test_a_tensor_that_reaches_out_of_its_storage_is_refused(tmp_path, offset, shape):
+    tensor = pickled.whole("F32", (2,), "0")._replace(offset=offset, shape=shape, stride=(1,))
+    _zip(tmp_path / "f.pth", data_pkl=pickled.dump({"a": tensor}), data__0=bytes(8))
+    with pytest.raises(FormatError, match=r"a does not fit into the 8 bytes of archive/data/0"):
+        pth.scan(tmp_path / "f.pth")
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [(pickled.Storage("F32", "0", 2), "F3"), ("F32", "F32"), (None, None)])
+def test_only_a_storage_with_a_dtype_that_is_known_makes_a_tensor(storage, dtype):
+    with pytest.raises(ValueError, match="its pickle rebuilds a tensor that is none"):
+        pickled._rebuild_v3(storage, 0, (2,), (1,), False, {}, dtype)
+
+
+def test_empty_tensors_are_tied_to_nothing_and_a_file_has_no_header(tmp_path):
+    both = torch.ones(2)
+    torch.save({"a": torch.empty(0), "b": torch.empty(0), "c": both, "d": both}, tmp_path / "f.pth")
+    found = pth.scan(tmp_path / "f.pth")
+    assert (found.header, pth.tied(found)) == (b"", {"d": "c"})
+
+
+def test_names_of_members_are_read_in_the_code_page_of_old_zip_files_where_no_flag_says_otherwise(tmp_path):
+    members = {"data_pkl": pickled.dump({"a": pickled.whole("F32", (2,), "0")}), "data__0": b"12345678"}
+    data = _zip(tmp_path / "f.pth", **members).read_bytes()
+    data = data.replace(b"archive/", b"archiv\x81/")  # a u with two dots in code page 437, and no UTF-8
+    (tmp_path / "f.pth").write_bytes(data)
+    (entry,) = pth.scan(tmp_path / "f.pth").entries
+    assert data[entry.start : entry.end] == b"12345678"

@@ -142,6 +142,22 @@ def test_headers_that_contradict_themselves_are_refused(tmp_path, header):
         tensors.scan(tmp_path / "file")
 
 
+@pytest.mark.parametrize("fields", [_fields(-4, 0, "I8"), _fields(4, 0, "I8"), _fields(0, 4, "I8", (-1,))])
+def test_negative_sizes_are_refused_for_what_they_are(tmp_path, fields):
+    text = json.dumps({"a": fields}).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(FormatError, match="tensor a has negative sizes"):
+        tensors.scan(tmp_path / "file")
+
+
+@pytest.mark.parametrize("state", [{}, {"a": torch.empty(0, 3)}], ids=["no tensor", "an empty one"])
+def test_a_header_may_be_all_there_is(tmp_path, state):
+    save_file(state, tmp_path / "file")
+    assert [(e.name, e.shape) for e in tensors.scan(tmp_path / "file").entries] == [
+        (n, t.shape) for n, t in state.items()
+    ]
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 140), byte=st.integers(0, 255))
 def test_a_damaged_byte_is_refused_or_leaves_a_readable_file(tmp_path, position, byte):
