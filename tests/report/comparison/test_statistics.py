@@ -114,6 +114,7 @@ def test_a_seed_effect_common_to_both_methods_hides_no_difference(tmp_path):
     assert found.low > 0.02
     assert found.high < 0.04
     assert found.share_better == 1
+    assert not found.tied
     # The means themselves, which are not paired, overlap widely.
     estimates = [Bootstrap(read_results(tmp_path / "results.jsonl"), 2000).estimate(key) for key in "ab"]
     assert estimates[0].high > estimates[1].mean
@@ -132,7 +133,7 @@ def test_rows_count_by_their_weights(tmp_path):
 
 def test_equal_methods_are_better_in_half_of_the_draws(tmp_path):
     found = difference(tmp_path, np.ones((2, 3, 20)))
-    assert (found.low, found.high, found.share_better) == (0, 0, 0.5)
+    assert (found.low, found.high, found.share_better, found.tied) == (0, 0, 0.5, True)
 
 
 def test_one_seed_draws_rows_only_and_says_so(tmp_path):
@@ -150,6 +151,7 @@ def test_without_scores_only_seeds_are_drawn(tmp_path):
     one = Bootstrap(read_results(made.write(tmp_path, lines[:4] + lines[6:7])))
     assert one.difference("a", "b").drawn == "nothing"
     assert one.difference("a", "b").low is None
+    assert one.difference("a", "b").tied
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have(tmp_path):

@@ -54,6 +54,11 @@ class Difference:
     seeds: tuple[int, ...]  # which both have
     drawn: str
 
+    @property
+    def tied(self) -> bool:
+        """Whether the 95 % interval includes 0, or there is none."""
+        return self.low is None or self.high is None or self.low <= 0 <= self.high
+
 
 class Bootstrap:
     """The draws of one comparison: rows are drawn once for all runs, seeds once for each set of seeds."""
