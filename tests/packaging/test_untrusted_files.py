@@ -222,13 +222,14 @@ def test_a_class_path_is_refused_and_not_imported(tmp_path, monkeypatch, trace, 
 
 
 def test_a_datasets_script_is_not_run(tmp_path, trace):
+    from flashbone.errors import ConfigError
     from flashbone.train.data import load_data
     from flashbone.train.recipe import DataRecipe, Recipe
 
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "rows.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
-    with pytest.raises(RuntimeError, match="scripts are no longer supported"):
+    with pytest.raises(ConfigError, match="scripts are never run"):
         load_data(Recipe("model", DataRecipe(str(folder)), str(tmp_path / "out")))
 
 
