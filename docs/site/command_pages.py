@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import html
 import importlib
 import inspect
 import re
@@ -74,12 +75,17 @@ def _title(group: argparse._ArgumentGroup) -> str:
 def _row(action: argparse.Action) -> str:
     metavar = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
     value = metavar if isinstance(metavar, str) else " ".join(metavar)
-    names = [f"`{option}{f' {value}' if value else ''}`" for option in action.option_strings] or [f"`{value}`"]
-    return f"| {_safe(', '.join(names))} | {_safe(action.help or '')} |"
+    names = [_code(f"{option} {value}".strip()) for option in action.option_strings] or [_code(value)]
+    return f"| {', '.join(names)} | {_safe(action.help or '')} |"
 
 
 def _safe(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("%%", "%")
+
+
+def _code(text: str) -> str:
+    """Code in a cell of a table, where a pipe ends the cell and a backslash before it is shown."""
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def _fields(module: str, name: str, title: str) -> str:
@@ -95,8 +101,13 @@ def _fields(module: str, name: str, title: str) -> str:
     for line in tree.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             comment = comments.get(line.lineno, comments.get(line.lineno - 1, "") if line.lineno - 1 in alone else "")
-            cells = (f"`{line.target.id}`", f"`{_type(line.annotation, vars(home))}`", _default(line.value), comment)
-            rows.append(f"| {' | '.join(map(_safe, cells))} |")
+            cells = (
+                _code(line.target.id),
+                _code(_type(line.annotation, vars(home))),
+                _default(line.value),
+                _safe(comment),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"## {title}", "", "| field | type | default | meaning |", "|---|---|---|---|", *rows])
 
 
@@ -119,5 +130,5 @@ def _default(value: ast.expr | None) -> str:
         made = value.keywords[0].value
         empty = {"list": "[]", "dict": "{}"}
         text = ast.unparse(made.body) if isinstance(made, ast.Lambda) else empty.get(ast.unparse(made), "")
-        return f"`{text}`"
-    return f"`{ast.unparse(value)}`"
+        return _code(text)
+    return _code(ast.unparse(value))

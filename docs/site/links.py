@@ -25,6 +25,8 @@ def uri_of(path: Path | PurePosixPath) -> str:
         return ROOT_PAGES[name]
     if name.startswith("docs/"):
         return name.removeprefix("docs/")
+    if name.startswith("examples/notebooks/") and name.endswith(".py") and "_" in path.stem:
+        return f"notebooks/{path.stem}.md"
     return f"files/{name}" if path.suffix else f"files/{name}/index.md"
 
 
@@ -41,7 +43,7 @@ def outside(root: Path) -> list[Path]:
         for target in _targets(page.read_text()):
             path = (page.parent / target).resolve()
             is_ours = path.is_relative_to(root) and not path.is_relative_to(root / "docs")
-            if is_ours and path.exists() and path.relative_to(root).as_posix() not in {"README.md", *ROOT_PAGES}:
+            if is_ours and (path.is_dir() or (path.exists() and not uri_of(path.relative_to(root)).endswith(".md"))):
                 found |= {path, *(_files(path) if path.is_dir() else ())}
     return sorted(found)
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+_IMAGES = "../../docs/images/"  # from where the scripts lie
 _CELL = re.compile(r"^# %%(.*)$", re.M)
 
 
@@ -18,13 +19,13 @@ def page(script: str, name: str) -> str:
     cells = [_cell(head, body) for head, body in zip(parts[::2], parts[1::2], strict=True)]
     title, _, rest = "\n\n".join(filter(None, cells)).partition("\n")
     source = (
-        f"*A notebook, [examples/notebooks/{name}](../../examples/notebooks/{name}): run it with "
-        f"`python -m examples.notebooks.{Path(name).stem}`, or cell by cell in an editor that knows `# %%`.*"
+        f"*A notebook, `examples/notebooks/{name}`: run it with "
+        f"`.venv/bin/python -m examples.notebooks.{Path(name).stem}`, or cell by cell in an editor that knows `# %%`.*"
     )
     return f"{title}\n\n{source}\n{rest}\n"
 
 
 def _cell(head: str, body: str) -> str:
     if "[markdown]" in head:
-        return "\n".join(re.sub(r"^# ?", "", line) for line in body.strip().splitlines())
+        return "\n".join(re.sub(r"^# ?", "", line) for line in body.strip().splitlines()).replace(_IMAGES, "../images/")
     return f"```python\n{body.strip()}\n```" if body.strip() else ""

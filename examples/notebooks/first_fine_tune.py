@@ -166,7 +166,7 @@ axes.legend(frameon=False)
 figure.savefig(OUT / "first_loss.png")
 
 # %% [markdown]
-# ![Loss over the steps, training and held out](../images/notebooks/first_loss.png)
+# ![Loss over the steps, training and held out](../../docs/images/notebooks/first_loss.png)
 #
 # Look at the orange line. The held-out loss fell from 3.87 to 2.79 in the first 8 steps and to 2.62 in the other 24,
 # and was still falling slowly. The blue line jumps from step to step, since each step sees four other rows: it is no
@@ -186,7 +186,7 @@ improved = sum(after < before for before, after in zip(rows_before, rows_after, 
 print(f"held-out loss {held_out_loss[0][1]:.2f} before, {held_out_loss[-1][1]:.2f} after; {improved} rows got better")
 
 # %% [markdown]
-# ![Loss of every held-out row before and after](../images/notebooks/first_rows.png)
+# ![Loss of every held-out row before and after](../../docs/images/notebooks/first_rows.png)
 #
 # A dot below the dashed line is a row that got better: 63 of 64 did. So the mean did not fall by a few rows alone. The
 # dots far below the line are answers that became much likelier.

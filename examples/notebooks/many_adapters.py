@@ -170,7 +170,7 @@ figure.colorbar(image, label="held-out loss (nats per token)")
 figure.savefig(OUT / "many_tasks.png")
 
 # %% [markdown]
-# ![Held-out loss of each task with each adapter](../images/notebooks/many_tasks.png)
+# ![Held-out loss of each task with each adapter](../../docs/images/notebooks/many_tasks.png)
 #
 # Read down a column: in each task the lowest loss is that of its own adapter. `topic` and `shout` learned most, and
 # make the chat worse than the base does (7.4 and 7.1 instead of 4.4): an adapter is for its task. All of it comes from
@@ -231,7 +231,7 @@ axes.legend(frameon=False)
 figure.savefig(OUT / "many_scales.png")
 
 # %% [markdown]
-# ![Held-out loss over the adapter's scale](../images/notebooks/many_scales.png)
+# ![Held-out loss over the adapter's scale](../../docs/images/notebooks/many_scales.png)
 #
 # Half of what `topic` learned is already enough for its task; `chat` changes little between 0.5 and 1. Beyond 1 both
 # get worse: more is not better.
@@ -262,7 +262,7 @@ axes.legend(frameon=False)
 figure.savefig(OUT / "many_sums.png")
 
 # %% [markdown]
-# ![Held-out loss of two tasks over the share of one adapter in the sum](../images/notebooks/many_sums.png)
+# ![Held-out loss of two tasks over the share of one adapter in the sum](../../docs/images/notebooks/many_sums.png)
 #
 # Sums are a compromise. With a quarter of `topic`, the chat loses little (3.9 instead of 3.8, the base has 4.4), and
 # the topics are far better than with `chat` alone (2.0 instead of 5.6). From a half on, the chat is worse than the
@@ -346,7 +346,7 @@ for way, median in medians.items():
     print(f"{way:12} {median:5.0f} ms, {median / medians['one adapter']:.2f} of one adapter")
 
 # %% [markdown]
-# ![Time for one new token in four ways of running eight rows](../images/notebooks/many_time.png)
+# ![Time for one new token in four ways of running eight rows](../../docs/images/notebooks/many_time.png)
 #
 # Bars are medians of five rounds, whiskers their quartiles. The mixed batch took 1.1 times as long as one adapter for
 # all rows; a batch for each adapter, one after the other, took 2.4 times as long. Other programs ran on the two cores
@@ -377,7 +377,7 @@ figure.savefig(OUT / "many_memory.png")
 print(f"model {base_mib:.0f} MiB, adapters", {task: f"{size:.1f} MiB" for task, size in adapter_mib.items()})
 
 # %% [markdown]
-# ![Weights in memory: adapters on one model, and merged models](../images/notebooks/many_memory.png)
+# ![Weights in memory: adapters on one model, and merged models](../../docs/images/notebooks/many_memory.png)
 #
 # The orange ends of the first two bars are the adapters: 2.8 MiB for one, 9.8 MiB for all three, beside the model's
 # 513 MiB. A merged model for each task would be three times the model.

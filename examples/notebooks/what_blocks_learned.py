@@ -178,7 +178,7 @@ for axes, (name, grid) in zip(panels, block_rms.items(), strict=True):
 figure.savefig(OUT / "blocks_norms.png")
 
 # %% [markdown]
-# ![RMS of every block, by encoder layer and kind](../images/notebooks/blocks_norms.png)
+# ![RMS of every block, by encoder layer and kind](../../docs/images/notebooks/blocks_norms.png)
 #
 # Yellow is large, dark blue small; each picture has its own scale, so read the numbers. Every block was used: in `bone`
 # and `bat-row` none is more than about twice as large as another. In all three the largest is in the last layer:
@@ -222,7 +222,7 @@ for method, changes in relative.items():
     print(f"{method:10} median {100 * sorted(changes.values())[len(changes) // 2]:.1f} % of the weight's norm")
 
 # %% [markdown]
-# ![How large each layer's change is beside its weight, in four methods](../images/notebooks/blocks_change.png)
+# ![How large each layer's change is beside its weight, in four methods](../../docs/images/notebooks/blocks_change.png)
 #
 # One mark is one encoder layer. `bone` changed its weights by 5 to 13 %, `bat-row` by 6 to 13 %, LoRA by 2 to 8 %, and
 # `orthogonal` by 37 to 66 %, with an eighteenth of the numbers. Yet the four sort the held-out news about equally well:
@@ -255,7 +255,7 @@ shards = bone_delta.split(BLOCK_SIZE, dim=1)
 assert all(torch.equal(shard, shards[0][:, : shard.shape[1]]) for shard in shards)  # equal to the bit
 
 # %% [markdown]
-# ![A part of one layer's change, in four methods](../images/notebooks/blocks_patterns.png)
+# ![A part of one layer's change, in four methods](../../docs/images/notebooks/blocks_patterns.png)
 #
 # Orange is below zero, purple above, and each picture has its own scale. In `bone` the four columns of squares are the
 # same picture four times: along the input its change repeats every r features, to the bit, which the last line checks.
@@ -289,7 +289,7 @@ figure.savefig(OUT / "blocks_rank.png")
 print("ranks:", ranks)
 
 # %% [markdown]
-# ![Singular values of one layer's change, in four methods](../images/notebooks/blocks_rank.png)
+# ![Singular values of one layer's change, in four methods](../../docs/images/notebooks/blocks_rank.png)
 #
 # Counted are singular values above 1/100,000 of the largest. `bone` stops at r = 32, the most that it can have; the
 # LoRA of the same size stops at 16. Among its 16 the LoRA's first stands out: its second is a fifth of it, while that
@@ -330,7 +330,7 @@ largest_angle = max(turned[0] for turned in angles.values())
 print(f"the largest angle is {largest_angle:.0f} degrees")
 
 # %% [markdown]
-# ![Angles of all planes of all rotations](../images/notebooks/blocks_angles.png)
+# ![Angles of all planes of all rotations](../../docs/images/notebooks/blocks_angles.png)
 #
 # One column of dots is one rotation, one dot one of its 16 planes; a bar marks the largest. The planes of every
 # rotation spread evenly, from a few degrees or less up to its largest, which is between 38 and 66. In each of the six

@@ -26,7 +26,7 @@ def test_the_first_page_runs_from_top_to_bottom(place, capsys):
     write_rows(".cache/demo/chat/train.jsonl", map(chat, range(60)))
     write_rows(".cache/demo/chat/test.jsonl", map(chat, range(60, 70)))
     run = run_page("docs/index.md", replaced=STEPS)
-    assert run.ran == ["bash", "python", "python", "bash", "yaml", "bash"]
+    assert run.ran == ["bash", "python", "python", "bash", "yaml", "bash", "bash"]
     losses = run.names["losses"]
     assert losses[-1] < losses[0]
     difference = (run.names["merged"](**run.names["question"]).logits - run.names["adapted"]).abs().max().item()

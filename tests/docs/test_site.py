@@ -60,6 +60,7 @@ def test_every_field_of_the_files_of_train_and_compare_has_a_meaning(tools):
     pages = tools("command_pages")
     rows = [row for name in pages.FIELDS for row in pages.page(name).splitlines() if re.match(r"\| `\w+` \|", row)]
     assert len(rows) > 40
+    assert [row for row in rows if "\\" in row or row.count(" | ") != 3] == []
     assert [row for row in rows if not row.split(" | ")[-1].rstrip(" |")] == []
 
 

@@ -38,7 +38,7 @@ def cells(path: Path) -> list[tuple[bool, int, str]]:
 
 def figures_in(text: str) -> list[str]:
     """Names of the figures that a text shows."""
-    return re.findall(r"^# !\[[^\]]+\]\(\.\./images/notebooks/(\S+)\)$", text, re.M)
+    return re.findall(r"^# !\[[^\]]+\]\(\.\./\.\./docs/images/notebooks/(\S+)\)$", text, re.M)
 
 
 def shown_figures(path: Path) -> list[str]:

@@ -33,9 +33,9 @@ class BoneConfig(PeftConfig):
     """How a model is adapted with the Bone family (arXiv 2409.15371).
 
     Args:
-        r: Block size: rows of the shared matrix of `bone` and `mini`, edge of the square blocks of `bat-*` and
+        r: Block size (64): rows of the shared matrix of `bone` and `mini`, edge of the square blocks of `bat-*` and
             `orthogonal`.
-        variant: "bone", "mini", "bat-col", "bat-row" or "orthogonal"; the formulas are in docs/maths.md.
+        variant: "bone" (the default), "mini", "bat-col", "bat-row" or "orthogonal"; the formulas are in docs/maths.md.
         init_weights: True starts at zero (the model is unchanged), False at random (for tests). "bat" is PEFT's
             spelling of `variant="bat-col"`.
         dropout: Probability with which entries of the input are dropped before they enter the adapter (never the base).
@@ -43,7 +43,7 @@ class BoneConfig(PeftConfig):
         bottleneck_size: The block size of the orthogonal variant: `bottleneck_size=k` means
             `variant="orthogonal", r=k`.
         use_orthogonal: Whether the block of `orthogonal` is kept a rotation, Q, by a Cayley map; False: I + block.
-        orthogonal_eps: Ridge of the Cayley map, in (0, 1e-2]: entries of Q^T Q - I stay under 2 eps + eps^2.
+        orthogonal_eps: Ridge of the Cayley map (1e-6), in (0, 1e-2]: entries of Q^T Q - I stay under 2 eps + eps^2.
         target_modules: Names (suffixes) of the modules to adapt, a regular expression, or "all-linear". None takes
             PEFT's table for the model's type, and "all-linear" for models that it does not know. Names may also be
             containers, such as "layers.3", and roles, such as "attention.output": docs/adapters.md, Where adapters go.
