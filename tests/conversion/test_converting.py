@@ -68,8 +68,8 @@ def test_bad_arguments_are_refused(adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_python_of_the_page_runs(adapter, monkeypatch, capsys):
+def test_the_first_python_of_the_page_reports_what_was_converted(adapter, monkeypatch, capsys):
     monkeypatch.chdir(adapter.parent)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    block = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]
     exec(compile(block, str(PAGE), "exec"), {})
     assert capsys.readouterr().out == "bone 2 0 True\n"

@@ -71,10 +71,14 @@ print("compiled")
 def test_every_variant_compiles_as_one_graph_with_equal_outputs_and_gradients(backend, tmp_path):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a C++ compiler")
-    # A cache and a compiler of its own: on a busy machine a library in the common cache was once loaded half-written.
-    own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, backend], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
-    )
+    for attempt in ("first", "second"):
+        # A cache and a compiler of its own. On busy machines g++ has left libraries that could not be loaded (half written;
+        # not linked to libstdc++), which the same command compiled well again: that, and nothing else, may be repeated.
+        own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / attempt), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, backend], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
+        )
+        if "InductorError: ImportError" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert done.stdout == "compiled\n"
