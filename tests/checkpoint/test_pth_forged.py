@@ -105,7 +105,9 @@ def test_only_a_storage_with_a_dtype_that_is_known_makes_a_tensor(storage, dtype
 
 def test_empty_tensors_are_tied_to_nothing_and_a_file_has_no_header(tmp_path):
     both = torch.ones(2)
-    torch.save({"a": torch.empty(0), "b": torch.empty(0), "c": both, "d": both}, tmp_path / "f.pth")
+    state = {"a": torch.empty(0), "b": torch.empty(0), "c": both, "d": both}
+    state |= {"e": both[:0], "f": both[:0]}  # they begin at one place
+    torch.save(state, tmp_path / "f.pth")
     found = pth.scan(tmp_path / "f.pth")
     assert (found.header, pth.tied(found)) == (b"", {"d": "c"})
 

@@ -211,3 +211,19 @@ def test_an_address_that_is_used_again_is_not_taken_for_the_old_tensor():
         values.append(float(cache.get("role", (), [source], lambda source=source: source.sum())))
         del source
     assert values == [1000.0 * i for i in range(20)]
+
+
+def test_an_entry_that_another_thread_drops_meanwhile_is_built_anew():
+    class Dropping:
+        """Settings that differ from all others; to ask is to clear the cache, as another thread may at that moment."""
+
+        def __eq__(self, _other):
+            cache.clear()
+            return False
+
+        __hash__ = object.__hash__
+
+    cache, source = Cache(), torch.ones(2)
+    cache.get("role", Dropping(), [source], lambda: source + 1)
+    assert torch.equal(cache.get("role", (), [source], lambda: source + 2), source + 2)
+    assert len(cache) == 1

@@ -32,3 +32,8 @@ def test_nan_and_wrong_shapes_fail():
     assert not close(ones, torch.full((3,), torch.nan))
     assert not close(torch.ones(4), ones)
     assert not close(torch.ones(1, 3), ones)
+
+
+def test_the_oracle_knows_no_other_variant():
+    with pytest.raises(AssertionError, match="no reference for another"):
+        reference.delta("another", torch.ones(2, 2), torch.ones(2, 2))

@@ -235,6 +235,17 @@ def test_the_output_of_a_plain_base_is_overwritten_and_no_other(name, shape):
         assert not y._is_view() or not plain
 
 
+def test_an_output_that_the_base_keeps_is_left_as_it_was_without_autograds_views():
+    with torch.inference_mode():  # where a view does not say that it is one
+        x, W = torch.randn(2, 3, IN, dtype=torch.float64), torch.randn(OUT, IN, dtype=torch.float64)
+        block, kept = random_block("bone", OUT, IN, 4), linear(x, W)
+        before, moves = kept.clone(), Moves(x)
+        variants.get("bone").move(moves, x, block, 1.0)
+        y = moves.run(lambda _: kept, lambda: (W, None), is_plain_base=False)
+        assert torch.equal(kept, before)
+        assert close(y, reference.forward(x, W, None, [("bone", block, 1.0)]))
+
+
 @pytest.mark.parametrize("size", [12, 13])
 def test_tiles_in_place_equal_tiles_out_of_place(size):
     y, t = torch.randn(3, size, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

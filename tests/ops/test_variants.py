@@ -38,12 +38,18 @@ def test_a_move_reads_the_weight_where_the_variant_says_so(variant):
     assert variant.reads_weight == bool(read) == PerExpert(variant, 3).reads_weight
 
 
+@pytest.mark.parametrize("r", [4, 3, 5, 16])
 @pytest.mark.parametrize("name", VARIANT_NAMES)
-def test_a_block_fits_its_own_layer_whatever_its_sizes(name):
-    for r, mini_r in ((4, 3), (3, 4), (5, 1)):
-        block = random_block(name, 11, 13, r, mini_r=mini_r)
-        variants.check_block("here", variants.get(name), block, 11, 13)
-        assert block.ndim == variants.dimensions(variants.get(name))
+def test_a_block_fits_its_own_layer_and_none_of_one_shard_more(name, r):
+    out, in_, mini_r, variant = 17, 19, 6, variants.get(name)
+    axes = {"bone": (r, 17), "mini": (r, 6), "bat-col": (-(-17 // r), r, r), "bat-row": (-(-19 // r), r, r)}
+    shape = axes.get(name, (r, r))
+    assert variant.block_shape(out, in_, r, mini_r) == shape
+    assert variants.dimensions(variant) == len(shape)
+    assert variants.check_block("here", variant, torch.zeros(shape), out, in_) is None
+    if name not in ("mini", "orthogonal"):  # whose blocks know no layer
+        with pytest.raises(ShapeError, match=f"here: a {name} block of shape"):
+            variants.check_block("here", variant, torch.zeros(shape), out + r, in_ + r)
 
 
 @pytest.mark.parametrize("name", VARIANT_NAMES)
