@@ -1,5 +1,6 @@
 """The mutants of a module: mutmut's operators, without changes that only break types or the text of messages."""
 
+import collections
 import difflib
 import itertools
 import types
@@ -24,7 +25,7 @@ class Mutant:
     Attributes:
         file: The file.
         function: Qualified name of the function that it is in; empty outside of functions.
-        change: The changed lines, "before -> after".
+        change: The changed lines, "before -> after"; with " [2]" where it is the second equal change of the function.
         source: The whole file with the change.
         lines: Numbers of the lines that it changes.
         function_lines: Those of the function; empty outside.
@@ -61,13 +62,24 @@ def of_module(file: Path) -> list[Mutant]:
     finder = _Finder()
     wrapper.visit(finder)
     starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
-    found = {}
+    found, seen = {source: None}, collections.Counter()
     for _, changed, where, path, function in finder.found:
         start, end = (starts[at.line - 1] + at.column for at in (where.start, where.end))
         code = source[:start] + wrapper.module.code_for_node(changed) + source[end:]
-        lines = range(where.start.line, where.end.line + 1)
-        found.setdefault(code, Mutant(file, path, _change(source, code), code, lines, function))
-    return [mutant for mutant in found.values() if mutant.source != source]
+        if code in found:
+            continue
+        change = _change(source, code)
+        seen[path, change] += 1
+        if seen[path, change] > 1:
+            change += f" [{seen[path, change]}]"
+        found[code] = Mutant(file, path, change, code, range(where.start.line, where.end.line + 1), function)
+    return [mutant for mutant in found.values() if mutant]
+
+
+def unchanged(file: Path) -> Mutant:
+    """No change, met by every test that runs any line of the file."""
+    source = file.read_text()
+    return Mutant(file, "", "no change", source, range(1, source.count("\n") + 2), range(0))
 
 
 def _change(before: str, after: str) -> str:

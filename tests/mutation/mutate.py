@@ -8,12 +8,14 @@ here: it leaves decorated functions and module level code alone, as most of ops 
 One process imports the hosts, collects the tests and forks for each mutant, in which the code of the live functions is
 exchanged; nothing is written. A mutant outside of functions is written to a copy of the source instead, and forked from
 before the collection. Each meets tests that ran its lines, until one fails or the budget is used up. Results go to
-.cache/mutants/results.jsonl and are not run again, but for survivors with `--again`. The exit code is 1 if a survivor
-is not in may_live.toml.
+.cache/mutants/results.jsonl and are not run again, but for survivors with `--again`: remove that file when tests or
+sources have changed. A kill counts only where the same tests, in the same order, pass on the source as it is, which is
+tried first for each module. The exit code is 1 if a survivor is not in may_live.toml, or a mutant was not run.
 """
 
 import argparse
 import collections
+import itertools
 import json
 import math
 import os
@@ -21,12 +23,13 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import tomllib
-from mutants import Mutant, of_module
-from running import NOT_RUN, OPTIONS, Report, Runner, by_line, choose, forked
+from mutants import Mutant, of_module, unchanged
+from running import NOT_RUN, OPTIONS, STOPPED, Known, Report, Runner, by_line, check_unchanged, choose, forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE, CACHE = ROOT / "src", ROOT / ".cache" / "mutants"
@@ -39,8 +42,9 @@ TESTS = [
     *("tests/tuner/test_orthogonal.py", "tests/tuner/test_switches.py", "tests/tuner/test_layer_merging.py"),
     "tests/tuner/test_mixed_batch_models.py",
 ]
-FRESH = 300  # tests at most for a mutant outside of functions: each is collected anew
 LIVE = ("survived", "not run")
+UNTRIED = "untried"
+Name = tuple[str, str, str]  # module, function, change
 
 
 def main() -> int:
@@ -56,27 +60,31 @@ def main() -> int:
     CACHE.mkdir(parents=True, exist_ok=True)
     results = CACHE / "results.jsonl"
     done = read(results)
-    mutants = {key(mutant): mutant for file in modules(arguments.names) for mutant in of_module(file)}
-    if arguments.table:
-        return summary({name: done[name] for name in mutants if name in done})
+    made = [mutant for file in modules(arguments.names) for mutant in of_module(file)]
+    mutants = {key(mutant): mutant for mutant in made if not (arguments.inside and mutant.is_outside)}
+    assert len({*map(key, made)}) == len(made), "two mutants of one key"
     if arguments.sample is not None:
         mutants = drawn(mutants, arguments.sample, arguments.seed)
+    if not mutants:
+        parser.error(f"no mutant is asked for by {' '.join(sys.argv[1:])}; names are such as ops/moves")
+    if arguments.table:
+        return summary(mutants, done)
     if arguments.again:
         left = [mutant for name, mutant in mutants.items() if done.get(name) in LIVE and not may_live(name)]
     else:
-        left = [mutant for name, mutant in mutants.items() if name not in done]
+        left = [mutant for name, mutant in mutants.items() if done.get(name, STOPPED) == STOPPED]
     print(f"{len(mutants)} mutants, {len(left)} to run", flush=True)
 
     def report(mutant: Mutant, status: str, by: str) -> None:
         module, function, change = key(mutant)
         with results.open("a") as file:
             file.write(json.dumps([module, function, change, status, by]) + "\n")
-        if status in LIVE:
+        if status in (*LIVE, STOPPED):
             print(f"{status}: {module}:{mutant.lines.start} {function}\n    {change}", flush=True)
 
-    run(left, arguments.budget, arguments.inside, report)
-    done = read(results)
-    return summary({name: done[name] for name in mutants if name in done})
+    if left:
+        run(left, arguments.budget, report)
+    return summary(mutants, read(results))
 
 
 def modules(names: list[str]) -> list[Path]:
@@ -85,11 +93,11 @@ def modules(names: list[str]) -> list[Path]:
     return [f for f in found if not names or any(str(f.relative_to(package)).startswith(name) for name in names)]
 
 
-def key(mutant: Mutant) -> tuple[str, str, str]:
+def key(mutant: Mutant) -> Name:
     return str(mutant.file.relative_to(SOURCE / "flashbone")), mutant.function, mutant.change
 
 
-def read(results: Path) -> dict[tuple[str, str, str], str]:
+def read(results: Path) -> dict[Name, str]:
     """Mutant -> what became of it last."""
     rows = map(json.loads, results.read_text().splitlines() if results.exists() else [])
     return {(module, function, change): status for module, function, change, status, _ in rows}
@@ -102,31 +110,47 @@ def drawn(mutants: dict, count: int, seed: int) -> dict:
     return telling | {name: mutants[name] for name in names}
 
 
-def run(mutants: list[Mutant], budget: float, inside_only: bool, report: Report) -> None:
+def run(mutants: list[Mutant], budget: float, report: Report) -> None:
     sys.path.insert(0, str(SOURCE))
     import_hosts()
-    inside = [mutant for mutant in mutants if not mutant.is_outside]
+    outside = [mutant for mutant in mutants if mutant.is_outside]
     child = os.fork()
     if not child:
+        inside = [mutant for mutant in mutants if not mutant.is_outside]
         runner = Runner(inside, budget, report, CACHE / "coverage.json", modules([]))
         os._exit(int(pytest.main([*OPTIONS, *TESTS], [runner])))
-    os.waitpid(child, 0)
-    if inside_only:
-        return
+    _, status = os.waitpid(child, 0)
+    if status:
+        sys.exit(f"the process that runs the mutants ended with {os.waitstatus_to_exitcode(status)}, see above")
+    if outside:
+        run_outside(outside, budget, report)
+
+
+def run_outside(mutants: list[Mutant], budget: float, report: Report) -> None:
+    """Those of module level: in a copy of the source, with the tests collected anew for each."""
     shutil.rmtree(CACHE / "src", ignore_errors=True)
     shutil.copytree(SOURCE, CACHE / "src", ignore=shutil.ignore_patterns("__pycache__"))
     sys.path[0] = os.environ["PYTHONPATH"] = str(CACHE / "src")
-    known = json.loads((CACHE / "coverage.json").read_text())["tests"]
+    known: Known = json.loads((CACHE / "coverage.json").read_text())["tests"]
     who = by_line(known)
-    for moment, mutant in enumerate((mutant for mutant in mutants if mutant.is_outside), 1_000_000_000):
-        copy = CACHE / "src" / mutant.file.relative_to(SOURCE)
+    moments = itertools.count(1_000_000_000)
+    passed: set[tuple[str, ...]] = set()
+
+    def met(mutant: Mutant, chosen: list[str]) -> tuple[str, str]:
+        copy, moment = CACHE / "src" / mutant.file.relative_to(SOURCE), next(moments)
         copy.write_text(mutant.source)
         os.utime(copy, (moment, moment))  # no compiled code is of that time
+        try:
+            return forked(lambda: run_fresh(chosen, budget), 30 + 3 * budget)
+        finally:
+            copy.write_text(mutant.file.read_text())
+
+    for mutant in mutants:
         chosen = choose(known, who, mutant)
-        report(
-            mutant, *(forked(lambda chosen=chosen: run_fresh(chosen, budget), 30 + 3 * budget) if chosen else NOT_RUN)
-        )
-        copy.write_text(mutant.file.read_text())
+        if chosen and tuple(chosen) not in passed:
+            check_unchanged(mutant.file, *met(unchanged(mutant.file), chosen))
+            passed.add(tuple(chosen))
+        report(mutant, *(met(mutant, chosen) if chosen else NOT_RUN))
 
 
 def import_hosts() -> None:
@@ -136,7 +160,7 @@ def import_hosts() -> None:
     import torch
     import transformers  # noqa: F401
 
-    hypothesis.settings.register_profile("mutants", database=None, derandomize=True)
+    hypothesis.settings.register_profile("mutants", database=None, derandomize=True, deadline=None)
     hypothesis.settings.load_profile("mutants")
     torch.set_num_threads(1)
 
@@ -160,29 +184,35 @@ class FirstFailure:
 
 
 def run_fresh(tests: list[str], budget: float) -> str:
+    """The first test that fails. Where pytest finds no test, or cannot collect them, none has noticed anything."""
     noted = FirstFailure(budget)
     code = pytest.main([*OPTIONS, "-x", *tests], [noted])
-    return noted.failed or (f"exit code {int(code)}" if code else "")
+    return f"{STOPPED}: pytest's exit code {int(code)}" if code not in (0, 1) else noted.failed
 
 
-def may_live(name: tuple[str, str, str]) -> bool:
+def may_live(name: Name) -> bool:
     module, function, change = name
     allowed = tomllib.loads(Path(__file__).with_name("may_live.toml").read_text())
     return change in allowed.get(f"{module} {function}".strip(), {})
 
 
-def summary(done: dict[tuple[str, str, str], str]) -> int:
-    """Print a table of the modules, and the survivors that are not in may_live.toml."""
+def summary(mutants: Iterable[Name], done: dict[Name, str]) -> int:
+    """Print a table of the modules, and what is wrong: survivors not in may_live.toml, mutants without a result."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for (module, _, _), status in done.items():
+    found = {name: done.get(name, UNTRIED) for name in mutants}
+    for (module, _, _), status in found.items():
         counts[module][status] += 1
-    kinds = ("killed", "timed out", *LIVE)
+    kinds = ("killed", "timed out", *LIVE, STOPPED, UNTRIED)
     print(f"| module | mutants | {' | '.join(kinds)} |\n|---|{'---|' * (len(kinds) + 1)}")
-    for module, found in [*counts.items(), ("all", sum(counts.values(), collections.Counter()))]:
-        print(f"| {module} | {found.total()} | {' | '.join(str(found[kind]) for kind in kinds)} |")
-    unexplained = [name for name, status in done.items() if status in LIVE and not may_live(name)]
-    print(*(f"{module} {function}: {change}" for module, function, change in unexplained), sep="\n")
-    return bool(unexplained)
+    for module, count in [*counts.items(), ("all", sum(counts.values(), collections.Counter()))]:
+        print(f"| {module} | {count.total()} | {' | '.join(str(count[kind]) for kind in kinds)} |")
+    unexplained = [name for name, status in found.items() if status in LIVE and not may_live(name)]
+    stopped = [name for name, status in found.items() if status == STOPPED]
+    print(*(f"{found[name]}: {name[0]} {name[1]}: {name[2]}" for name in unexplained + stopped), sep="\n")
+    untried = [*found.values()].count(UNTRIED)
+    if untried:
+        print(f"{untried} of {len(found)} mutants were not run")
+    return bool(unexplained or stopped or untried)
 
 
 if __name__ == "__main__":

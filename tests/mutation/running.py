@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from mutants import Mutant
+from mutants import Mutant, unchanged
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=no", "--timeout=20"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-o", "tmp_path_retention_policy=none"]
 NOT_RUN = "not run", ""  # no test runs it
+STOPPED = "stopped"  # ended from outside, or without a test: it says nothing about the mutant
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}  # which no test survives
 MAX_FILE = 1 << 30  # bytes; a mutant may write without end
 Report = Callable[[Mutant, str, str], None]
 Known = dict[str, tuple[float, list[tuple[str, int]]]]  # test -> its seconds, and the lines (file, number) that it runs
@@ -33,21 +35,44 @@ class Runner:
         self.failed = ""
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        try:
+            self.run_mutants(session)
+        except SystemExit as error:  # pytest would add a traceback
+            pytest.exit(str(error), 1)
+        return True
+
+    def run_mutants(self, session: pytest.Session) -> None:
+        if session.testsfailed:
+            sys.exit(f"{session.testsfailed} files of tests cannot be collected, so that their tests would be missed")
         items = {item.nodeid: item for item in session.items}
         known = self.coverage(items)
         who = by_line(known)
         files = {str(source) for source in self.sources}
         functions = [f for f in gc.get_objects() if type(f) is types.FunctionType and f.__code__.co_filename in files]
         gc.freeze()  # or collecting would copy all memory in each child
+        passed: set[tuple[str, ...]] = set()  # lists of tests, and their beginnings, that pass on the source as it is
+
+        def met(mutant: Mutant, names: list[str], budget: float = self.budget) -> tuple[str, str]:
+            def work() -> str:
+                exchange(mutant, functions)
+                return self.run([items[name] for name in names], budget)
+
+            return forked(work, 3 * self.budget)
+
+        def control(file: Path, names: list[str]) -> None:
+            if tuple(names) not in passed:
+                check_unchanged(file, *met(unchanged(file), names, math.inf))
+                passed.update(tuple(names[:end]) for end in range(1, len(names) + 1))
+
+        for file in dict.fromkeys(mutant.file for mutant in self.mutants):
+            if names := choose(known, who, unchanged(file)):
+                check_unchanged(file, *met(unchanged(file), names))
         for mutant in self.mutants:
             chosen = choose(known, who, mutant)
-
-            def work(mutant: Mutant = mutant, chosen: list[str] = chosen) -> str:
-                exchange(mutant, functions)
-                return self.run([items[name] for name in chosen], self.budget)
-
-            self.report(mutant, *(forked(work, 3 * self.budget) if chosen else NOT_RUN))
-        return True
+            status, by = met(mutant, chosen) if chosen else NOT_RUN
+            if status == "killed" and by in chosen:
+                control(mutant.file, chosen[: chosen.index(by) + 1])
+            self.report(mutant, status, by)
 
     def run(self, items: list[pytest.Item], budget: float = math.inf) -> str:
         """In a child: the first test that fails."""
@@ -77,7 +102,8 @@ class Runner:
             self.kept.write_text(json.dumps({"ages": ages, "tests": tests}))
             return ""
 
-        forked(work, 3600)
+        if forked(work, 3600) != ("survived", ""):
+            sys.exit("the run that notes which test runs which lines did not end")
         return json.loads(self.kept.read_text())["tests"]
 
     def traced(self, items: Iterable[pytest.Item]) -> Known:
@@ -134,9 +160,16 @@ def choose(known: Known, who: dict[str, dict[int, set[str]]], mutant: Mutant) ->
     return list(dict.fromkeys(itertools.chain(*zip(narrow, [name for *_, name in sorted(order)], strict=True))))
 
 
+def check_unchanged(file: Path, status: str, by: str) -> None:
+    """End the run unless the tests passed on the source as it is, in the order and the fork of the mutants."""
+    if status != "survived":
+        what = f"{by} fails" if status == "killed" else f"{status} {by}".strip()
+        sys.exit(f"{file.name} without any change: {what}; mend that test, or give it a quieter machine, first")
+
+
 def forked(work: Callable[[], str], limit: float) -> tuple[str, str]:
-    """What became of a mutant in a child: "survived", "killed" and by which test, or "timed out". `work` returns the
-    test that failed."""
+    """What became of a mutant in a child: "survived", "killed" and by which test or crash, "timed out", or "stopped",
+    which counts for nothing. `work` returns the test that failed."""
     out, end = os.pipe()
     child = os.fork()
     if not child:
@@ -163,4 +196,9 @@ def forked(work: Callable[[], str], limit: float) -> tuple[str, str]:
     by = os.read(out, 4000).decode()
     os.close(out)
     assert not by.startswith("!"), by  # of this program, not of a test
-    return ("killed", by or f"signal {ended[1]}") if ended[1] else ("survived", "")
+    if os.WIFSIGNALED(ended[1]):
+        number = os.WTERMSIG(ended[1])
+        return ("killed" if number in CRASHES else STOPPED), f"signal {number}"
+    if by.startswith(STOPPED):
+        return STOPPED, by
+    return ("killed" if by else STOPPED if ended[1] else "survived"), by
