@@ -40,7 +40,7 @@ def outside(root: Path) -> list[Path]:
     found: set[Path] = set()
     pages = [*(root / "docs").rglob("*.md"), *(root / name for name in ROOT_PAGES)]
     for page in pages:
-        for target in _targets(page.read_text()):
+        for target in _targets(page.read_text(encoding="utf-8")):
             path = (page.parent / target).resolve()
             is_ours = path.is_relative_to(root) and not path.is_relative_to(root / "docs")
             if is_ours and (path.is_dir() or (path.exists() and not uri_of(path.relative_to(root)).endswith(".md"))):
@@ -75,5 +75,7 @@ def _targets(markdown: str) -> Iterator[str]:
 
 
 def _files(folder: Path) -> list[Path]:
+    """The files below a folder, but for hidden ones and what lies in hidden folders, wherever the folder itself is."""
     hidden = ("__pycache__", ".")
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(q.startswith(hidden) for q in p.parts[-3:]))
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p for p in found if not any(part.startswith(hidden) for part in p.relative_to(folder).parts))

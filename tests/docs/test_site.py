@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,76 @@ def test_the_notebooks_are_pages_with_their_figures(site):
             assert all((site / image).stat().st_size > 1000 for image in images)
 
 
+class Loaded(HTMLParser):
+    """What a page loads by itself: addresses in the attributes that make a browser load, and in styles and scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside = tag if tag in ("script", "style") else ""
+        given = {name: value or "" for name, value in attrs}
+        loading = ("src", "srcset", "data", "poster", *(["href"] if tag in ("link", "image", "use") else []))
+        self.found += [given[name] for name in loading if re.search(ELSEWHERE, given.get(name, ""))]
+        self.found += loads(given.get("style", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        self.found += loads(data) if self.inside == "style" else []
+        self.found += re.findall(rf"""["'`]{ELSEWHERE}[^"'`]*""", data) if self.inside == "script" else []
+
+
+ELSEWHERE = r"(?i:https?:)?//"
+
+
+def loads(css: str) -> list[str]:
+    """Addresses elsewhere that a style sheet loads."""
+    return re.findall(rf"""(?:url\(\s*|@import\s+)["']?({ELSEWHERE}[^"')\s]+)""", css)
+
+
 def test_a_page_loads_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 50
-    for page in pages:
-        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]*?(?:src|href)="(https?://[^"]+)"', page.read_text())
-        assert loaded == [], page
+    assert {page.name: found for page in pages if (found := Loaded(page.read_text()).found)} == {}
+
+
+def test_our_style_sheets_and_drawings_load_nothing_from_elsewhere():
+    ours = [file for kind in ("css", "svg") for file in (ROOT / "docs").rglob(f"*.{kind}")]
+    assert ROOT / "docs" / "assets" / "site.css" in ours
+    assert {file.name: found for file in ours if (found := loads(file.read_text()))} == {}
+    assert not list((ROOT / "docs").rglob("*.js"))  # scripts are the theme's alone
+
+
+@pytest.mark.parametrize(
+    ("page", "count"),
+    [
+        ("<script src='https://a.b/c.js'></script>", 1),
+        ("<script async src=//a.b/c.js></script>", 1),
+        ("<script>import('https://a.b/c.js')</script>", 1),
+        ("<style>@import 'http://a.b/c.css'; a { background: url(https://a.b/c.png) }</style>", 2),
+        ("<p style='background: url(\"http://a.b/c.png\")'>", 1),
+        ("<link rel=stylesheet href='https://a.b/c.css'><img srcset='https://a.b/c.png 2x'>", 2),
+        ("<a href='https://a.b/c'>https://a.b</a><script src='../c.js'>x = 1 // http</script>", 0),
+        ("<style>a { background: url(c.png); fill: url(#d) }</style><img src='../c.png'>", 0),
+    ],
+)
+def test_what_a_page_loads_from_elsewhere_is_found(page, count):
+    assert len(Loaded(page).found) == count
+
+
+def test_files_of_a_folder_are_all_but_the_hidden_ones(tools, tmp_path):
+    folder = tmp_path / ".checkout" / "examples"
+    kept = [folder / "a.py", folder / "one" / "two" / "three" / "b.py"]
+    left = [folder / ".env", folder / ".cache" / "a" / "b" / "c" / "d" / "e", folder / "one" / "__pycache__" / "f.pyc"]
+    for file in [*kept, *left]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    assert tools("links")._files(folder) == kept
 
 
 def test_links_to_files_outside_docs_lead_to_their_copies(site):
