@@ -126,7 +126,7 @@ def accelerate(words: list[str]) -> None:
 
 def test_distributed(place):
     link_examples(place)
-    run_page("docs/distributed.md", elsewhere={"accelerate": accelerate})
+    assert run_page("docs/distributed.md", elsewhere={"accelerate": accelerate}).commands == ["accelerate"]
 
 
 class Refused(PageRun):

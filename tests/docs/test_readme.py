@@ -34,6 +34,22 @@ def test_make_targets_in_the_text_exist(page):
     assert named <= make_targets()
 
 
+def placeholders(text: str) -> list[str]:
+    """Cells of tables, or parts of them between commas, that are capitals alone, for figures that are still to come."""
+    cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    return [part for cell in cells for part in re.split(r", *", cell.strip()) if re.fullmatch("[A-Z]{4,}", part)]
+
+
+def test_capitals_in_the_place_of_a_figure_are_found():
+    text = "| `make test` | TEST | 12 MIB |\nTESTS, | DOCS |\n| `RWKV` | COVERAGE, hours | LoRA |\n"
+    assert placeholders(text) == ["TEST", "COVERAGE"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_no_figure_is_missing(page):
+    assert placeholders((ROOT / page).read_text()) == []
+
+
 def test_the_readme_is_short_and_names_every_command():
     from flashbone.cli import COMMANDS
 

@@ -1,4 +1,5 @@
-"""docs/rwkv.md runs as it stands, on small models under the names that it uses, and so do the scripts."""
+"""docs/rwkv.md runs as it stands, on small models under the names that it uses, and so do the scripts but for
+run_qbone.sh, which needs bitsandbytes."""
 
 import json
 import os

@@ -2,18 +2,23 @@
 
 A block is code if its language says so: ```python, ```bash, ```yaml, ```json. Anything else (```text, indented lines)
 is a synopsis, a formula or an output, and is not run. A ```yaml or ```json block whose first line is a comment with a
-file's name (`# train.yaml`) is written to that file, so that the commands below can use it.
+file's name (`# train.yaml`) is written to that file, so that the commands below can use it; a ```yaml block without one
+is fields of a recipe.
 """
 
 import json
+import os
 import re
 import shlex
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 CODE = ("python", "bash", "yaml", "json")
@@ -32,7 +37,7 @@ class Block:
 
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, named from the root of the repository, in their order."""
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = []
     for match in FENCE.finditer(text):
         language = match[2].split()[0] if match[2].split() else ""
@@ -48,14 +53,15 @@ def commands(text: str) -> list[list[str]]:
 
 @dataclass
 class PageRun:
-    """One page. `replaced` stands in for what takes too long or is not here (each key must occur); `elsewhere` checks
-    the commands that cannot run here, by their first word: it gets the words, and asserts what it can."""
+    """One page. `replaced` stands in for what takes too long or is not here; `elsewhere` checks the commands that
+    cannot run here, by their first word: it gets the words, and asserts what it can. Each key of both must occur."""
 
     page: str
     replaced: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, Callable[[list[str]], object]] = field(default_factory=dict)
     names: dict = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)  # languages of the blocks that ran
+    commands: list[str] = field(default_factory=list)  # first words of the commands that ran
 
     def run(self) -> "PageRun":
         """Run every block of code in the current folder; fails at the first that does."""
@@ -69,6 +75,8 @@ class PageRun:
                 text = text.replace(old, new)
             getattr(self, block.language)(Block(block.language, text, block.line))
             self.ran.append(block.language)
+        unused = self.elsewhere.keys() - self.commands
+        assert not unused, f"{self.page}: no command is one of {sorted(unused)}"
         return self
 
     def python(self, block: Block) -> None:
@@ -77,9 +85,12 @@ class PageRun:
 
     def bash(self, block: Block) -> None:
         for words in commands(block.text):
-            while "=" in words[0] and len(words) > 1:  # VARIABLE=value before a command
-                words = words[1:]
-            self.command(words, f"{self.page}:{block.line}: {shlex.join(words)}")
+            variables = {}
+            while len(words) > 1 and (setting := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0], re.S)):
+                variables[setting[1]], words = setting[2], words[1:]
+            with mock.patch.dict(os.environ, variables):
+                self.command(words, f"{self.page}:{block.line}: {shlex.join(words)}")
+            self.commands.append(words[0])
 
     def command(self, words: list[str], where: str) -> None:
         if words[0] in self.elsewhere:
@@ -91,33 +102,50 @@ class PageRun:
         elif words[0] == "make":
             assert set(words[1:]) <= make_targets(), where
         elif words[:2] == ["pip", "install"]:
-            assert [extra for word in words[2:] for extra in _extras(word) if extra not in known_extras()] == [], where
+            assert [word for word in words[2:] if not _is_known(word)] == [], where
         else:
             raise AssertionError(f"{where}: nothing runs this; give it in `elsewhere`, or make the block ```text")
 
     def yaml(self, block: Block) -> None:
-        self._mapping(block, yaml.safe_load(block.text))
+        value = self._mapping(block, yaml.safe_load(block.text))
+        if named := _name_of(block):
+            _write(named, block.text)
+        else:
+            assert_recipe_fields(value)
 
     def json(self, block: Block) -> None:
-        named = _NAMED.match(block.text.splitlines()[0])
+        named = _name_of(block)
         lines = block.text.split("\n", 1)[1] if named else block.text
-        if named and named[1].endswith(".jsonl"):
-            assert all(isinstance(json.loads(line), dict) for line in lines.splitlines())
-            _write(named[1], lines)
-        else:
-            self._mapping(Block("json", lines, block.line), json.loads(lines), named[1] if named else None)
+        for value in lines.splitlines() if named and named.endswith(".jsonl") else [lines]:
+            self._mapping(block, json.loads(value))
+        if named:
+            _write(named, lines)
 
-    def _mapping(self, block: Block, value: object, name: str | None = None) -> None:
+    def _mapping(self, block: Block, value: object) -> dict:
         assert isinstance(value, dict), f"{self.page}:{block.line}: a mapping was wanted"
-        if name is None and (named := _NAMED.match(block.text.splitlines()[0])):
-            name = named[1]
-        if name is not None:
-            _write(name, block.text)
+        return value
+
+
+def assert_recipe_fields(fields: dict) -> None:
+    """Fields of a recipe for `flashbone train`, on a page that leaves out the rest of it."""
+    from flashbone.train.recipe import load_recipe
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        data = {"path": "X"} | fields.get("data", {})
+        file.write_text(json.dumps({"model": "M", "output": "o", **fields, "data": data}), encoding="utf-8")
+        load_recipe(file)
+
+
+def _name_of(block: Block) -> str | None:
+    """The file that the block's first line names."""
+    named = _NAMED.match(block.text.partition("\n")[0])
+    return named[1] if named else None
 
 
 def _write(name: str, text: str) -> None:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text(text)
+    Path(name).write_text(text, encoding="utf-8")
 
 
 def run_page(page: str, **options) -> PageRun:
@@ -126,19 +154,28 @@ def run_page(page: str, **options) -> PageRun:
 
 
 def make_targets() -> set[str]:
-    """The targets of the Makefile."""
-    heads = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.M)
+    """The targets of the Makefile; its variables, `NAME := value`, are none."""
+    heads = re.findall(r"^([\w -]+):(?!:?:?=)", _text("Makefile"), re.M)
     return {name for head in heads for name in head.split()}
 
 
 def known_extras() -> set[str]:
     """The extras that pyproject.toml declares."""
-    section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S)
+    section = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", _text("pyproject.toml"), re.S)
     assert section
     return set(re.findall(r"^(\w+) = \[", section[1], re.M))
 
 
-def _extras(requirement: str) -> list[str]:
-    """The extras of a requirement for this package: `.[train]`, `flashbone[train,eval]`."""
-    found = re.fullmatch(r"(?:\.|flashbone)\[([\w,]+)\]", requirement)
-    return found[1].split(",") if found else []
+def _is_known(word: str) -> bool:
+    """Whether a word of `pip install` is an option, this package with extras that it has, or a package of
+    constraints.txt."""
+    if word.startswith("-"):
+        return True
+    requirement = Requirement(re.sub(r"^\.(?=\[|$)", "flashbone", word))
+    if requirement.name == "flashbone":
+        return requirement.extras <= known_extras()
+    return re.search(rf"^{re.escape(requirement.name)}==", _text("constraints.txt"), re.M | re.I) is not None
+
+
+def _text(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")

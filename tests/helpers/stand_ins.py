@@ -13,7 +13,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def write_rows(file: str | Path, rows: Iterable[dict]) -> None:
     """A file of one JSON object a line."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def link_examples(folder: Path) -> None:
