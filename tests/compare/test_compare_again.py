@@ -12,7 +12,9 @@ from compared import lines, of, results, untimed
 
 from flashbone.compare.commands import Origin
 from flashbone.compare.config import load_comparison
-from flashbone.compare.run import Experiment, alone, compare
+from flashbone.compare.run import Experiment, compare
+from flashbone.errors import ConfigError
+from flashbone.outputs import alone
 
 
 def test_a_run_that_is_killed_alone_is_a_failed_row_and_is_done_again(config, monkeypatch):
@@ -79,12 +81,9 @@ def test_changed_rows_make_new_runs(config, rows, tmp_path):
 
 
 def test_two_comparisons_in_one_folder_do_not_get_in_each_others_way(config, tmp_path):
-    from flashbone.errors import ConfigError
-
     path = config(methods=["bone"], seeds=[0], learning_rates=[1e-3])
     experiment = Experiment(load_comparison(path), Origin(str(path)))
-    experiment.folder.mkdir()
-    with alone(experiment.folder), pytest.raises(ConfigError, match="another comparison is running there"):
+    with alone(experiment.folder), pytest.raises(ConfigError, match="another run is writing to it"):
         results(path)
     assert results(path)[1]["status"] == "ok"
 

@@ -1,13 +1,15 @@
 """Answers kept as they come: what a kill leaves, and which runs may go on."""
 
 import json
+import multiprocessing
+from collections import Counter
 
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.evaluate import answer_file
-from flashbone.evaluate.answer_file import ANSWERS, appending, claim, claimed, read_answers, stamp
+from flashbone.evaluate.answer_file import ANSWERS, RESULTS, SETTINGS, appending, claim, claimed, read_answers, stamp
 from flashbone.evaluate.exact_match import Answered
+from flashbone.evaluate.run import _finished
 
 FIRST = Answered(3, "it is 4\n#### 4", "4", "4", True, 9)
 SECOND = Answered(0, "ähm", None, "5", False, 2)
@@ -74,7 +76,7 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
     """One that failed could take away what the other has answered meanwhile."""
     folder = tmp_path / "out"
     with claimed(folder, {"model": "m"}):
-        with pytest.raises(ConfigError, match="another evaluation is writing to it"), claimed(folder, {"model": "m"}):
+        with pytest.raises(ConfigError, match="another run is writing to it"), claimed(folder, {"model": "m"}):
             raise AssertionError("had the folder twice")
         with appending(folder) as file:
             file.add(FIRST)
@@ -98,16 +100,42 @@ def test_a_run_that_fails_before_its_first_answer_leaves_nothing(tmp_path, answe
     assert read_answers(folder) == ([FIRST] if answered else [])
 
 
-def test_a_folder_that_a_failed_run_removes_meanwhile_is_claimed_again(tmp_path, monkeypatch):
-    folder, calls = tmp_path / "out", []
+def claim_at_once(folders, together, held, told):
+    """Claim each folder at the same moment as the other process; who has it lets go once both have told."""
+    for folder in folders:
+        together.wait(60)
+        try:
+            with claimed(folder, {"model": "m"}):
+                told.put((folder.name, "held"))
+                held.wait(60)
+        except BaseException as error:  # told, whatever it is
+            told.put((folder.name, f"{type(error).__name__}: {error}".replace(str(folder), "F")))
+            held.wait(60)
 
-    def claim_and_lose(*arguments):
-        claim(*arguments)
-        calls.append(arguments)
-        if len(calls) == 1:
-            (folder / answer_file.SETTINGS).unlink()
 
-    monkeypatch.setattr(answer_file, "claim", claim_and_lose)
-    with claimed(folder, {"model": "m"}):
-        assert len(calls) == 2
-        assert (folder / answer_file.SETTINGS).exists()
+def test_of_two_evaluations_that_begin_at_once_one_has_the_folder_and_one_is_refused(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    folders = [tmp_path / str(number) for number in range(30)]
+    together, held, told = spawn.Barrier(2), spawn.Barrier(2), spawn.Queue()
+    both = [spawn.Process(target=claim_at_once, args=(folders, together, held, told)) for _ in range(2)]
+    for process in both:
+        process.start()
+    found = Counter(told.get(timeout=60) for _ in range(2 * len(folders)))
+    for process in both:
+        process.join(60)
+    refused = "ConfigError: output F: another run is writing to it; wait for it, or choose another output"
+    assert found == Counter((folder.name, what) for folder in folders for what in ("held", refused))
+
+
+def test_a_finished_run_whose_results_cannot_be_read_keeps_its_settings(tmp_path):
+    claim(tmp_path, {"model": "m"})
+    (tmp_path / RESULTS).write_text('{"eval')
+
+    def start():
+        with claimed(tmp_path, {"model": "m"}):
+            _finished(tmp_path)
+
+    for _ in range(2):
+        with pytest.raises(FormatError, match=r"results\.json: not valid JSON"):
+            start()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [RESULTS, SETTINGS]

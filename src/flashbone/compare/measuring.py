@@ -44,7 +44,7 @@ class Watch(TrainerCallback):
         return self._step(model, inputs, *args, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        kept = [row for row in read_json_lines(self.file) if row["step"] < state.global_step]
+        kept = [row for row in read_json_lines(self.file, after_kill=True) if row["step"] < state.global_step]
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

@@ -1,9 +1,8 @@
 """A comparison from its configuration to results.jsonl: sizes, a sweep of learning rates, repeats with other seeds."""
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from flashbone.compare.processes import Ended, rehearsal, run_all
 from flashbone.compare.results import Compared
 from flashbone.compare.sizes import Budget, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.outputs import alone, make_folder
 from flashbone.train.models import is_pth, load_causal_lm
 from flashbone.train.recipe import TASK_TYPES
 from flashbone.tuner.skeleton import skeleton
@@ -42,34 +42,11 @@ def compare(comparison: Comparison, origin: Origin, retry_failed: bool = False) 
     check(comparison)
     experiment = Experiment(comparison, origin)
     experiment.rehearse()
-    try:
-        experiment.runs.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output {experiment.folder}: a file is in the way; choose another output") from None
     with alone(experiment.folder):
+        make_folder(experiment.runs)
         experiment.do(experiment.sweep(), retry_failed)
         experiment.do(experiment.repeats(), retry_failed)
         return experiment.write(finished=True)
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep a second comparison out of the folder; the system lets go of the lock however this process ends.
-
-    Raises:
-        ConfigError: one is there already.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output {folder}: another comparison is running there; wait for it") from None
-        yield
 
 
 class Experiment:

@@ -9,22 +9,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.evaluate.exact_match import Answered
-from flashbone.outputs import PARTIAL, write_text
+from flashbone.outputs import PARTIAL, alone, make_folder, write_text
 from flashbone.sources import read_json
 
-try:
-    import fcntl
-except ImportError:  # Windows, where runs have to keep apart by themselves
-    fcntl = None
-
-SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "results.json"
 
 
 @contextmanager
@@ -34,32 +29,13 @@ def claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     Raises:
         ConfigError: another run has it now; or as `claim` does.
     """
-    with ExitStack() as held:
+    with alone(folder):
         claim(folder, settings)
-        while not _lock(folder / SETTINGS, held):  # a run that failed removed it meanwhile
-            claim(folder, settings)
         try:
             yield
         except BaseException:
             _release(folder)
             raise
-
-
-def _lock(file: Path, held: ExitStack) -> bool:
-    """Lock the file until `held` is closed, or the process ends; False where it is not there any more."""
-    if fcntl is None:
-        return True
-    try:
-        handle = held.enter_context(file.open("rb"))
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"output {file.parent}: another evaluation is writing to it; choose another output") from None
-    except OSError:  # a file system without locks
-        return True
-    return file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -69,10 +45,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         ConfigError: it holds something else, or results of other settings; the first differences are named.
     """
     settings = json.loads(json.dumps(settings))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output {folder}: a file is in the way; choose another output") from None
+    make_folder(folder)
     file = folder / SETTINGS
     if not file.exists():
         if any(not path.name.endswith(PARTIAL) for path in folder.iterdir()):
@@ -91,7 +64,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 def _release(folder: Path) -> None:
     """Leave nothing behind a run that failed before its first answer: the same folder may then hold another."""
     answers = folder / ANSWERS
-    if answers.exists() and answers.stat().st_size:
+    if (folder / RESULTS).exists() or (answers.exists() and answers.stat().st_size):
         return
     for file in (answers, folder / SETTINGS):
         file.unlink(missing_ok=True)

@@ -222,7 +222,7 @@ def _settings(request: Request) -> dict[str, Any]:
 
 def _finished(output: Path) -> tuple[dict[str, Any], list[Evaluation]] | None:
     """The results of a run that ended."""
-    path = output / "results.json"
+    path = output / answer_file.RESULTS
     if not path.exists():
         return None
     about = read_json(path)

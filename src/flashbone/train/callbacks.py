@@ -24,7 +24,7 @@ class MetricsLog:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if keep_to_step is not None:
-            self.rows = [row for row in read_json_lines(path) if row["step"] <= keep_to_step]
+            self.rows = [row for row in read_json_lines(path, after_kill=True) if row["step"] <= keep_to_step]
 
     def rewrite(self) -> None:
         """Make the file hold the kept rows and nothing else."""
