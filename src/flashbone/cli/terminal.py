@@ -9,11 +9,16 @@ from typing import Any
 LIBRARIES = r"(transformers|trl|peft|datasets|lm_eval)(\.|$)"
 
 
-class _Notices(logging.Handler):
-    """Writes to stderr as it is at the time: who calls a command from Python may put another in its place."""
+class _Notices(logging.StreamHandler):
+    """Writes to stderr as it is at the time: who calls a command from Python may put another in its place.
+
+    Where it is closed, there are no notices; one whose reader is gone does not end the command.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        self.stream = sys.stderr
+        if self.stream is not None and not getattr(self.stream, "closed", False):
+            super().emit(record)
 
 
 def set_up_notices() -> None:
