@@ -39,7 +39,8 @@ FIELDS = {
 EXITS = """\
 Exit codes: 0 done, 1 the input is wrong (one line on stderr says where, what was got, what was wanted, and the remedy),
 2 the command line is wrong, 130 interrupted. Results go to stdout, notices and progress to stderr. A file or folder
-that a command writes appears whole or not at all."""
+that a command writes appears whole or not at all, but for those that grow line by line: metrics.jsonl, answers.jsonl,
+and batches.jsonl and log.txt of a comparison's runs. A comparison's results.jsonl is replaced whole after each run."""
 
 
 def pages() -> dict[str, str]:
