@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_runs  # noqa: F401  (finds tiny_llama)
 from launching import launch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
