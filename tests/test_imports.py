@@ -16,7 +16,7 @@ ALLOWED = {
     "import_hook": set(),
     "host_hooks": {"import_hook", "tuner"},  # the tuner once a host has been imported
     "sources": {"errors"},
-    "outputs": set(),
+    "outputs": {"errors"},
     "shards": {"errors"},
     "ops": {"errors", "shards"},
     "variants": {"errors", "shards", "ops"},
