@@ -184,9 +184,11 @@ class FirstFailure:
 
 
 def run_fresh(tests: list[str], budget: float) -> str:
-    """The first test that fails. Where pytest finds no test, or cannot collect them, none has noticed anything."""
+    """The first test that fails, or the collection: the unchanged source passes with the same tests before."""
     noted = FirstFailure(budget)
     code = pytest.main([*OPTIONS, "-x", *tests], [noted])
+    if code in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return f"the collection: pytest's exit code {int(code)}"
     return f"{STOPPED}: pytest's exit code {int(code)}" if code not in (0, 1) else noted.failed
 
 
