@@ -82,6 +82,22 @@ def test_accumulation_that_is_not_the_launchers_is_refused(workplace, monkeypatc
         check_launch(recipe, arguments)
 
 
+def test_a_process_that_is_done_leaves_its_group(tmp_path):
+    code = """
+import sys, torch.distributed as dist
+from flashbone.cli.train import leave_processes
+leave_processes()  # of no group
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+leave_processes()
+assert not dist.is_initialized()
+print("left")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "meeting")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
+
+
 def test_two_processes_of_ddp_train_one_model(workplace):
     """With a loss before training, too: what accelerate prepared for that, it would not wrap in DDP again."""
     more = ["--training.logging_steps", "1", "--training.max_steps", "4"]

@@ -47,6 +47,7 @@ def run(argv: list[str]) -> int:
     from flashbone.train.run import train
 
     result = train(recipe, resume=options.resume)
+    leave_processes()
     if not result.is_main:
         return 0
     figures = [plot_losses(result.folder.metrics, result.folder.path / "loss.png")]
@@ -56,6 +57,18 @@ def run(argv: list[str]) -> int:
     else:
         print_summary(result.summary, result.folder.path, figures)
     return 0
+
+
+def leave_processes() -> None:
+    """Leave the group of launched processes, if there is one.
+
+    Left to the interpreter's end, gloo's threads have aborted a process that was done ("terminate called without an
+    active exception"), upon which the launcher stopped the others.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_parser() -> argparse.ArgumentParser:
