@@ -72,9 +72,11 @@ def test_every_variant_compiles_as_one_graph_with_equal_outputs_and_gradients(ba
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a C++ compiler")
     for attempt in ("first", "second"):
-        # A cache and a compiler of its own. On busy machines g++ has left libraries that could not be loaded (half
-        # written; not linked to libstdc++), and compiled them well the next time: that, and nothing else, is repeated.
+        # A cache and a compiler of its own. In some runs of the whole suite g++ left a library that was half written,
+        # or not linked to libstdc++, which is loaded beforehand therefore; what still cannot be loaded is repeated.
         own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / attempt), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        if sys.platform == "linux":
+            own["LD_PRELOAD"] = "libstdc++.so.6"
         done = subprocess.run(
             [sys.executable, "-c", CODE, backend], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
         )
