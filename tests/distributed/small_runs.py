@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from flashbone import BoneConfig
-from helpers.tiny_llama import questions, tiny_tokenizer
+from helpers.tiny_llama import questions, tiny_config, tiny_tokenizer
 
 BATCH, STEPS = 8, 20
 
@@ -24,18 +24,7 @@ def rows() -> list[dict[str, list[int]]]:
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=32,
-        intermediate_size=72,  # no multiple of r
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(tiny_config(len(tiny_tokenizer()))).to(dtype)
 
 
 def adapted(variant: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -6,36 +6,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 
 from helpers.pages import run_page
-from helpers.tiny_llama import word_tokenizer
+from helpers.stand_ins import write_tiny_bert
 
 TEAMS = {"billing": ["invoice", "refund", "price"], "hardware": ["screen", "cable"], "press": ["interview"]}
 COUNTS = {"billing": 40, "hardware": 40, "press": 6}  # one class is rare
 FILLERS = ["the", "is", "wrong", "stays", "dark", "my", "a", "please", "help", "with", "today"]
-
-
-def write_tiny_bert(folder: Path) -> None:
-    """An encoder without a head, and its tokenizer."""
-    from transformers import BertConfig, BertModel
-
-    words = [word for team in TEAMS.values() for word in team]
-    tokenizer = word_tokenizer(
-        ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words, *FILLERS], "[PAD]", "[CLS]", "[SEP]", "[UNK]"
-    )
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def write_tickets(path: Path) -> None:
@@ -52,7 +29,9 @@ def write_tickets(path: Path) -> None:
 def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    write_tiny_bert(tmp_path / "sentence-transformers/all-MiniLM-L6-v2")
+    words = [word for team in TEAMS.values() for word in team] + FILLERS
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "initializer_range": 0.1}
+    write_tiny_bert(tmp_path / "sentence-transformers/all-MiniLM-L6-v2", words, **sizes)
     write_tickets(tmp_path / "tickets.csv")
     run = run_page("docs/recipes/classification.md")
     assert set(run.ran) == {"python", "bash", "yaml"}

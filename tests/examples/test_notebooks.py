@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.tiny_llama import questions, word_tokenizer, write_tiny_llama
+from helpers.stand_ins import write_tiny_bert
+from helpers.tiny_llama import questions, write_tiny_llama
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -91,7 +92,9 @@ def small(tmp_path_factory) -> Path:
     """A folder with a tiny Llama, a tiny BERT, chats and news."""
     folder = tmp_path_factory.mktemp("small")
     write_tiny_llama(folder / "llama")
-    write_tiny_bert(folder / "bert")
+    write_tiny_bert(
+        folder / "bert", sorted({word for text in TOPICS.values() for word in text.split()}), intermediate_size=72
+    )
     for part in ("chat", "news"):
         (folder / part).mkdir()
     for name, count in (("train", 32), ("test", 8)):
@@ -101,17 +104,6 @@ def small(tmp_path_factory) -> Path:
         for part, rows in (("chat", chats), ("news", news)):
             (folder / part / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def write_tiny_bert(folder: Path) -> None:
-    from transformers import BertConfig, BertModel
-
-    words = sorted({word for text in TOPICS.values() for word in text.split()})
-    tokenizer = word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words], "[PAD]", "[CLS]", "[SEP]", "[UNK]")
-    sizes = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture

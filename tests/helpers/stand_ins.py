@@ -39,14 +39,14 @@ def write_llama_and_adapters(base: str = "base", **adapters: dict) -> None:
         write_adapter_of(base, name.replace("_", "-"), **fields)
 
 
-def write_tiny_bert(folder: Path) -> None:
-    """An encoder without a head, and its tokenizer of whole words."""
+def write_tiny_bert(folder: str | Path, words: Iterable[str] = WORDS.split(), **sizes: float) -> None:
+    """An encoder without a head, and its tokenizer of these whole words."""
     import torch
     from transformers import BertConfig, BertModel
 
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS.split()]
-    tokenizer = word_tokenizer(words, "[PAD]", "[CLS]", "[SEP]", "[UNK]")
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    tokenizer = word_tokenizer([*special, *words], *special)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=128, **sizes)).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,25 +12,22 @@ CHAT = (
 def write_tiny_llama(folder: Path, chat_template: str | None = CHAT) -> Path:
     """Save the model and its tokenizer into `folder`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(chat_template)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=72,  # no multiple of the block sizes used in the tests
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_config(vocabulary: int):
+    """Two layers; the size of the MLP is no multiple of the block sizes used in the tests."""
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes, **heads)
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT):
