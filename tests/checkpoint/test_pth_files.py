@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashbone.checkpoint import base, names, pickled, pth, tensors
 from flashbone.errors import FormatError
+from helpers.comparison import Promise, same_bits
 from helpers.processes import run_apart
 
 RWKV = {"emb.weight": (6, 4), "blocks.0.ln0.weight": (4,), "blocks.0.att.key.weight": (4, 4), "head.weight": (6, 4)}
@@ -174,7 +175,7 @@ _SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 _LAYOUTS = st.dictionaries(_NAMES, st.tuples(_SHAPES, st.sampled_from(list(pickled.DTYPES.values()))), max_size=6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layout=_LAYOUTS)
 def test_any_dict_survives_both_ways(tmp_path, layout):
     state = {name: _random(shape, dtype) for name, (shape, dtype) in layout.items()}
@@ -203,7 +204,7 @@ def test_the_file_of_an_rwkv_model_is_a_base(tmp_path):
     with (tmp_path / "rwkv.pth").open("rb") as stream:
         entry = model.entries["head.weight"]
         stream.seek(entry.start)
-        assert torch.equal(tensors.read(stream, entry), state["head.weight"])
+        assert same_bits(tensors.read(stream, entry), state["head.weight"], Promise.STORED)
 
 
 @pytest.mark.parametrize(
@@ -243,11 +244,13 @@ def test_the_author_s_package_computes_the_same_from_a_written_file(tmp_path):
     _write(tmp_path / "written.pth", _rwkv(tmp_path / "saved.pth", shapes), piece=1000)
     code = """
 import os, sys, warnings
+sys.path.append(sys.argv[2])
 os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
 warnings.simplefilter("ignore")
 from rwkv.model import RWKV
+from helpers.comparison import Promise, same_bits
 a, b = (RWKV(model=name, strategy="cpu fp32").forward([1, 2, 3], None)[0] for name in ("saved", "written"))
-sys.exit(not (a.shape == (5,) and a.isfinite().all() and a.equal(b) and a.std() > 1e-3))
+sys.exit(not (a.shape == (5,) and a.isfinite().all() and same_bits(a, b, Promise.SAME_PRODUCT) and a.std() > 1e-3))
 """
     run = run_apart(code, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from flashbone.checkpoint import tensors
 from flashbone.errors import FormatError
 from flashbone.merge.source import Reader
+from helpers.comparison import Promise, same_bits
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_tensors_read_as_the_library_reads_them(file):
                 stream.seek(entry.start)
                 got = tensors.read(stream, entry)
                 assert got.dtype == want[entry.name].dtype
-                assert torch.equal(got, want[entry.name])
+                assert same_bits(got, want[entry.name], Promise.STORED)
 
 
 def test_a_file_without_edits_is_copied_byte_for_byte(file, tmp_path):
@@ -158,7 +159,9 @@ def test_a_header_may_be_all_there_is(tmp_path, state):
     ]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(position=st.integers(0, 140), byte=st.integers(0, 255))
 def test_a_damaged_byte_is_refused_or_leaves_a_readable_file(tmp_path, position, byte):
     path = tmp_path / "damaged"
@@ -219,7 +222,9 @@ _LAYOUTS = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(layout=_LAYOUTS, metadata=st.sampled_from([None, {}, {"format": "pt"}]))
 def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, layout, metadata):
     layout = {name: layout[name] for name in layout if name != "__metadata__"}

@@ -5,6 +5,7 @@ import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig

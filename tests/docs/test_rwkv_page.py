@@ -14,6 +14,7 @@ import yaml
 
 from flashbone.train.recipe import load_recipe
 from flashbone.train.sections import RwkvSettings
+from helpers.comparison import Promise, close, same_bits
 from helpers.pages import ROOT, run_page
 from helpers.rwkv import write_rwkv
 from helpers.stand_ins import link_examples, write_rows
@@ -43,7 +44,7 @@ def test_the_page_runs_from_top_to_bottom(place, capsys):
     assert f"{RELEASED}: Rwkv7ForCausalLM, " in said.out.replace("\n", "")
     files = ("runs/rwkv-bone/merged.pth", "rwkv-metamath.pth")
     trained, merged = (torch.load(file, weights_only=True) for file in files)
-    assert all(torch.equal(trained[name], merged[name]) for name in trained)
+    assert all(same_bits(merged[name], trained[name], Promise.SAME_PRODUCT) for name in trained)
     assert run.names["logits"].shape[-1] == 65536
     assert torch.load("merged.pth", weights_only=True).keys() == torch.load("RWKV.pth", weights_only=True).keys()
 
@@ -93,4 +94,5 @@ def test_the_scripts_train_and_merge_a_small_model(tmp_path):
     said = run("merge_bone.sh", str(base), "bat-row/adapter", "out.pth")
     assert "verified, outputs differ by" in said.stderr
     merged, ours = (torch.load(tmp_path / p, weights_only=True) for p in ("out.pth", "bat-row/merged.pth"))
-    assert all(torch.equal(merged[name], ours[name]) for name in ours)
+    assert merged.keys() == ours.keys()
+    assert all(close(merged[name], ours[name]) for name in ours)

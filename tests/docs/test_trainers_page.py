@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from helpers.pages import Block, PageRun
 from helpers.stand_ins import SMOLLM2
 from helpers.tiny_llama import write_tiny_llama

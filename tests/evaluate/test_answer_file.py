@@ -103,14 +103,14 @@ def test_a_run_that_fails_before_its_first_answer_leaves_nothing(tmp_path, answe
 def claim_at_once(folders, together, held, told):
     """Claim each folder at the same moment as the other process; who has it lets go once both have told."""
     for folder in folders:
-        together.wait(60)
+        together.wait(200)
         try:
             with claimed(folder, {"model": "m"}):
                 told.put((folder.name, "held"))
-                held.wait(60)
+                held.wait(200)
         except BaseException as error:  # told, whatever it is
             told.put((folder.name, f"{type(error).__name__}: {error}".replace(str(folder), "F")))
-            held.wait(60)
+            held.wait(200)
 
 
 def test_of_two_evaluations_that_begin_at_once_one_has_the_folder_and_one_is_refused(tmp_path):
@@ -120,9 +120,9 @@ def test_of_two_evaluations_that_begin_at_once_one_has_the_folder_and_one_is_ref
     both = [spawn.Process(target=claim_at_once, args=(folders, together, held, told)) for _ in range(2)]
     for process in both:
         process.start()
-    found = Counter(told.get(timeout=60) for _ in range(2 * len(folders)))
+    found = Counter(told.get(timeout=200) for _ in range(2 * len(folders)))
     for process in both:
-        process.join(60)
+        process.join(200)
     refused = "ConfigError: output F: another run is writing to it; wait for it, or choose another output"
     assert found == Counter((folder.name, what) for folder in folders for what in ("held", refused))
 

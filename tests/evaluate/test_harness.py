@@ -1,4 +1,4 @@
-"""Real tasks of lm-evaluation-harness on a tiny model; `make test-harness` has the harness."""
+"""Real tasks of lm-evaluation-harness on a tiny model; `make test-all` brings the harness."""
 
 import json
 import math
@@ -16,7 +16,9 @@ from flashbone.evaluate.run import Request, evaluate
 from helpers.rwkv import write_rwkv
 
 HAS_HARNESS = find_spec("lm_eval") is not None
-needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-evaluation-harness is not installed: make test-harness")
+needs_harness = pytest.mark.skipif(
+    not HAS_HARNESS, reason="lm-evaluation-harness is not installed; `make test-all` brings it"
+)
 
 QUESTIONS = [
     {"question": "where was the cat ?", "choices": ["a mat", "under tree", "red mat"], "answer": 1},

@@ -45,8 +45,8 @@ def test_the_loss_of_texts_is_transformers_own_with_the_end_token(model, tokeniz
     found = perplexity(model, tokenizer, [{"text": text} for text in TEXTS], batch_size=batch_size)
     want = pooled([own_loss(model, [*tokenizer(text)["input_ids"], 2]) for text in TEXTS])
     figures = values(found)
-    assert figures["loss (nats per token)"].value == pytest.approx(want, rel=1e-6)
-    assert figures["perplexity"].value == pytest.approx(math.exp(want), rel=1e-6)
+    assert figures["loss (nats per token)"].value == pytest.approx(want, rel=1e-5)
+    assert figures["perplexity"].value == pytest.approx(math.exp(want), rel=1e-5)
     assert found.rows == 4
     low, high = figures["perplexity"].low, figures["perplexity"].high
     assert low < math.exp(want) < high
@@ -57,7 +57,7 @@ def test_bits_per_byte_are_those_of_the_bytes_after_the_first_token(model, token
     found = perplexity(model, tokenizer, [{"text": text} for text in TEXTS])
     bits = sum(loss * n for loss, n in (own_loss(model, [*tokenizer(t)["input_ids"], 2]) for t in TEXTS)) / math.log(2)
     size = sum(len(text) - len(text.split()[0]) for text in TEXTS)
-    assert values(found)["bits per byte"].value == pytest.approx(bits / size, rel=1e-6)
+    assert values(found)["bits per byte"].value == pytest.approx(bits / size, rel=1e-5)
 
 
 def test_only_the_completion_is_learned_and_bits_per_byte_are_left_out(model, tokenizer):
@@ -65,7 +65,7 @@ def test_only_the_completion_is_learned_and_bits_per_byte_are_left_out(model, to
     found = perplexity(model, tokenizer, [example])
     ids = [*tokenizer("where was the cat ? on the mat")["input_ids"], 2]
     want, count = own_loss(model, ids, [-100] * 5 + ids[5:])
-    assert values(found)["loss (nats per token)"].value == pytest.approx(want, rel=1e-6)
+    assert values(found)["loss (nats per token)"].value == pytest.approx(want, rel=1e-5)
     assert found.details["tokens"] == count == 4
     assert "bits per byte" not in values(found)
     assert values(found)["perplexity"].low is None, "of one row there is no interval"
@@ -85,7 +85,7 @@ def test_long_texts_are_windows_in_which_every_token_but_the_first_is_learned_on
     found = perplexity(model, tokenizer, [{"text": long}], max_length=16)
     assert found.details["tokens"] == len(ids) - 1
     want = pooled([own_loss(model, ids[start : start + 16]) for start in range(0, len(ids) - 1, 15)])
-    assert values(found)["loss (nats per token)"].value == pytest.approx(want, rel=1e-6)
+    assert values(found)["loss (nats per token)"].value == pytest.approx(want, rel=1e-5)
 
 
 def test_progress_counts_each_row_once_though_it_is_many_windows(model, tokenizer):

@@ -1,4 +1,6 @@
-"""The one comparison of the test-suite, with its one table of tolerances."""
+"""The two comparisons of the test-suite: `close`, with one table of tolerances, and `same_bits`, with a promise."""
+
+import enum
 
 import torch
 from torch import Tensor
@@ -27,3 +29,22 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype | None = None) -> bool:
         print(f"relative error {error:.3g}, tolerance {tolerance:.3g}, shapes {tuple(got.shape)} {tuple(want.shape)}")
         return False
     return True
+
+
+class Promise(enum.Enum):
+    """Why two tensors have equal bits on every processor, with any number of threads and any library of kernels."""
+
+    UNTOUCHED = "nothing wrote to the tensor, or what was written was taken back from a copy"
+    STORED = "the same bytes were copied, moved, renamed, pickled, or written to a file and read back"
+    EXACT = "the arithmetic does not round: integers, masks, zeros, powers of two, reordering, casts of the same values"
+    SAME_PRODUCT = "one process ran the same operations on the same values, shapes and strides twice"
+    RESUMED = "a run that was stopped and resumed did the same steps as one that was not, on the same machine"
+
+
+def same_bits(got: Tensor, want: Tensor, promise: Promise) -> bool:
+    """Whether two tensors have the same shape, dtype and values; tests/test_promises.py refuses a bare `torch.equal`.
+
+    Products of other shapes, other threads, other kernels or another process are compared with `close`.
+    """
+    assert isinstance(promise, Promise)
+    return got.dtype == want.dtype and torch.equal(got, want)

@@ -11,7 +11,7 @@ from peft import BoneConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from flashbone.ops import reference
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
 
 
@@ -53,7 +53,7 @@ def check_lifecycle(model: PeftModel, run: Callable[[nn.Module], Tensor], fresh:
         model.merge_adapter()
         assert close(run(model), both)
         model.unmerge_adapter()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(same_bits(tensor, state[name], Promise.UNTOUCHED) for name, tensor in model.state_dict().items())
     with model.disable_adapter():
         assert close(run(model), base)  # torch takes a fast path, which rounds otherwise, where nothing is trained
     model.base_model.set_scale("y", 0.0)
@@ -68,6 +68,6 @@ def check_lifecycle(model: PeftModel, run: Callable[[nn.Module], Tensor], fresh:
         again = PeftModel.from_pretrained(fresh(), tmp / "y", low_cpu_mem_usage=low_cpu_mem_usage)
         again.load_adapter(tmp / "x", "x", low_cpu_mem_usage=low_cpu_mem_usage)
         again.set_adapter("x")
-        assert torch.equal(run(again), alone)
+        assert close(run(again), alone)
     assert close(run(model.merge_and_unload(adapter_names=["x", "y"])), both)
     assert close(run(again.unload()), base)

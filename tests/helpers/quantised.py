@@ -12,7 +12,7 @@ from flashbone import BoneLinear
 from helpers.blocks import random_block
 
 for package in ("bitsandbytes", "torchao", "hqq"):
-    pytest.importorskip(package, reason=f"{package} is not installed; `make test-quantised` runs these tests with it")
+    pytest.importorskip(package, reason=f"{package} is not installed; `make test-all` brings it")
 
 
 class Quantised(NamedTuple):

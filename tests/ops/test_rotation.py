@@ -8,7 +8,7 @@ import torch
 from flashbone import variants
 from flashbone.ops import reference
 from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg, rotation_offset
-from helpers.comparison import close, relative_error
+from helpers.comparison import Promise, close, relative_error, same_bits
 
 MAGNITUDES = [10.0**k for k in range(-5, 6)]
 # Even and odd: the skew part of an odd block is singular, so that its system is as ill-conditioned as it is large.
@@ -65,7 +65,7 @@ def test_solve_and_gradient_stay_bounded_over_ten_orders_of_magnitude(r):
         assert sizes[1e-6, 1e5] < 1e-6 * sizes[1e-6, 1e-5]
 
 
-@pytest.mark.parametrize(("size", "tolerance"), [(0.1, 1e-6), (1, 1e-6), (100, 5e-5), (1e3, 5e-4)])
+@pytest.mark.parametrize(("size", "tolerance"), [(0.1, 1e-6), (1, 1e-6), (100, 1e-4), (1e3, 1e-3)])
 @pytest.mark.parametrize("r", [32, 33])
 def test_gradients_point_where_those_of_fp64_do(r, size, tolerance):
     P, grad = torch.randn(r, r) * size, torch.randn(r, r)
@@ -106,7 +106,7 @@ def test_a_zero_block_is_the_identity_and_blocks_follow_the_formula(r):
     for eps in (1e-6, 1e-2):
         assert close(as_q(offset(P, eps)), reference.rotation(P, eps))
     assert close(offset(P.float()).double(), reference.rotation(P.float()) - torch.eye(r), torch.float32)
-    assert torch.equal(rotation_offset(P, False, 1e-6), P)
+    assert same_bits(rotation_offset(P, False, 1e-6), P, Promise.UNTOUCHED)
     assert not offset(P + P.T - torch.diag(torch.ones(r))).any()  # only the skew part rotates
 
 

@@ -2,40 +2,44 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone import shards
 from flashbone.errors import ShapeError
+from helpers.comparison import Promise, same_bits
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 40), r=st.integers(1, 50))
 def test_join_inverts_split_and_shard_sum_adds_up(size, r):
     x = torch.arange(2 * size, dtype=torch.float64).view(2, size) + 1
     parts = shards.split(x, r)
     assert parts.shape == (2, shards.count(size, r), r)
-    assert torch.equal(shards.join(parts, size), x)
-    assert torch.equal(shards.shard_sum(x, r), parts.sum(-2))
+    assert same_bits(shards.join(parts, size), x, Promise.EXACT)
+    assert same_bits(shards.shard_sum(x, r), parts.sum(-2), Promise.EXACT)
     assert parts.sum() == x.sum()
 
 
+@settings(deadline=None)
 @given(out=st.integers(1, 20), in_=st.integers(1, 20), r=st.integers(1, 24))
 def test_blocks_of_a_weight_are_where_the_formula_says(out, in_, r):
     W = torch.randn(out, in_)
     blocks = shards.split_weight(W, r)
-    assert torch.equal(shards.join_weight(blocks, out, in_), W)
+    assert same_bits(shards.join_weight(blocks, out, in_), W, Promise.EXACT)
     a, i, b, j = (out - 1) // r, (out - 1) % r, (in_ - 1) // r, (in_ - 1) % r
     assert blocks[a, i, b, j] == W[-1, -1]
     assert blocks.count_nonzero() == W.count_nonzero()
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 30), k=st.integers(1, 40))
 def test_tile_repeats_and_crops(size, k):
-    t, y = torch.randn(2, k), torch.randn(2, size)
+    t, y = torch.randint(-9999, 9999, (2, k)).float(), torch.randint(-9999, 9999, (2, size)).float()
     want = t[:, torch.arange(size) % k]
-    assert torch.equal(shards.tile(t, size), want)
-    assert torch.equal(shards.add_tiled(y, t), y + want)
+    assert same_bits(shards.tile(t, size), want, Promise.EXACT)
+    assert same_bits(shards.add_tiled(y, t), y + want, Promise.EXACT)
 
 
 def test_divisible_sizes_give_views():

@@ -1,7 +1,6 @@
 """What a child process costs: seconds of CPU, which a busy machine stretches far less than those of the clock."""
 
 import os
-import statistics
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,10 +19,8 @@ def cpu_and_wall_ms(command: Sequence[str]) -> tuple[float, float]:
     return 1000 * (usage.ru_utime + usage.ru_stime), 1000 * wall
 
 
-def medians_ms(commands: Sequence[Sequence[str]], rounds: int = ROUNDS) -> list[tuple[float, float]]:
-    """The median of CPU and clock of each command; they take turns, so that all see the same machine."""
+def least_ms(commands: Sequence[Sequence[str]], rounds: int = ROUNDS) -> list[tuple[float, float]]:
+    """The least CPU and clock of each command, since others only add to it; they take turns, so that all see the same
+    machine."""
     runs = [[cpu_and_wall_ms(command) for command in commands] for _ in range(rounds)]
-    return [
-        (statistics.median(cpu for cpu, _ in column), statistics.median(wall for _, wall in column))
-        for column in zip(*runs, strict=True)
-    ]
+    return [(min(cpu for cpu, _ in column), min(wall for _, wall in column)) for column in zip(*runs, strict=True)]

@@ -2,7 +2,7 @@
 
 import sys
 
-from child_cost import cpu_and_wall_ms, medians_ms
+from child_cost import cpu_and_wall_ms, least_ms
 
 IMPORT_MS, HELP_MS = 50, 300
 BARE = [sys.executable, "-c", "pass"]
@@ -11,7 +11,7 @@ HELP = [sys.executable, "-m", "flashbone", "--help"]
 
 
 def test_the_import_takes_under_50_ms_and_help_under_300_ms(record_property):
-    (bare, bare_wall), (imported, imported_wall), (helped, helped_wall) = medians_ms([BARE, IMPORT, HELP])
+    (bare, bare_wall), (imported, imported_wall), (helped, helped_wall) = least_ms([BARE, IMPORT, HELP])
     record_property("import_ms", (imported - bare, imported_wall - bare_wall))
     record_property("help_ms", (helped, helped_wall))
     assert imported - bare < IMPORT_MS

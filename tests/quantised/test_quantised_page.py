@@ -8,7 +8,7 @@ from helpers.pages import ROOT, blocks, run_page
 
 
 def test_the_page_runs(tmp_path, monkeypatch):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `make test-quantised` runs this with it")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `make test-all` brings it")
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained("base")
     run = run_page("docs/quantisation.md")

@@ -36,13 +36,14 @@ def test_generation_from_padded_prompts_equals_that_from_each_alone(one):
     alone = [model.generate(p, **options)[0, p.shape[1] :] for p in prompts]
     short = torch.nn.functional.pad(prompts[0], (7, 0))
     mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
+    # Token by token the most likely one leads by 1e-3 of the logits' RMS and more: far more than rounding changes them.
     together = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
-    assert torch.equal(together[:, 12:], torch.stack(alone))
+    assert together[:, 12:].tolist() == torch.stack(alone).tolist()
     short, mask = short.roll(5, 1), torch.cat([mask[:1].flip(1), mask[1:]])
     right = model.generate(torch.cat([short, prompts[1]]), attention_mask=mask, **options)
-    assert torch.equal(right[:, 12:], torch.stack(alone))
+    assert right[:, 12:].tolist() == torch.stack(alone).tolist()
     without_cache = model.generate(prompts[1], use_cache=False, **options)
-    assert torch.equal(without_cache[0, 12:], alone[1])
+    assert without_cache[0, 12:].tolist() == alone[1].tolist()
 
 
 @torch.no_grad()
@@ -55,14 +56,14 @@ def test_generation_goes_on_from_a_given_state(one):
     def from_prefix(given, mask=None):
         return model.generate(given, attention_mask=mask, past_key_values=copy.deepcopy(prefix), **options)[:, -5:]
 
-    assert torch.equal(from_prefix(tokens[:, :20]), want[:, -5:])
-    assert torch.equal(from_prefix(tokens[:, 12:20], torch.ones(1, 20)), want[:, -5:])
+    assert from_prefix(tokens[:, :20]).tolist() == want[:, -5:].tolist()
+    assert from_prefix(tokens[:, 12:20], torch.ones(1, 20)).tolist() == want[:, -5:].tolist()
     for given in (tokens[:, 12:20], tokens[:, 8:20]):  # of which transformers would leave out four, and none
         for mask in (None, torch.ones_like(given)):
             with pytest.raises(ConfigError, match="past_key_values has seen as many tokens as were given, or more"):
                 from_prefix(given, mask)
     embedded = model.generate(inputs_embeds=model.emb(tokens[:, :20]), **options)
-    assert torch.equal(embedded, want[:, -5:])
+    assert embedded.tolist() == want[:, -5:].tolist()
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def test_beams_carry_their_own_states(one):
     _, model, tokens, _ = one
     options = {"max_new_tokens": 6, "num_beams": 4, "eos_token_id": None, "do_sample": False}
     with_state = model.generate(tokens[:, :10], **options)
-    assert torch.equal(with_state, model.generate(tokens[:, :10], use_cache=False, **options))
+    assert with_state.tolist() == model.generate(tokens[:, :10], use_cache=False, **options).tolist()
 
 
 @torch.no_grad()

@@ -20,11 +20,15 @@ from flashbone import convert
 from flashbone.errors import ConfigError, NonFiniteError
 from helpers.adapter_folders import listing, tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close, relative_error
+from helpers.comparison import Promise, close, relative_error, same_bits
 
 IDS = torch.arange(2, 12).view(2, 5)
 EXACT = ("bone", "mini")
-TARGETS = {tiny_llama: ["q_proj", "v_proj", "down_proj"], tiny_gpt2: ["c_attn", "c_proj"], tiny_bert: ["query"]}
+TARGETS = {
+    tiny_llama: ["q_proj", "v_proj", "down_proj"],
+    tiny_gpt2: ["c_attn", "c_proj"],
+    tiny_bert: ["query", "value"],  # a query alone moves the logits by little more than rounding
+}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -63,7 +67,7 @@ def test_the_lora_of_a_live_adapter_has_its_logits_and_scale(maker, variant):
     assert config.r == config.lora_alpha == (6 if variant in EXACT else 30)
     assert not close(plain, want)
     assert close(logits(with_lora(bare, config, state)), want)
-    assert torch.equal(logits(model), want)
+    assert same_bits(logits(model), want, Promise.SAME_PRODUCT)
 
 
 @pytest.mark.parametrize("variant", ["bone", "bat-row"])
@@ -141,7 +145,7 @@ def test_a_scale_that_16_bits_cannot_hold_widens_the_factor(scale, dtype):
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     B = state["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
     assert B.dtype == dtype
-    assert torch.equal(B, (layer.bone_block["default"].detach().mT.double() * scale).to(dtype))
+    assert same_bits(B, (layer.bone_block["default"].detach().mT.double() * scale).to(dtype), Promise.SAME_PRODUCT)
 
 
 def test_a_merged_embedding_is_refused(tmp_path):

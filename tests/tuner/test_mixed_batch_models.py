@@ -16,7 +16,7 @@ from transformers import (
 from flashbone import BoneLinear
 from flashbone.errors import ConfigError, ShapeError
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
 
 
@@ -76,7 +76,7 @@ def test_logits_of_a_mixed_batch_are_those_of_separate_runs(make):
         got = model(input_ids=ids, adapter_names=NAMES).logits
         want = torch.cat(one_by_one(model, NAMES, lambda i: model(input_ids=ids[i : i + 1]).logits))
         assert close(got, want)
-        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert same_bits(model(input_ids=ids).logits, model(input_ids=ids).logits, Promise.SAME_PRODUCT)
     assert all(module.row_names is None for module in model.modules() if isinstance(module, BoneLinear))
 
 
@@ -84,7 +84,7 @@ def test_logits_of_a_mixed_batch_are_those_of_separate_runs(make):
     ("make", "fields"), [(llama, {}), (llama, {"num_beams": 4, "num_return_sequences": 2}), (t5, {"num_beams": 3})]
 )
 def test_generation_of_a_mixed_batch_is_that_of_separate_runs(make, fields):
-    model = with_adapters(make())
+    model = with_adapters(make().double())  # in which no near tie is decided by how a mixed batch rounds
     fields = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **fields}
     ids = torch.randint(5, 50, (len(NAMES), 5), generator=torch.Generator().manual_seed(3))
     # Both are batches, since a cache and a batch of one round differently: near ties between beams could go either way.
@@ -98,7 +98,7 @@ def test_generation_of_a_mixed_batch_is_that_of_separate_runs(make, fields):
             i * each : (i + 1) * each
         ],
     )
-    assert torch.equal(got, torch.cat(want))
+    assert got.tolist() == torch.cat(want).tolist()
     assert len({tuple(row.tolist()) for row in got}) > 3  # the adapters do not all say the same
 
 
@@ -127,7 +127,7 @@ def test_wrong_names_are_refused_and_leave_nothing_behind():
     with pytest.raises(ConfigError, match=r"training mode.*call model.eval\(\) first"):
         model.train()(ids, adapter_names=["BONE", "MINI"])
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, want)
+        assert same_bits(model.eval()(ids).logits, want, Promise.SAME_PRODUCT)
 
 
 class Head(nn.Module):

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flashbone.ops import reference
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP, fill_blocks
 
 
@@ -25,7 +25,10 @@ def test_a_new_adapter_changes_nothing_and_only_it_is_trained(variant):
     base = MLP(SIZES)
     want = base(inputs())
     model = get_peft_model(base, config(variant))
-    assert torch.equal(model(inputs()), want)
+    if variant == "bat-col":  # a product with a shifted weight of its own, whose strides are others
+        assert close(model(inputs()), want)
+    else:
+        assert same_bits(model(inputs()), want, Promise.EXACT)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         f"base_model.model.lin{i}.bone_block.default" for i in (0, 1)
     ]
@@ -49,13 +52,13 @@ def test_adapters_of_different_variants_are_set_disabled_and_deleted():
         outputs[name] = model(inputs())
     assert all(not torch.allclose(a, b) for a in outputs.values() for b in [base, *outputs.values()] if a is not b)
     with model.disable_adapter():
-        assert torch.equal(model(inputs()), base)
-    assert torch.equal(model(inputs()), outputs["3"])
+        assert same_bits(model(inputs()), base, Promise.SAME_PRODUCT)
+    assert same_bits(model(inputs()), outputs["3"], Promise.SAME_PRODUCT)
     model.set_adapter("1")
     model.delete_adapter("2")
     assert set(model.peft_config) == {"0", "1", "3"}
     assert "2" not in model.base_model.model.lin0.bone_r
-    assert torch.equal(model(inputs()), outputs["1"])
+    assert same_bits(model(inputs()), outputs["1"], Promise.SAME_PRODUCT)
     with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("2")
 
@@ -89,13 +92,16 @@ def test_saved_adapters_load_again(variant, low_cpu_mem_usage, tmp_path):
         f"base_model.model.lin{i}.bone_block" for i in (0, 1)
     }
     again = PeftModel.from_pretrained(MLP(SIZES), folder, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(again(inputs()), want)
+    stored, held = get_peft_model_state_dict(model, adapter_name="0"), get_peft_model_state_dict(again)
+    assert held.keys() == stored.keys()
+    assert all(same_bits(held[name], stored[name], Promise.STORED) for name in stored)
+    assert close(again(inputs()), want)  # with low_cpu_mem_usage blocks stay in the file's memory, however aligned
     assert not any(p.requires_grad for p in again.parameters())
     again.load_adapter(folder, "reloaded", low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True)
     again.set_adapter("reloaded")
-    assert torch.equal(again(inputs()), want)
+    assert close(again(inputs()), want)
     again.load_adapter(folder, "reloaded")
-    assert torch.equal(again(inputs()), want)
+    assert close(again(inputs()), want)
 
 
 def test_configs_survive_a_round_trip_and_deepcopy(tmp_path):
@@ -126,7 +132,7 @@ def test_biases_are_trained_saved_and_loaded(bias, tmp_path):
         if parameter.requires_grad:
             parameter.data.add_(1)
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(MLP(SIZES), tmp_path)(inputs()), model(inputs()))
+    assert same_bits(PeftModel.from_pretrained(MLP(SIZES), tmp_path)(inputs()), model(inputs()), Promise.SAME_PRODUCT)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "bone_only"])
@@ -139,7 +145,7 @@ def test_modules_to_save_are_trained_saved_and_loaded(bias, tmp_path):
             parameter.data.mul_(2)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(MLP(SIZES), tmp_path)
-    assert torch.equal(again(inputs()), model(inputs()))
+    assert same_bits(again(inputs()), model(inputs()), Promise.SAME_PRODUCT)
     assert close(again.merge_and_unload()(inputs()), model(inputs()))
 
 
@@ -152,7 +158,7 @@ def test_layers_without_adapters_are_left_alone_and_unload_gives_the_base_back(v
     assert type(model.base_model.model.lin0) is nn.Linear
     unloaded = model.unload()
     assert [repr(type(m)) for m in unloaded.modules()] == before[2]
-    assert all(torch.equal(v, before[0][k]) for k, v in unloaded.state_dict().items())
+    assert all(same_bits(v, before[0][k], Promise.UNTOUCHED) for k, v in unloaded.state_dict().items())
 
 
 def test_injection_without_peft_model_saves_and_loads():
@@ -162,7 +168,7 @@ def test_injection_without_peft_model_saves_and_loads():
     assert set(state) == {"lin0.bone_block", "lin1.bone_block"}
     again = inject_adapter_in_model(config("bat-row"), MLP(SIZES))
     set_peft_model_state_dict(again, state)
-    assert torch.equal(again(inputs()), model(inputs()))
+    assert same_bits(again(inputs()), model(inputs()), Promise.SAME_PRODUCT)
 
 
 # ---- real architectures
@@ -182,7 +188,7 @@ def test_gpt2_with_its_default_targets_and_conv1d_layers(variant, tmp_path):
     want = model(tokens).logits
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(gpt2(), tmp_path)
-    assert torch.equal(again(tokens).logits, want)
+    assert same_bits(again(tokens).logits, want, Promise.SAME_PRODUCT)
     assert close(again.merge_and_unload()(tokens).logits, want, torch.float32)
     assert not torch.allclose(want, gpt2()(tokens).logits)
 
@@ -227,11 +233,11 @@ def test_a_real_pretrained_albert_with_shared_layers(variant, tmp_path):
     model.merge_adapter()
     assert close(model(tokens).logits, want, torch.float32)
     model.unmerge_adapter()
-    assert torch.equal(model(tokens).logits, want)
+    assert same_bits(model(tokens).logits, want, Promise.SAME_PRODUCT)
     model.save_pretrained(tmp_path)
     unloaded = model.unload()
-    assert all(torch.equal(v, before[k]) for k, v in unloaded.state_dict().items())
-    assert torch.equal(PeftModel.from_pretrained(unloaded, tmp_path)(tokens).logits, want)
+    assert all(same_bits(v, before[k], Promise.UNTOUCHED) for k, v in unloaded.state_dict().items())
+    assert same_bits(PeftModel.from_pretrained(unloaded, tmp_path)(tokens).logits, want, Promise.SAME_PRODUCT)
 
 
 def test_bat_col_and_bat_row_are_not_confused_on_square_layers(tmp_path):
@@ -244,7 +250,8 @@ def test_bat_col_and_bat_row_are_not_confused_on_square_layers(tmp_path):
         outputs[variant] = model(inputs()[:, :8])
     assert not torch.allclose(outputs["bat-col"], outputs["bat-row"])
     for variant, want in outputs.items():
-        assert torch.equal(PeftModel.from_pretrained(MLP(sizes), tmp_path / variant)(inputs()[:, :8]), want)
+        again = PeftModel.from_pretrained(MLP(sizes), tmp_path / variant)
+        assert same_bits(again(inputs()[:, :8]), want, Promise.SAME_PRODUCT)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -255,4 +262,7 @@ def test_an_adapter_on_fewer_layers_loads_beside_another(low_cpu_mem_usage, tmp_
     other.save_pretrained(tmp_path)
     model.load_adapter(tmp_path / "other", "other", low_cpu_mem_usage=low_cpu_mem_usage)
     model.set_adapter("other")
-    assert torch.equal(model(inputs()), other(inputs()))
+    stored, held = (get_peft_model_state_dict(m, adapter_name="other") for m in (other, model))
+    assert held.keys() == stored.keys()
+    assert all(same_bits(held[name], stored[name], Promise.STORED) for name in stored)
+    assert close(model(inputs()), other(inputs()))  # with low_cpu_mem_usage blocks stay in the file's memory

@@ -10,7 +10,7 @@ from torch import nn
 
 from flashbone.errors import ConfigError, FlashboneError, NonFiniteError
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP, fill_blocks
 
 # ---- merging
@@ -43,7 +43,7 @@ def test_switching_while_merged_unmerges_first_and_deleting_is_refused():
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.set_adapter("1")
     model.set_adapter("0")
-    assert torch.equal(model(inputs()), want)
+    assert same_bits(model(inputs()), want, Promise.SAME_PRODUCT)
 
 
 def test_disabling_while_merged_gives_the_base_and_originals_can_be_dropped():
@@ -51,7 +51,7 @@ def test_disabling_while_merged_gives_the_base_and_originals_can_be_dropped():
     base = MLP(SIZES)(inputs())
     model.merge_adapter()
     with model.disable_adapter():
-        assert torch.equal(model(inputs()), base)
+        assert same_bits(model(inputs()), base, Promise.SAME_PRODUCT)
     model.base_model.keep_originals(False)
     model.merge_adapter()
     assert model.base_model.model.lin0._original_weight is None
@@ -100,9 +100,9 @@ def test_state_of_merged_models_is_saved_and_pickled_as_usual(tmp_path):
     want = model(inputs())
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(again(inputs()), want)
+    assert same_bits(again(inputs()), want, Promise.SAME_PRODUCT)
     again.unmerge_adapter()
-    assert torch.equal(again.base_model.model.lin0.base_layer.weight, MLP(SIZES).lin0.weight)
+    assert same_bits(again.base_model.model.lin0.base_layer.weight, MLP(SIZES).lin0.weight, Promise.UNTOUCHED)
     clone = copy.deepcopy(model)
     clone.unmerge_adapter()
-    assert torch.equal(model(inputs()), want)
+    assert same_bits(model(inputs()), want, Promise.SAME_PRODUCT)

@@ -10,14 +10,14 @@ from peft import get_peft_model
 
 from flashbone.errors import NonFiniteError
 from flashbone.tuner.saved_parameters import SavedParameter, find
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 
 
 def test_the_adapters_value_takes_the_parameters_place_and_starts_as_the_bases():
     bare = base()
     want = bare(inputs())
     model = get_peft_model(base(), config("time_decay", "att.time_maa_x", "scale"))
-    assert torch.equal(model(inputs()), want)
+    assert close(model(inputs()), want)  # an adapted layer takes its tokens as the rows of one matrix
     assert model.peft_config["default"].parameters_to_save == [
         *("scale", "blocks.0.att.time_maa_x", "blocks.0.att.time_decay"),
         *("blocks.1.att.time_maa_x", "blocks.1.att.time_decay"),
@@ -26,9 +26,10 @@ def test_the_adapters_value_takes_the_parameters_place_and_starts_as_the_bases()
     assert not close(model(inputs()), want)
     assert close(model(inputs()), by_hand(model)(inputs()))
     attention = model.base_model.model.blocks[0].att
-    assert torch.equal(attention.decay(), torch.exp(-torch.exp(values(model)[DECAYS[0]])))  # outside of forward, too
+    decay = torch.exp(-torch.exp(values(model)[DECAYS[0]]))
+    assert same_bits(attention.decay(), decay, Promise.SAME_PRODUCT)  # outside of forward, too
     with model.disable_adapter():
-        assert torch.equal(model(inputs()), want)
+        assert same_bits(model(inputs()), want, Promise.SAME_PRODUCT)
     assert type(attention).__name__ == "Attention"
     assert isinstance(attention, Attention)
 
@@ -55,7 +56,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model(inputs()).sum().backward()
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert all(same_bits(got[name], want[name], Promise.SAME_PRODUCT) for name in want)
 
 
 def test_what_reads_such_a_parameter_is_compiled_as_one_graph():
@@ -80,7 +81,7 @@ def test_values_are_kept_in_fp32_and_used_in_the_bases_dtype():
     model = trained("time_decay", "scale", dtype=torch.bfloat16)
     assert {value.dtype for value in values(model).values()} == {torch.float32}
     assert model.base_model.model.scale.dtype == torch.bfloat16
-    assert torch.equal(model.base_model.model.scale, values(model)["scale"].bfloat16())
+    assert same_bits(model.base_model.model.scale, values(model)["scale"].bfloat16(), Promise.EXACT)
     model(inputs(torch.bfloat16)).sum().backward()
     assert find(model)[0].bone_parameter["default"].grad.dtype == torch.float32
     low = get_peft_model(base(torch.bfloat16), config("scale"), autocast_adapter_dtype=False)
@@ -93,18 +94,18 @@ def test_merging_gives_the_value_and_unmerging_the_base_bit_for_bit():
     model.base_model.keep_originals(False)  # a value that is gone could not be computed back
     for _ in range(3):
         model.merge_adapter(safe_merge=True)
-        assert all(
-            torch.equal(saved.base_layer.original, values(model)[saved.name].bfloat16()) for saved in find(model)
-        )
+        rounded = {name: value.bfloat16() for name, value in values(model).items()}
+        assert all(same_bits(saved.base_layer.original, rounded[saved.name], Promise.EXACT) for saved in find(model))
         with torch.no_grad():
             merged = model(x)
         model.unmerge_adapter()
-        assert all(torch.equal(saved.base_layer.original, bare.get_parameter(saved.name)) for saved in find(model))
+        originals = {saved.name: saved.base_layer.original for saved in find(model)}
+        assert all(same_bits(originals[n], bare.get_parameter(n), Promise.UNTOUCHED) for n in originals)
     assert merged.shape == x.shape
     model.merge_adapter()
     with model.disable_adapter():  # takes the merge back, as layers do
         model(x)
-    assert torch.equal(find(model)[0].base_layer.original, bare.get_parameter(find(model)[0].name))
+    assert same_bits(find(model)[0].base_layer.original, bare.get_parameter(find(model)[0].name), Promise.UNTOUCHED)
 
 
 def test_merge_and_unload_leaves_the_same_plain_parameters():
@@ -117,7 +118,7 @@ def test_merge_and_unload_leaves_the_same_plain_parameters():
     merged = model.merge_and_unload(safe_merge=True)
     assert list(merged.state_dict()) == order
     assert all(merged.get_parameter(name) is parameter for name, parameter in objects.items())
-    assert all(torch.equal(merged.get_parameter(name), value) for name, value in merged_values.items())
+    assert all(same_bits(merged.get_parameter(name), value, Promise.STORED) for name, value in merged_values.items())
     assert close(merged(inputs()), want(inputs()))
     assert not any(isinstance(module, SavedParameter) for module in merged.modules())
     assert type(merged.blocks[0].att) is Attention
@@ -128,7 +129,8 @@ def test_unload_leaves_the_base():
     model, bare = trained("time_decay", "scale"), base()
     unloaded = model.unload()
     assert list(unloaded.state_dict()) == list(bare.state_dict())
-    assert all(torch.equal(tensor, bare.state_dict()[name]) for name, tensor in unloaded.state_dict().items())
+    tensors = unloaded.state_dict()
+    assert all(same_bits(tensors[name], want, Promise.UNTOUCHED) for name, want in bare.state_dict().items())
 
 
 def test_an_unloaded_copy_leaves_the_original_as_it_is():
@@ -136,10 +138,10 @@ def test_an_unloaded_copy_leaves_the_original_as_it_is():
     want = model(inputs())
     merged = copy.deepcopy(model).merge_and_unload()
     assert close(merged(inputs()), want)
-    assert torch.equal(model(inputs()), want)
+    assert same_bits(model(inputs()), want, Promise.SAME_PRODUCT)
     again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(again(inputs()), want)
-    assert torch.equal(copy.deepcopy(again).unload()(inputs()), base()(inputs()))
+    assert same_bits(again(inputs()), want, Promise.SAME_PRODUCT)
+    assert same_bits(copy.deepcopy(again).unload()(inputs()), base()(inputs()), Promise.SAME_PRODUCT)
 
 
 def test_a_value_that_is_not_finite_is_not_merged_safely_and_nothing_changes():
@@ -153,4 +155,4 @@ def test_a_value_that_is_not_finite_is_not_merged_safely_and_nothing_changes():
         tensors, *rest = snapshot(model)
         assert rest == list(before[1:])
         assert tensors.keys() == before[0].keys()
-    assert torch.equal(find(model)[0].base_layer.original, base().blocks[0].att.time_decay)
+    assert same_bits(find(model)[0].base_layer.original, base().blocks[0].att.time_decay, Promise.UNTOUCHED)

@@ -15,6 +15,7 @@ import flashbone
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.rwkv import from_pth
 from flashbone.tuner.saved_parameters import find
+from helpers.comparison import Promise, close, same_bits
 from helpers.rwkv import write_rwkv
 
 
@@ -24,7 +25,7 @@ def test_the_state_dict_of_the_model_goes_through_a_file():
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     other.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(other(inputs()), model(inputs()))
+    assert same_bits(other(inputs()), model(inputs()), Promise.SAME_PRODUCT)
 
 
 def test_a_file_has_the_plain_names_and_gives_the_adapter_back(tmp_path):
@@ -38,17 +39,20 @@ def test_a_file_has_the_plain_names_and_gives_the_adapter_back(tmp_path):
     assert {key for key in tensors if "bone_block" not in key} == {
         f"base_model.model.{name}" for name in [*DECAYS, "scale"]
     }
-    assert all(torch.equal(tensors[f"base_model.model.{n}"], value) for n, value in values(model, "mine").items())
+    own = {f"base_model.model.{name}": value for name, value in values(model, "mine").items()}
+    assert all(same_bits(tensors[name], own[name], Promise.STORED) for name in own)
     for fast in (False, True):
         again = PeftModel.from_pretrained(base(), tmp_path / "mine", low_cpu_mem_usage=fast)
-        assert torch.equal(again(inputs()), model(inputs()))
+        held = get_peft_model_state_dict(again)
+        assert all(same_bits(held[name], tensor, Promise.STORED) for name, tensor in tensors.items())
+        assert close(again(inputs()), model(inputs()))  # the fast way leaves them in the file's memory, however aligned
         assert not any(p.requires_grad for p in again.parameters())
-        assert torch.equal(again.unload()(inputs()), base()(inputs()))
+        assert same_bits(again.unload()(inputs()), base()(inputs()), Promise.SAME_PRODUCT)
     again = PeftModel.from_pretrained(base(), tmp_path / "mine", is_trainable=True)
     assert sum(p.requires_grad for p in again.parameters()) == 7
     again.load_adapter(tmp_path / "mine", "second")
     again.set_adapter("second")
-    assert torch.equal(again(inputs()), model(inputs()))
+    assert same_bits(again(inputs()), model(inputs()), Promise.SAME_PRODUCT)
 
 
 def test_the_checkpoint_merge_and_the_live_merge_are_equal_to_the_bit(tmp_path):
@@ -59,7 +63,7 @@ def test_the_checkpoint_merge_and_the_live_merge_are_equal_to_the_bit(tmp_path):
     flashbone.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     disk, live = load_file(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict()
     assert disk.keys() == live.keys()
-    assert all(torch.equal(disk[name], live[name]) for name in live)
+    assert all(same_bits(disk[name], live[name], Promise.SAME_PRODUCT) for name in live)
 
 
 def test_an_adapter_of_rwkv_peft_is_converted_loaded_trained_and_merged(tmp_path):
@@ -74,7 +78,7 @@ def test_an_adapter_of_rwkv_peft_is_converted_loaded_trained_and_merged(tmp_path
     flashbone.convert(tmp_path / "rwkv-0.pth", tmp_path / "bone", "peft")
     model = PeftModel.from_pretrained(base(), tmp_path / "bone", is_trainable=True)
     assert values(model).keys() == {key for key in state if "time_" in key}
-    assert all(torch.equal(value, state[name].float()) for name, value in values(model).items())
+    assert all(same_bits(value, state[name].float(), Promise.EXACT) for name, value in values(model).items())
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     model(inputs()).square().mean().backward()
@@ -85,7 +89,7 @@ def test_an_adapter_of_rwkv_peft_is_converted_loaded_trained_and_merged(tmp_path
     save_file(base().state_dict(), tmp_path / "base/model.safetensors")
     flashbone.merge_checkpoint(tmp_path / "base", tmp_path / "trained", tmp_path / "out")
     disk, live = load_file(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict()
-    assert all(torch.equal(disk[name], live[name]) for name in live)
+    assert all(same_bits(disk[name], live[name], Promise.SAME_PRODUCT) for name in live)
     flashbone.convert(tmp_path / "trained", tmp_path / "again.pth", "rwkv-peft")
     assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == state.keys()
 
@@ -102,11 +106,11 @@ def test_an_rwkv_model_and_its_own_checkpoint_get_the_same_numbers(version, name
     with torch.no_grad():
         want = model(tokens).logits
         again = PeftModel.from_pretrained(from_pth(file).eval(), tmp_path / "adapter")
-        assert torch.equal(again(tokens).logits, want)
+        assert same_bits(again(tokens).logits, want, Promise.SAME_PRODUCT)
     flashbone.merge_checkpoint(file, tmp_path / "adapter", tmp_path / "out.pth")
     disk, live = torch.load(tmp_path / "out.pth", weights_only=True), model.merge_and_unload().state_dict()
     assert disk.keys() == live.keys()
-    assert all(torch.equal(disk[name], live[name]) for name in live)
+    assert all(same_bits(disk[name], live[name], Promise.SAME_PRODUCT) for name in live)
 
 
 def test_hot_swap_puts_new_values_in_place_and_refuses_other_parameters(tmp_path):
@@ -116,7 +120,7 @@ def test_hot_swap_puts_new_values_in_place_and_refuses_other_parameters(tmp_path
     held = [saved.bone_parameter["default"] for saved in find(model)]
     hotswap_adapter(model, str(tmp_path / "new"), "default")
     assert all(saved.bone_parameter["default"] is value for saved, value in zip(find(model), held, strict=True))
-    assert torch.equal(model(inputs()), trained("time_decay", seed=5)(inputs()))
+    assert same_bits(model(inputs()), trained("time_decay", seed=5)(inputs()), Promise.SAME_PRODUCT)
     with pytest.raises(ConfigError, match="parameters_to_save: the model has"):
         hotswap_adapter(model, str(tmp_path / "other"), "default")
 

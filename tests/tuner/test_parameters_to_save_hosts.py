@@ -9,6 +9,7 @@ from torch import nn
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.saved_parameters import find
+from helpers.comparison import Promise, close, same_bits
 from helpers.processes import run_apart
 
 
@@ -29,8 +30,11 @@ def test_shards_are_refused_where_an_adapter_is_added_and_where_a_value_is_read(
 
 
 FSDP2 = """
+import sys
+sys.path += sys.argv[1:]
 import torch, torch.distributed as dist
 import flashbone
+from helpers.comparison import close
 from peft import BoneConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -63,7 +67,7 @@ for layer in model.base_model.model:
 got = model(x)
 got.sum().backward()
 sharded = [p.grad.full_tensor() for p in model.parameters() if p.requires_grad]
-assert torch.equal(got, want) and all(map(torch.equal, sharded, grads)) and len(grads) == 4
+assert close(got, want) and all(map(close, sharded, grads)) and len(grads) == 4
 for change in (lambda: model.base_model.model[0].mix.decay, model.merge_adapter, model.unload):
     try:
         change()
@@ -86,9 +90,9 @@ def test_values_of_an_offloaded_model_are_used_and_not_trained_nor_merged():
     want = model(inputs())
     cpu_offload(model, torch.device("cpu"))
     with torch.no_grad():
-        assert torch.equal(model(inputs()), want)
+        assert close(model(inputs()), want)  # an offloaded base is called as it is, not on the rows of a matrix
         with model.disable_adapter():
-            assert torch.equal(model(inputs()), base()(inputs()))
+            assert same_bits(model(inputs()), base()(inputs()), Promise.SAME_PRODUCT)
     model.set_requires_grad("default")
     with pytest.raises(ConfigError, match="was offloaded with the model, so that it cannot be trained"):
         model.train()(inputs())
@@ -98,4 +102,4 @@ def test_values_of_an_offloaded_model_are_used_and_not_trained_nor_merged():
     with pytest.raises(ConfigError, match=r"time_decay .and 1 more.: it is sharded or offloaded; add the adapter to a"):
         get_peft_model(cpu_offload(base(), torch.device("cpu")), config("time_decay"))
     with torch.no_grad():
-        assert torch.equal(model.eval()(inputs()), want)
+        assert close(model.eval()(inputs()), want)

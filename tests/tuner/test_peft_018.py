@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import flashbone
 from flashbone.checkpoint import peft
 from golden.cases import CASES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP, fill_blocks, results
 
 TESTS = Path(__file__).parent.parent
@@ -24,11 +24,11 @@ GOLDEN = TESTS / "golden" / "peft-0.18.1"
 ORACLE = TESTS.parent / ".venv" / "peft-0.18.1"
 
 
-def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
     assert got.keys() == want.keys()
     assert any(key.startswith("grad:") for key in want)
     for key in want:
-        assert close(got[key], want[key]), key
+        assert close(got[key], want[key], dtype), key
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,14 +50,15 @@ def test_unmerged_adapters_of_peft_018_give_the_base_back(name):
     model.unmerge_adapter()
     for key, weight in model.unload().state_dict().items():
         if key.endswith("weight"):
-            assert torch.equal(weight, base[key])
+            assert same_bits(weight, base[key], Promise.UNTOUCHED)
 
 
 def test_the_random_start_is_the_one_of_peft_018():
     sizes, fields = CASES["bone-random-start"]
     torch.manual_seed(0)
     model = get_peft_model(MLP(sizes), BoneConfig(**fields))
-    assert_same(results(model, sizes[0]), load_file(GOLDEN / "bone-random-start" / "expected.safetensors"))
+    want = load_file(GOLDEN / "bone-random-start" / "expected.safetensors")
+    assert_same(results(model, sizes[0]), want, torch.float32)  # drawn in fp32, which processors round differently
 
 
 @pytest.mark.skipif(not ORACLE.is_dir(), reason="peft 0.18.1 is not installed beside the environment (make test does)")
