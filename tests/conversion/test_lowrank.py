@@ -8,7 +8,7 @@ from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.ops import reference
 from flashbone.variants import lowrank
 from helpers.blocks import SIZES, VARIANT_NAMES, random_block
-from helpers.comparison import close, relative_error
+from helpers.comparison import Promise, close, relative_error, same_bits
 
 EXACT = ("bone", "mini")
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7)]
@@ -32,7 +32,7 @@ def test_the_factors_of_bone_and_mini_are_their_delta_bit_for_bit(name, size, dt
     block = random_block(name, out, in_, r, dtype=dtype)
     A, B = variants.get(name).factors(block, out, in_)
     assert (A.shape, B.shape, A.dtype, B.dtype) == ((r, in_), (out, r), dtype, dtype)
-    assert torch.equal(B @ A, variants.get(name).delta(torch.zeros(out, in_, dtype=dtype), block))
+    assert same_bits(B @ A, variants.get(name).delta(torch.zeros(out, in_, dtype=dtype), block), Promise.EXACT)
 
 
 @pytest.mark.parametrize("name", sorted(set(VARIANT_NAMES) - set(EXACT)))
@@ -107,7 +107,9 @@ def test_an_untrained_adapter_needs_no_rank_at_all(rank, error):
     assert (found.used, found.error, found.A.shape, found.B.shape) == (0, 0.0, (0, 8), (6, 0))
 
 
-def test_a_rank_above_that_of_the_delta_is_not_used():
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_above_that_of_the_delta_is_not_used(seed):
+    torch.manual_seed(seed)
     D = torch.randn(16, 2, dtype=torch.float64) @ torch.randn(2, 16, dtype=torch.float64)
     found = lowrank.best(D, 8, None)
     assert found.used == 2
@@ -143,7 +145,7 @@ def test_a_scale_keeps_the_dtype_where_it_rounds_nothing():
         assert (found.A.dtype, found.B.dtype) == (torch.bfloat16, dtype)
         assert (found.is_exact, found.error, found.used) == (True, 0.0, 4)
         assert close(found.B.double(), scale * block.double().mT, torch.float32)
-        assert torch.equal(found.B.double(), scale * block.double().mT) or scale == 0.3
+        assert same_bits(found.B.double(), scale * block.double().mT, Promise.EXACT) or scale == 0.3
 
 
 @pytest.mark.parametrize("name", sorted(set(VARIANT_NAMES) - set(EXACT)))

@@ -158,7 +158,8 @@ def _spectrum(D: Tensor, span: Tensor | None) -> tuple[Float[Tensor, "k"], Float
         part = part if span is None else span.mT @ part
         gram.addmm_(part, part.mT)
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(gram))
-    values = torch.where(values > values[0] * torch.finfo(torch.float64).eps, values, 0.0)  # the others are rounding
+    rounding = values[0] * rows * torch.finfo(torch.float64).eps  # of the Gram matrix and its eigenvalues
+    values = torch.where(values > rounding, values, 0.0)
     return values, vectors if span is None else span @ vectors
 
 
