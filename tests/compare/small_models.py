@@ -13,8 +13,13 @@ from transformers import (
     LlamaConfig,
 )
 
+from flashbone.compare.methods import METHODS
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RXN = find_spec("rxnmapper")
+# PEFT's other methods are of the second tier.
+FIRST = ("bone", "mini", "bat-col", "bat-row", "orthogonal", "lora", "full")
+NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 MINILM = Path(__file__).parents[2] / ".cache/classification/minilm"
 
 

@@ -67,20 +67,14 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_every_variant_compiles_as_one_graph_with_equal_outputs_and_gradients(backend, tmp_path):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a C++ compiler")
-    for attempt in ("first", "second"):
-        # A cache and a compiler of its own. In some runs of the whole suite g++ left a library that was half written,
-        # or not linked to libstdc++, which is loaded beforehand therefore; what still cannot be loaded is repeated.
-        own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / attempt), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        if sys.platform == "linux":
-            own["LD_PRELOAD"] = "libstdc++.so.6"
-        done = subprocess.run(
-            [sys.executable, "-c", CODE, backend], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
-        )
-        if "InductorError: ImportError" not in done.stderr:
-            break
+    own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, backend], cwd=tmp_path, env=own, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "compiled\n"

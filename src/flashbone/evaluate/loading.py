@@ -1,6 +1,7 @@
 """The model that is evaluated, with its adapter, and what the run that trained the adapter says about it."""
 
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -129,8 +130,24 @@ def attach(model: Any, adapter: Path, task_type: str, merge: bool = False, needs
             raise ConfigError(f"adapter {adapter}: was trained for the task {own}; {remedy}")
         if needs_head and not getattr(config, "modules_to_save", None):
             raise ConfigError(f"adapter {adapter}: brings no classification head, and the model has none")
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
+        with same_compilers():
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
     return adapted.merge_and_unload() if merge else adapted
+
+
+@contextmanager
+def same_compilers() -> Iterator[None]:
+    """Restore CC and CXX: PEFT's BOFT leaves both at gcc where its CUDA extension cannot be built, and what Inductor
+    compiles afterwards, here or in processes that inherit them, would not be linked to libstdc++."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

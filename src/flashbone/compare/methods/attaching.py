@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.evaluate.loading import same_compilers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +62,7 @@ def with_adapter(model: Any, method: Method, config: Any) -> Any:
 
     _check_butterflies(config)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), same_compilers():
             for text in _NOISE:
                 warnings.filterwarnings("ignore", text)
             attached = get_peft_model(model, config)
@@ -156,7 +157,7 @@ def _check_butterflies(config: Any) -> None:
         return
     from peft.tuners.boft.layer import get_fbd_cuda
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), same_compilers():
         warnings.simplefilter("ignore", UserWarning)
         missing = get_fbd_cuda() is None
     if missing:
