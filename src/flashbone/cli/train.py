@@ -3,8 +3,10 @@
 import argparse
 import json
 
-from flashbone.cli.configured import check_extra, separate
+from flashbone import floors
+from flashbone.cli.configured import separate
 from flashbone.cli.terminal import set_up_notices
+from flashbone.errors import FlashboneError
 
 OPTIONS = ("--resume", "--json", "--help")
 
@@ -36,7 +38,7 @@ def run(argv: list[str]) -> int:
     """Parse, train, print the summary on stdout; notices and progress go to stderr."""
     ours, overrides = separate(argv, OPTIONS)
     options = make_parser().parse_args(ours)
-    check_extra("training")
+    floors.check("train")
     set_up_notices()
 
     from flashbone.train.recipe import load_recipe
@@ -46,7 +48,11 @@ def run(argv: list[str]) -> int:
     from flashbone.report.training import plot_losses, plot_rotations, print_summary
     from flashbone.train.run import train
 
-    result = train(recipe, resume=options.resume)
+    try:
+        result = train(recipe, resume=options.resume)
+    except (FlashboneError, OSError, SystemExit, KeyboardInterrupt):  # what ends with a code of its own
+        leave_processes()
+        raise
     leave_processes()
     if not result.is_main:
         return 0
@@ -62,8 +68,8 @@ def run(argv: list[str]) -> int:
 def leave_processes() -> None:
     """Leave the group of launched processes, if there is one.
 
-    Left to the interpreter's end, gloo's threads have aborted a process that was done ("terminate called without an
-    active exception"), upon which the launcher stopped the others.
+    A thread of gloo that ends a work while the interpreter closes cannot take the interpreter's lock, and aborts the
+    process ("terminate called without an active exception"); the launcher then stops the others.
     """
     import torch.distributed as dist
 
