@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flashbone import floors
 from flashbone.host_hooks import wrap_when_imported
 from flashbone.import_hook import when_imported
 
@@ -50,6 +51,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'flashbone' has no attribute {name!r}")
     if _PUBLIC[name].startswith("flashbone.tuner"):
+        if not floors.are_met():
+            floors.check()
         import_module("peft")  # before flashbone.tuner, whatever thread comes first: its import loads that package
     return getattr(import_module(_PUBLIC[name]), name)
 
@@ -59,15 +62,18 @@ def __dir__() -> list[str]:
 
 
 def _register(peft: ModuleType) -> None:
-    import_module("flashbone.tuner.register").register(peft)
+    if floors.are_met():
+        import_module("flashbone.tuner.register").register(peft)
 
 
 def _register_rwkv_configs(auto: ModuleType) -> None:
-    import_module("flashbone.rwkv.register").register_configs(auto)
+    if floors.are_met():
+        import_module("flashbone.rwkv.register").register_configs(auto)
 
 
 def _register_rwkv_tokenizer(auto: ModuleType) -> None:
-    import_module("flashbone.rwkv.register").register_tokenizer(auto)
+    if floors.are_met():
+        import_module("flashbone.rwkv.register").register_tokenizer(auto)
 
 
 when_imported("peft", _register)

@@ -21,5 +21,9 @@ class NonFiniteError(FlashboneError, ValueError):
     """A result that is to be written holds NaN or infinity."""
 
 
+class OutdatedPackageError(FlashboneError, ImportError):
+    """Another package is missing, or older than flashbone can work with."""
+
+
 class BackendError(FlashboneError, RuntimeError):
     """A backend that was asked for by name cannot run: its package is missing, or the tensors are on another device."""

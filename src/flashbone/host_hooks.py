@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from flashbone import floors
 from flashbone.import_hook import when_imported
 
 _METHODS = {
@@ -25,6 +26,8 @@ def wrap_when_imported() -> None:
 
 
 def _wrap(host: ModuleType) -> None:
+    if not floors.are_met():
+        return
     mixin = host.PeftAdapterMixin
     for name in _METHODS[host.__name__]:
         if hasattr(mixin, name):  # older versions lack some

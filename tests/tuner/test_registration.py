@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-import types
 
 import pytest
 
 import flashbone
 from flashbone.import_hook import when_imported
-from flashbone.tuner.register import PeftTooOldError, register
 
 USE = """
 from peft import BoneConfig, BoneModel, PeftConfig, get_peft_config
@@ -32,12 +30,14 @@ FIRST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", FIRST)
 def test_bone_is_back_whichever_is_imported_first(order):
     done = subprocess.run([sys.executable, "-c", order + "\n" + USE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_threads_may_import_it_first():
     code = """
 import threading, time
@@ -60,30 +60,17 @@ assert not failures, failures
 
 def test_importing_flashbone_is_light():
     code = """
-import sys, time
-start = time.perf_counter()
+import sys
+before = set(sys.modules)
 import flashbone
-seconds = time.perf_counter() - start
+loaded = set(sys.modules) - before
 assert not {"torch", "peft", "transformers", "numpy", "asyncio"} & set(sys.modules), "a heavy module was imported"
+assert len(loaded) < 60, sorted(loaded)  # its own three, typing, re and the like
 assert flashbone.__version__ and "BoneConfig" in dir(flashbone)
 assert not hasattr(flashbone, "no_such_name")
-print(seconds)
 """
-    run = [sys.executable, "-c", code]
-    seconds = [float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
-    assert min(seconds) < 0.05
-
-
-@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.9.0.dev0"])
-def test_an_old_peft_is_refused_in_one_sentence(version):
-    old = types.ModuleType("peft")
-    old.__version__ = version
-    with pytest.raises(
-        PeftTooOldError, match=rf"needs peft >= 0\.20, but peft {version} is installed; run `pip"
-    ) as raised:
-        register(old)
-    assert isinstance(raised.value, ImportError)
-    assert "\n" not in str(raised.value)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_import_hook_survives_spec_lookups_and_failed_imports(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from flashbone import __version__
+from flashbone import __version__, floors
 from flashbone.errors import FlashboneError
 
 # A command's module is imported only when it is asked for, so that help answers at once.
@@ -46,6 +46,7 @@ def _guarded(name: str, args: list[str]) -> int:
     # Before anything imports huggingface_hub, which reads it once: TRL would report each run to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        floors.check()
         return importlib.import_module(COMMANDS[name][0]).run(args)
     except FlashboneError as error:
         return _fail(name, str(error))

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from flashbone.cli.configured import check_extra, separate
+from flashbone import floors
+from flashbone.cli.configured import separate
 from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.outputs import read_json_lines
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     """Parse, run what is missing, report; progress goes to stderr."""
     ours, overrides = separate(argv, OPTIONS)
     options = make_parser().parse_args(ours)
-    check_extra("a comparison")
+    floors.check("train")
     set_up_notices()
 
     from flashbone.compare.config import load_comparison

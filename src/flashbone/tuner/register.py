@@ -5,27 +5,9 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from flashbone.errors import FlashboneError
-
-MINIMUM_PEFT = (0, 20)
-
-
-class PeftTooOldError(FlashboneError, ImportError):
-    """The installed PEFT cannot carry flashbone."""
-
 
 def register(peft: ModuleType) -> None:
-    """Register BONE with an imported peft: `get_peft_model`, saving, loading, and the old import paths.
-
-    Raises:
-        PeftTooOldError: this PEFT is older than 0.20, whose quantisation backends flashbone needs.
-    """
-    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in peft.__version__.split(".")[:2])
-    if version < MINIMUM_PEFT:
-        wanted = ".".join(map(str, MINIMUM_PEFT))
-        raise PeftTooOldError(
-            f"flashbone needs peft >= {wanted}, but peft {peft.__version__} is installed; run `pip install -U peft`"
-        )
+    """Register BONE with an imported peft: `get_peft_model`, saving, loading, and the old import paths."""
     from flashbone.tuner import card, config, hotswap, layer, loading, model, neighbours
 
     mapping, tuners = import_module("peft.mapping"), import_module("peft.tuners")
