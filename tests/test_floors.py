@@ -13,7 +13,7 @@ from flashbone.cli import main
 from flashbone.errors import FlashboneError, OutdatedPackageError
 
 OLD_PEFT = Path(__file__).parents[1] / ".venv" / "peft-0.18.1"
-LINE = 'flashbone needs peft>=0.20, but peft 0.18.1 is installed; run: pip install -U "peft>=0.20"'
+LINE = 'flashbone needs peft>=0.21, but peft 0.18.1 is installed; run: pip install -U "peft>=0.21"'
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +45,11 @@ def test_this_environment_meets_every_floor():
 
 
 def test_every_package_below_its_floor_is_named_in_one_line(installed, caplog):
-    requires = ["peft>=0.20", "torch>=2.6", "einops>=0.8", "rich>=13", 'trl>=1.0; extra == "train"']
+    requires = ["peft>=0.21", "torch>=2.6", "einops>=0.8", "rich>=13", 'trl>=1.0; extra == "train"']
     installed(requires, peft="0.19.1", torch="2.13.0+cpu", rich="12.6.0", trl="0.29.1")
     line = (
-        "flashbone needs peft>=0.20, but peft 0.19.1 is installed; einops>=0.8, which is not installed;"
-        ' rich>=13, but rich 12.6.0 is installed; run: pip install -U "peft>=0.20" "einops>=0.8" "rich>=13"'
+        "flashbone needs peft>=0.21, but peft 0.19.1 is installed; einops>=0.8, which is not installed;"
+        ' rich>=13, but rich 12.6.0 is installed; run: pip install -U "peft>=0.21" "einops>=0.8" "rich>=13"'
     )
     with pytest.raises(OutdatedPackageError) as raised:
         floors.check()
@@ -61,7 +61,7 @@ def test_every_package_below_its_floor_is_named_in_one_line(installed, caplog):
 
 
 def test_an_extra_is_checked_where_it_is_asked_for(installed):
-    installed(["peft>=0.20", 'trl>=1.0; extra == "train"', 'rwkv>=0.8; extra == "rwkv"'], peft="0.21.0", trl="0.29.1")
+    installed(["peft>=0.21", 'trl>=1.0; extra == "train"', 'rwkv>=0.8; extra == "rwkv"'], peft="0.21.0", trl="0.29.1")
     floors.check()
     with pytest.raises(OutdatedPackageError) as raised:
         floors.check("train")
@@ -71,7 +71,7 @@ def test_an_extra_is_checked_where_it_is_asked_for(installed):
 
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_command_names_what_its_extra_misses(command, installed, capsys):
-    installed(["peft>=0.20", 'trl>=1.0; extra == "train"'], peft="0.21.0")
+    installed(["peft>=0.21", 'trl>=1.0; extra == "train"'], peft="0.21.0")
     assert main([command, "any.yaml"]) == 1
     want = 'flashbone needs trl>=1.0, which is not installed; run: pip install -U "flashbone[train]"'
     assert capsys.readouterr().err == f"flashbone {command}: error: {want}\n"
@@ -79,14 +79,14 @@ def test_a_command_names_what_its_extra_misses(command, installed, capsys):
 
 @pytest.mark.parametrize("command", ["merge", "inspect", "eval"])
 def test_every_command_names_an_old_host(command, installed, capsys):
-    installed(["peft>=0.20"], peft="0.19.1")
+    installed(["peft>=0.21"], peft="0.19.1")
     assert main([command, "any", "thing"]) == 1
-    want = 'flashbone needs peft>=0.20, but peft 0.19.1 is installed; run: pip install -U "peft>=0.20"'
+    want = 'flashbone needs peft>=0.21, but peft 0.19.1 is installed; run: pip install -U "peft>=0.21"'
     assert capsys.readouterr().err == f"flashbone {command}: error: {want}\n"
 
 
 def test_prereleases_and_local_builds_count_by_their_number(installed):
-    installed(["peft>=0.20", "torch>=2.6"], peft="0.21.0.dev0", torch="2.6.0+cu124")
+    installed(["peft>=0.21", "torch>=2.6"], peft="0.22.0.dev0", torch="2.6.0+cu124")
     floors.check()
 
 

@@ -64,6 +64,7 @@ def a_row(**fields) -> Row:
     return Row(**{**about, **what, **size, **spread(values), **fields})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_rows_say_what_they_depend_on(found, name):
     assert found[name]
@@ -77,6 +78,7 @@ def test_rows_say_what_they_depend_on(found, name):
         assert row.versions["peft"] == "0.18.1" or not row.method.startswith("peft-")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layer", "step", "decode", "forward", "mixed", "load", "merge"])
 def test_every_time_has_its_ratio_and_the_floors_is_one(found, name):
     floor = {"load": ("lora", "import-peft"), "merge": ("lora", "copy")}.get(name, ("frozen",))
@@ -87,6 +89,7 @@ def test_every_time_has_its_ratio_and_the_floors_is_one(found, name):
     assert {row.method for row in ratios if row.per_round == [1.0] * row.n} == set(floor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layer", "step"])
 def test_all_methods_are_measured_and_the_old_peft_has_a_floor_of_its_own(found, name):
     measured = {(row.method, row.versions["peft"] == "0.18.1") for row in found[name] if row.part in ("shapes", "main")}
@@ -94,6 +97,7 @@ def test_all_methods_are_measured_and_the_old_peft_has_a_floor_of_its_own(found,
     assert measured == {(method, method.startswith("peft-")) for method in TRAINED} | {(method, True) for method in old}
 
 
+@pytest.mark.slow
 def test_growth_of_a_layer_is_measured_in_every_direction(found):
     by_part = defaultdict(set)
     for row in found["layer"]:
@@ -104,6 +108,7 @@ def test_growth_of_a_layer_is_measured_in_every_direction(found):
     assert by_part["adapters"] == {(8, 8, 1), (8, 8, 4), (8, 8, 10)}
 
 
+@pytest.mark.slow
 def test_memory_is_above_the_floor_of_the_same_tokens_and_process(found):
     above = {row.method: row for row in found["memory"] if row.metric == "above_floor_mib"}
     assert above.keys() == {"frozen", "bone", "miss", "peft-bat"}
@@ -111,6 +116,7 @@ def test_memory_is_above_the_floor_of_the_same_tokens_and_process(found):
     assert all(row.median > 100 for row in found["memory"] if row.metric == "peak_mib")
 
 
+@pytest.mark.slow
 def test_the_time_mixing_is_measured_both_ways_with_what_backward_keeps(found):
     sizes = {(version, tokens) for version in (7, 6) for tokens in (8, 40)}
     for part in ("forward", "training"):
@@ -171,6 +177,7 @@ def test_a_round_does_each_once_in_a_new_order_and_warm_up_does_not_count():
     assert all(len(figure["time_ms"]) == 6 and min(figure["time_ms"]) > 8 for figure in figures)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_reaches_the_parent_in_one_line(pool, found):
     (worker,) = pool.get("current")
     worker.ask("open", case=Case("layer", {"tokens": 2, "in": 8, "out": 8}).to_dict())
@@ -190,6 +197,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_left_of_it(monkeypatch):
         os.kill(worker._process.pid, 0)
 
 
+@pytest.mark.slow
 def test_a_quick_run_leaves_the_results_alone(pool, found, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.rows.RESULTS", tmp_path / "results")
     assert main(["decode", "--quick", "--threads", "1", "--methods", "bone"], pool) == 0
@@ -243,6 +251,7 @@ def test_targets_are_computed_from_paired_rounds():
     assert "| 1.000 | 1.000 to 1.000 | **no** |" in targets_table(worse)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_rows_give_and_check_sees_a_difference(found, tmp_path, capsys):
     for name, of_benchmark in found.items():
         save(tmp_path / "results" / f"{name}.jsonl", of_benchmark)

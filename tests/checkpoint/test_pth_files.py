@@ -227,6 +227,7 @@ def test_other_models_and_adapters_are_no_base(tmp_path, shapes, message):
         base.open_base(tmp_path / "f.pth")
 
 
+@pytest.mark.slow
 def test_the_author_s_package_computes_the_same_from_a_written_file(tmp_path):
     """A random RWKV-7 of one layer, as `torch.save` and as we write it; the `rwkv` package maps both."""
     pytest.importorskip("rwkv", reason="rwkv is not installed; `make test` does it")

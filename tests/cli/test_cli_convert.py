@@ -103,6 +103,7 @@ def test_a_wrong_command_line_is_exit_code_2(place, capsys, arguments):
     assert not (place / "out").exists()
 
 
+@pytest.mark.slow
 def test_converting_imports_neither_peft_nor_transformers(place):
     code = (
         "import sys; from flashbone.cli import main; code = main(sys.argv[1:]);"

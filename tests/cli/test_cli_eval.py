@@ -58,6 +58,7 @@ sys.exit(main(sys.argv[1:]))
 ASKED = ["eval", "llama", "--exact-match", "q.jsonl", "--max-new-tokens", "60", "--batch-size", "3"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_results(here, capsys):
     assert cli.main([*ASKED, "--output", "whole", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
@@ -99,6 +100,7 @@ def test_changed_data_are_other_settings(here, capsys):
     assert "contents of few.jsonl was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_table_shows_each_figure_with_its_interval_and_bars_stay_off_stdout(workplace):
     command = [
         sys.executable,

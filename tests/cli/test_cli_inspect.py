@@ -208,6 +208,7 @@ def test_its_help_imports_no_heavy_library():
     assert not {"torch", "transformers", "peft", "rich"} & set(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_it_works_without_the_packages_of_training(base):
     code = (
         "import sys\n"

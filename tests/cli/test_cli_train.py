@@ -36,6 +36,7 @@ def run_command(folder, *args):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_table_draws_its_losses_and_can_be_resumed(workplace):
     done = run_command(workplace, "c.yaml", "--output", "runs/table", "--adapter.variant", "bat-col")
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,8 @@ from flashbone.compare.run import Experiment, compare
 from flashbone.errors import ConfigError
 from flashbone.outputs import alone
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_that_is_killed_alone_is_a_failed_row_and_is_done_again(config, monkeypatch):
     path = config(methods=["bone"], seeds=[0], learning_rates=[1e-3])
@@ -54,6 +56,7 @@ def test_failures_are_kept_until_they_are_to_be_tried_again(config, tmp_path):
     assert of(lines(tmp_path / "out" / "results.jsonl"), "method") == want
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpoints_goes_on_from_the_last_one_to_the_same_numbers(config, tmp_path):
     fields = {"methods": ["bone"], "seeds": [0], "learning_rates": [1e-3]}
     training = {"max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 2, "use_cpu": True, "save_steps": 2}

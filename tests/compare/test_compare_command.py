@@ -8,6 +8,8 @@ import yaml
 
 from flashbone.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "compare").glob("*.yaml"))
 
@@ -17,6 +19,7 @@ def small(config, tmp_path):
     return config(methods=["bone", "full"], seeds=[0], learning_rates=[1e-3], output=str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_comparison_prints_its_verdict_and_leaves_its_report(small, tmp_path, capsys):
     assert main(["compare", str(small)]) == 0
     printed = capsys.readouterr()
@@ -82,6 +85,7 @@ def test_an_output_that_is_a_file_is_refused(small, tmp_path, capsys):
     assert "a file is in the way" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_comparisons_whose_methods_have_sizes(path, tmp_path, monkeypatch):
     """On the configurations of their models, where the models themselves are not there."""

@@ -12,6 +12,8 @@ import pytest
 import torch
 from compared import of, results
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 from flashbone.compare.commands import Origin
@@ -148,6 +150,7 @@ def test_what_has_been_run_is_not_run_again(whole):
     assert again == [{**row, **({"date": again[0]["date"]} if row["kind"] == "comparison" else {})} for row in whole[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_comparison_that_was_killed_goes_on_to_the_same_numbers(whole, tmp_path, after):
     """kill -9 of the program while the run after the first, or the third, is under way."""

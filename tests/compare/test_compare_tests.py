@@ -9,6 +9,8 @@ from compared import results
 
 from flashbone.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 WORDS = {"sport": "match goal team win", "money": "bank rate market price"}
 
 

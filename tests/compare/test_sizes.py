@@ -12,6 +12,8 @@ from flashbone.errors import ConfigError
 from flashbone.tuner.skeleton import skeleton
 from helpers.rwkv import write_rwkv
 
+pytestmark = pytest.mark.slow
+
 TARGETS = {"llama": LINEARS, "bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "albert": ["query", "value"]}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 SOURCES = {"llama": llama, "bert": bert, "gpt2": gpt2, "albert": albert, "minilm": minilm}
@@ -78,6 +80,7 @@ def test_methods_with_sizes_of_single_layers_meet_every_budget(name, budget):
     assert not found.fixed
 
 
+@pytest.mark.slow
 def test_methods_of_smollm2_s_shape_lie_close_together_or_say_that_they_do_not():
     source = llama(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     for r in (8, 16, 50):

@@ -202,6 +202,7 @@ def test_damaged_bytes_are_converted_rightly_or_refused(data):
         check(Path(folder), source)
 
 
+@pytest.mark.slow
 @many
 @given(st.data())
 def test_the_command_answers_damage_with_one_line_and_a_code(data):

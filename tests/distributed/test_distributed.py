@@ -16,6 +16,8 @@ from flashbone.tuner.layer import BoneLinear
 from flashbone.variants import VARIANTS
 from helpers.comparison import close, relative_error
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ENGINES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel", "zero2": "DeepSpeedEngine"}
 ENGINES["zero3"] = ENGINES["zero2"]

@@ -34,6 +34,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_under_fsdp2_learns_and_leaves_a_whole_adapter(workplace):
     launch("fsdp2", str(HERE / "pretend.py"), "train", "c.yaml")
     summary = json.loads((workplace / "runs/a/summary.json").read_text())
@@ -64,6 +65,7 @@ def test_a_merge_under_an_engine_that_the_launcher_chose_is_refused(workplace, m
         check_launch(recipe, arguments)
 
 
+@pytest.mark.slow
 def test_a_launched_run_that_would_merge_ends_before_it_trains(workplace):
     with pytest.raises(AssertionError, match="flashbone train: error: merge: true needs the whole model"):
         launch("fsdp2", str(HERE / "pretend.py"), "train", "c.yaml", "--merge", "true")
@@ -82,6 +84,7 @@ def test_accumulation_that_is_not_the_launchers_is_refused(workplace, monkeypatc
         check_launch(recipe, arguments)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_done_leaves_its_group(tmp_path):
     code = """
 import sys, torch.distributed as dist
@@ -98,6 +101,7 @@ print("left")
     assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_of_ddp_train_one_model(workplace):
     """With a loss before training, too: what accelerate prepared for that, it would not wrap in DDP again."""
     more = ["--training.logging_steps", "1", "--training.max_steps", "4"]

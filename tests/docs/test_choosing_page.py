@@ -216,6 +216,7 @@ def test_the_drawing_is_what_its_script_draws():
     }
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(place):
     from helpers.pages import run_page
 

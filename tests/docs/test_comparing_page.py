@@ -42,6 +42,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_the_comparison_of_the_page_runs(place, capsys):
     write_tiny_llama(place / ".cache/demo/smollm2")
     for name, count in (("train", 40), ("test", 8)):

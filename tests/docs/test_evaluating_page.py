@@ -60,6 +60,7 @@ def prepare() -> None:
         write_rows(f".cache/classification/news/{name}.jsonl", news)
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(place, capsys):
     prepare()
     link_examples(place)

@@ -19,6 +19,7 @@ from helpers.stand_ins import link_examples, write_llama_and_adapters
 from helpers.tiny_llama import tiny_tokenizer
 
 
+@pytest.mark.slow
 def test_adapters(place):
     names = run_page("docs/adapters.md").names
     assert type(names["merged"][0]) is torch.nn.Linear
@@ -46,11 +47,13 @@ def test_the_error_that_adapters_shows_is_the_one_that_comes():
     assert " ".join(str(caught.value).split()) == " ".join(shown.split())
 
 
+@pytest.mark.slow
 def test_layers(place):
     names = run_page("docs/layers.md").names
     assert names["merged"].model.layers[0].mlp.experts.gate_up_proj.shape[0] == 4
 
 
+@pytest.mark.slow
 def test_merging(place):
     write_llama_and_adapters(one={}, two={"variant": "bat-row"})
     names = run_page("docs/merging.md").names
@@ -62,6 +65,7 @@ def test_merging(place):
     assert (names["report"].computed, names["report"].max_abs_error < 1e-4) == (14, True)
 
 
+@pytest.mark.slow
 def test_converting(place, capsys):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -84,6 +88,7 @@ def test_converting(place, capsys):
     assert "import flashbone" in card
 
 
+@pytest.mark.slow
 def test_training(place):
     names = run_page("docs/training.md").names
     tokenizer = tiny_tokenizer()
@@ -124,6 +129,7 @@ def accelerate(words: list[str]) -> None:
     assert not recipe.merge  # which is refused under FSDP
 
 
+@pytest.mark.slow
 def test_distributed(place):
     link_examples(place)
     assert run_page("docs/distributed.md", elsewhere={"accelerate": accelerate}).commands == ["accelerate"]
@@ -138,6 +144,7 @@ class Refused(PageRun):
             super().python(block)
 
 
+@pytest.mark.slow
 def test_triton():
     from peft import get_peft_model
 
@@ -160,6 +167,7 @@ def benchmark(words: list[str]) -> None:
     assert given.part in (*SPECS[given.benchmark].parts, "all")
 
 
+@pytest.mark.slow
 def test_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(ROOT)

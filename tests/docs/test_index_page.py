@@ -23,6 +23,7 @@ def chat(number: int) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "it was red"}]}
 
 
+@pytest.mark.slow
 def test_the_first_page_runs_from_top_to_bottom(place, capsys):
     link_examples(place)
     write_tiny_llama(place / ".cache/demo/smollm2")

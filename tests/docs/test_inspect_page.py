@@ -37,6 +37,7 @@ def write_my_adapter(folder: Path) -> None:
     save_file(load_file(file), file, metadata={"format": "pt"})  # as PEFT does
 
 
+@pytest.mark.slow
 def test_the_examples_are_the_command_s_output(place, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(place / "Llama-2-7b")

@@ -65,6 +65,7 @@ def assert_stored(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor
     assert all(same_bits(first[name], second[name], Promise.STORED) for name in first)
 
 
+@pytest.mark.slow
 def test_python_and_commands_of_the_page_run_one_after_the_other(place, capsys):
     run = run_page("docs/moving.md", replaced={TRAINING: "fill(model)"}, names={"fill": fill})
     names = run.names

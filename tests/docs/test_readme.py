@@ -11,6 +11,7 @@ from helpers.stand_ins import SMOLLM2
 from helpers.tiny_llama import write_tiny_llama
 
 
+@pytest.mark.slow
 def test_the_readme_runs_from_top_to_bottom(place):
     from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ def test_the_readme_runs_from_top_to_bottom(place):
     assert all(same_bits(got[name], want[name], Promise.EXACT) for name in want)  # untrained blocks are zero
 
 
+@pytest.mark.slow
 def test_the_commands_of_contributing_exist(place):
     assert set(run_page("CONTRIBUTING.md").ran) == {"bash"}
 

@@ -26,6 +26,7 @@ def write_tickets(path: Path) -> None:
         csv.writer(file).writerows([("message", "team"), *rows, *rows[:5]])
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

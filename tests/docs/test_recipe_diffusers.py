@@ -65,6 +65,7 @@ def names(tmp_path_factory):
         yield run_page(PAGE, replaced=SMALL).names
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_changes_nothing_but_blocks(names):
     model, noising, latents, texts = (names[name] for name in ("model", "noising", "latents", "texts"))
     draw = torch.Generator().manual_seed(1)
@@ -86,6 +87,7 @@ def test_training_lowers_the_loss_and_changes_nothing_but_blocks(names):
     assert kinds == {"Linear", "Conv2d"}
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_adapter_at_its_strength_and_merged(names):
     plain, adapted, weaker, merged = (names[name] for name in ("plain", "adapted", "weaker", "merged"))
     effect = np.abs(adapted - plain).mean()
@@ -95,6 +97,7 @@ def test_pictures_are_those_of_the_adapter_at_its_strength_and_merged(names):
     assert np.abs(weaker - adapted).mean() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_file_gives_the_trained_blocks_back_to_both_ways_of_loading(names):
     trained = {k: p for k, p in names["model"].state_dict().items() if ".bone_block." in k}
     state = names["state"]
@@ -106,6 +109,7 @@ def test_the_file_gives_the_trained_blocks_back_to_both_ways_of_loading(names):
     assert any(layer.bone_scale == {"chairs": 0.8, "other": 0.5} for layer in layers)
 
 
+@pytest.mark.slow
 def test_a_bone_on_attention_becomes_a_lora_of_diffusers_own(names):
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 4, 8, 8, generator=draw), 1, torch.randn(1, 3, 12, generator=draw)

@@ -58,6 +58,7 @@ def write_chats(path: Path) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # TRL's own default
 def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -23,12 +23,14 @@ def names(tmp_path_factory):
         yield run_page(PAGE, replaced=SMALL).names
 
 
+@pytest.mark.slow
 def test_each_adapter_gives_its_own_answer_and_the_base_none_of_them(names):
     for user, answer in names["ANSWERS"].items():
         assert names["alone"][user].split() == answer.split()
     assert len(set(names["alone"].values())) == 4
 
 
+@pytest.mark.slow
 def test_many_threads_get_the_answers_of_their_own_adapters(names):
     service, model, question = names["Service"](rows=5), names["model"], names["QUESTION"]
     users = ["carol", "bob", "nobody", "alice", "old", "bob"] * 4
@@ -51,6 +53,7 @@ def test_many_threads_get_the_answers_of_their_own_adapters(names):
             assert future.result(timeout=60).split() == wanted[user].split()
 
 
+@pytest.mark.slow
 def test_a_batch_that_fails_gives_its_error_to_those_who_wait_and_the_loop_goes_on(names, monkeypatch):
     service = names["Service"]()
     monkeypatch.setattr(names["tokenizer"], "padding_side", "nowhere")
@@ -60,6 +63,7 @@ def test_a_batch_that_fails_gives_its_error_to_those_who_wait_and_the_loop_goes_
     assert service.ask("bob", names["QUESTION"]).result(timeout=60) == names["alone"]["bob"]
 
 
+@pytest.mark.slow
 def test_the_bytes_of_an_adapter_are_r_times_the_outputs_in_fp32(names):
     outputs = 2 * (32 + 16 + 16 + 32 + 72 + 72 + 32)  # of the tiny model's two blocks
     assert list(names["model"].peft_config) == ["alice", "bob", "carol", "old"]

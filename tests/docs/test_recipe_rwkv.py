@@ -53,6 +53,7 @@ def followed(tmp_path_factory):
         yield Followed(PAGE, replaced=SMALL).run(), folder
 
 
+@pytest.mark.slow
 def test_the_page_is_followed_to_its_end(followed):
     run, folder = followed
     assert run.ran.count("bash") == 6
@@ -65,6 +66,7 @@ def test_the_page_is_followed_to_its_end(followed):
     ]
 
 
+@pytest.mark.slow
 def test_the_package_answers_what_the_model_here_does_and_the_base_does_not(followed):
     run, folder = followed
     ids, length = run.names["answer"][0], run.names["prompt"].input_ids.shape[1]
@@ -80,6 +82,7 @@ def test_the_package_answers_what_the_model_here_does_and_the_base_does_not(foll
     assert relative_error(plain, theirs) > 1e-2
 
 
+@pytest.mark.slow
 def test_merging_the_file_of_rwkv_peft_gives_the_same_model(followed):
     _, folder = followed
     ours, theirs = (torch.load(folder / name, weights_only=True) for name in ("merged.pth", "from-theirs.pth"))
@@ -89,6 +92,7 @@ def test_merging_the_file_of_rwkv_peft_gives_the_same_model(followed):
     assert not torch.equal(ours["blocks.1.ffn.key.weight"], base["blocks.1.ffn.key.weight"])
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_table_are_what_inspect_counts(tmp_path, capsys):
     from flashbone.rwkv import Rwkv7Config
 

@@ -150,6 +150,7 @@ def names(tmp_path_factory) -> Iterator[dict]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_served_answers_are_the_trained_ones_and_the_base_s_are_not(names):
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     assert [names["trained"](row["prompt"]).split() for row in rows] == [row["completion"].split() for row in rows]
@@ -157,12 +158,14 @@ def test_the_served_answers_are_the_trained_ones_and_the_base_s_are_not(names):
     assert names["differing"](names["prompts"], BASE) == names["prompts"]
 
 
+@pytest.mark.slow
 def test_prompts_that_the_base_answers_alike_prove_nothing(names, monkeypatch):
     monkeypatch.setitem(names, "trained", lambda prompt: "the same")
     with pytest.raises(AssertionError, match="the base gives the same answers"):
         names["differing"](names["prompts"], "one")
 
 
+@pytest.mark.slow
 def test_the_merged_model_and_both_loras_are_what_the_page_calls_exact(names):
     tokens = torch.arange(2, 14).view(1, -1)
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)

@@ -62,6 +62,7 @@ class Launched:
         assert ("going on from runs/rehearsal/checkpoint-2" in done.stderr) == resume
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

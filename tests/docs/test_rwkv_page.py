@@ -32,6 +32,7 @@ def write_questions(file: Path) -> None:
     write_rows(file, ({"query": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(12)))
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(place, capsys):
     link_examples(place)
     write_questions(place / "rows.jsonl")
@@ -73,6 +74,7 @@ def test_snippets_of_recipes_in_the_comparison_are_fields_that_exist(tmp_path):
         load_recipe(file)
 
 
+@pytest.mark.slow
 def test_the_scripts_train_and_merge_a_small_model(tmp_path):
     base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=260, layers=1)
     vocabulary = tmp_path / "bytes.txt"

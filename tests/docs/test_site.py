@@ -15,6 +15,8 @@ import flashbone
 from flashbone.cli import COMMANDS
 from helpers.pages import ROOT
 
+pytestmark = pytest.mark.slow
+
 SITE = ROOT / "docs" / "site"
 
 

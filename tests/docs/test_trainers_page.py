@@ -29,6 +29,7 @@ class InOneProcess(PageRun):
         return self
 
 
+@pytest.mark.slow
 def test_python_blocks_of_the_page_run_one_after_the_other(place):
     write_tiny_llama(place / SMOLLM2)
     run = InOneProcess("docs/trainers.md").run()

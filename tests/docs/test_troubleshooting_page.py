@@ -144,6 +144,7 @@ def test_what_a_new_user_meets_first_is_on_the_page(tmp_path, capsys):
     assert not [error for error in errors if not is_quoted(error)]
 
 
+@pytest.mark.slow
 def test_without_flashbone_peft_says_what_the_page_says(tmp_path):
     import subprocess
 

@@ -113,6 +113,7 @@ def claim_at_once(folders, together, held, told):
             held.wait(200)
 
 
+@pytest.mark.slow
 def test_of_two_evaluations_that_begin_at_once_one_has_the_folder_and_one_is_refused(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     folders = [tmp_path / str(number) for number in range(30)]

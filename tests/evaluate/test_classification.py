@@ -107,6 +107,7 @@ def test_a_model_without_a_head_or_without_names_of_classes_is_refused(llama, cl
     assert load_labelled_classifier(str(nameless), None, torch.float32, "cpu", labels=LABELS)[2] == LABELS
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_run_gives_the_runs_accuracy(llama, tmp_path):
     """Its classes, in their order, come from summary.json, the length of texts from the recipe."""
     from flashbone.train.recipe import DataRecipe, Recipe

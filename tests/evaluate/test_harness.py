@@ -62,6 +62,7 @@ def best_choices(model, tokenizer):
     return found
 
 
+@pytest.mark.beside
 @needs_harness
 def test_accuracy_is_that_of_plain_log_likelihoods_with_and_without_an_adapter(llama, tasks, tmp_path):
     from peft import get_peft_model
@@ -91,6 +92,7 @@ def test_accuracy_is_that_of_plain_log_likelihoods_with_and_without_an_adapter(l
     assert shares[0] != shares[1] == shares[2], "the adapter has to change a choice to be seen"
 
 
+@pytest.mark.beside
 @needs_harness
 def test_an_rwkv_model_runs_tasks_too(tasks, tmp_path):
     base = write_rwkv(tmp_path / "base.pth", 7, vocabulary=260, layers=2)
@@ -104,6 +106,7 @@ def test_an_rwkv_model_runs_tasks_too(tasks, tmp_path):
     assert acc.value == sum(choice == row["answer"] for choice, row in zip(best, QUESTIONS, strict=True)) / 4
 
 
+@pytest.mark.beside
 @needs_harness
 def test_the_command_prints_nothing_but_json_on_stdout(llama, tasks, tmp_path):
     command = [sys.executable, "-m", "flashbone", "eval", str(llama), "--tasks", "pets,pets_said", "--json"]
@@ -120,6 +123,7 @@ def test_the_command_prints_nothing_but_json_on_stdout(llama, tasks, tmp_path):
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.beside
 @needs_harness
 def test_generation_tasks_run_and_limits_and_examples_are_passed_on(model, tokenizer, tasks):
     loaded = Tasks(["pets_said", "pets"], tasks)
@@ -130,6 +134,7 @@ def test_generation_tasks_run_and_limits_and_examples_are_passed_on(model, token
     assert (chosen.rows, chosen.details["num_fewshot"]) == (2, 1)
 
 
+@pytest.mark.beside
 @needs_harness
 def test_unknown_tasks_and_folders_are_one_line(tasks, tmp_path):
     with pytest.raises(ConfigError, match=r"no task 'petz'; did you mean pets"):

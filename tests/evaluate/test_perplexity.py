@@ -105,6 +105,7 @@ def test_rows_of_which_nothing_is_learned_are_counted_and_token_ids_are_checked(
         perplexity(model, tokenizer, [{"input_ids": [1, 99]}], of="f")
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_of_a_training_run_comes_out_again(llama, tmp_path):
     """With the run's adapter; all held-out rows have one length, for which the Trainer's mean of batches is exact."""
     from flashbone.evaluate.run import Request, evaluate

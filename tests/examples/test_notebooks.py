@@ -12,6 +12,8 @@ import torch
 from helpers.stand_ins import write_tiny_bert
 from helpers.tiny_llama import questions, write_tiny_llama
 
+pytestmark = pytest.mark.slow
+
 matplotlib = pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +138,7 @@ def run(small, tmp_path, monkeypatch):
     matplotlib.use(before)
 
 
+@pytest.mark.slow
 def test_the_first_fine_tune_learns_and_merges(run, small):
     settings = {"MODEL": small / "llama", "CHATS": small / "chat", "HELD_OUT": 4}
     found = run("first_fine_tune", **settings, BLOCK_SIZE=8, STEPS=8, LEARNING_RATE=1e-2, QUESTIONS=["where is it ?"])
@@ -148,6 +151,7 @@ def test_the_first_fine_tune_learns_and_merges(run, small):
         assert (found["OUT"] / file).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_what_the_blocks_learned_is_what_the_text_says(run, small):
     settings = {"MODEL": small / "bert", "NEWS": small / "news", "HELD_OUT": 8}
     name = "encoder.layer.1.attention.self.query"
@@ -165,6 +169,7 @@ def test_what_the_blocks_learned_is_what_the_text_says(run, small):
     assert found["angles"][name][0] == pytest.approx(variant.angle_deg(blocks[name].bone_block["default"]), 1e-4)
 
 
+@pytest.mark.slow
 def test_many_adapters_answer_in_one_batch_as_they_do_alone(run, small):
     settings = {"MODEL": small / "llama", "CHATS": small / "chat", "NEWS": small / "news", "HELD_OUT": 3}
     sizes = {"BLOCK_SIZE": 8, "STEPS": 6, "BATCH": 4, "ROUNDS": 2, "NEW_TOKENS": 2, "LEARNING_RATE": 1e-2}

@@ -167,6 +167,7 @@ print("swapped")
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again(tmp_path):
     done = run_apart(COMPILED, tmp_path)
     assert done.stdout == "swapped\n", done.stderr

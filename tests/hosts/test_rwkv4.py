@@ -16,8 +16,11 @@ from flashbone.ops import reference
 from flashbone.tuner import rwkv_hosts
 from flashbone.tuner.targets import resolved
 from flashbone.verify import compare_logits
+from helpers.checkpointing import enable_checkpointing
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
+
+pytestmark = pytest.mark.slow
 
 VARIANTS = ["bone", "mini", "bat-row", "bat-col", "orthogonal"]
 NAMES = ["attention.receptance", "attention.key", "attention.value", "attention.output"]
@@ -225,7 +228,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model = adapted("bat-col").train()
         if checkpointing:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model.base_model.model)
         model(TOKENS, labels=TOKENS).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(same_bits(one, other, Promise.SAME_PRODUCT) for one, other in zip(*found, strict=True))

@@ -85,6 +85,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_model_with_every_variant_trains_as_in_eager_mode(tmp_path):
     done = run_apart(COMPILED, tmp_path)
     assert done.stdout == "trained\n", done.stderr
@@ -116,6 +117,7 @@ def run_trainer(model, folder, stop: int = 4, resume: bool = False) -> list[floa
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "fields"),
     [*((name, {}) for name in VARIANT_NAMES), ("bone", {"parameters_to_save": ["input_layernorm.weight"]})],

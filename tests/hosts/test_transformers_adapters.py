@@ -259,6 +259,7 @@ def test_other_methods_do_what_they_did_without_flashbone(llama, tmp_path):
     assert not isinstance(raised.value, ConfigError)
 
 
+@pytest.mark.slow
 def test_the_first_load_is_guarded_even_before_anything_has_imported_peft(llama, tmp_path):
     code = f"""
 import sys, flashbone

@@ -104,6 +104,7 @@ def test_a_trainer_changes_the_blocks_alone_and_saves_what_loads_again(kind, var
         assert not torch.equal(plain, model(TOKENS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bone", "bat-col", "bat-row"])
 def test_the_reference_of_dpo_is_the_model_without_its_adapter(variant, llama, tmp_path):
     trainer, base = trainer_of(DPOTrainer, llama, tmp_path, variant)
@@ -121,6 +122,7 @@ def test_the_reference_of_dpo_is_the_model_without_its_adapter(variant, llama, t
         assert not torch.equal(trainer.model(**tokens).logits, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DPOTrainer, GRPOTrainer])
 @pytest.mark.parametrize("variant", ["bone", "orthogonal"])
 def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, variant, llama, tmp_path):
@@ -156,6 +158,7 @@ def test_only_an_adapter_called_ref_with_the_config_of_another_starts_as_its_cop
     assert not torch.equal(layer.bone_block["ref"], layer.bone_block["default"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_sft_run_resumes_to_the_losses_of_one_never_stopped(llama, tmp_path):
     def run(folder, stop: int, resume: bool) -> list[float]:
         torch.manual_seed(0)

@@ -17,8 +17,23 @@ from matrix_table import PAGE, page
 
 from helpers.blocks import VARIANT_NAMES
 
+
+def marks(host: Host, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
+    """fp32 is of the first tier; the other dtypes run the same code."""
+    if host.package:
+        return [pytest.mark.beside]
+    return [] if dtype == torch.float32 else [pytest.mark.slow]
+
+
 CELLS = [
-    pytest.param(operation, host, variant, dtype, id=f"{operation}-{host.name}-{variant}-{str(dtype)[6:]}")
+    pytest.param(
+        operation,
+        host,
+        variant,
+        dtype,
+        id=f"{operation}-{host.name}-{variant}-{str(dtype)[6:]}",
+        marks=marks(host, dtype),
+    )
     for operation in OPERATIONS
     for host in HOSTS
     for variant in VARIANT_NAMES
@@ -29,7 +44,7 @@ CELLS = [
 @pytest.mark.parametrize(("operation", "host", "variant", "dtype"), CELLS)
 def test_matrix(operation: str, host: Host, variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if host.package and find_spec(host.package) is None:
-        pytest.skip(f"{host.package} is not installed; `make test-quantised` runs this with it")
+        pytest.skip(f"{host.package} is not installed; `make test-all` brings it")
     case = Case(host, variant, dtype, tmp_path)
     refusal = host.refusal(operation, variant)
     if refusal is None:

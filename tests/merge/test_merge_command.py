@@ -91,6 +91,7 @@ def test_what_a_killed_run_left_is_mentioned(place, capsys):
     assert ".out.x.partial is left of a run that was killed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_merging_imports_neither_peft_nor_transformers(place):
     code = (
         "import sys; from flashbone.cli import main; code = main(sys.argv[1:]);"

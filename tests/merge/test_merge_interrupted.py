@@ -109,6 +109,7 @@ def test_an_output_that_appears_meanwhile_is_not_touched(place):
     assert staging.leftovers(place / "out") == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_output(place):
     """SIGKILL in the middle: what is left is hidden, is found as a leftover, and does not stop the next run."""
     outs = ("out", "out.pth")
@@ -151,6 +152,7 @@ def test_one_tensor_is_alive_at_a_time(place, monkeypatch):
     assert len(alive) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory_grows_by_two_tensors_at_most_however_large_the_model(tmp_path):
     """Tensors of 48 MiB: the peak is one of them when merged, one and a half with another dtype, and some 25 MiB."""

@@ -20,6 +20,8 @@ from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, same_bits
 from helpers.rwkv import write_rwkv
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("att.receptance", "att.key", "att.output", "ffn.key", "ffn.value")
 SINGLE = {7: ("att.x_k", "att.w0", "att.a2", "att.r_k"), 6: ("att.time_decay", "att.time_maa_w2", "ffn.time_maa_k")}
 NORMS = ("ln1", "att.ln_x", "ln_out")
@@ -187,6 +189,7 @@ def test_folders_of_the_models_are_verified_merged_and_unmerged(tmp_path, versio
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == f"rwkv_x0{version}0"
 
 
+@pytest.mark.slow
 def test_a_model_that_amplifies_fp32_errors_beyond_the_limit_passes_and_fails(tmp_path, monkeypatch):
     """Twelve layers of large random numbers, with heads whose output nearly vanishes: 2e-5 in fp32, 3e-7 in fp64."""
     base = write_rwkv(tmp_path / "base.pth", 7, hidden=192, head=16, layers=12, vocabulary=1000)

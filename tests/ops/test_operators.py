@@ -113,6 +113,7 @@ def test_second_derivatives_in_fp64(names):
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_second_derivatives_of_a_weight_that_is_trained_along(name):
     x, W, bias, (block,) = tensors(name)

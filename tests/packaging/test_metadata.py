@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-NOT_FOR_USERS = {"dev", "docs", "all"}
+MAKEFILE = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "environments.mk"))
+NOT_FOR_USERS = {"dev", "test", "docs", "all"}
 # What no pin is for, and why.
 UNPINNED: dict[str, str] = {}
 
@@ -107,7 +107,7 @@ def test_what_the_sdist_is_to_hold_is_there():
     assert {"/LICENSE", "/README.md", "/constraints.txt", "/tests"} <= set(listed)
 
 
-@pytest.mark.parametrize("target", re.findall(r"^(test-[\w-]+):", MAKEFILE, re.M))
+@pytest.mark.parametrize("target", re.findall(r"^(test-[\w-]+):(?! export)", MAKEFILE, re.M))
 def test_every_test_of_the_makefile_is_in_its_help_and_in_the_release_checklist(target):
     assert re.search(rf'echo ".*make {target}\b', MAKEFILE)
     assert f"`make {target}`" in (ROOT / "docs/releasing.md").read_text(encoding="utf-8")

@@ -171,6 +171,7 @@ def stopped_run(tmp_path_factory):
     datasets.enable_progress_bars()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
 @pytest.mark.parametrize("file", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_resuming_runs_no_code_in_a_checkpoint(tmp_path, trace, stopped_run, file):
@@ -283,6 +284,7 @@ LOCAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("commands", "settings"),
     [(LOCAL, {}), ([["train", "recipe.yaml"]], {"HF_HUB_DISABLE_TELEMETRY": "1"})],

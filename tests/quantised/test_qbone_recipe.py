@@ -9,6 +9,8 @@ import yaml
 from helpers.comparison import Promise, same_bits
 from helpers.pages import ROOT, PageRun, blocks
 
+pytestmark = pytest.mark.beside
+
 PAGE = "docs/recipes/qbone.md"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # What needs no GPU's time: twelve steps at a rate for a tiny model.

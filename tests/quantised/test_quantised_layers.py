@@ -14,6 +14,8 @@ from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, relative_error, same_bits
 from helpers.quantised import BACKENDS, adapted, dequantised, quantised_linear
 
+pytestmark = pytest.mark.beside
+
 OUT, IN, R = 96, 64, 10
 
 

@@ -10,6 +10,8 @@ from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import close, relative_error
 from helpers.quantised import BACKENDS, dequantised, quantised_linear
 
+pytestmark = pytest.mark.beside
+
 OUT, IN, R = 96, 64, 10
 
 

@@ -23,6 +23,7 @@ from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, same_bits
 
 pytestmark = [
+    pytest.mark.beside,
     # transformers 5.23, in peft's prepare_model_for_kbit_training
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
 ]

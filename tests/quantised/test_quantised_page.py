@@ -6,6 +6,8 @@ from flashbone.train.recipe import load_recipe
 from helpers.adapter_folders import tiny_llama
 from helpers.pages import ROOT, blocks, run_page
 
+pytestmark = pytest.mark.beside
+
 
 def test_the_page_runs(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `make test-all` brings it")

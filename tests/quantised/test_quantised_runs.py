@@ -98,6 +98,7 @@ needs_bnb = pytest.mark.skipif(
 )
 
 
+@pytest.mark.beside
 @needs_bnb
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("quantization", [{"bits": 4, "type": "nf4", "double": True}, {"bits": 8}], ids=["4", "8"])
@@ -123,6 +124,7 @@ def test_a_quantised_run_learns_and_merges_into_the_weights_on_disk(recipe, quan
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
 
 
+@pytest.mark.beside
 @needs_bnb
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_quantised_run_resumes_to_the_same_losses_and_only_with_the_same_quantisation(recipe, tmp_path):
@@ -143,6 +145,7 @@ def test_a_quantised_run_resumes_to_the_same_losses_and_only_with_the_same_quant
     assert len(losses("cut")) == 8
 
 
+@pytest.mark.beside
 @needs_bnb
 def test_a_gguf_file_is_not_quantised_again(recipe, tmp_path):
     from flashbone.train.models import quantized_loading

@@ -13,6 +13,7 @@ from helpers.rwkv import write_rwkv
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `make test-all` brings it")
 pytestmark = [
+    pytest.mark.beside,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft
     pytest.mark.filterwarnings("ignore:Could not find a config file in .*pth:UserWarning"),  # peft looks for one
     # bitsandbytes 0.50 says so of each int8 product on fp32 inputs

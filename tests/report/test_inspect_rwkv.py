@@ -18,6 +18,8 @@ from flashbone.rwkv import from_pth, to_pth
 from helpers.blocks import VARIANT_NAMES
 from helpers.rwkv import write_rwkv
 
+pytestmark = pytest.mark.slow
+
 SINGLE = {7: ["att.x_r", "att.w2"], 6: ["time_decay", "time_maa_w2"]}
 KINDS = {7: 6, 6: 8}  # kinds of projections in a block
 

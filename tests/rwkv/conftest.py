@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from rwkv_cases import SIZES, TOKENS, VERSIONS
+from rwkv_cases import GOLDEN, SIZES, TOKENS, VERSIONS
+from safetensors.torch import load_file
 
 from flashbone.rwkv import from_pth
 from helpers.rwkv import VOCABULARY, reference_logits, write_rwkv
 
 
-@pytest.fixture(scope="module", params=VERSIONS, ids=lambda v: f"v{v}")
+@pytest.fixture(scope="session", params=VERSIONS, ids=lambda v: f"v{v}")
 def cases(request, tmp_path_factory):
-    """(version, [(file, tokens, token by token, whole sequence)]) with the reference's logits."""
+    """(version, [(file, tokens, token by token, whole sequence)]) with the reference's logits, computed now."""
     folder = tmp_path_factory.mktemp("rwkv")
     source = torch.Generator().manual_seed(5)
     jobs = [
@@ -24,8 +25,9 @@ def cases(request, tmp_path_factory):
     return request.param, [(*job, *logits) for job, logits in zip(jobs, found, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def one(cases):
-    """A file of three blocks, its model, tokens (1, 75) and the reference's logits."""
-    version, (_, (path, tokens, steps, _), *_) = cases
-    return version, from_pth(path), torch.tensor([tokens]), steps
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda v: f"v{v}")
+def one(request, tmp_path_factory):
+    """The version, a model of three blocks, tokens (1, 75), and the reference's logits from the golden file."""
+    path = write_rwkv(tmp_path_factory.mktemp("rwkv") / "one.pth", request.param)
+    golden = load_file(GOLDEN)
+    return request.param, from_pth(path), golden[f"v{request.param}.tokens"], golden[f"v{request.param}.logits"]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flashbone.rwkv import Rwkv6Config, Rwkv7Config, RwkvState
+from helpers.checkpointing import enable_checkpointing
 from helpers.comparison import close
 from helpers.rwkv import VOCABULARY
 
@@ -16,7 +17,7 @@ def test_gradient_checkpointing_changes_no_gradient(one, reentrant):
     _, model, tokens, _ = one
     model = copy.deepcopy(model).train()
     want = gradients(model, tokens)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, reentrant)
     model.enable_input_require_grads()
     got = gradients(model, tokens)
     assert want.keys() == got.keys()
@@ -47,7 +48,7 @@ def test_passing_the_state_on_gives_the_gradients_of_one_long_sequence(one, chec
     labels = rows.masked_fill(mask == 0, -100)
     want = gradients(model, rows, labels, attention_mask=mask)
     if checkpointed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     model.chunk_ctx = 19  # four chunks
     got = gradients(model, rows, labels, attention_mask=mask)
     assert want.keys() == got.keys()

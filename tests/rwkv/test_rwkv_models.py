@@ -19,6 +19,7 @@ def test_logits_equal_those_that_the_rwkv_package_gave(one):
     assert differs_by(model(tokens).logits[0], want) < LIMIT
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_equal_the_rwkv_package_s_for_whole_sequences(cases):
     for path, tokens, steps, whole in cases[1]:
@@ -27,6 +28,7 @@ def test_logits_equal_the_rwkv_package_s_for_whole_sequences(cases):
         assert differs_by(got, steps) < LIMIT, path
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_equal_the_rwkv_package_s_token_by_token(cases):
     for path, tokens, steps, _ in cases[1]:

@@ -54,6 +54,7 @@ def small(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", [0, 256])
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_encodes_as_the_rwkv_package_does(tokenizer, reference, monkeypatch, text, short):
@@ -66,6 +67,7 @@ def test_encodes_as_the_rwkv_package_does(tokenizer, reference, monkeypatch, tex
     assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(want)) == text
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(text=st.text(max_size=60))
 def test_any_text_encodes_as_in_the_rwkv_package_and_comes_back(tokenizer, reference, text):
@@ -77,6 +79,7 @@ def test_any_text_encodes_as_in_the_rwkv_package_and_comes_back(tokenizer, refer
     assert tokenizer.decode(want) == text
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_tokens_side_by_side_encode_as_in_the_rwkv_package(tokenizer, reference, data):
@@ -123,6 +126,7 @@ def test_sizes_and_special_ids(tokenizer):
     assert tokenizer("a").keys() == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.slow
 def test_end_of_text_in_a_text_is_id_0_unless_special_tokens_are_split(tokenizer, reference):
     text = "one <|endoftext|> two<|endoftext|>"
     one, two = reference.encode("one "), reference.encode(" two")
@@ -131,6 +135,7 @@ def test_end_of_text_in_a_text_is_id_0_unless_special_tokens_are_split(tokenizer
     assert tokenizer.decode([*one, 0, *two, 0]) == text
 
 
+@pytest.mark.slow
 def test_end_of_answer_takes_no_space_along(tokenizer, reference):
     text = " a \x17 \n\x17\t\x17"
     assert tokenizer.encode(text) == reference.encode(text) == tokenizer.encode(text, split_special_tokens=True)
@@ -194,6 +199,7 @@ def test_all_kinds_of_input(tokenizer):
         tokenizer(3)
 
 
+@pytest.mark.slow
 def test_saved_folders_load_without_the_rwkv_package(tokenizer, reference, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "RwkvTokenizer"
@@ -256,6 +262,7 @@ RENDERED = (
 )
 
 
+@pytest.mark.slow
 def test_chats_take_rwkvs_format(tokenizer, reference):
     assert tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == RENDERED
     ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)

@@ -123,6 +123,7 @@ def test_frozen_rotations_and_other_variants_are_not_watched(tmp_path):
     assert not any("rotation" in key for row in trainer.state.log_history for key in row)
 
 
+@pytest.mark.slow
 def test_flashbone_train_logs_and_draws_rotations(llama, jsonl, tmp_path):
     file = jsonl(questions(40))
     adapter = {"bottleneck_size": 8, "target_modules": ["o_proj", "down_proj"]}

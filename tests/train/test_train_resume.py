@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_losses_and_the_adapter_of_one_never_killed(llama, questions_file, tmp_path):
     changes = {
         "adapter": {"r": 8, "variant": "bat-row", "dropout": 0.1},
@@ -35,6 +36,7 @@ def test_a_killed_run_resumes_to_the_losses_and_the_adapter_of_one_never_killed(
     assert result.summary["eval_loss_before"] is not None
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_is_finished_without_another(llama, questions_file, tmp_path):
     recipe = recipe_for(llama, questions_file, tmp_path / "a")
     first = train(recipe).summary
@@ -48,6 +50,7 @@ def test_a_run_killed_after_its_last_step_is_finished_without_another(llama, que
     assert all(same_bits(after[key], adapter[key], Promise.STORED) for key in adapter)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_short_by_the_kill_is_passed_over(llama, questions_file, tmp_path):
     recipe = recipe_for(llama, questions_file, tmp_path / "a", training={"save_steps": 5})
     train(recipe)
@@ -57,6 +60,7 @@ def test_a_checkpoint_cut_short_by_the_kill_is_passed_over(llama, questions_file
     assert train(recipe, resume=True).summary["steps"] == 10
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_is_left_alone(llama, questions_file, tmp_path, caplog):
     recipe = recipe_for(llama, questions_file, tmp_path / "a")
     first = train(recipe)
@@ -68,12 +72,14 @@ def test_a_finished_run_says_so_and_is_left_alone(llama, questions_file, tmp_pat
     assert (tmp_path / "a/adapter/adapter_model.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_given_more_steps(llama, questions_file, tmp_path):
     train(recipe_for(llama, questions_file, tmp_path / "a"))
     longer = recipe_for(llama, questions_file, tmp_path / "a", training={"max_steps": 14})
     assert train(longer, resume=True).summary["steps"] == 14
 
 
+@pytest.mark.slow
 def test_resuming_without_a_checkpoint_starts_afresh(llama, questions_file, tmp_path, caplog):
     with caplog.at_level("INFO", logger="flashbone"):
         summary = train(recipe_for(llama, questions_file, tmp_path / "a"), resume=True).summary
@@ -81,6 +87,7 @@ def test_resuming_without_a_checkpoint_starts_afresh(llama, questions_file, tmp_
     assert "no checkpoint in" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_output_with_a_run_is_refused_and_left_as_it_was(llama, questions_file, tmp_path):
     recipe = recipe_for(llama, questions_file, tmp_path / "a")
     train(recipe)
@@ -93,6 +100,7 @@ def test_an_output_with_a_run_is_refused_and_left_as_it_was(llama, questions_fil
     assert before == {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -118,6 +126,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_file(
     assert train(recipe, resume=True).summary["steps"] == 10
 
 
+@pytest.mark.slow
 def test_a_failed_save_of_the_adapter_leaves_no_adapter(llama, questions_file, tmp_path, monkeypatch):
     def broken(self, folder, **kwargs):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0")

@@ -144,6 +144,7 @@ def albert(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_classification_learns_saves_its_head_and_reports_accuracy_and_f1(albert, jsonl, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -110,6 +110,7 @@ def stopped_at_25(recipe, monkeypatch):
             train(recipe)
 
 
+@pytest.mark.slow
 def test_thirty_steps_learn_resume_exactly_and_merge_into_a_file_that_the_rwkv_package_runs(
     recipe_for, base, tmp_path, monkeypatch
 ):
@@ -143,6 +144,7 @@ def test_thirty_steps_learn_resume_exactly_and_merge_into_a_file_that_the_rwkv_p
     assert (plain - want).abs().max() / scale > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bone", "mini", "bat-row", "bat-col", "orthogonal"])
 def test_the_rwkv_package_computes_what_the_adapted_model_does_after_merging_each_variant(base, variant, tmp_path):
     version = 7 if "v7" in base.name else 6
@@ -176,6 +178,7 @@ def test_the_rwkv_package_computes_what_the_adapted_model_does_after_merging_eac
     assert len(reading.read_adapter(tmp_path / "adapter").blocks) == targets
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_model_is_trained_like_its_file(recipe_for, vocabulary, base, tmp_path):
     from_pth(base).save_pretrained(tmp_path / "folder")
     RwkvTokenizer(vocabulary).save_pretrained(tmp_path / "folder")
@@ -189,6 +192,7 @@ def test_a_folder_of_the_model_is_trained_like_its_file(recipe_for, vocabulary, 
     assert all(relative_error(merged[name], tensor) < 1e-3 for name, tensor in want.items())
 
 
+@pytest.mark.slow
 def test_passing_the_state_on_gives_the_same_run(recipe_for, base, tmp_path):
     whole = train(recipe_for(base, tmp_path / "whole")).summary
     pieces = train(recipe_for(base, tmp_path / "pieces", rwkv={"chunk_ctx": 20})).summary
@@ -198,6 +202,7 @@ def test_passing_the_state_on_gives_the_same_run(recipe_for, base, tmp_path):
     assert cut["eval_loss_after"] != pytest.approx(whole["eval_loss_after"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_layer_norms_and_time_values_are_trained_along_and_merged(recipe_for, base6, tmp_path):
     recipe = recipe_for(base6, tmp_path / "run", merge=True, rwkv={"train_parts": ["ln", "time"]})
     train(recipe)
@@ -210,6 +215,7 @@ def test_layer_norms_and_time_values_are_trained_along_and_merged(recipe_for, ba
     assert moved == wanted | {f"{name}.weight" for name in adapter.blocks}
 
 
+@pytest.mark.slow
 def test_layer_norms_of_a_bf16_model_take_the_published_steps(recipe_for, base, tmp_path):
     """2e-5 is far below bf16's rounding of weights around 1: they are trained in fp32."""
     training = {"max_steps": 1, "learning_rate": 2e-5, "lr_scheduler_type": "constant", "bf16": True, "use_cpu": True}
@@ -222,6 +228,7 @@ def test_layer_norms_of_a_bf16_model_take_the_published_steps(recipe_for, base, 
         assert step == pytest.approx(2e-5, rel=0.1), name
 
 
+@pytest.mark.slow
 def test_time_decay_learns_at_a_rate_of_its_own(recipe_for, base6, tmp_path):
     """One step of AdamW moves every number by its learning rate."""
     before = torch.load(base6, weights_only=True)
@@ -258,6 +265,7 @@ def test_the_l2_wrap_adds_its_gradient_and_nothing_to_the_loss(recipe_for, base,
         assert (with_it - without).norm() > 1e-4 * without.norm()
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_an_adapter_of_rwkv_peft_and_is_written_back(recipe_for, base, tmp_path):
     """bat-row from a .disha file, with LayerNorms: trained on, merged, and converted back under the same names."""
     torch.manual_seed(3)
@@ -281,6 +289,7 @@ def test_training_goes_on_with_an_adapter_of_rwkv_peft_and_is_written_back(recip
     assert all(same_bits(merged[name], ours[name], Promise.SAME_PRODUCT) for name in ours)
 
 
+@pytest.mark.slow
 def test_tokenised_documents_longer_than_the_chunk_are_trained(recipe_for, vocabulary, base, tmp_path):
     tokenizer = RwkvTokenizer(vocabulary)
     text = "The quick brown fox jumps over the lazy dog. " * 12
@@ -328,6 +337,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
         refused("it says what is trained; leave modules_to_save", **held)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_must_keep_its_settings(recipe_for, base, tmp_path):
     train(recipe_for(base, tmp_path / "run", training={"max_steps": 2}))
     other = recipe_for(base, tmp_path / "run", rwkv={"chunk_ctx": 16}, training={"max_steps": 3})

@@ -173,6 +173,7 @@ def run_of(llama, path, output, **training) -> Recipe:
     return recipe_for(llama, path, output, training=training)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_windows_and_resumes_to_the_same_losses(llama, pair, tmp_path, capsys):
     path = pair(documents(40))
     straight, resumed = (run_of(llama, path, tmp_path / name) for name in ("a", "b"))
@@ -191,6 +192,7 @@ def test_a_run_learns_from_windows_and_resumes_to_the_same_losses(llama, pair, t
     assert all(same_bits(blocks[1][key], blocks[0][key], Promise.RESUMED) for key in blocks[0])
 
 
+@pytest.mark.slow
 def test_tokens_give_the_losses_of_the_text_they_are_from(llama, jsonl, pair, tmp_path):
     texts = [row["prompt"] + row["completion"] for row in questions(40)]
     tokenizer = tiny_tokenizer()

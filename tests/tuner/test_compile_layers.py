@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import torch, flashbone
 from torch import nn
@@ -46,6 +48,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_compiles_to_one_graph_with_equal_gradients():
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True)
     assert result.stdout.strip() == "compiled", result.stderr[-2000:]

@@ -80,6 +80,7 @@ def test_logits_of_a_mixed_batch_are_those_of_separate_runs(make):
     assert all(module.row_names is None for module in model.modules() if isinstance(module, BoneLinear))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "fields"), [(llama, {}), (llama, {"num_beams": 4, "num_return_sequences": 2}), (t5, {"num_beams": 3})]
 )

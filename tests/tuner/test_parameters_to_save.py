@@ -59,6 +59,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(same_bits(got[name], want[name], Promise.SAME_PRODUCT) for name in want)
 
 
+@pytest.mark.slow
 def test_what_reads_such_a_parameter_is_compiled_as_one_graph():
     model = trained("time_decay", "time_maa_x", adapter="x1")
     model.add_adapter("x2", config("time_decay"))

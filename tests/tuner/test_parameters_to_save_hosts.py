@@ -77,6 +77,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_fsdp2_may_shard_whole_layers_and_what_would_need_them_whole_is_refused(tmp_path):
     done = run_apart(FSDP2, tmp_path)
     said = ["cannot be read from shards", "it is sharded or offloaded, so", "cannot be made plain again there"]

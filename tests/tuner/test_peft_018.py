@@ -61,6 +61,7 @@ def test_the_random_start_is_the_one_of_peft_018():
     assert_same(results(model, sizes[0]), want, torch.float32)  # drawn in fp32, which processors round differently
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ORACLE.is_dir(), reason="peft 0.18.1 is not installed beside the environment (make test does)")
 def test_files_written_here_load_in_peft_018_and_do_the_same(tmp_path):
     cases = {name: case for name, case in CASES.items() if name != "bone-random-start"}

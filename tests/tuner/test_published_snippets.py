@@ -33,6 +33,7 @@ def losses_of(model, labels, steps: int = 5, lr: float = 5e-3) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_text_classification_on_bert_base():
     from peft import get_peft_model
 

@@ -17,6 +17,7 @@ from flashbone.tuner.parameters import ParamWrapper
 from flashbone.tuner.targets import TargetError
 from helpers.adapter_folders import tiny_llama
 from helpers.blocks import VARIANT_NAMES
+from helpers.checkpointing import enable_checkpointing
 from helpers.comparison import Promise, close, same_bits
 from helpers.layers import adapted, check_lifecycle, gradients, oracle_weight
 
@@ -83,7 +84,7 @@ def test_real_models_train_with_every_implementation_of_experts(how, checkpointi
     for kind in ("eager", how):
         model = adapted(make("qwen3-moe", kind), "bone", **EXPERTS, target_modules=["q_proj"]).train()
         if checkpointing and kind == how:
-            model.base_model.model.activation_checkpointing_enable()
+            enable_checkpointing(model.base_model.model)
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         ids = torch.arange(12).view(2, 6) * 7 % 30
         for _ in range(3):

@@ -66,6 +66,7 @@ def test_no_two_of_twenty_one_methods_look_the_same():
     assert len({(style.colour(n), style.dash(n)) for n in range(21)}) == 21
 
 
+@pytest.mark.slow
 def test_the_report_is_a_page_and_three_figures(tmp_path):
     paths = write_report(made.write(tmp_path, made.all_methods()), tmp_path / "new" / "report")
     names = ["report.html", "learning_curves.png", "memory_quality.png", "learning_rates.png"]
