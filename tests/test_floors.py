@@ -57,7 +57,16 @@ def test_every_package_below_its_floor_is_named_in_one_line(installed, caplog):
     assert isinstance(raised.value, FlashboneError)
     assert not floors.are_met()
     assert not floors.are_met()
-    assert [record.getMessage() for record in caplog.records] == [f"BONE is not available: {line}"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("BONE is not available: flashbone needs peft>=0.21, but peft 0.19.1 is installed; einops")
+    assert "rich" not in said
+
+
+def test_adapters_work_beside_old_packages_of_the_commands_alone(installed):
+    installed(["peft>=0.21", "rich>=14.3"], peft="0.21.0", rich="13.0.0")
+    assert floors.are_met()
+    with pytest.raises(OutdatedPackageError, match="rich 13"):
+        floors.check()
 
 
 def test_an_extra_is_checked_where_it_is_asked_for(installed):
