@@ -49,7 +49,8 @@ def run(*command: object, cwd: Path, code: int = 0, **more: str) -> subprocess.C
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist, the wheel that is built from it, and in `direct` the one built from the source tree."""
     folder = tmp_path_factory.mktemp("dist")
-    build = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "PIP_CONSTRAINT": str(CONSTRAINTS)}
+    constraints = shutil.copy(CONSTRAINTS, folder)  # pip reads several names where a path has a space
+    build = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "PIP_CONSTRAINT": str(constraints)}
     whole = run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, **build)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", folder / "direct", ROOT, cwd=folder, **build)
     (folder / "build.log").write_text(whole.stdout + whole.stderr)

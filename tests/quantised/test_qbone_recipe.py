@@ -47,7 +47,7 @@ def test_the_page_runs_from_top_to_bottom(bitsandbytes, tmp_path, monkeypatch):
     assert kinds == {bitsandbytes.nn.Linear4bit}
     # What the page says: unmerging was exact, and the merge was not.
     assert names["distance"](names["bare"]) > 0.1
-    assert names["distance"](names["rounded"]) > 0.01
+    assert names["distance"](names["rounded"]) > 1e-3  # what fp32 rounds is a thousandth of that; 0.008 and more seen
 
     summary = json.loads(Path("runs/qbone/summary.json").read_text())
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.1
