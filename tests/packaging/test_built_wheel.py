@@ -168,7 +168,7 @@ def test_the_command_answers_within_300_ms(bin_folder):
 
 def test_without_an_extra_the_command_names_it(bin_folder, tmp_path):
     said = run(bin_folder / "flashbone", "train", "recipe.yaml", cwd=tmp_path, code=1)
-    missing = [f"{wanted}, which is not installed" for wanted in PROJECT["optional-dependencies"]["train"]]
+    missing = [f"{wanted}, which is not installed" for wanted in sorted(PROJECT["optional-dependencies"]["train"])]
     assert said.stderr == (
         f'flashbone train: error: flashbone needs {"; ".join(missing)}; run: pip install -U "flashbone[train]"\n'
     )
