@@ -19,6 +19,8 @@ from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, same_bits
 from helpers.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 MODELS = {"llama": (tiny_llama, LLAMA), "bert": (tiny_bert, BERT)}
 
 

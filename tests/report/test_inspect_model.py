@@ -25,6 +25,8 @@ from flashbone.tuner.layer import BoneLayer
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     *((tiny_llama, {"variant": name, "r": 4, "mini_r": 3}) for name in VARIANT_NAMES),
     (tiny_gpt2, {"r": 6}),

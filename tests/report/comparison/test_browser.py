@@ -11,7 +11,7 @@ from flashbone.report.comparison.standing import stand
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 QUIET = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic"
 LONG = "an extraordinarily_long_name_of_a_method_without_any_place_to_break_it"
 

@@ -17,6 +17,8 @@ from flashbone.report.comparison.statistics import (
     widened,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def difference(tmp_path, scores, metric="accuracy", weights=None, draws=4000):
     """The paired difference of two methods with these scores (2, seeds, rows)."""
