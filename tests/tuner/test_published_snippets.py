@@ -56,6 +56,7 @@ def test_text_classification_on_bert_base():
         assert variant.orthogonality_error(P) <= 2e-6 + 1e-6
 
 
+@pytest.mark.slow
 def test_a_small_model_on_gpt2():
     from peft import get_peft_model
 
@@ -74,7 +75,9 @@ def test_a_small_model_on_gpt2():
 
 
 @pytest.mark.parametrize(("bottleneck_size", "dropout", "eps"), [(32, 0.0, 1e-8), (128, 0.15, 1e-5), (256, 0.3, 1e-4)])
-@pytest.mark.parametrize(("make", "per_layer"), [(bert, 2), (gpt2, 2)], ids=["bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("make", "per_layer"), [pytest.param(bert, 2, id="bert"), pytest.param(gpt2, 2, id="gpt2", marks=pytest.mark.slow)]
+)
 def test_the_advanced_configuration(make, per_layer, bottleneck_size, dropout, eps):
     from peft import get_peft_model
 
