@@ -1,4 +1,4 @@
-"""Writes tests/golden/rwkv.safetensors for `make golden`: tokens, and what the `rwkv` package computes of them."""
+"""Writes tests/golden/rwkv.safetensors for `make golden`: tokens, and the logits that the `rwkv` package computes."""
 
 import sys
 from pathlib import Path
