@@ -23,7 +23,7 @@ help:
 	@echo "make notebooks   the three notebooks as scripts; figures in .cache/notebooks"
 	@echo "make compare-classification   methods side by side on the news, 13 minutes; make compare-sft on a chat corpus, an hour"
 	@echo "make coverage the lines of src that the tests run; half an hour"
-	@echo "make mutants  lines of shards, variants, ops and checkpoint, changed one by one: which does no test notice? hours"
+	@echo "make mutants  lines of shards, variants, ops and files, changed one by one: which does no test notice? hours"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
@@ -72,10 +72,10 @@ coverage: .venv/.coverage .venv/.quant .venv/.eval .venv/.build
 	PYTHONPATH=.venv/coverage $(BIN)/python -m coverage combine --quiet
 	PYTHONPATH=.venv/coverage $(BIN)/python -m coverage report
 
-# Changes of shards, variants, ops and checkpoint that no test notices: tests/mutation/README.md. Hours; what has run is kept.
+# Changes of shards, variants, ops and files that no test notices: tests/mutation/README.md. Hours; what has run is kept.
 mutants: .venv/.mutants
 	PYTHONPATH=.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutate.py shards variants ops
-	PYTHONPATH=.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutate.py checkpoint --sample 0 --inside
+	PYTHONPATH=.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutate.py files --sample 0 --inside
 
 # Threads that sleep while they wait: beside one busy program on two cores, spinning made a step 1.7 times as long.
 demo demo-classification demo-orthogonal notebooks compare-classification compare-sft: export OMP_WAIT_POLICY = PASSIVE

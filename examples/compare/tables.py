@@ -7,12 +7,12 @@ import re
 import sys
 from pathlib import Path
 
-from flashbone.report.comparison import comparison_markdown, words
-from flashbone.report.comparison.reading import read_results
-from flashbone.report.comparison.results import Comparison
-from flashbone.report.comparison.standing import stand
-from flashbone.report.comparison.statistics import Bootstrap
-from flashbone.report.comparison.verdict import judge
+from flashbone.compare.report import comparison_markdown, words
+from flashbone.compare.report.reading import read_results
+from flashbone.compare.report.results import Comparison
+from flashbone.compare.report.standing import stand
+from flashbone.compare.report.statistics import Bootstrap
+from flashbone.compare.report.verdict import judge
 
 RESULTS = Path("examples/compare/results")
 PAGE, README = Path("docs/comparing.md"), Path("README.md")

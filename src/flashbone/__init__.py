@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from flashbone.errors import FlashboneError as FlashboneError
     from flashbone.merge import merge_checkpoint as merge_checkpoint
     from flashbone.merge import unmerge_checkpoint as unmerge_checkpoint
-    from flashbone.tuner.config import BoneConfig as BoneConfig
-    from flashbone.tuner.layer import BoneLayer as BoneLayer
-    from flashbone.tuner.layer import BoneLinear as BoneLinear
-    from flashbone.tuner.model import BoneModel as BoneModel
+    from flashbone.tuner.layers.layer import BoneLayer as BoneLayer
+    from flashbone.tuner.layers.layer import BoneLinear as BoneLinear
+    from flashbone.tuner.model.config import BoneConfig as BoneConfig
+    from flashbone.tuner.model.model import BoneModel as BoneModel
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "BoneConfig": "flashbone.tuner.config",
-    "BoneLayer": "flashbone.tuner.layer",
-    "BoneLinear": "flashbone.tuner.layer",
-    "BoneModel": "flashbone.tuner.model",
+    "BoneConfig": "flashbone.tuner.model.config",
+    "BoneLayer": "flashbone.tuner.layers.layer",
+    "BoneLinear": "flashbone.tuner.layers.layer",
+    "BoneModel": "flashbone.tuner.model.model",
     "FlashboneError": "flashbone.errors",
     "convert": "flashbone.conversion",
     "merge_checkpoint": "flashbone.merge",
@@ -63,7 +63,7 @@ def __dir__() -> list[str]:
 
 def _register(peft: ModuleType) -> None:
     if floors.are_met():
-        import_module("flashbone.tuner.register").register(peft)
+        import_module("flashbone.tuner.hosts.registration").register(peft)
 
 
 def _register_rwkv_configs(auto: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Wrap the adapter methods of transformers' and diffusers' models; what they do for BONE is in `tuner/hosted.py`.
+"""Wrap the adapter methods of transformers' and diffusers' models; `tuner/hosts/model_methods.py` says what BONE does.
 
 The hosts may define these methods, and be asked to load an adapter, before anything has imported peft; and importing
 peft here would import transformers from within itself. So the wrappers are light, and their first call loads the rest.
@@ -38,6 +38,6 @@ def _wrapped(original: Callable, name: str) -> Callable:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         import_module("peft")  # before flashbone.tuner, whatever thread comes first
-        return getattr(import_module("flashbone.tuner.hosted"), name)(original, self, *args, **kwargs)
+        return getattr(import_module("flashbone.tuner.hosts.model_methods"), name)(original, self, *args, **kwargs)
 
     return method

@@ -9,7 +9,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 from flashbone.cli import hub, main
 from flashbone.errors import ConfigError, FormatError
-from flashbone.tuner.skeleton import skeleton
+from flashbone.tuner.model.skeleton import skeleton
 from helpers.adapter_folders import blocks_for, tiny_llama, write_adapter
 from helpers.fixtures import _own_cache
 from helpers.tiny_llama import questions
@@ -35,7 +35,7 @@ def test_why_the_hub_gives_nothing_is_told_apart(monkeypatch, error, offline, me
         raise error
 
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: offline)
-    monkeypatch.setattr("flashbone.tuner.skeleton.hf_hub_download", refuse)
+    monkeypatch.setattr("flashbone.tuner.model.skeleton.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ConfigError, match=f"^{ID}: .*{message}"):
         skeleton(ID)

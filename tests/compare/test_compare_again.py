@@ -14,7 +14,7 @@ from flashbone.compare.commands import Origin
 from flashbone.compare.config import load_comparison
 from flashbone.compare.run import Experiment, compare
 from flashbone.errors import ConfigError
-from flashbone.outputs import alone
+from flashbone.files.outputs import alone
 
 pytestmark = pytest.mark.slow
 

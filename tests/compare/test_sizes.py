@@ -9,7 +9,7 @@ from small_models import LINEARS, albert, bert, gpt2, ids, llama, minilm, real
 from flashbone.compare.methods import METHODS, attach
 from flashbone.compare.sizes import Budget, Sized, budget_of, match
 from flashbone.errors import ConfigError
-from flashbone.tuner.skeleton import skeleton
+from flashbone.tuner.model.skeleton import skeleton
 from helpers.rwkv import write_rwkv
 
 pytestmark = pytest.mark.slow

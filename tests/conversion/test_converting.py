@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flashbone import cli, convert
-from flashbone.checkpoint import peft, rwkv, same_values
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.files import peft, rwkv
+from flashbone.files.adapter import same_values
 from helpers.adapter_folders import listing, write_adapter
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "converting.md"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashbone.checkpoint.lora import Lora
 from flashbone.conversion import engines
 from flashbone.errors import ConfigError, FormatError
+from flashbone.files.lora import Lora
 from helpers.comparison import Promise, same_bits
 
 CONFIG = {

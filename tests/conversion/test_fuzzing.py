@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flashbone import cli, variants
-from flashbone.checkpoint import Adapter
 from flashbone.conversion import convert, formats
 from flashbone.errors import FlashboneError
+from flashbone.files.adapter import Adapter
 from flashbone.ops import reference
 from helpers.adapter_folders import ROOT, listing
 from helpers.blocks import VARIANT_NAMES

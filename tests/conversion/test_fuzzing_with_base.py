@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conversion.test_fuzzing import fields, json_values, many, names, tensors
-from flashbone.checkpoint import lora
 from flashbone.conversion import convert
 from flashbone.errors import FlashboneError
+from flashbone.files import lora
 from flashbone.merge import merge_checkpoint
 from flashbone.ops import reference
 from helpers.adapter_folders import ROOT, listing

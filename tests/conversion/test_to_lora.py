@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flashbone import convert
-from flashbone.checkpoint import lora, peft, tensors
-from flashbone.checkpoint.base import open_base
-from flashbone.checkpoint.placing import place
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeError
+from flashbone.files import lora, peft, tensors
+from flashbone.files.base import open_base
+from flashbone.files.placing import place
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.comparison import Promise, close, same_bits
 

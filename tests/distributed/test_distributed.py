@@ -12,7 +12,7 @@ from launching import launch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from flashbone.tuner.layer import BoneLinear
+from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.variants import VARIANTS
 from helpers.comparison import close, relative_error
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone.errors import FlashboneError
-from flashbone.tuner.layer import BoneLinear
+from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.variants import VARIANTS
 from helpers.comparison import Promise, same_bits
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from flashbone.report.inspect.model import inspect_model
+from flashbone.inspect.model import inspect_model
 from helpers.adapter_folders import write_adapter
 from helpers.pages import ROOT, PageRun, blocks
 from helpers.stand_ins import SMOLLM2

@@ -11,7 +11,7 @@ from peft import BoneConfig, LoraConfig, get_peft_model
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.layers.layer import BoneLayer
 from helpers.comparison import Promise, close, same_bits
 from helpers.pages import ROOT, run_page
 

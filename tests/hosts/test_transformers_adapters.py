@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError, ShapeError
-from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.layers.layer import BoneLayer
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flashbone.checkpoint.lora import Lora
+from flashbone.files.lora import Lora
 
 
 def logits(base: Path, tokens: list[int], adapter: Path | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from running import logits, merge_, read_peft
 from tiny_models import MODELS, tiny
 
-from flashbone.checkpoint import gguf
+from flashbone.files import gguf
 from helpers.comparison import relative_error
 
 TOKENS = [3, 17, 5, 60, 22, 9, 41, 8, 13, 2]

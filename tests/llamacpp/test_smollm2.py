@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashbone import variants
-from flashbone.checkpoint import gguf
-from flashbone.checkpoint.lora import Lora
+from flashbone.files import gguf
+from flashbone.files.lora import Lora
+from flashbone.files.sources import read_json
 from flashbone.merge import merge_checkpoint
-from flashbone.sources import read_json
 from helpers.adapter_folders import write_adapter
 from helpers.comparison import relative_error
 

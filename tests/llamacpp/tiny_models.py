@@ -1,4 +1,4 @@
-"""A tiny random model of each architecture that `checkpoint/gguf.py` knows."""
+"""A tiny random model of each architecture that `files/gguf.py` knows."""
 
 import torch
 import transformers as hf

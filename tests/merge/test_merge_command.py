@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashbone import verify
 from flashbone.cli import main
+from flashbone.merge import verify
 from helpers.adapter_folders import blocks_for, listing, tiny_llama, write_adapter
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashbone.checkpoint import staging, tensors
 from flashbone.errors import FlashboneError
+from flashbone.files import staging, tensors
 from flashbone.merge import merge_checkpoint, unmerge_checkpoint
 from helpers.adapter_folders import listing, write_adapter
 from helpers.blocks import random_block

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashbone.checkpoint import staging
 from flashbone.errors import FlashboneError, FormatError, NonFiniteError, ShapeError
+from flashbone.files import staging
 from flashbone.merge import merge_checkpoint
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from verified_merges import BERT, LLAMA, _adapter, _lively, _merged, _verify
 
 from flashbone import variants
-from flashbone.checkpoint import miss, peft
 from flashbone.errors import FormatError
+from flashbone.files import miss, peft
 from flashbone.merge import merge_checkpoint
-from flashbone.verify import LIMIT
+from flashbone.merge.verify import LIMIT
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, same_bits

@@ -8,7 +8,7 @@ import torch
 from verified_merges import BERT, LLAMA, _adapter, _lively, _merged, _verify
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.verify import check_verifiable, compare_logits
+from flashbone.merge.verify import check_verifiable, compare_logits
 from helpers.adapter_folders import tiny_bert, tiny_llama, write_adapter
 from helpers.families import FAMILIES
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from flashbone import BoneConfig, merge_checkpoint, unmerge_checkpoint, variants
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError
+from flashbone.merge.verify import LIMIT, check_verifiable, compare_logits
 from flashbone.rwkv import from_pth
-from flashbone.verify import LIMIT, check_verifiable, compare_logits
 from helpers.adapter_folders import listing, write_adapter
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, same_bits
@@ -196,9 +196,9 @@ def test_a_model_that_amplifies_fp32_errors_beyond_the_limit_passes_and_fails(tm
     adapter = rwkv_peft_file(tmp_path / "rwkv-0.pth", load(base), 7, "bone", "disha")
     out = tmp_path / "out.pth"
     merge_checkpoint(base, adapter, out, dtype="bf16")
-    monkeypatch.setattr("flashbone.verify.LIMIT", 4e-6)
+    monkeypatch.setattr("flashbone.merge.verify.LIMIT", 4e-6)
     with monkeypatch.context() as patched:
-        patched.setattr("flashbone.verify.running.amplifies_rounding", lambda path: False)
+        patched.setattr("flashbone.merge.verify.running.amplifies_rounding", lambda path: False)
         in_fp32 = compare_logits(base, [adapter], None, out)
     in_fp64 = compare_logits(base, [adapter], None, out)
     assert (in_fp32.ok, in_fp64.ok) == (False, True)

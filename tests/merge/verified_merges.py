@@ -7,7 +7,7 @@ from torch import nn
 
 from flashbone import variants
 from flashbone.merge import merge_checkpoint
-from flashbone.verify import compare_logits
+from flashbone.merge.verify import compare_logits
 from helpers.adapter_folders import blocks_for, write_adapter
 
 LLAMA, BERT = ("q_proj", "k_proj", "o_proj", "down_proj"), ("query", "key", "dense")

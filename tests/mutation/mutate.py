@@ -3,7 +3,7 @@
     PYTHONPATH=.venv/mutants python tests/mutation/mutate.py [NAME ...] [--sample N] [--again] [--budget S] [--table]
 
 NAMEs are beginnings of module names, such as `ops/moves`. mutmut's operators make the mutants. Its runner does not fit
-here: it leaves decorated functions and module level code alone, as most of ops and the tables of checkpoint are.
+here: it leaves decorated functions and module level code alone, as most of ops and the tables of files are.
 
 One process imports the hosts, collects the tests and forks for each mutant, in which the code of the live functions is
 exchanged; nothing is written. A mutant outside of functions is written to a copy of the source instead, and forked from
@@ -33,9 +33,9 @@ from running import NOT_RUN, OPTIONS, STOPPED, Known, Report, Runner, by_line, c
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE, CACHE = ROOT / "src", ROOT / ".cache" / "mutants"
-ROOMS = ["shards.py", "variants/*.py", "ops/*.py", "checkpoint/*.py"]
+ROOMS = ["shards.py", "variants/*.py", "ops/*.py", "files/*.py"]
 TESTS = [
-    *("tests/ops", "tests/checkpoint", "tests/conversion/test_lowrank.py", "tests/conversion/test_real_lora.py"),
+    *("tests/ops", "tests/files", "tests/conversion/test_lowrank.py", "tests/conversion/test_real_lora.py"),
     *("tests/merge/test_merged_weight.py", "tests/merge/test_merge_refusals.py", "tests/tuner/test_layer.py"),
     *("tests/merge/test_merge_outputs.py", "tests/merge/test_merge_pth.py", "tests/conversion/test_converting.py"),
     *("tests/conversion/test_converting_rwkv.py", "tests/rwkv/test_rwkv_files.py", "tests/tuner/test_mixed_batch.py"),

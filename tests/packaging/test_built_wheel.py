@@ -98,7 +98,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
         f"{NAME}.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
     }
     assert set(contents(wheel)) == wanted | about
-    assert {"flashbone/py.typed", "flashbone/report/comparison/assets/page.html"} <= wanted
+    assert {"flashbone/py.typed", "flashbone/compare/report/assets/page.html"} <= wanted
     assert not [name for name in contents(wheel) if "test" in Path(name).parts[0]]
 
 
@@ -144,7 +144,7 @@ from importlib.metadata import version
 assert flashbone.__file__.startswith(sys.prefix), flashbone.__file__
 assert version("flashbone") == flashbone.__version__
 assert files("flashbone").joinpath("py.typed").is_file()
-assert files("flashbone.report.comparison").joinpath("assets", "page.html").is_file()
+assert files("flashbone.compare.report").joinpath("assets", "page.html").is_file()
 assert "torch" not in sys.modules
 from peft import BoneConfig
 assert BoneConfig is flashbone.BoneConfig

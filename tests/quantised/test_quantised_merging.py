@@ -5,7 +5,7 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import FlashboneError, NonFiniteError
-from flashbone.tuner.layer import BoneLinear
+from flashbone.tuner.layers.layer import BoneLinear
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, relative_error, same_bits
 from helpers.quantised import BACKENDS, adapted, quantised_linear

@@ -17,7 +17,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from flashbone.tuner.layer import BoneLinear
+from flashbone.tuner.layers.layer import BoneLinear
 from helpers import quantised
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, same_bits

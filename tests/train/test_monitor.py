@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from flashbone import variants
 from flashbone.errors import NonFiniteError
 from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg
-from flashbone.report.training import plot_losses, plot_rotations
 from flashbone.train.monitor import RotationMonitor, trained_rotations
+from flashbone.train.report import plot_losses, plot_rotations
 from flashbone.train.run import train
 from helpers.adapter_folders import tiny_bert
 from helpers.tiny_llama import questions

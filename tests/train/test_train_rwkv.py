@@ -11,8 +11,8 @@ from peft import BoneConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import flashbone
-from flashbone.checkpoint import reading
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.files import reading
 from flashbone.rwkv import RwkvTokenizer, from_pth
 from flashbone.train import callbacks
 from flashbone.train.arguments import trainer_arguments

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flashbone import BoneConfig
-from flashbone.tuner.saved_parameters import find
+from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, same_bits
 
 WIDTH = 8

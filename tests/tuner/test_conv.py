@@ -11,8 +11,8 @@ from transformers import ViTConfig, ViTModel
 
 from flashbone.errors import ConfigError, NonFiniteError, ShapeError
 from flashbone.merge import merge_checkpoint
-from flashbone.tuner.conv import BoneConv
-from flashbone.tuner.layer import BoneLinear
+from flashbone.tuner.layers.conv import BoneConv
+from flashbone.tuner.layers.layer import BoneLinear
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.layers import adapted, check_lifecycle, gradients, oracle_weight

@@ -11,7 +11,7 @@ from transformers import BartConfig, BartModel, Gemma3ForCausalLM, Gemma3TextCon
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.merge import merge_checkpoint
-from flashbone.tuner.embedding import BoneEmbedding
+from flashbone.tuner.layers.embedding import BoneEmbedding
 from helpers.adapter_folders import tiny_gpt2, tiny_llama
 from helpers.comparison import Promise, close, same_bits
 from helpers.layers import adapted, check_lifecycle, gradients, oracle_weight

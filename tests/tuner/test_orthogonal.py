@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flashbone import variants
-from flashbone.checkpoint import peft as checkpoint
 from flashbone.errors import ConfigError, FormatError, ShapeError
+from flashbone.files import peft as checkpoint
 from flashbone.merge import merge_checkpoint
 from flashbone.ops import reference
 from helpers.adapter_folders import tiny_bert

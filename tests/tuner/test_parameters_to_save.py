@@ -9,7 +9,7 @@ from decay_models import DECAYS, Attention, Model, base, by_hand, config, fill, 
 from peft import get_peft_model
 
 from flashbone.errors import NonFiniteError
-from flashbone.tuner.saved_parameters import SavedParameter, find
+from flashbone.tuner.model.saved_parameters import SavedParameter, find
 from helpers.comparison import Promise, close, same_bits
 
 

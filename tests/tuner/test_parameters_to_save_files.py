@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import flashbone
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.rwkv import from_pth
-from flashbone.tuner.saved_parameters import find
+from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, close, same_bits
 from helpers.rwkv import write_rwkv
 

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.saved_parameters import find
+from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, close, same_bits
 from helpers.processes import run_apart
 

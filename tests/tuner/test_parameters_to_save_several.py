@@ -18,7 +18,7 @@ from decay_models import (
 from peft import LoraConfig, inject_adapter_in_model
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.saved_parameters import find
+from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, close, same_bits
 
 

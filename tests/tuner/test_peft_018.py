@@ -14,7 +14,7 @@ from peft import BoneConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import flashbone
-from flashbone.checkpoint import peft
+from flashbone.files import peft
 from golden.cases import CASES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP, fill_blocks, results

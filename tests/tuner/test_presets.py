@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from flashbone import BoneConfig
 from flashbone.errors import ConfigError
-from flashbone.tuner.presets import parameter_count
+from flashbone.tuner.model.presets import parameter_count
 from helpers.adapter_folders import tiny_bert, tiny_llama
 
 

@@ -13,9 +13,9 @@ from peft import BoneConfig, BoneModel, PeftConfig, get_peft_config
 from peft.tuners import BoneConfig as also
 from peft.tuners.bone import BoneConfig as old, BoneLayer, BoneLinear, BoneModel as old_model
 from peft.tuners.bone.layer import BoneLinear as deep
-import flashbone, flashbone.tuner.layer
+import flashbone, flashbone.tuner.layers.layer
 assert BoneConfig is old is also is flashbone.BoneConfig and BoneModel is old_model is flashbone.BoneModel
-assert BoneLinear is deep is flashbone.BoneLinear is flashbone.tuner.layer.BoneLinear
+assert BoneLinear is deep is flashbone.BoneLinear is flashbone.tuner.layers.layer.BoneLinear
 import importlib.util, peft
 assert importlib.util.find_spec("peft.tuners.bone") is not None and {"BoneConfig", "BoneModel"} <= set(peft.__all__)
 assert type(get_peft_config({"peft_type": "BONE", "r": 8})) is BoneConfig
@@ -26,7 +26,7 @@ FIRST = [
     "import flashbone, peft",
     "import peft, flashbone",
     "from flashbone import BoneLinear",
-    "import flashbone.tuner.layer",
+    "import flashbone.tuner.layers.layer",
 ]
 
 

@@ -9,7 +9,7 @@ from transformers import AlbertConfig, BertConfig, CLIPVisionConfig, GPT2Config,
 
 from flashbone import BoneConfig
 from flashbone.errors import ConfigError, FormatError
-from flashbone.tuner.skeleton import skeleton
+from flashbone.tuner.model.skeleton import skeleton
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
 
 

@@ -8,13 +8,13 @@ import transformers as hf
 from peft import BoneConfig, PeftModel, get_peft_model
 from torch import nn
 
-from flashbone.checkpoint import peft as checkpoint
 from flashbone.errors import ConfigError, FormatError
+from flashbone.files import peft as checkpoint
+from flashbone.inspect.adapter import inspect_adapter
+from flashbone.inspect.model import inspect_model
 from flashbone.merge import merge_checkpoint
-from flashbone.report.inspect.adapter import inspect_adapter
-from flashbone.report.inspect.model import inspect_model
-from flashbone.tuner.parameters import ParamWrapper
-from flashbone.tuner.targets import TargetError
+from flashbone.tuner.layers.parameters import ParamWrapper
+from flashbone.tuner.model.targets import TargetError
 from helpers.adapter_folders import tiny_llama
 from helpers.blocks import VARIANT_NAMES
 from helpers.checkpointing import enable_checkpointing

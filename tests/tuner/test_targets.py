@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from targeted_models import Linears, Unknown, adapted, config
 from torch import nn
 
-from flashbone.tuner.roles import NAMES, ROLES, held_by
-from flashbone.tuner.targets import resolved, roles_of
+from flashbone.tuner.model.roles import NAMES, ROLES, held_by
+from flashbone.tuner.model.targets import resolved, roles_of
 from helpers.families import FAMILIES
 
 TRAINED = ("bert", "albert", "modernbert", "gpt2", "gpt-neox", "phi-3", "llama", "mixtral", "t5 with gates", "bart")

@@ -7,7 +7,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from targeted_models import adapted, config
 from torch import nn
 
-from flashbone.tuner.targets import resolved, roles_of
+from flashbone.tuner.model.targets import resolved, roles_of
 from helpers.families import FAMILIES
 
 

@@ -6,8 +6,8 @@ from targeted_models import Unknown, adapted, config
 from torch import nn
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.model import TargetError
-from flashbone.tuner.targets import resolved
+from flashbone.tuner.model.model import TargetError
+from flashbone.tuner.model.targets import resolved
 from helpers.families import FAMILIES
 
 

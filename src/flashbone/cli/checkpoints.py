@@ -64,7 +64,7 @@ def progress(command: str, out: Path) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, if that is a terminal; what killed runs left is named first."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
-    from flashbone.checkpoint import staging
+    from flashbone.files import staging
 
     for leftover in staging.leftovers(out):
         print(

@@ -9,7 +9,7 @@ from flashbone import floors
 from flashbone.cli.configured import separate
 from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.outputs import read_json_lines
+from flashbone.files.outputs import read_json_lines
 
 OPTIONS = ("--plan", "--report", "--retry-failed", "--json", "--help")
 
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     if options.plan:
         return _plan(comparison, options.json)
 
-    from flashbone.report.comparison import print_comparison, write_report
+    from flashbone.compare.report import print_comparison, write_report
 
     file = Path(comparison.output) / "results.jsonl"
     if options.report:

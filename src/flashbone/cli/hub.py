@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from flashbone.errors import FormatError
-from flashbone.sources import hub_problem
+from flashbone.files.sources import hub_problem
 
 
 def looks_like_hub_id(given: str) -> bool:

@@ -43,8 +43,8 @@ def run(argv: list[str]) -> int:
     if _is_adapter(options.target):
         if fields or options.config:
             raise ConfigError(f"{options.target}: is an adapter; --config and --adapter.* are for models")
-        from flashbone.report.inspect.adapter import inspect_adapter
-        from flashbone.report.inspect.adapter_tables import print_adapter as print_report
+        from flashbone.inspect.adapter import inspect_adapter
+        from flashbone.inspect.adapter_tables import print_adapter as print_report
 
         with progress_bars() as bar:
             task = bar.add_task("reading the adapter", total=None)
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
                 hub.folder(options.target), lambda done, total: bar.update(task, completed=done, total=total)
             )
     else:
-        from flashbone.report.inspect.model_tables import print_model as print_report
+        from flashbone.inspect.model_tables import print_model as print_report
 
         report = _inspect_model(options, fields)
     if options.json:
@@ -67,7 +67,7 @@ def _inspect_model(options: argparse.Namespace, fields: list[str]) -> Any:
     import transformers
     from rich.console import Console
 
-    from flashbone.report.inspect.model import inspect_model
+    from flashbone.inspect.model import inspect_model
     from flashbone.train.recipe import load_adapter_fields
 
     adapter = load_adapter_fields(options.config, fields)
@@ -85,7 +85,7 @@ def _is_adapter(target: str) -> bool:
     """Whether an adapter is meant; what does not exist is left to the model's side, which says so."""
     path = Path(target)
     if path.is_file():
-        from flashbone.checkpoint import reading
+        from flashbone.files import reading
 
         is_model = path.suffix == ".pth" and reading.rwkv_kind(path) == "model"
         return (path.suffix in TENSOR_FILES and not is_model) or path.name == ADAPTER_CONFIG

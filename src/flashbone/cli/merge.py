@@ -48,7 +48,7 @@ def _check(base: Path, adapters: list[Path], weights: list[float] | None, kept: 
 
     What it could never compare is refused at once, before anything is merged.
     """
-    from flashbone.verify import check_verifiable, compare_logits
+    from flashbone.merge.verify import check_verifiable, compare_logits
 
     check_verifiable(base, adapters, weights)
 

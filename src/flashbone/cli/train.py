@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
 
     recipe = load_recipe(options.config, overrides)
 
-    from flashbone.report.training import plot_losses, plot_rotations, print_summary
+    from flashbone.train.report import plot_losses, plot_rotations, print_summary
     from flashbone.train.run import train
 
     try:

@@ -13,7 +13,7 @@ from flashbone.compare.config import Comparison
 from flashbone.compare.jobs import FIXED
 from flashbone.compare.methods import METHODS
 from flashbone.compare.results import Compared
-from flashbone.outputs import write_text
+from flashbone.files.outputs import write_text
 
 
 @dataclass(frozen=True)

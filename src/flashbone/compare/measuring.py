@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flashbone.outputs import read_json_lines, write_text
+from flashbone.files.outputs import read_json_lines, write_text
 
 WARM_UP = 2  # steps that are not timed: kernels are chosen and memory is got in them
 _STATUS = Path("/proc/self/status")

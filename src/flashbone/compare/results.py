@@ -13,7 +13,7 @@ from flashbone.compare.methods import METHODS
 from flashbone.compare.sizes import Sized
 from flashbone.errors import ConfigError
 from flashbone.evaluate.results import finite
-from flashbone.outputs import write_text
+from flashbone.files.outputs import write_text
 
 FIGURES = (
     "steps",

@@ -31,7 +31,7 @@ from flashbone.compare.measuring import Memory, Watch, synchronise
 from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
 from flashbone.compare.testing import check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
-from flashbone.outputs import read_json_lines, whole_folder, write_text
+from flashbone.files.outputs import read_json_lines, whole_folder, write_text
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data

@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from flashbone.checkpoint import Adapter, staging
-from flashbone.checkpoint.base import BaseModel, open_base
-from flashbone.checkpoint.lora import Lora
 from flashbone.conversion import engines, factors, formats
 from flashbone.conversion.factors import ModuleError
 from flashbone.errors import ConfigError, FormatError
+from flashbone.files import staging
+from flashbone.files.adapter import Adapter
+from flashbone.files.base import BaseModel, open_base
+from flashbone.files.lora import Lora
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashbone.checkpoint import gguf
-from flashbone.checkpoint.lora import Lora
 from flashbone.conversion import factors
 from flashbone.errors import ConfigError, FormatError
+from flashbone.files import gguf
+from flashbone.files.lora import Lora
 
 GGUF = "adapter.gguf"  # in a folder
 _MODELFILE = """\

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from flashbone import variants
-from flashbone.checkpoint import Adapter, names, tensors
-from flashbone.checkpoint.base import BaseModel
-from flashbone.checkpoint.lora import Lora, in_saved_module
-from flashbone.checkpoint.placing import Place, place
 from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeError
+from flashbone.files import names, tensors
+from flashbone.files.adapter import Adapter
+from flashbone.files.base import BaseModel
+from flashbone.files.lora import Lora, in_saved_module
+from flashbone.files.placing import Place, place
 from flashbone.variants import lowrank
 from flashbone.variants.lowrank import Factors
 

@@ -1,4 +1,4 @@
-"""The formats of adapters: how each is recognised, read and written; `flashbone.checkpoint` has one file for each."""
+"""The formats of adapters: how each is recognised, read and written; `flashbone.files` has one file for each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashbone import cards
-from flashbone.checkpoint import Adapter, gguf, lora, miss, peft, reading, rwkv
-from flashbone.checkpoint.lora import Lora
+from flashbone.conversion import cards
 from flashbone.errors import ConfigError
+from flashbone.files import gguf, lora, miss, peft, reading, rwkv
+from flashbone.files.adapter import Adapter
+from flashbone.files.lora import Lora
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.evaluate.exact_match import Answered
-from flashbone.outputs import PARTIAL, alone, make_folder, write_text
-from flashbone.sources import read_json
+from flashbone.files.outputs import PARTIAL, alone, make_folder, write_text
+from flashbone.files.sources import read_json
 
 SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "results.json"
 

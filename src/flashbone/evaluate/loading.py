@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashbone.checkpoint import peft as peft_files
-from flashbone.checkpoint import reading
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.sources import hub_problem, read_json
+from flashbone.files import peft as peft_files
+from flashbone.files import reading
+from flashbone.files.sources import hub_problem, read_json
 from flashbone.train.models import is_pth, load_causal_lm, load_classifier, load_tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.evaluate.intervals import Interval
-from flashbone.outputs import write_text
+from flashbone.files.outputs import write_text
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flashbone.evaluate.loading import load_labelled_classifier, load_language_m
 from flashbone.evaluate.perplexity import perplexity
 from flashbone.evaluate.request import DTYPES, Request, settled
 from flashbone.evaluate.results import Evaluation, Figure, figure, write_results
-from flashbone.sources import read_json
+from flashbone.files.sources import read_json
 from flashbone.train.formats import Example
 
 log = logging.getLogger(__name__)

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbone.checkpoint import reading
-from flashbone.checkpoint.base import BaseModel, open_base
 from flashbone.errors import ConfigError
+from flashbone.files import reading
+from flashbone.files.base import BaseModel, open_base
+from flashbone.files.sources import read_json
 from flashbone.merge import outputs, record, values
 from flashbone.merge.plan import Weighted, checked_weights, plan
 from flashbone.merge.source import read_one
 from flashbone.merge.unmerge import UnmergeReport as UnmergeReport
 from flashbone.merge.unmerge import unmerge_checkpoint as unmerge_checkpoint
 from flashbone.merge.write import CONFIG, Job, run
-from flashbone.sources import read_json
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from flashbone.checkpoint import tensors
-from flashbone.checkpoint.base import INDEX, SINGLE, BaseModel
 from flashbone.errors import ConfigError, FormatError
-from flashbone.sources import read_json
+from flashbone.files import tensors
+from flashbone.files.base import INDEX, SINGLE, BaseModel
+from flashbone.files.sources import read_json
 
 DTYPES = {
     **dict.fromkeys(("bf16", "bfloat16"), "BF16"),

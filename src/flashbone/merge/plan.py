@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashbone.checkpoint import Adapter, names, pth, same_values
-from flashbone.checkpoint.base import BaseModel
-from flashbone.checkpoint.placing import IN_PYTHON, Place, place
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.files import names, pth
+from flashbone.files.adapter import Adapter, same_values
+from flashbone.files.base import BaseModel
+from flashbone.files.placing import IN_PYTHON, Place, place
 from flashbone.variants.merged import Term
 from flashbone.variants.stacked import PerExpert
 

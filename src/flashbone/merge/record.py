@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from flashbone import __version__
-from flashbone.checkpoint import reading, tensors
-from flashbone.checkpoint.base import BaseModel
 from flashbone.errors import FormatError
+from flashbone.files import reading, tensors
+from flashbone.files.base import BaseModel
+from flashbone.files.sources import read_json
 from flashbone.merge.plan import LARGEST_WEIGHT, Weighted
-from flashbone.sources import read_json
 
 NAME = "merge.json"
 UNKNOWN = "0" * 64  # a sha256 that is not known yet, as long as any

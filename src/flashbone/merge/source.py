@@ -6,9 +6,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from flashbone.checkpoint import tensors
-from flashbone.checkpoint.base import BaseModel
 from flashbone.errors import FormatError
+from flashbone.files import tensors
+from flashbone.files.base import BaseModel
 
 PIECE = 1 << 20  # bytes
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbone.checkpoint import reading
-from flashbone.checkpoint.base import BaseModel, open_base
-from flashbone.checkpoint.tensors import FLOATS, Entry
 from flashbone.errors import FlashboneError, FormatError
+from flashbone.files import reading
+from flashbone.files.base import BaseModel, open_base
+from flashbone.files.tensors import FLOATS, Entry
 from flashbone.merge import record, source
 from flashbone.merge.bound import Error, bound, measured, sizes
 from flashbone.merge.plan import Edit, Weighted, checked_weights, plan

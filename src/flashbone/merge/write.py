@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashbone.checkpoint import pth, staging, tensors
-from flashbone.checkpoint.base import INDEX, BaseModel
 from flashbone.errors import FlashboneError
+from flashbone.files import pth, staging, tensors
+from flashbone.files.base import INDEX, BaseModel
 from flashbone.merge import record, source
 from flashbone.merge.outputs import OutputFile, index, output_files
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashbone.checkpoint import pth, staging
-from flashbone.checkpoint.states import read_state
-from flashbone.checkpoint.tensors import FLOATS, TensorFile, as_bytes
 from flashbone.errors import ConfigError, FormatError, NonFiniteError
+from flashbone.files import pth, staging
+from flashbone.files.states import read_state
+from flashbone.files.tensors import FLOATS, TensorFile, as_bytes
 from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config, RwkvConfig
 from flashbone.rwkv.model import Rwkv6ForCausalLM, Rwkv7ForCausalLM, RwkvForCausalLM
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from flashbone.checkpoint.staging import whole_or_absent
 from flashbone.errors import FlashboneError, FormatError
+from flashbone.files.staging import whole_or_absent
 
 log = logging.getLogger(__name__)
 

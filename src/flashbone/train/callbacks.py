@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from flashbone.errors import NonFiniteError
-from flashbone.outputs import read_json_lines, write_text
+from flashbone.files.outputs import read_json_lines, write_text
 
 # Wall-clock figures and counters that a resumed run would repeat differently; ours are tokens and train_s.
 DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.outputs import PARTIAL, write_text
-from flashbone.sources import read_json
+from flashbone.files.outputs import PARTIAL, write_text
+from flashbone.files.sources import read_json
 from flashbone.train.recipe import Recipe
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 
 import peft
 
+from flashbone.files.outputs import whole_folder
 from flashbone.merge import merge_checkpoint
-from flashbone.outputs import whole_folder
 from flashbone.train.folder import RunFolder
 from flashbone.train.models import is_pth
 from flashbone.train.recipe import Recipe

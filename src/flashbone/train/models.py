@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.sources import hub_problem
+from flashbone.files.sources import hub_problem
 from flashbone.train.recipe import Recipe, quantization_of
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flashbone.tuner.layer import BoneLayer
+from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.variants.orthogonal import Orthogonal
 
 # What is logged, under these names: `rotation/error/<module>`, and the largest of all modules as `rotation/error`.

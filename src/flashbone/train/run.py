@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flashbone.errors import FlashboneError
-from flashbone.outputs import whole_folder, write_text
+from flashbone.files.outputs import whole_folder, write_text
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer

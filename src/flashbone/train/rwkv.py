@@ -10,7 +10,7 @@ from flashbone.errors import ConfigError
 from flashbone.rwkv.loss import wrapped
 from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.train.sections import RwkvSettings
-from flashbone.tuner.saved_parameters import find
+from flashbone.tuner.model.saved_parameters import find
 
 TILE = 1024  # tokens whose logits are there at a time
 _NORMS = ["ln0", "ln1", "ln2", "ln_x", "ln_out"]

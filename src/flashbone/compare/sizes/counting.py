@@ -15,7 +15,7 @@ from torch import nn
 from flashbone.compare.methods.attaching import find_heads, named, train_all, train_head, tuner_layers, with_adapter
 from flashbone.compare.methods.registry import Method, Size
 from flashbone.errors import FlashboneError
-from flashbone.tuner.presets import parameter_count
+from flashbone.tuner.model.presets import parameter_count
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""The report of a comparison, from its results.jsonl alone: statistics, verdict, tables, figures, page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashbone.files.outputs import write_text
+
+
+def write_report(results: Path, folder: Path) -> list[Path]:
+    """Write report.html and its figures as PNGs into `folder`, each whole or not at all; returns their paths.
+
+    The comparison may be unfinished: the report is of what has run so far.
+
+    Raises:
+        FormatError: the results are not what `flashbone compare` writes.
+    """
+    from flashbone.compare.report.figures import draw
+    from flashbone.compare.report.page import page
+    from flashbone.compare.report.reading import read_results
+    from flashbone.compare.report.standing import stand
+
+    standing = stand(read_results(results))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "report.html"
+    write_text(target, page(standing))
+    return [target, *draw(standing, folder)]
+
+
+def print_comparison(results: Path) -> None:
+    """Print the verdict and the tables of a comparison on stdout.
+
+    Raises:
+        FormatError: the results are not what `flashbone compare` writes.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from flashbone.compare.report.reading import read_results
+    from flashbone.compare.report.standing import stand
+    from flashbone.compare.report.tables import terminal
+    from flashbone.compare.report.verdict import judge
+
+    standing = stand(read_results(results))
+    verdict, console = judge(standing), Console()
+    for table in terminal(standing):
+        console.print(table)
+    console.print(Text(verdict.text, style="bold"))
+    for note in verdict.notes:
+        console.print(Text(f"- {note}"))
+
+
+def comparison_markdown(results: Path) -> str:
+    """The table of a comparison in Markdown, for pages that are generated from it.
+
+    Raises:
+        FormatError: the results are not what `flashbone compare` writes.
+    """
+    from flashbone.compare.report.reading import read_results
+    from flashbone.compare.report.standing import stand
+    from flashbone.compare.report.tables import markdown
+
+    return markdown(stand(read_results(results)))

@@ -1,0 +1,138 @@
+"""Where the parts of an adapter lie on a base model: which tensor, in which orientation, and whether the sizes fit.
+
+Only headers are read. Merging and conversion both start here, so that they refuse the same adapters in the same words.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flashbone import variants
+from flashbone.errors import FormatError, ShapeError
+from flashbone.files import names, tensors
+from flashbone.files.adapter import Adapter
+from flashbone.files.base import BaseModel
+from flashbone.variants.stacked import PerExpert
+
+IN_PYTHON = (
+    "merge in Python instead, on the model class that it was trained on:"
+    " PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(OUT)"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of the base that an adapter changes.
+
+    Attributes:
+        tensor: its name in the base.
+        block: the block that shifts it, if any.
+        replacement: the value that takes its place first, if any.
+        transposed: whether it is kept as (in, out).
+        stacked: whether it is one matrix for each expert. Any other tensor of more than two axes is a convolution's.
+        shape: as it is stored.
+        name: of the block in the adapter.
+    """
+
+    tensor: str
+    block: Tensor | None = None
+    replacement: Tensor | None = None
+    transposed: bool = False
+    stacked: bool = False
+    shape: tuple[int, ...] = ()
+    name: str = ""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in) of the matrix that a block shifts; of one expert's, where they are stacked."""
+        shape = self.shape[1:] if self.stacked else (self.shape[0], math.prod(self.shape[1:]))
+        return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
+
+
+def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> list[Place]:
+    """Find the tensor of every block and replacement, and check that it fits.
+
+    Args:
+        model: The base.
+        adapter: The adapter.
+        problems: What is already known to be wrong, named in the same error.
+
+    Raises:
+        FormatError: names of the adapter that the base has not, or not clearly; all are listed.
+        ShapeError: sizes that do not fit; all are listed.
+    """
+    problems = list(problems)
+    blocks = {adapter.parameter(name): name for name in adapter.blocks}
+    known_transposed = {adapter.parameter(name) for name in adapter.transposed}
+    found, lost = names.locate([*blocks, *(p for p in adapter.replacements if p not in blocks)], model.entries)
+    problems += [_lost(name, reason, name in blocks, name in adapter.parameters) for name, reason in lost.items()]
+    problems += _shared_targets(found)
+    places, misfits = [], []
+    for parameter, tensor in found.items():
+        name = blocks.get(parameter, "")
+        block = adapter.blocks[name] if name else None
+        is_parameter = parameter in adapter.parameters
+        transposed = parameter in known_transposed
+        if block is not None and not transposed and not is_parameter:
+            transposed = names.is_transposed(tensor, model.config)
+        if transposed is None:
+            problems.append(f"{tensor}: the model_type says whether it is stored transposed, but config.json lacks it")
+        shape = model.entries[tensor].shape
+        stacked = is_parameter and len(shape) == 3
+        value = adapter.replacements.get(parameter)
+        if value is not None and model.is_pth:
+            value = shaped(value, shape)
+        found_place = Place(tensor, block, value, bool(transposed), stacked, shape, name or parameter)
+        misfits += _misfits(found_place, model.entries[tensor], adapter.variant)
+        places.append(found_place)
+    if problems:
+        raise FormatError(f"the adapter does not fit {model.folder}: {'; '.join(problems + misfits)}")
+    if misfits:
+        raise ShapeError(f"the adapter does not fit {model.folder}: {'; '.join(misfits)}")
+    return places
+
+
+def shaped(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A value in another shape, where they differ in axes of one only: RWKV's vectors come as (C,) and as (1, 1, C)."""
+    same = [size for size in value.shape if size != 1] == [size for size in shape if size != 1]
+    return value.reshape(shape) if same else value
+
+
+def _lost(name: str, reason: str, is_block: bool, is_parameter: bool) -> str:
+    tied = names.is_embedding(name, (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS))
+    hint = " (is it tied to another tensor?)" if tied else ""
+    if is_parameter:
+        return f"{name}: {reason}, which may keep every expert by itself (transformers fuses them); {IN_PYTHON}"
+    if is_block:
+        return f"{name}: {reason}{hint}; is it an adapter of another model?"
+    return f"{name}: {reason}{hint}, but the adapter holds a value for it; {IN_PYTHON}"
+
+
+def _shared_targets(found: dict[str, str]) -> list[str]:
+    users: dict[str, list[str]] = {}
+    for parameter, tensor in found.items():
+        users.setdefault(tensor, []).append(parameter)
+    return [f"{tensor}: is meant by both {' and '.join(who)}" for tensor, who in users.items() if len(who) > 1]
+
+
+def _misfits(where_to: Place, entry: tensors.Entry, variant: variants.Variant) -> list[str]:
+    where, shape = where_to.tensor, entry.shape
+    if entry.dtype not in tensors.FLOATS:
+        wanted = ", ".join(tensors.FLOATS)
+        return [f"{where}: is stored as {entry.dtype}, wanted {wanted}; merge into the original unquantised model"]
+    found = []
+    if where_to.replacement is not None and tuple(where_to.replacement.shape) != shape:
+        got = tuple(where_to.replacement.shape)
+        found.append(f"{where}: the adapter's value has shape {got}, the base's {shape}; was it resized? {IN_PYTHON}")
+    if where_to.block is None:
+        return found
+    if len(shape) < 2 or (where_to.transposed and not where_to.stacked and len(shape) != 2):
+        return [*found, f"{where}: shape {shape} is not that of a layer that can be adapted"]
+    variant = PerExpert(variant, shape[0]) if where_to.stacked else variant
+    try:
+        variants.check_block(where, variant, where_to.block, *where_to.matrix)
+    except ShapeError as error:
+        found.append(str(error))
+    return found

@@ -1,0 +1,184 @@
+"""torch's zipped pickles, in which RWKV models come: find the tensors of a file, and write such a file.
+
+A file is a zip of stored members in one folder: `data.pkl`, a pickled dict: name -> how to rebuild the tensor from a
+storage; `data/<key>`, the bytes of each storage; `byteorder`; `version`. No tensor is read to find it; a file is
+written one tensor at a time, each at a multiple of 64 bytes.
+"""
+
+import bisect
+import errno
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from flashbone.errors import FormatError
+from flashbone.files import pickled
+from flashbone.files.tensors import Entry, Piece, TensorFile
+
+_ALIGNMENT = 64  # bytes, torch's own
+_ROOT = "archive"
+_ZIP64_EXTRA = 20  # bytes that it adds to a local header
+_DAMAGED = "it may be truncated or damaged, copy or download it again"
+
+
+def scan(path: Path) -> TensorFile:
+    """Find the bytes of every tensor of a file, in the order of its dict; tied tensors have the same ones.
+
+    Raises:
+        FormatError: it is no file of plain tensors, or not a whole one; all tensors that cannot be read are named.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80":  # a bare pickle
+            raise FormatError(
+                f"{path}: is a bare pickle, as torch saved before 1.6, without a directory of its tensors; save it"
+                " again with torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+            )
+        try:
+            entries = _entries(path, file)
+        except FormatError:
+            raise
+        except Exception as error:  # zipfile and pickle stumble over a damaged file in any way they like
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to a negative place
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise FormatError(f"{path}: not a whole torch file ({reason}); {_DAMAGED}") from error
+    return TensorFile(path, b"", tuple(entries), size)
+
+
+def tied(file: TensorFile) -> dict[str, str]:
+    """Name of a tensor -> name of the first one that has the same bytes; the `aliases` of `write`."""
+    first: dict[tuple[int, int], str] = {}
+    pairs = {e.name: first.setdefault((e.start, e.end), e.name) for e in file.entries if e.end > e.start}
+    return {name: owner for name, owner in pairs.items() if name != owner}
+
+
+def _entries(path: Path, file: BinaryIO) -> list[Entry]:
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        root = _root(path, members)
+        if len(members) < len(archive.infolist()):
+            raise ValueError("it holds two members of one name")
+        order = archive.read(_checked(path, members, f"{root}/byteorder")) if f"{root}/byteorder" in members else b""
+        if order not in (b"little", b""):
+            raise FormatError(f"{path}: byteorder: got {order.decode()!r}, wanted 'little'; save it on another machine")
+        table = pickled.load(path, archive.read(_checked(path, members, f"{root}/data.pkl")))
+        limits = [*sorted(info.header_offset for info in members.values()), archive.start_dir]
+        return [_entry(path, file, members, limits, root, name, tensor) for name, tensor in table.items()]
+
+
+def _root(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
+    """The folder that holds everything."""
+    roots = [name.split("/")[0] for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise FormatError(f"{path}: is a zip file that torch.save() did not write, it has no data.pkl")
+    if f"{roots[0]}/constants.pkl" in members:
+        raise FormatError(
+            f"{path}: is a TorchScript archive, which holds code; save the module's state_dict() with torch.save()"
+        )
+    return roots[0]
+
+
+def _checked(path: Path, members: Mapping[str, zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
+    """A member that exists and lies there as it is."""
+    info = members.get(name)
+    if info is None:
+        raise FormatError(f"{path}: it lacks {name}, which its pickle names; {_DAMAGED}")
+    if info.flag_bits & 1:
+        raise FormatError(f"{path}: {name} is encrypted; decrypt the file first")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise FormatError(
+            f"{path}: {name} is compressed, so that no tensor can be read alone; save it again with"
+            " torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+        )
+    return info
+
+
+def _entry(
+    path: Path,
+    file: BinaryIO,
+    members: Mapping[str, zipfile.ZipInfo],
+    limits: Sequence[int],
+    root: str,
+    name: str,
+    tensor: pickled.Stored,
+) -> Entry:
+    """Where a tensor lies, by the local header of its member; `limits` are where members begin and the last ends."""
+    info = _checked(path, members, f"{root}/data/{tensor.storage.key}")
+    file.seek(info.header_offset)
+    signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+    own_name = file.read(name_length).decode("utf-8" if info.flag_bits & 0x800 else "cp437")
+    if signature != b"PK\x03\x04" or own_name != info.orig_filename:
+        raise ValueError(f"{info.filename} does not lie where the directory says")
+    data_start = info.header_offset + 30 + name_length + extra_length
+    if data_start + info.file_size > limits[bisect.bisect_right(limits, info.header_offset)]:
+        raise ValueError(f"{info.filename} overlaps what follows it")
+    if not tensor.start + tensor.nbytes <= tensor.storage.nbytes == info.file_size:
+        raise ValueError(f"{name} does not fit into the {info.file_size} bytes of {info.filename}")
+    start = data_start + tensor.start
+    return Entry(name, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
+
+
+def write(
+    target: Path,
+    layout: Sequence[tuple[str, str, tuple[int, ...]]],
+    content: Callable[[str], Iterable[Piece]],
+    advance: Callable[[int], None],
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Write the new file `target`, which `torch.load(target, weights_only=True, mmap=True)` reads. Equal contents make
+    equal files.
+
+    Args:
+        target: Must not exist.
+        layout: Name, dtype (a key of `pickled.DTYPES`) and shape of every tensor, in the order of the dict.
+        content: Yields the bytes of the tensor of that name in pieces; called once for each, in order.
+        advance: Called with the number of bytes after each piece, in all the size of the file.
+        aliases: Name of a tensor -> name of the one whose storage it shares; its own content is not asked for.
+    """
+    aliases = aliases or {}
+    keys = {name: str(key) for key, name in enumerate(name for name, _, _ in layout if name not in aliases)}
+    table = {name: pickled.whole(dtype, shape, keys[aliases.get(name, name)]) for name, dtype, shape in layout}
+    for name, owner in aliases.items():
+        assert table[name].storage == table[owner].storage, f"{name} cannot be a view of {owner}"
+    data = pickled.dump(table)
+    done = 0
+    with target.open("xb") as file:
+
+        def written() -> None:
+            nonlocal done
+            advance(file.tell() - done)
+            done = file.tell()
+
+        with zipfile.ZipFile(file, "w") as archive:
+            _add(archive, file, "data.pkl", len(data), [data], written)
+            _add(archive, file, "byteorder", 6, [b"little"], written)
+            for name, key in keys.items():
+                _add(archive, file, f"data/{key}", table[name].nbytes, content(name), written)
+            _add(archive, file, "version", 2, [b"3\n"], written)
+        written()
+
+
+def _add(
+    archive: zipfile.ZipFile,
+    file: BinaryIO,
+    name: str,
+    size: int,
+    pieces: Iterable[Piece],
+    written: Callable[[], None],
+) -> None:
+    """Write one member, its data at a multiple of the alignment: an extra field of its header fills the gap."""
+    info = zipfile.ZipInfo(f"{_ROOT}/{name}")
+    info.file_size = size
+    is_large = size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
+    gap = -(file.tell() + 30 + len(info.filename) + 4 + is_large * _ZIP64_EXTRA) % _ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", gap) + b"Z" * gap
+    with archive.open(info, "w", force_zip64=is_large) as member:
+        assert file.tell() % _ALIGNMENT == 0, f"{name} would start at {file.tell()}"
+        for piece in pieces:
+            member.write(piece)
+            written()
+    assert info.file_size == size, f"{name} has {info.file_size} bytes, not {size}"
+    info.extra = b""  # the directory needs none

@@ -1,1 +1,0 @@
-"""Reports: data first, then tables and plots."""

@@ -1,0 +1,27 @@
+"""Figures of matplotlib in one look, drawn without a display, and saved as PNGs that appear whole."""
+
+from pathlib import Path
+from typing import Any
+
+from flashbone.files.outputs import whole_file
+
+
+def blank(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches, and its panels as an array of shape (rows, columns)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.ravel():
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save(figure: Any, target: Path) -> Path:
+    """Write the figure as a PNG; returns its path."""
+    with whole_file(target) as partial:
+        figure.savefig(partial, format="png")
+    return target

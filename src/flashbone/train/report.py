@@ -1,0 +1,116 @@
+"""What came of a training run: its loss curve and its rotations as pictures, the summary as a table."""
+
+from pathlib import Path
+from typing import Any
+
+from flashbone.files.outputs import read_json_lines
+from flashbone.train import drawing
+
+TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
+ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
+    ("rotation/error", "largest entry of |QᵀQ - I|"),
+    ("rotation/angle_deg", "largest rotation angle (degrees)"),
+    ("rotation/grad_norm", "norm of the block's gradient"),
+)
+
+
+def plot_losses(metrics: Path, target: Path) -> Path:
+    """Draw training and held-out loss over the steps from a metrics.jsonl; returns the PNG's path."""
+    rows = read_json_lines(metrics)
+    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    figure, (axes,) = _figure(7, 1)
+    if train:
+        axes.plot(*zip(*train, strict=True), color=TRAIN_COLOUR, linewidth=1.5, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, marker="o", markersize=5, label="held out")
+    axes.set_ylabel("loss (nats per token)" if _is_language_model(rows) else "loss (cross-entropy)")
+    if train or held_out:
+        axes.legend(frameon=False)
+    return drawing.save(figure, target)
+
+
+def plot_rotations(metrics: Path, target: Path) -> Path | None:
+    """Draw what `RotationMonitor` logged, single modules thin, their maximum bold; returns the PNG's path, None if
+    the run logged no rotations."""
+    rows = [row for row in read_json_lines(metrics) if ROTATIONS[0][0] in row]
+    if not rows:
+        return None
+    figure, panels = _figure(12, len(ROTATIONS))
+    for axes, (key, label) in zip(panels, ROTATIONS, strict=True):
+        modules = list(dict.fromkeys(k for row in rows for k in row if k.startswith(f"{key}/")))
+        for name in [*modules, key]:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            style = {"linewidth": 0.7, "alpha": 0.35} if name != key else {"linewidth": 2.0, "label": "largest"}
+            axes.plot(*zip(*points, strict=True), color=TRAIN_COLOUR, marker="." if len(points) == 1 else None, **style)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        if modules:
+            axes.plot([], [], color=TRAIN_COLOUR, linewidth=0.7, alpha=0.6, label=f"each of {len(modules)} modules")
+            axes.legend(frameon=False)
+    return drawing.save(figure, target)
+
+
+def _figure(width: float, count: int) -> tuple[Any, list[Any]]:
+    """A figure with panels side by side, over optimiser steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, panels = drawing.blank((width, 4.2), columns=count)
+    axes = list(panels[0])
+    for panel in axes:
+        panel.set_xlabel("optimiser step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _is_language_model(rows: list[dict[str, Any]]) -> bool:
+    return not any("eval_accuracy" in row for row in rows)
+
+
+def print_summary(summary: dict[str, Any], folder: Path, figures: list[Path]) -> None:
+    """Print the table of a run on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{summary['task']} with {summary['variant']}, block size {summary['block_size']}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _lines(summary):
+        table.add_row(Text(name), Text(value))
+    console = Console()
+    console.print(table)
+    for name, path in _files(folder, figures):
+        console.print(Text(f"{name:<8} {path}"), soft_wrap=True)
+
+
+def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table; figures that the run did not measure are left out."""
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    lines = [
+        ("trainable parameters", f"{trained:,} of {total:,} ({summary['trainable_percent']:.3g} %)"),
+        ("rows, training / held out", f"{summary['train_rows']:,} / {summary['eval_rows']:,}"),
+        ("steps (epochs)", f"{summary['steps']:,} ({summary['epochs']:.3g})"),
+    ]
+    if summary.get("train_loss") is not None:
+        lines.append(("training loss, last", f"{summary['train_loss']:.4f}"))
+    names = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_macro_f1": "held-out macro-F1"}
+    for key, name in names.items():
+        before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
+        if after is not None:
+            start = "?" if before is None else f"{before:.4f}"
+            lines.append((f"{name}, before -> after", f"{start} -> {after:.4f}"))
+    rotation = summary.get("rotation") or {}
+    error, angle = rotation.get("error"), rotation.get("angle_deg")
+    if error is not None and angle is not None:
+        lines.append(("largest rotation; |QᵀQ - I|", f"{angle:.1f}°; {error:.1e}"))
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary.get("tokens_per_s") else ""
+    lines.append(("training time", f"{summary['train_s']:,.1f} s{speed}"))
+    lines.append((f"peak {summary['peak_of']}", f"{summary['peak_mib']:,.0f} MiB on {summary['device']}"))
+    return lines
+
+
+def _files(folder: Path, figures: list[Path]) -> list[tuple[str, Path]]:
+    named = {"adapter": ["adapter"], "merged": ["merged", "merged.pth"], "metrics": ["metrics.jsonl"]}
+    found = [(name, folder / file) for name, files in named.items() for file in files]
+    return [(name, path) for name, path in [*found, *(("plot", figure) for figure in figures)] if path.exists()]

@@ -1,0 +1,96 @@
+"""Hot swap: `peft.utils.hotswap.hotswap_adapter` for BONE, in place, so that a compiled model is not compiled again.
+
+PEFT's function looks two things up in its module, the table of methods and the function that swaps; BONE gets an entry
+in the first and a branch in the second. Other methods pass through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from peft.utils import set_peft_model_state_dict
+from torch import Tensor, nn
+
+from flashbone.errors import ConfigError
+from flashbone.tuner.layers.layer import BoneLayer
+from flashbone.tuner.model import keys
+from flashbone.tuner.model.config import BoneConfig, BoneType
+from flashbone.tuner.model.saved_parameters import SavedParameter
+
+# What the compiled graph holds, or what an adapter leaves in the model besides its blocks. Sizes are the blocks' own.
+_MUST_BE_EQUAL = ("variant", "use_orthogonal", "orthogonal_eps", "bias", "modules_to_save", "parameters_to_save")
+
+
+def support_bone(hotswap: ModuleType) -> None:
+    """Extend the module `peft.utils.hotswap`."""
+    table: dict[Any, list[str]] = hotswap.CONFIG_KEYS_TO_CHECK
+    table[BoneType.BONE] = []  # compared with the active adapter's there, with those of the one that is swapped here
+    hotswap.hotswap_adapter_from_state_dict = _branched(  # pyright: ignore[reportAttributeAccessIssue]
+        hotswap.hotswap_adapter_from_state_dict
+    )
+
+
+def _branched(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if not isinstance(config, BoneConfig):
+            return original(model, state_dict, adapter_name, config, *args, **kwargs)
+        return swap(getattr(model, "_orig_mod", model), state_dict, adapter_name, config)
+
+    return hotswap_adapter_from_state_dict
+
+
+def swap(model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: BoneConfig) -> None:
+    """Replace blocks, dropout, scale (by 1) and config of an adapter, in place; if anything does not fit, nothing is
+    changed.
+
+    Raises:
+        ConfigError: there is no such adapter, it is merged, or a setting differs that is not swapped.
+        ShapeError: the new adapter has other layers or other sizes.
+    """
+    _check(model, adapter_name, config)
+    ends = tuple(f".{block}.{adapter_name}" for block in (keys.BLOCK, keys.BLOCK_OF_TRANSPOSED))
+    name = f".{adapter_name}"  # PEFT has put it there
+    plain = {key.removesuffix(name) if key.endswith(ends) else key: t for key, t in state_dict.items()}
+    set_peft_model_state_dict(model, plain, adapter_name)
+    for layer in model.modules():
+        if isinstance(layer, BoneLayer) and adapter_name in layer.bone_block:
+            layer.set_scale(adapter_name, 1.0)
+            _set_dropout(layer, adapter_name, config.dropout)
+    own = model.peft_config[adapter_name]
+    vars(own).update(vars(config), inference_mode=own.inference_mode)  # the object stays: compiled code may hold it
+
+
+def _set_dropout(layer: BoneLayer, adapter_name: str, dropout: float) -> None:
+    if getattr(layer.bone_dropout[adapter_name], "p", 0.0) != dropout:
+        layer.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        layer.bone_dropout[adapter_name].train(layer.training)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check(model: Any, adapter_name: str, config: BoneConfig) -> None:
+    own = model.peft_config.get(adapter_name)
+    if own is None:
+        raise ConfigError(f"hot swap: no adapter {adapter_name!r} in this model, which has {list(model.peft_config)}")
+    problems = [
+        f"{field}: the model has {_plain(own, field)!r}, the new adapter {_plain(config, field)!r}"
+        for field in _MUST_BE_EQUAL
+        if _plain(own, field) != _plain(config, field)
+    ]
+    if problems:
+        raise ConfigError(
+            f"hot swap: adapter {adapter_name!r} cannot be replaced in place ({'; '.join(problems)}); load the new one"
+            " under another name with load_adapter"
+        )
+    layers = (layer for layer in model.modules() if isinstance(layer, (BoneLayer, SavedParameter)))
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ConfigError(f"hot swap: adapter {adapter_name!r} is merged into the model; call unmerge_adapter() first")
+
+
+def _plain(config: BoneConfig, field: str) -> Any:
+    value = getattr(config, field)
+    return sorted(value) if isinstance(value, (list, set, tuple)) else value

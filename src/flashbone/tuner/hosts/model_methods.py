@@ -1,0 +1,97 @@
+"""The adapter methods of transformers' and diffusers' models: for BONE a failure leaves no trace and is ours.
+
+Both set their flag before they add an adapter. transformers adds the adapter before it reads the weights, starts what
+the file lacks as new, and says so in its log only. Other methods' adapters pass through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from flashbone.errors import ConfigError
+from flashbone.tuner.model.config import BoneConfig
+from flashbone.tuner.model.loading import adapters_in, ignoring_sizes, is_ignoring_sizes, no_trace
+
+_FLAG = "_hf_peft_config_loaded"
+_DOWNLOAD = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+
+
+def add_adapter(original: Callable, model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """`add_adapter` of both hosts; if it fails with a BoneConfig, the model is as it was."""
+    had_flag = getattr(model, _FLAG)
+    try:
+        return original(model, adapter_config, *args, **kwargs)
+    except Exception:
+        if isinstance(adapter_config, BoneConfig):
+            setattr(model, _FLAG, had_flag)
+        raise
+
+
+def save_lora_adapter(
+    original: Callable, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> Any:
+    """diffusers' `save_lora_adapter`, which would write a file that nothing can load again.
+
+    Raises:
+        ConfigError: the adapter is a BONE one.
+    """
+    if adapter_name in adapters_in(model):
+        raise ConfigError(
+            f"save_lora_adapter: adapter {adapter_name!r} is a BONE adapter, and diffusers loads files of LoRA only;"
+            " use peft.get_peft_model(model, config) and its save_pretrained, or peft.get_peft_model_state_dict"
+        )
+    return original(model, save_directory, adapter_name, *args, **kwargs)
+
+
+def load_adapter(
+    original: Callable,
+    model: Any,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`PreTrainedModel.load_adapter`; a BONE adapter that does not fit, or is broken, is refused as PeftModel does.
+
+    Raises:
+        ShapeError: a block is missing, or a tensor has another shape or belongs to nothing; all of them are named.
+        FormatError: the file cannot be read.
+    """
+    name, load_config = adapter_name or "default", kwargs.get("load_config")
+    is_new = name not in adapters_in(model)
+    source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    state = args[1] if len(args) > 1 else kwargs.get("adapter_state_dict")
+    ignores = kwargs.get("ignore_mismatched_sizes", getattr(load_config, "ignore_mismatched_sizes", False))
+
+    def load_as_peft_does() -> None:
+        if is_new and name in adapters_in(model):
+            _load(model, name, _read(source, load_config, kwargs) if state is None else state)
+
+    with no_trace(model, name, source), ignoring_sizes(bool(ignores)):
+        try:
+            info = original(model, peft_model_id, adapter_name, *args, **kwargs)
+        except RuntimeError:  # which names no tensor
+            load_as_peft_does()
+            raise
+        if info is None or info.missing_keys or info.unexpected_keys:  # older transformers return nothing
+            load_as_peft_does()
+            for keys in (getattr(info, "missing_keys", None), getattr(info, "unexpected_keys", None)):
+                if isinstance(keys, set):  # parameters_to_save: all are loaded now, else that would have raised
+                    keys.clear()
+        return info
+
+
+def _read(source: Any, load_config: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    given = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
+    wanted = {key: given[key] for key in _DOWNLOAD if given.get(key) is not None}
+    return load_peft_weights(str(source), device="cpu", **wanted)
+
+
+def _load(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """Every tensor is compared with the model's before any is loaded, and misfits raise."""
+    plain = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
+    set_peft_model_state_dict(model, plain, name, ignore_mismatched_sizes=is_ignoring_sizes())

@@ -1,0 +1,39 @@
+"""Give PEFT its BONE method back: fill its tables and its namespace, whichever of the two is imported first."""
+
+import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register(peft: ModuleType) -> None:
+    """Register BONE with an imported peft: `get_peft_model`, saving, loading, and the old import paths."""
+    from flashbone.tuner.hosts import hotswap, neighbours
+    from flashbone.tuner.layers import layer
+    from flashbone.tuner.model import card, config, loading, model
+
+    mapping, tuners = import_module("peft.mapping"), import_module("peft.tuners")
+
+    kind = config.BoneType.BONE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config.BoneConfig  # pyright: ignore[reportArgumentType]
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = model.BoneModel  # pyright: ignore[reportArgumentType]
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = model.BoneModel.prefix  # pyright: ignore[reportArgumentType]
+    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[kind] = model.BoneModel  # so that the refusal below is the one that is met
+
+    names = {c.__name__: c for c in (config.BoneConfig, layer.BoneLayer, layer.BoneLinear, model.BoneModel)}
+    bone = ModuleType("peft.tuners.bone", "PEFT's former module of the Bone method; the classes are flashbone's.")
+    bone.__path__ = []
+    bone.__dict__.update(names, __all__=list(names), config=config, layer=layer, model=model)
+    sys.modules.update(
+        {"peft.tuners.bone": bone}
+        | {f"peft.tuners.bone.{m.__name__.rpartition('.')[2]}": m for m in (config, layer, model)}
+    )
+    bone.__spec__ = ModuleSpec("peft.tuners.bone", None, is_package=True)
+    vars(tuners)["bone"] = bone
+    for target in (peft, tuners):
+        vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
+        vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
+    loading.clean_up_after_failed_loads(peft.PeftModel)
+    card.write_cards(peft.PeftModel)
+    neighbours.refuse_bone(import_module("peft.mixed_model"))
+    hotswap.support_bone(import_module("peft.utils.hotswap"))

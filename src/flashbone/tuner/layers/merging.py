@@ -1,0 +1,207 @@
+"""Merging one layer: adapters into its base weight and out again, bit for bit, in PEFT's terms."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from flashbone import shards, variants
+from flashbone.ops.cache import Cache
+from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers.bases import BaseKind
+from flashbone.variants.merged import Term
+from flashbone.variants.undo import check_undoable, undo
+
+
+def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:
+    """The method finds the layer's parameters whole, whoever shards or offloads them; `write`: it changes the base."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def on_whole_weights(self: MergeableLayer, *args: Any, **kwargs: Any) -> Any:
+            with offloading.whole(self.get_base_layer(), write), offloading.whole(self.bone_block):
+                return method(self, *args, **kwargs)
+
+        return on_whole_weights
+
+    return decorate
+
+
+class MergeableLayer(BaseTunerLayer):
+    """What a layer needs to merge its adapters; `BoneLayer` holds them.
+
+    `keep_original` (default True): a merge keeps the pristine weight in host memory, so that unmerging gives it back
+    bit for bit. Where host memory is short, set it to False before merging; unmerging then computes the base back, with
+    rounding. Of a quantised base the original, which is small, is kept in any case.
+    """
+
+    bone_block: nn.ParameterDict
+    bone_scale: dict[str, float]
+    bone_variant: dict[str, variants.Variant]
+    _cache: Cache
+    _kind: BaseKind
+
+    def _init_merging(self) -> None:
+        self.merged_adapters: list[str] = []
+        self.keep_original = True
+        self._original_weight: Any = None
+        # What stands merged, as it was merged: blocks and scales may change while a merge stands.
+        self._merged_as: dict[str, Term] = {}
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the next merge keeps the original."""
+        return self.keep_original or self._kind.keeps_always
+
+    @_on_whole_weights()
+    def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None) -> Tensor:
+        """The difference that merging the adapter makes to the base weight, in the base's layout, in every variant.
+
+        Args:
+            adapter: Its name.
+            orig_weight: The weight that it is merged into; None takes the pristine base weight, also while merged.
+
+        Returns:
+            A new tensor in fp32 (fp64 for an fp64 base); in `orig_weight`'s dtype if that was given.
+        """
+        W = self._pristine_weight()
+        if orig_weight is not None:
+            W = self._kind.matrix(orig_weight.detach())
+        block = self.bone_block[adapter].detach()
+        dtype = shards.opmath_dtype(W, block)
+        variant, scale = self.bone_variant[adapter], self.bone_scale[adapter]
+        delta = variant.delta(W.to(dtype), block.to(W.device, dtype)) * scale
+        delta = delta if orig_weight is None else delta.to(orig_weight.dtype)
+        return self._kind.stored(delta, self.get_base_layer())
+
+    @_on_whole_weights()
+    def merged_weight(self, adapter_names: list[str], must_be_finite: bool = False) -> Tensor:
+        """The base weight, in its own layout and dtype, with exactly the named adapters in it; nothing is changed.
+
+        Adapters that stand merged are taken as they were merged, the others as they are now.
+
+        Raises:
+            NonFiniteError: `must_be_finite`, and it would hold NaN or infinity.
+            ConfigError: the weight is computed by a parametrisation, so that it cannot be set.
+        """
+        return self._kind.stored(self._merged_W(adapter_names, must_be_finite), self.get_base_layer()).contiguous()
+
+    def _merged_W(self, adapter_names: list[str], must_be_finite: bool) -> Tensor:
+        self._kind.check_writable(self.get_base_layer())
+        names = [n for n in dict.fromkeys(adapter_names) if n in self.bone_block]
+        terms = self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as}
+        where = f"adapter {', '.join(map(repr, names))}"
+        return variants.merged_weight(self._pristine_weight(), terms.values(), where, must_be_finite)
+
+    @_on_whole_weights()
+    def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
+        """Find out, without changing anything, whether these adapters can be merged: to finite values, and so that
+        the pristine weight could be computed back.
+
+        Raises:
+            FlashboneError: as `merge` does.
+        """
+        names = self._to_merge(adapter_names)
+        if names and (must_be_finite or undoable):
+            self._prepare_merge(names, must_be_finite, undoable)
+        elif names:
+            self._kind.check_writable(self.get_base_layer())
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [n for n in dict.fromkeys(names) if n in self.bone_block and n not in self._merged_as]
+
+    def _prepare_merge(self, names: list[str], must_be_finite: bool, undoable: bool) -> Tensor:
+        """The merged W, checked as asked for."""
+        merged = self._merged_W([*self.merged_adapters, *names], must_be_finite)
+        if undoable:
+            check_undoable(self._pristine_weight(), merged, (self._as_now(names) | self._merged_as).values())
+        return merged
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @_on_whole_weights(write=True)
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the base weight.
+
+        Every delta refers to the pristine weight, so that the order of merges never matters.
+
+        Args:
+            safe_merge: Raise, and change nothing, if the result would hold NaN or infinity.
+            adapter_names: The adapters to merge; None takes the active ones.
+
+        Raises:
+            NonFiniteError: see `safe_merge`.
+            ConfigError: the base weight cannot be set.
+            FlashboneError: `keep_original` is off, and the pristine weight could not be computed back.
+        """
+        check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
+        names = self._to_merge(adapter_names)
+        if not names:
+            return
+        merged = self._prepare_merge(names, must_be_finite=safe_merge, undoable=not self.keeps_original)
+        base = self.get_base_layer()
+        is_first_kept = self.keeps_original and self._original_weight is None
+        if is_first_kept:
+            if self.merged:  # by a merge that kept none: what it is computed back to
+                self._kind.write(base, self._unmerged_by_subtraction())
+            self._original_weight = self._kind.keep(base)
+        try:
+            self._kind.write(base, merged)
+        except Exception:
+            if is_first_kept:
+                self._original_weight = None
+            raise
+        self._cache.clear()
+        self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
+        self.merged_adapters.extend(names)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @_on_whole_weights(write=True)
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again: bit for bit where the original was kept."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if self._original_weight is not None:
+            self._kind.restore(base, self._original_weight)
+        else:
+            self._kind.write(base, self._unmerged_by_subtraction())
+        self._original_weight = None
+        self._merged_as = {}
+        self.merged_adapters = []
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @_on_whole_weights(write=True)
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The bare base layer, with the adapters merged into it if asked for; no original is kept."""
+        if merge:
+            check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
+            if names := self._to_merge(adapter_names):
+                merged = self._merged_W([*self.merged_adapters, *names], must_be_finite=safe_merge)
+                self._kind.write(self.get_base_layer(), merged)
+        return self.get_base_layer()
+
+    def _pristine_weight(self) -> Tensor:
+        """The base's weight (out, in) without any adapter, detached, on the base's device."""
+        base = self.get_base_layer()
+        if self._original_weight is not None:
+            return self._kind.kept_weight(base, self._original_weight)
+        return self._unmerged_by_subtraction() if self.merged else self._kind.weight(base).detach()
+
+    def _as_now(self, names: list[str]) -> dict[str, Term]:
+        return {n: (self.bone_variant[n], self.bone_block[n].detach(), self.bone_scale[n]) for n in names}
+
+    def _unmerged_by_subtraction(self) -> Tensor:
+        return undo(self._kind.weight(self.get_base_layer()).detach(), self._merged_as.values())

@@ -1,0 +1,105 @@
+"""The cards of adapters that a live model saves: PEFT writes README.md, and a BONE adapter's gets our part added."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from flashbone.conversion import cards
+from flashbone.tuner.layers.embedding import BoneEmbedding
+from flashbone.tuner.layers.layer import BoneLinear
+from flashbone.tuner.model.config import BoneConfig
+
+CARD = "README.md"
+
+
+def write_cards(peft_model: Any) -> None:
+    """Wrap what writes cards: `create_or_update_model_card`, which trainers call, too, for the adapter "default", whose
+    folder it is; and `save_pretrained`, which saves other adapters to folders of their own."""
+    peft_model.create_or_update_model_card = _with_our_part(peft_model.create_or_update_model_card)
+    peft_model.save_pretrained = _with_cards_of_others(peft_model.save_pretrained)
+
+
+def _with_our_part(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def create_or_update_model_card(self: Any, output_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, output_dir, *args, **kwargs)
+        _write(self, "default", Path(output_dir))
+        return result
+
+    return create_or_update_model_card
+
+
+def _with_cards_of_others(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["is_main_process"]:
+            for name in given.arguments["selected_adapters"] or list(self.peft_config):
+                if name != "default":
+                    _write(self, name, Path(given.arguments["save_directory"]) / name)
+        return result
+
+    return save_pretrained
+
+
+def _write(model: Any, adapter_name: str, folder: Path) -> None:
+    """Write or renew our part of the card of an adapter, if it is a BONE adapter; what else it says stays."""
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, BoneConfig):
+        return
+    put(_card(model, adapter_name, config), folder / CARD)
+
+
+def put(card: cards.Card, file: Path) -> None:
+    """Write a card, or renew our part of the one that is there; what else it says stays."""
+    if not file.exists():
+        file.write_text(cards.page(card), encoding="utf-8")
+        return
+    written = ModelCard.load(file, ignore_metadata_errors=True)
+    written.data["tags"] = sorted({*(written.data.get("tags") or ()), *cards.TAGS})
+    written.text = cards.with_section(written.text, card)
+    written.save(file)
+
+
+def has_lora(layer: BoneLinear) -> bool:
+    """Whether PEFT's LoRA has a place for an adapter of this layer."""
+    return layer.converts_to_lora or isinstance(layer, BoneEmbedding)
+
+
+def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
+    targets = config.target_modules or ()
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    bare = model.get_base_model()
+    layers = {name: layer for name, layer in model.base_model._bone_layers() if adapter_name in layer.bone_block}
+    saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    single = list(config.parameters_to_save or ())
+    known = [*layers, *saved, *single]
+    is_linear = all(layer.converts_to_lora and _is_linear(layer) for layer in layers.values())
+    return cards.Card(
+        format="peft",
+        variant=config.variant,
+        r=tuple(sorted({config.r, *config.rank_pattern.values()})),
+        targets=names + tuple(config.target_parameters or ()),
+        base=config.base_model_name_or_path or getattr(bare, "name_or_path", None) or None,
+        linear_only=is_linear and not single,
+        fits_lora=all(map(has_lora, layers.values())) and not single,
+        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv(known),
+        is_rwkv=cards.are_own_rwkv(known),
+    )
+
+
+def _is_linear(layer: BoneLinear) -> bool:
+    """Not the (in, out) layer of GPT-2, which plain PEFT's BONE and MISS do not know."""
+    return isinstance(layer.get_base_layer(), nn.Linear)

@@ -1,0 +1,124 @@
+"""What users call on an adapted model besides PEFT's own methods: scales, sums, backends, what is kept, LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from flashbone.errors import ConfigError
+from flashbone.ops import backend
+from flashbone.tuner.layers.layer import BoneLinear
+from flashbone.tuner.model import lora, weighted
+
+
+class Controls:
+    """Of `BoneModel`, and so of every PeftModel around one."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    _keeps_originals = True
+    _caches = True
+    _backend = "torch"
+
+    def _bone_layers(self) -> Iterator[tuple[str, BoneLinear]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, BoneLinear):
+                yield name, module
+
+    def keep_originals(self, keep: bool) -> None:
+        """Whether merging keeps the pristine weights in host memory (the default), for an unmerge that is bit-exact."""
+        self._keeps_originals = keep
+        for _, layer in self._bone_layers():
+            layer.keep_original = keep
+
+    def cache_in_inference(self, keep: bool) -> None:
+        """Whether eval mode without grad keeps what it builds from blocks and weights between calls (the default).
+
+        Sums of several adapters' blocks are small. bat-col's shifted weight, kept from the first call with few tokens
+        on, is as large as the layer's own weight: where memory is short, merge the adapter, or switch this off. Call it
+        also after writing to `parameter.data` in place, which torch does not count: it drops what is kept.
+        """
+        self._caches = keep
+        for _, layer in self._bone_layers():
+            layer.caches = keep
+            layer._cache.clear()
+
+    def set_backend(self, name: str) -> None:
+        """Who computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused kernels.
+
+        The kernels need a GPU: docs/triton.md.
+
+        Raises:
+            ConfigError: there is no backend of that name.
+            BackendError: the package triton cannot be imported; nothing is changed.
+        """
+        backend.get(name)
+        self._backend = name
+        for _, layer in self._bone_layers():
+            layer.backend = name
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply what the adapter adds to the model by `scale`, until it is set again; 1 is the trained strength."""
+        if adapter not in self.peft_config:
+            raise ConfigError(f"set_scale: no adapter {adapter!r} in this model, which has {list(self.peft_config)}")
+        for _, layer in self._bone_layers():
+            layer.set_scale(adapter, scale)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Make a new adapter that is exactly the weighted sum of others.
+
+        `delta(new) = sum_i weights[i] * scale_i * delta(adapters[i])`, for adapters of one variant and block size;
+        `bone` and `mini` of different sizes combine as well. For anything else, activate the adapters together and
+        give each its `set_scale`.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: A factor, of any sign, for each.
+            adapter_name: Name of the new adapter. It is not active.
+            combination_type: "linear", the only one that is exact for the family.
+
+        Raises:
+            ConfigError: the adapters cannot be combined exactly; the model is as it was.
+        """
+        weighted.add_weighted_adapter(cast(Any, self), adapters, weights, adapter_name, combination_type)
+
+    def to_lora(
+        self, adapter_name: str = "default", rank: int | None = None, error: float | None = None
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """The adapter as a LoRA of PEFT, with its scale multiplied in: exact for `bone` and `mini`, which read no
+        weight; for the others the best of a rank on this base. Nothing is changed; merges may stand, but those of an
+        embedding.
+
+        Args:
+            adapter_name: Its name.
+            rank: Of the LoRA. None: that of the largest block, for `bone` and `mini`.
+            error: The largest relative error of a layer's delta, in Frobenius norm, instead of a rank.
+
+        Returns:
+            The configuration, and the tensors under the names of PEFT's files: biases and modules to save, too.
+
+        Raises:
+            ConfigError: rank and error contradict each other, or one is needed; a layer cannot have a LoRA (a
+                convolution, a parameter, out_proj of nn.MultiheadAttention), or the adapter keeps single parameters
+                whole; a weight cannot be read, or an embedding stands merged.
+            NonFiniteError: a delta holds NaN or infinity.
+        """
+        return lora.to_lora(cast(Any, self), adapter_name, rank, error)
+
+    def save_as_lora(
+        self,
+        path: str | Path,
+        adapter_name: str = "default",
+        rank: int | None = None,
+        error: float | None = None,
+    ) -> None:
+        """Write the folder of a LoRA that PEFT and serving engines load; see `to_lora`."""
+        lora.save_as_lora(cast(Any, self), path, adapter_name, rank, error)

@@ -1,0 +1,59 @@
+"""Names of blocks in adapter files: they say which parameter a block belongs to, and how that is stored."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flashbone.tuner.layers.embedding import BoneEmbedding
+from flashbone.tuner.layers.layer import BoneLayer
+from flashbone.tuner.layers.parameters import ParameterKind, ParamWrapper, own_name
+from flashbone.tuner.model.saved_parameters import VALUES, SavedParameter, bare
+
+BLOCK = "bone_block"
+# The block of a weight that is stored (in, out): an embedding's table, experts with `is_transposed`. transformers'
+# Conv1D keeps the plain name, which PEFT 0.14 to 0.18 know.
+BLOCK_OF_TRANSPOSED = "bone_transposed"
+FSDP1 = "_fsdp_wrapped_module."
+_WRAPPED_BY_HOSTS = (FSDP1, "_orig_mod.")
+
+
+def file_keys(model: nn.Module) -> dict[str, str]:
+    """Key of a block, or of a single parameter's value, in the model -> key in a file, both without the adapter's name,
+    where they differ."""
+    modules = [(plain(name), module) for name, module in model.named_modules()]
+    wrappers = [name for name, module in modules if isinstance(module, ParamWrapper)]
+    found = {}
+    for name, layer in modules:
+        if isinstance(layer, SavedParameter):
+            found[f"{name}.{VALUES}"] = bare(name)
+        if not isinstance(layer, BoneLayer):
+            continue
+        kind = layer._kind
+        is_transposed = isinstance(layer, BoneEmbedding) or (isinstance(kind, ParameterKind) and kind.is_transposed)
+        block = BLOCK_OF_TRANSPOSED if is_transposed else BLOCK
+        found[f"{name}.{BLOCK}"] = f"{own_name(name, layer, wrappers)}.{block}"
+    return {own: key for own, key in found.items() if own != key}
+
+
+def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A selection of a model's state with the names that files have; they still end in the adapter's name."""
+    end = f".{adapter_name}"
+    names = {f"{own}{end}": f"{key}{end}" for own, key in file_keys(model).items()}
+    return {names.get(key, key): tensor for key, tensor in state.items()}
+
+
+def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A file's state with the names of the model where those differ; they then end in the adapter's name."""
+    names, values = {}, {}
+    for own, key in file_keys(model).items():
+        found = values if own.endswith(f".{VALUES}") else names
+        found[key] = found[f"base_model.model.{key}"] = f"{own}.{adapter_name}"
+    # A parameter's name in a file may be that inside wrappers of others, and what wraps it may have changed.
+    return {names.get(key, values.get(bare(key), key)): tensor for key, tensor in state.items()}
+
+
+def plain(name: str) -> str:
+    """A module's or tensor's name without what FSDP1 and torch.compile put into it."""
+    for marker in _WRAPPED_BY_HOSTS:
+        name = name.replace(marker, "")
+    return name

@@ -1,0 +1,199 @@
+"""Which layers an adapter goes to: roles and containers in `target_modules` become names that PEFT matches."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from torch import nn
+from transformers import PreTrainedModel
+
+from flashbone.errors import ConfigError
+from flashbone.tuner.layers.bases import unsupported_reason
+from flashbone.tuner.layers.dispatch import why_not
+from flashbone.tuner.layers.parameters import ParamWrapper
+from flashbone.tuner.layers.quantized import quantized_kind_of
+from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, held_by
+
+MAX_SUGGESTIONS = 8
+
+
+class TargetError(ConfigError, NoMatchingPeftModuleError):
+    """No module of the model matches `target_modules`, or none holds a role that it names."""
+
+
+def _modules(model: nn.Module, closed: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside a model with their names, without what is inside modules of the closed kinds."""
+    inside = None
+    for name, module in model.named_modules():  # a module comes right before those inside it
+        if name and not (inside and name.startswith(inside)):
+            inside = f"{name}." if isinstance(module, closed) else None
+            yield name, module
+
+
+def adaptable_modules(model: nn.Module) -> list[str]:
+    """Names of the linear layers that the family can adapt, in the model's order; adapted layers are among them, what
+    is inside an adapter or inside a module that is trained as a whole is not."""
+    return [
+        name
+        for name, module in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not isinstance(module, ParamWrapper) and unsupported_reason(_bare(module)) is None
+    ]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def nearest_names(model: nn.Module, wanted: Iterable[str] | str | None) -> list[str]:
+    """The last parts of adaptable modules' names, those most like the wanted ones first."""
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in adaptable_modules(model)))
+    asked = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
+    near = [
+        match
+        for name in asked
+        for match in difflib.get_close_matches(name.rpartition(".")[2], endings, n=3, cutoff=0.5)
+    ]
+    return list(dict.fromkeys([*near, *endings]))[:MAX_SUGGESTIONS]
+
+
+def roles_of(model: nn.Module) -> dict[str, list[str]]:
+    """The roles that this model has, derived ones last, each with the names of the layers that hold it."""
+    held = {name: held_by(name) for name in adaptable_modules(model)}
+    parts = {role: (role,) for role in NAMES} | DERIVED
+    found = {role: [name for name, own in held.items() if set(own) & set(parts[role])] for role in parts}
+    return {role: names for role, names in found.items() if names}
+
+
+def default_targets(model_type: str) -> set[str] | str:
+    """What `target_modules=None` means: PEFT's table and, for models that it does not know, "all-linear"."""
+    known = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING.get(model_type)
+    return set(known) if isinstance(known, list) else known or "all-linear"
+
+
+def resolve(model: nn.Module, config: Any) -> set[str] | str:
+    """`target_modules` of a config in PEFT's terms: containers and roles become names, the rest stays as it is written.
+
+    An entry is, in this order: the ending of a layer's name, the ending of the name of a module with layers inside, a
+    role; else PEFT makes of it what it can.
+
+    Raises:
+        TargetError: the model has no layer with a role that is asked for, or a role stands in another field; all such
+            roles are named.
+    """
+    asked, layers, roles = config.target_modules, adaptable_modules(model), roles_of(model)
+    attentions = [name for name, module in model.named_modules() if isinstance(_bare(module), nn.MultiheadAttention)]
+    _refuse_roles_elsewhere(config, layers, roles)
+    if isinstance(asked, str):
+        if asked.lower() == "all-linear" and (hidden := _linear_of_no_known_class(model)):
+            known: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+            return known.target_modules | hidden
+        if asked not in ROLES or any(match_target_against_key(asked, name) for name, _ in model.named_modules()):
+            return asked
+        asked = {asked}
+    kept, literal, found, missing = set(), set(), set(), []
+    for entry in sorted(asked or ()):
+        if matches := [name for name in layers if f".{name}".endswith(f".{entry}")]:
+            kept.add(entry)
+            literal.update(matches)
+        elif any(f".{name}".endswith(f".{entry}") for name in attentions):
+            kept.add(entry)  # which is refused: it would mean its out_proj alone
+        elif inside := [name for name in layers if f".{entry}." in f".{name}"]:
+            found.update(inside)
+        elif entry in roles:
+            found.update(roles[entry])
+        elif entry in ROLES:
+            missing.append(entry)
+        else:
+            kept.add(entry)
+    if missing:
+        raise TargetError(_missing_roles(model, missing, [role for role in roles if role in NAMES]))
+    return kept | exact_names(model, config, found - literal, literal) if found else kept
+
+
+def _linear_of_no_known_class(model: nn.Module) -> set[str]:
+    """Names of quantised linear layers that are no `torch.nn.Linear` (HQQ, GPTQ, ...), which PEFT would pass over."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name
+        for name, module in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if module is not output and not isinstance(module, nn.Linear) and quantized_kind_of(module) is not None
+    }
+
+
+def _refuse_roles_elsewhere(config: Any, layers: list[str], roles: dict[str, list[str]]) -> None:
+    """Roles are for `target_modules`: PEFT looks the names of these fields up in the model, and would find nothing."""
+    fields = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
+    problems = []
+    for field, entries in fields.items():
+        for entry in sorted([entries] if isinstance(entries, str) else entries or ()):
+            if entry in ROLES and not any(f".{name}".endswith(f".{entry}") for name in layers):
+                endings = dict.fromkeys(name.rpartition(".")[2] for name in roles.get(entry, []))
+                names = f"name its layers, which end in {', '.join(endings)}" if endings else "this model has none"
+                problems.append(f"{field}: {entry!r} is a role, which only target_modules takes; {names}")
+    if problems:
+        raise TargetError("; ".join(problems))
+
+
+def _missing_roles(model: nn.Module, missing: list[str], present: list[str]) -> str:
+    roles = f"role{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
+    names = "it has " + ", ".join(present)
+    if not present:
+        names = "nor with any other; its linear layers end in: " + ", ".join(nearest_names(model, missing))
+    return f"target_modules: this model has no layer with the {roles}; {names}"
+
+
+def exact_names(model: nn.Module, config: Any, layers: set[str], literal: set[str]) -> set[str]:
+    """For each layer the shortest ending of its name by which PEFT finds no module but these and the literal ones."""
+    names = {name for name, _ in model.named_modules() if name}
+    open_names = {name for name in names if _is_open(config, name)}
+    layers = layers & open_names or layers  # where nothing is left, PEFT says why
+    others = names - layers - literal
+    taken = others | {ending for name in others & open_names for ending in _endings(name)}
+    return {next((ending for ending in _endings(name) if ending not in taken), name) for name in layers}
+
+
+def _is_open(config: Any, name: str) -> bool:
+    """Whether the config's other fields (exclude_modules, modules_to_save, layers_to_transform) allow an adapter."""
+    probe = copy.copy(config)
+    probe.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(probe, name))
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The dotted endings of a name, the shortest first."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in reversed(range(len(parts))))
+
+
+def resolved(model: nn.Module, config: Any) -> list[str]:
+    """Names of the modules that a config would adapt, in the model's order; neither is changed, and the model may be
+    on the meta device.
+
+    Raises:
+        ConfigError: the config matches modules that cannot be adapted.
+        TargetError: the model has no layer with a role that is asked for.
+    """
+    probe = copy.copy(config)
+    if probe.target_modules is None and not probe.target_parameters:
+        probe.target_modules = default_targets(BaseTuner.get_model_config(model)["model_type"])
+    probe.target_modules = resolve(model, probe)
+    probe = _maybe_include_all_linear_layers(probe, model)
+    matched = {
+        name: module for name, module in _modules(model, BaseTunerLayer) if check_target_module_exists(probe, name)
+    }
+    if unfit := {name: reason for name, module in matched.items() if (reason := why_not(_bare(module)))}:
+        problems = "; ".join(f"{name}: target module cannot be adapted, {reason}" for name, reason in unfit.items())
+        raise ConfigError(problems)
+    return list(matched)
