@@ -21,7 +21,7 @@ from flashbone import cli, variants
 from flashbone.conversion import convert, formats
 from flashbone.errors import FlashboneError
 from flashbone.files.adapter import Adapter
-from flashbone.ops import reference
+from helpers import reference
 from helpers.adapter_folders import ROOT, listing
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, relative_error, same_bits

@@ -20,7 +20,7 @@ from flashbone.conversion import convert
 from flashbone.errors import FlashboneError
 from flashbone.files import lora
 from flashbone.merge import merge_checkpoint
-from flashbone.ops import reference
+from helpers import reference
 from helpers.adapter_folders import ROOT, listing
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import relative_error

@@ -5,8 +5,8 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import ConfigError, NonFiniteError
-from flashbone.ops import reference
 from flashbone.variants import lowrank
+from helpers import reference
 from helpers.blocks import SIZES, VARIANT_NAMES, random_block
 from helpers.comparison import Promise, close, relative_error, same_bits
 

@@ -10,8 +10,8 @@ from torch.autograd.functional import jvp
 from torch.nn.functional import conv2d, embedding, pad, unfold
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.rotation import rotation_offset
+from helpers import reference
 from helpers.blocks import adapted, random_block
 from helpers.comparison import close
 

@@ -11,7 +11,7 @@ from flashbone import variants
 from flashbone.errors import FormatError
 from flashbone.files import peft, rwkv
 from flashbone.files.adapter import Adapter, same_values
-from flashbone.ops import reference
+from helpers import reference
 from helpers.adapter_folders import listing
 from helpers.comparison import close
 

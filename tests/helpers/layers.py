@@ -10,7 +10,7 @@ import torch
 from peft import BoneConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from flashbone.ops import reference
+from helpers import reference
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
 

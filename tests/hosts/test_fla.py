@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from flashbone import BoneLayer
 from flashbone.errors import ConfigError
-from flashbone.ops import reference
 from flashbone.rwkv import Rwkv6Config, Rwkv7Config, kernels
 from flashbone.tuner.model.targets import resolved, roles_of
+from helpers import reference
 from helpers.comparison import Promise, close, relative_error, same_bits
 from helpers.mlp import fill_blocks
 

@@ -13,9 +13,9 @@ from transformers import RwkvConfig, RwkvForCausalLM
 from flashbone import BoneLayer, merge_checkpoint
 from flashbone.errors import ConfigError
 from flashbone.merge.verify import compare_logits
-from flashbone.ops import reference
 from flashbone.tuner.hosts import rwkv_hosts
 from flashbone.tuner.model.targets import resolved
+from helpers import reference
 from helpers.checkpointing import enable_checkpointing
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks

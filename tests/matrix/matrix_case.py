@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from flashbone import BoneConfig, BoneLayer
-from flashbone.ops import reference
+from helpers import reference
 from helpers.comparison import TOLERANCES, Promise, relative_error, same_bits
 
 R, SECOND_R = 4, 3

@@ -13,8 +13,8 @@ from transformers import AlbertForMaskedLM, AutoModel, AutoModelForCausalLM, Aut
 
 from flashbone import BoneConfig
 from flashbone.merge import merge_checkpoint
-from flashbone.ops import reference
 from golden.cases import CASES as GOLDEN_CASES
+from helpers import reference
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, relative_error, same_bits

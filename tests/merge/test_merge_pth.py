@@ -6,7 +6,7 @@ import torch
 from flashbone import merge_checkpoint, unmerge_checkpoint
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import staging
-from flashbone.ops import reference
+from helpers import reference
 from helpers.adapter_folders import listing, write_adapter
 from helpers.comparison import Promise, close, same_bits
 

@@ -7,11 +7,10 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import FlashboneError, NonFiniteError
-from flashbone.ops import reference
 from flashbone.variants import merged
-from flashbone.variants.merged import merged_weight, row_chunks
+from flashbone.variants.merged import check_undoable, merged_weight, row_chunks, undo
 from flashbone.variants.stacked import PerExpert
-from flashbone.variants.undo import check_undoable, undo
+from helpers import reference
 from helpers.blocks import CASES, VARIANT_NAMES, random_block
 from helpers.comparison import Promise, close, same_bits
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashbone.ops import reference
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import TOLERANCES, close
 

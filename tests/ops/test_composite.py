@@ -6,9 +6,9 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import close
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flashbone.ops import bat_col, reference
+from flashbone.ops import bat_col
+from helpers import reference
 from helpers.blocks import SIZES, random_block
 from helpers.comparison import close
 

@@ -6,10 +6,10 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.autocast import without_autocast
 from flashbone.ops.moves import Moves
 from flashbone.ops.tiles import add_tiles
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES, adapted, random_block
 from helpers.comparison import Promise, close, same_bits
 

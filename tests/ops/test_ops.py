@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.bat_col import bat_col_linear
 from flashbone.ops.bat_row import shift_input
 from flashbone.ops.moves import Moves
 from flashbone.ops.rotation import rotate_input
 from flashbone.shards import shard_sum
+from helpers import reference
 from helpers.blocks import CASES, VARIANT_NAMES, adapted, random_block
 from helpers.comparison import close, relative_error
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.bat_col import bat_col_linear, bat_col_linear_refetched
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
+from helpers import reference
 from helpers.blocks import SIZES, random_block
 from helpers.comparison import Promise, close, same_bits
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.rotation import orthogonality_error, rotation_angle_deg, rotation_offset
+from helpers import reference
 from helpers.comparison import Promise, close, relative_error, same_bits
 
 MAGNITUDES = [10.0**k for k in range(-5, 6)]

@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import linear
 
 from flashbone import variants
-from flashbone.ops import reference
 from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import close
 

@@ -5,9 +5,9 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import ShapeError
-from flashbone.ops import reference
 from flashbone.ops.moves import Moves
 from flashbone.variants.stacked import PerExpert
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import close
 

@@ -9,7 +9,7 @@ import torch
 from peft import BoneConfig, get_peft_model
 
 from flashbone.errors import ConfigError
-from flashbone.ops import reference
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, relative_error, same_bits
 from helpers.quantised import BACKENDS, adapted, dequantised, quantised_linear

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flashbone import variants
 from flashbone.errors import BackendError, ShapeError
-from flashbone.ops import reference
 from flashbone.ops.moves import Moves
 from flashbone.ops.triton import launch, shard_sum, shift_input
+from helpers import reference
 from helpers.blocks import SIZES, random_block
 from helpers.comparison import close
 

@@ -5,7 +5,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flashbone import BoneLinear
-from flashbone.ops import reference
+from helpers import reference
 from helpers.blocks import random_block
 
 OUT, IN = 11, 13

@@ -7,7 +7,7 @@ from torch import nn
 
 from flashbone import BoneLayer, BoneLinear
 from flashbone.errors import ConfigError
-from flashbone.ops import reference
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 

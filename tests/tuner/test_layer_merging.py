@@ -5,7 +5,7 @@ import torch
 from adapted_layers import IN, THREE, adapt, make_layer, oracle, pristine
 
 from flashbone.errors import FlashboneError, NonFiniteError
-from flashbone.ops import reference
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, relative_error, same_bits
 

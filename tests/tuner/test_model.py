@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flashbone.ops import reference
+from helpers import reference
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP, fill_blocks

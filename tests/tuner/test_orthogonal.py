@@ -13,7 +13,7 @@ from flashbone import variants
 from flashbone.errors import ConfigError, FormatError, ShapeError
 from flashbone.files import peft as checkpoint
 from flashbone.merge import merge_checkpoint
-from flashbone.ops import reference
+from helpers import reference
 from helpers.adapter_folders import tiny_bert
 from helpers.blocks import random_block
 from helpers.comparison import Promise, close, same_bits

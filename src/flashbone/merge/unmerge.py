@@ -17,7 +17,7 @@ from flashbone.merge import record, source
 from flashbone.merge.bound import Error, bound, measured, sizes
 from flashbone.merge.plan import Edit, Weighted, checked_weights, plan
 from flashbone.merge.write import CONFIG, Job, run
-from flashbone.variants.undo import undo
+from flashbone.variants.merged import undo
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from torch import Tensor
 from flashbone import shards
 from flashbone.ops.bat_col import weight_delta
 from flashbone.ops.moves import Moves
+from flashbone.variants.affine import solve_affine
 from flashbone.variants.base import Variant
 
 
@@ -13,6 +14,9 @@ class BatCol(Variant):
     """`dW = W D + D`: does not factor on the activations, so the weight itself is shifted."""
 
     name = "bat-col"
+    peft_init_weights = "bat"
+    miss_init_weights = "bat"
+    peft_size_condition = "r divides the sizes of its layers"
     reads_weight = True
     delta_depends_on_weight = True
 
@@ -36,3 +40,9 @@ class BatCol(Variant):
     def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "n_out r r"]) -> Float[Tensor, "out in"]:
         """`W[a,b] D_a + D_a`, in W's dtype."""
         return weight_delta(W, block)
+
+    def undo(
+        self, merged: Float[Tensor, "out in"], block: Float[Tensor, "n_out r r"], scale: float
+    ) -> Float[Tensor, "out in"]:
+        """`W[a,b] = (merged[a,b] - D_a) (I + D_a)^-1`."""
+        return solve_affine(merged, block.unsqueeze(1) * scale)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flashbone import shards
 from flashbone.ops.moves import Moves
+from flashbone.variants.affine import solve_affine
 from flashbone.variants.base import Variant
 
 
@@ -13,6 +14,7 @@ class BatRow(Variant):
     """`z_b = x_b D_b^T` shifts the input, `tile(sum_b z_b)` the output; no weight is read."""
 
     name = "bat-row"
+    rwkv_peft_mode = "bat"
     delta_depends_on_weight = True
 
     def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
@@ -33,3 +35,9 @@ class BatRow(Variant):
         blocks = shards.split_weight(W, D.shape[-1])  # (n_out, r, n_in, r)
         product = torch.einsum("aibk,bkj->aibj", blocks, D) + D.transpose(0, 1)
         return shards.join_weight(product, *W.shape)
+
+    def undo(
+        self, merged: Float[Tensor, "out in"], block: Float[Tensor, "n_in r r"], scale: float
+    ) -> Float[Tensor, "out in"]:
+        """`W[a,b] = (merged[a,b] - D_b) (I + D_b)^-1`."""
+        return solve_affine(merged, block.unsqueeze(0) * scale)

@@ -13,6 +13,10 @@ class Bone(Variant):
     """`u = S(x) B`."""
 
     name = "bone"
+    is_low_rank = True
+    peft_init_weights = True
+    miss_init_weights = True
+    rwkv_peft_mode = "bone"
 
     def block_shape(self, out_features: int, in_features: int, r: int, mini_r: int) -> tuple[int, ...]:
         """(r, out)."""
@@ -29,6 +33,10 @@ class Bone(Variant):
     def delta(self, W: Float[Tensor, "out in"], block: Float[Tensor, "r out"]) -> Float[Tensor, "out in"]:
         """`B^T` tiled along the input; of W only the sizes are used."""
         return shards.tile(block.mT, W.shape[1])
+
+    def to_bone(self, block: Float[Tensor, "r out"], out_features: int) -> Float[Tensor, "r out"]:
+        """The block itself."""
+        return block
 
     def factors(
         self, block: Float[Tensor, "r out"], out_features: int, in_features: int

@@ -1,4 +1,4 @@
-"""Adapters into a weight, some rows at a time: what is in memory besides W and the result is a few chunks of rows.
+"""Adapters into a weight and out again, some rows at a time: beside W and the result a few chunks are in memory.
 
 Whoever merges goes through here, and so through the same chunks: how a GEMM rounds depends on its sizes.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashbone import shards
-from flashbone.errors import NonFiniteError
+from flashbone.errors import FlashboneError, NonFiniteError
 from flashbone.variants.base import Variant
 
 Term = tuple[Variant, Tensor, float]  # variant, block, scale
@@ -19,6 +19,10 @@ Term = tuple[Variant, Tensor, float]  # variant, block, scale
 # Entries of a chunk, which in fp32 fits into a cache: 4096 x 4096 took 40 to 70% of the time of the whole at once, 2^22
 # entries 60 to 85% (one thread); smaller ones were no faster.
 CHUNK = 1 << 19
+
+# Relative error up to which a weight counts as computed back: far above fp32 rounding, far below any damage.
+UNDO_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+UNDO_TOLERANCE_FP32 = 1e-4
 
 
 def merged_weight(
@@ -107,3 +111,61 @@ def _merge(W: Tensor, result: Tensor, adapters: Sequence[Term], count_bad: bool)
         if count_bad:
             bad += int((~torch.isfinite(result[where])).sum())
     return bad
+
+
+def check_undoable(
+    pristine: Float[Tensor, "*experts out in"],
+    merged: Float[Tensor, "*experts out in"],
+    adapters: Iterable[Term],
+) -> None:
+    """Check that `undo(merged, adapters)` gives the pristine weight back, by doing it.
+
+    Raises:
+        FlashboneError: two adapters depend on the weight, or the factor of one is singular or nearly so.
+    """
+    adapters = list(adapters)
+    problem = "two of these adapters depend on the base weight (bat-*, orthogonal)"
+    if sum(variant.delta_depends_on_weight for variant, _, _ in adapters) < 2:
+        problem = "the block by which the weight was multiplied is nearly singular"
+        try:
+            error = (undo(merged, adapters).double() - pristine.double()).norm() / pristine.double().norm()
+        except RuntimeError:  # torch's LinAlgError: singular
+            error = torch.tensor(torch.nan)
+        if error <= UNDO_TOLERANCE.get(pristine.dtype, UNDO_TOLERANCE_FP32) or not pristine.count_nonzero():
+            return
+    raise FlashboneError(
+        f"without the original weight this merge could not be taken back: {problem}; leave keep_original on"
+    )
+
+
+def undo(
+    merged: Float[Tensor, "*experts out in"],
+    adapters: Iterable[Term],
+    result: Float[Tensor, "*experts out in"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "*experts out in"]:
+    """The W from which `variants.merged_weight(W, adapters)` came.
+
+    Additive adapters are subtracted; at most one that depends on W (bat-*, orthogonal) is then solved for.
+
+    Args:
+        merged: The merged weight.
+        adapters: As they were merged.
+        result: Where to write W, in any floating dtype: `merged` itself, too. None: a new tensor like it.
+        dtype: Inside. None: the one in which it was merged, fp32 or fp64.
+    """
+    result = torch.empty_like(merged) if result is None else result
+    for W, target, terms in by_matrix(merged, result, list(adapters)):
+        terms = prepared(W, terms)
+        wide = dtype or shards.opmath_dtype(W, *(block for _, block, _ in terms))
+        for rows, where, own in row_chunks(W, terms):
+            own = [(variant, block.to(wide), scale) for variant, block, scale in own]
+            target[where] = _undone(rows.to(wide, copy=True), own)
+    return result
+
+
+def _undone(W: Float[Tensor, "rows in"], adapters: list[Term]) -> Float[Tensor, "rows in"]:
+    assert sum(variant.delta_depends_on_weight for variant, _, _ in adapters) < 2, "two adapters depend on the weight"
+    for variant, block, scale in sorted(adapters, key=lambda term: term[0].delta_depends_on_weight):
+        W = variant.undo(W, block, scale)
+    return W

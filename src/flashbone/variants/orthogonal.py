@@ -35,6 +35,8 @@ class Orthogonal(Variant):
 
     name = "orthogonal"
     delta_depends_on_weight = True
+    config_fields = {"use_orthogonal": "use_orthogonal", "orthogonal_eps": "eps"}
+    size_field = "bottleneck_size"
 
     @property
     def is_linear(self) -> bool:
@@ -82,3 +84,11 @@ class Orthogonal(Variant):
         whole, tail = shards.full_and_tail(W, block.shape[-1])
         rotated = (whole @ self.offset(block).to(W.dtype)).flatten(-2)
         return torch.cat([rotated, torch.zeros_like(tail)], -1)
+
+    def undo(
+        self, merged: Float[Tensor, "out in"], block: Float[Tensor, "r r"], scale: float
+    ) -> Float[Tensor, "out in"]:
+        """`W[a,b] = merged[a,b] (I + scale (Q - I))^-1` for whole shards."""
+        whole, tail = shards.full_and_tail(merged, block.shape[-1])
+        system = torch.eye(block.shape[-1], dtype=merged.dtype, device=merged.device) + self.offset(block) * scale
+        return torch.cat([torch.linalg.solve(system, whole, left=False).flatten(-2), tail], -1)

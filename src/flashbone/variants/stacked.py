@@ -35,6 +35,14 @@ class PerExpert(Variant):
         """(experts, ...)."""
         return self.experts, *self.inner.block_shape(out_features, in_features, r, mini_r)
 
+    def block_fields(self, block: Float[Tensor, "experts ..."]) -> dict[str, int]:
+        """Those of the inner variant."""
+        return self.inner.block_fields(block)
+
+    def to_bone(self, block: Float[Tensor, "experts ..."], out_features: int) -> Float[Tensor, "experts r out"] | None:
+        """A block of `bone` for each expert."""
+        return self.inner.to_bone(block, out_features)
+
     def move(self, moves: Moves, x: Tensor, block: Tensor, scale: float) -> None:
         raise NotImplementedError("rows of x belong to one expert each; the stack of weights is shifted instead")
 

@@ -15,8 +15,7 @@ from flashbone import shards, variants
 from flashbone.ops.cache import Cache
 from flashbone.tuner.hosts import offloading
 from flashbone.tuner.layers.bases import BaseKind
-from flashbone.variants.merged import Term
-from flashbone.variants.undo import check_undoable, undo
+from flashbone.variants.merged import Term, check_undoable, undo
 
 
 def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:

@@ -15,6 +15,8 @@ from flashbone.errors import ConfigError
 from flashbone.tuner.hosts import offloading
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParamWrapper, own_name
+from flashbone.variants.base import Variant
+from flashbone.variants.bone import Bone
 
 if TYPE_CHECKING:
     from flashbone.tuner.model.model import BoneModel
@@ -26,18 +28,20 @@ def add_weighted_adapter(
     """See `BoneModel.add_weighted_adapter`."""
     _check_request(model, adapters, weights, adapter_name, combination_type)
     factors = dict(zip(adapters, weights, strict=True))
-    combined: dict[str, tuple[str, Tensor]] = {}
+    combined: dict[str, tuple[Variant, Tensor]] = {}
     for name, layer in model._bone_layers():
         offloading.keep_here(layer.bone_block)  # an offloaded block holds no numbers
         present = {n: factor * layer.bone_scale[n] for n, factor in factors.items() if n in layer.bone_block}
         if present:
             combined[name] = combine(name, layer, present)
-    if _layouts(combined) > 1:  # one adapter has one variant and one mini_r: mini is bone with repeated columns
+    if _layouts(combined) > 1:  # one adapter has one variant and one mini_r
         for name, layer in model._bone_layers():
-            if combined.get(name, ("",))[0] == "mini":
-                combined[name] = "bone", shards.tile(combined[name][1], layer.out_features).contiguous()
+            if name in combined:
+                variant, block = combined[name]
+                as_bone = variant.to_bone(block, layer.out_features)
+                combined[name] = combined[name] if as_bone is None else (Bone(), as_bone)
     if _layouts(combined) > 1:
-        kinds = "; ".join(f"{name} is {variant}" for name, (variant, _) in combined.items())
+        kinds = "; ".join(f"{name} is {variant.name}" for name, (variant, _) in combined.items())
         raise ConfigError(
             f"add_weighted_adapter: the sum has more than one variant, which one adapter cannot have ({kinds});"
             " activate the adapters together (set_adapter) with set_scale instead"
@@ -45,17 +49,18 @@ def add_weighted_adapter(
 
     config = copy.deepcopy(model.peft_config[adapters[0]])
     variant, first = next(iter(combined.values()))
-    config.variant, config.init_weights = variant, "bat" if variant == "bat-col" else True
+    config.variant, config.init_weights = variant.name, variant.peft_init_weights or True
     wrappers = {name: layer for name, layer in model._bone_layers() if isinstance(layer, ParamWrapper)}
     own_names = {name: own_name(name, layer, list(wrappers)) for name, layer in model._bone_layers()}
     config.target_parameters = [own_names[name] for name in combined if name in wrappers] or None
     config.target_modules = _exactly(model, {own_names[name] for name in combined if name not in wrappers})
     config.exclude_modules = None
     config.layers_to_transform = config.layers_pattern = None
-    sizes = {own_names[name]: _block_size(*found) for name, found in combined.items()}
-    config.r, config.bottleneck_size = _block_size(variant, first), None
+    sizes = {own_names[name]: kind.block_fields(block)["r"] for name, (kind, block) in combined.items()}
+    config.bottleneck_size, config.mini_r = None, 1
+    for field, size in variant.block_fields(first).items():
+        setattr(config, field, size)
     config.rank_pattern = {rf"\A{re.escape(name)}": r for name, r in sizes.items() if r != config.r}
-    config.mini_r = first.shape[-1] if variant == "mini" else 1
     config.dropout, config.bias, config.modules_to_save = 0.0, "none", None
     config.inference_mode = True
     model.peft_config[adapter_name] = config
@@ -65,9 +70,10 @@ def add_weighted_adapter(
             layer.bone_block[adapter_name].data = combined[name][1]
 
 
-def _layouts(combined: dict[str, tuple[str, Tensor]]) -> int:
-    """How many different adapters it would take to hold these blocks."""
-    return len({(variant, block.shape[-1] if variant == "mini" else 0) for variant, block in combined.values()})
+def _layouts(combined: dict[str, tuple[Variant, Tensor]]) -> int:
+    """How many different adapters it would take to hold these blocks: r may differ in one, all else may not."""
+    fixed = ({**variant.block_fields(block), "r": 0, "name": variant.name} for variant, block in combined.values())
+    return len({tuple(sorted(fields.items())) for fields in fixed})
 
 
 def _exactly(model: BoneModel, names: set[str]) -> set[str] | str:
@@ -78,7 +84,7 @@ def _exactly(model: BoneModel, names: set[str]) -> set[str] | str:
     return names
 
 
-def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[str, Tensor]:
+def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[Variant, Tensor]:
     """Variant and block of the weighted sum of a layer's adapters.
 
     Linear in the blocks at equal variant and sizes, but for rotations, whose deltas are no function of a sum of blocks.
@@ -91,14 +97,15 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[st
     """
     blocks = {name: layer.bone_block[name].detach() for name in factors}
     variants = {layer.bone_variant[name] for name in factors}
-    kinds, shapes = {variant.name for variant in variants}, {block.shape for block in blocks.values()}
     is_copy = list(factors.values()) == [1]
-    if len(variants) == 1 and len(shapes) == 1 and (is_copy or all(variant.is_linear for variant in variants)):
-        return kinds.pop(), _weighted_sum(blocks, factors)
-    if kinds <= {"bone", "mini"}:
+    has_one_shape = len({block.shape for block in blocks.values()}) == 1
+    if len(variants) == 1 and has_one_shape and (is_copy or all(variant.is_linear for variant in variants)):
+        return variants.pop(), _weighted_sum(blocks, factors)
+    as_bone = {n: layer.bone_variant[n].to_bone(block, layer.out_features) for n, block in blocks.items()}
+    if all(block is not None for block in as_bone.values()):
         r = min(math.lcm(*(layer.bone_r[name] for name in blocks)), layer.in_features)
-        wide = {n: shards.tile(shards.tile(b, layer.out_features).mT, r).mT for n, b in blocks.items()}
-        return "bone", _weighted_sum(wide, factors)
+        wide = {name: shards.tile(block.mT, r).mT for name, block in as_bone.items() if block is not None}
+        return Bone(), _weighted_sum(wide, factors)
     got = ", ".join(f"{n!r} is {layer.bone_variant[n].name} with r={layer.bone_r[n]}" for n in factors)
     raise ConfigError(
         f"{where}: {got}; no single adapter is their sum; activate them together (set_adapter) with set_scale instead"
@@ -111,10 +118,6 @@ def _weighted_sum(blocks: dict[str, Tensor], factors: dict[str, float]) -> Tenso
     )
     assert isinstance(total, Tensor)
     return total.to(next(iter(blocks.values())).dtype).contiguous()
-
-
-def _block_size(variant: str, block: Tensor) -> int:
-    return block.shape[-2] if variant in ("bone", "mini") else block.shape[-1]
 
 
 def _check_request(

@@ -1,7 +1,7 @@
 """The slow, obvious oracle: each variant written from its formula with plain loops, in fp64.
 
-Nothing here shares code with the fast path (not even `shards`), so that both cannot be wrong in the same way. Only
-tests call it. Source of the formulas: docs/maths.md; arXiv 2409.15371.
+Nothing here shares code with the fast path (not even `shards`), so that both cannot be wrong in the same way.
+Source of the formulas: docs/maths.md; arXiv 2409.15371.
 """
 
 import torch
