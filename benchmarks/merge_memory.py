@@ -1,4 +1,4 @@
-"""`python -m benchmarks.merge_memory [GB]`: peak memory of `flashbone merge` and `unmerge` on a large random model.
+"""`python -m benchmarks.merge_memory [GB]`: peak memory of `flashbone merge` on a large random model.
 
 Each merge is a process of its own; what it grows by over a merge of a tiny model is compared with the largest tensor.
 """
@@ -20,24 +20,21 @@ TABLE, LAYER, R = (64_000, 2560), (2560, 2560), 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORK = """
 import json, sys
-from flashbone.merge import merge_checkpoint, unmerge_checkpoint
+from flashbone.merge import merge_checkpoint
 def run(place):
-    if sys.argv[1] == "unmerge":
-        unmerge_checkpoint(place + "/merged", place + "/adapter", place + "/out")
-    else:
-        merge_checkpoint(place + "/base", place + "/adapter", place + "/merged", dtype=json.loads(sys.argv[2]))
+    merge_checkpoint(place + "/base", place + "/adapter", place + "/merged", dtype=json.loads(sys.argv[1]))
 def peak_mib():
     status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
     return int(status["VmHWM"].split()[0]) / 1024
-run(sys.argv[3])
+run(sys.argv[2])
 before = peak_mib()
-run(sys.argv[4])
+run(sys.argv[3])
 print(peak_mib() - before)
 """
 
 
 def main(gigabytes: float = 2.0) -> None:
-    """Print a row for each dtype, variant and command; fails where the growth is more than the largest tensor twice."""
+    """Print a row for each dtype and variant; fails where the growth is more than the largest tensor twice."""
     failed = False
     for name, dtype in DTYPES.items():
         with tempfile.TemporaryDirectory() as scratch:
@@ -49,12 +46,12 @@ def main(gigabytes: float = 2.0) -> None:
                 for place, table, layer in ((large, TABLE, LAYER), (small, (64, 64), (64, 64))):
                     _adapter(place, variant, table, layer)
                 other = "fp32" if name == "bf16" else "bf16"
-                for command, asked in (("merge", None), ("unmerge", None), ("merge", other)):
+                for asked in (None, other):
                     item = max(dtype.itemsize, DTYPES[asked or name].itemsize)
                     largest = TABLE[0] * TABLE[1] * item / 2**20
-                    grown = _grown(command, asked, small, large)
+                    grown = _grown(asked, small, large)
                     failed |= grown > 2 * largest
-                    what = f"{name} {variant:10} {command:7} {asked or '':4}"
+                    what = f"{name} {variant:10} {asked or '':4}"
                     print(f"{what} {grown:6.0f} MiB = {grown / largest:.2f} of the largest tensor", flush=True)
     sys.exit(failed)
 
@@ -79,14 +76,11 @@ def _adapter(place: Path, variant: str, table: tuple[int, int], layer: tuple[int
     (place / "adapter" / "adapter_config.json").write_text(json.dumps(config))
 
 
-def _grown(command: str, asked: str | None, small: Path, large: Path) -> float:
-    if command == "merge":
-        for place in (small, large):
-            subprocess.run(["rm", "-rf", str(place / "merged")], check=True)
-    arguments = [command, json.dumps(asked), str(small), str(large)]
-    done = subprocess.run([sys.executable, "-c", WORK, *arguments], capture_output=True, text=True, check=True)
+def _grown(asked: str | None, small: Path, large: Path) -> float:
     for place in (small, large):
-        subprocess.run(["rm", "-rf", str(place / "out")], check=True)
+        subprocess.run(["rm", "-rf", str(place / "merged")], check=True)
+    arguments = [json.dumps(asked), str(small), str(large)]
+    done = subprocess.run([sys.executable, "-c", WORK, *arguments], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 

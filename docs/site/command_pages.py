@@ -19,7 +19,6 @@ GUIDES = {
     "eval": "evaluating.md",
     "inspect": "inspect.md",
     "merge": "merging.md",
-    "unmerge": "merging.md",
     "convert": "converting.md",
 }
 # The dataclasses that a command's file fills, with the head of their tables.

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from flashbone.conversion import convert as convert
     from flashbone.errors import FlashboneError as FlashboneError
     from flashbone.merge import merge_checkpoint as merge_checkpoint
-    from flashbone.merge import unmerge_checkpoint as unmerge_checkpoint
     from flashbone.tuner.layers.layer import BoneLayer as BoneLayer
     from flashbone.tuner.layers.layer import BoneLinear as BoneLinear
     from flashbone.tuner.model.config import BoneConfig as BoneConfig
@@ -33,7 +32,6 @@ _PUBLIC = {
     "FlashboneError": "flashbone.errors",
     "convert": "flashbone.conversion",
     "merge_checkpoint": "flashbone.merge",
-    "unmerge_checkpoint": "flashbone.merge",
 }
 __all__ = [
     "BoneConfig",
@@ -43,7 +41,6 @@ __all__ = [
     "FlashboneError",
     "convert",
     "merge_checkpoint",
-    "unmerge_checkpoint",
 ]
 
 

@@ -46,7 +46,6 @@ def test_why_the_hub_gives_nothing_is_told_apart(monkeypatch, error, offline, me
 COMMANDS = {
     "inspect": "inspect {}",
     "merge": "merge {} adapter out",
-    "unmerge": "unmerge {} adapter out",
     "convert": "convert adapter out --to lora --base {}",
     "eval": "eval {} --perplexity text.txt",
     "train": "train c.yaml --model {}",

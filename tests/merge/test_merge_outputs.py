@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -188,6 +189,23 @@ def test_the_record_holds_the_hashes_of_every_tensor_that_came_out(place):
     for name, tensor in state.items():
         digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         assert result[name] == {"dtype": "F32", "shape": list(tensor.shape), "sha256": digest}
+
+
+def test_a_merged_base_hands_its_record_on(place):
+    merge_checkpoint(place / "base", place / "adapter", place / "once", dtype="fp32")
+    merge_checkpoint(place / "once", place / "adapter", place / "twice")
+    record = json.loads((place / "twice" / "merge.json").read_text())
+    assert record["base_record"] == json.loads((place / "once" / "merge.json").read_text())
+
+
+def test_a_base_whose_name_is_no_unicode_is_recorded(place):
+    name = os.fsdecode(b"caf\xe9")
+    base = (place / "base").rename(place / name)
+    (base / name).write_text("companion")
+    merge_checkpoint(base, place / "adapter", place / "out")
+    record = json.loads((place / "out" / "merge.json").read_text(encoding="utf-8"))["base"]
+    assert record["name"] == str(base)
+    assert name in [file["name"] for file in record["files"]]
 
 
 @pytest.mark.parametrize("weight", [3.5e38, -1e300, 10**400, float("nan"), float("inf")])

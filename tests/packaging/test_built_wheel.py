@@ -156,7 +156,7 @@ def test_the_command_answers(bin_folder, tmp_path):
     command = bin_folder / "flashbone"
     assert run(command, "--version", cwd=tmp_path).stdout == f"flashbone {flashbone.__version__}\n"
     assert "usage: flashbone COMMAND" in run(command, "--help", cwd=tmp_path).stdout
-    for name in ("train", "compare", "eval", "inspect", "merge", "unmerge", "convert"):
+    for name in ("train", "compare", "eval", "inspect", "merge", "convert"):
         assert f"flashbone {name}" in run(command, name, "--help", cwd=tmp_path).stdout
 
 

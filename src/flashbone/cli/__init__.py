@@ -15,7 +15,6 @@ COMMANDS = {
     "eval": ("flashbone.cli.eval", "measure a model's quality, with or without an adapter"),
     "inspect": ("flashbone.cli.inspect", "say what an adapter would cost, or what a file holds"),
     "merge": ("flashbone.cli.merge", "write adapters into a checkpoint's weights"),
-    "unmerge": ("flashbone.cli.unmerge", "take adapters out of a merged checkpoint again"),
     "convert": ("flashbone.cli.convert", "write an adapter in another format, or for a serving engine"),
 }
 

@@ -1,4 +1,4 @@
-"""Merge adapters into a checkpoint on disk and out of it again, one tensor in memory at a time.
+"""Merge adapters into a checkpoint on disk, one tensor in memory at a time.
 
 The arithmetic is that of `flashbone.variants.merged_weight`, so that the result equals the live model's merge bit for
 bit. Everything is checked before anything is written.
@@ -21,8 +21,6 @@ from flashbone.files.sources import read_json
 from flashbone.merge import outputs, record, values
 from flashbone.merge.plan import Weighted, checked_weights, plan
 from flashbone.merge.source import read_one
-from flashbone.merge.unmerge import UnmergeReport as UnmergeReport
-from flashbone.merge.unmerge import unmerge_checkpoint as unmerge_checkpoint
 from flashbone.merge.write import CONFIG, Job, run
 
 

@@ -152,17 +152,6 @@ def fill(
         tensor["sha256"] = results[name]
 
 
-def unknown(record: dict[str, Any]) -> set[str]:
-    """Tensors of the result that are no longer those that were written."""
-    return {name for name, tensor in record["result"].items() if tensor["sha256"] == UNKNOWN}
-
-
-def forget(record: dict[str, Any], names: Sequence[str]) -> None:
-    """Note that these tensors are no longer those that were written."""
-    for name in set(names) & record["result"].keys():
-        record["result"][name]["sha256"] = UNKNOWN
-
-
 def to_bytes(record: dict[str, Any]) -> bytes:
     """As it is written; bytes of a path that are no UTF-8 become JSON's own escapes."""
     return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
@@ -174,11 +163,6 @@ def name_of(path: Path) -> str:
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return f"{parts[-3].removeprefix('models--').replace('--', '/')}@{parts[-1]}"
     return str(path)
-
-
-def hashes(path: Path) -> list[str]:
-    """sha256 of every file of an adapter."""
-    return [file["sha256"] for file in _files(path)]
 
 
 def _files(path: Path) -> list[dict[str, Any]]:

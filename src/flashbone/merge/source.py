@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from torch import Tensor
 
@@ -74,49 +73,9 @@ def sha256_of(tensor: Tensor) -> str:
     return hashlib.sha256(tensors.as_bytes(tensor)).hexdigest()
 
 
-def hashes(model: BaseModel) -> dict[str, str]:
-    """sha256 of the bytes of every tensor of a model.
-
-    Raises:
-        FormatError: a file ends early.
-    """
-    found = {}
-    for file in model.files:
-        with file.path.open("rb") as stream:
-            for entry in file.entries:
-                stream.seek(entry.start)
-                found[entry.name] = _hash_of_next(stream, entry, file)
-    return found
-
-
-def _hash_of_next(stream: BinaryIO, entry: tensors.Entry, file: tensors.TensorFile) -> str:
-    digest, left = hashlib.sha256(), entry.end - entry.start
-    while left > 0:
-        if not (piece := stream.read(min(PIECE, left))):
-            raise FormatError(f"{file.path}: ended early; was it changed meanwhile?")
-        digest.update(piece)
-        left -= len(piece)
-    return digest.hexdigest()
-
-
 def read_one(model: BaseModel, name: str) -> Tensor:
     """A tensor of a model, by itself."""
     file = next(f for f in model.files if any(entry.name == name for entry in f.entries))
     with file.path.open("rb") as stream:
         stream.seek(model.entries[name].start)
         return tensors.read(stream, model.entries[name])
-
-
-def same_bytes(a: BaseModel, b: BaseModel, name: str) -> bool:
-    """Whether a tensor is the same to the byte in two models, in which it has one dtype and shape."""
-    first, second = (next(f for f in m.files if any(e.name == name for e in f.entries)).path for m in (a, b))
-    with first.open("rb") as one, second.open("rb") as other:
-        one.seek(a.entries[name].start)
-        other.seek(b.entries[name].start)
-        left = a.entries[name].end - a.entries[name].start
-        while left > 0:
-            piece = one.read(min(PIECE, left))
-            if not piece or other.read(len(piece)) != piece:
-                return False
-            left -= len(piece)
-    return True
