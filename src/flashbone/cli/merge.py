@@ -1,68 +1,122 @@
 """`flashbone merge BASE ADAPTER... OUT`: adapters into the weights of a checkpoint, one tensor in memory at a time."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flashbone.cli import hub
-from flashbone.cli.checkpoints import OTHER_WEIGHTS, parsed, progress, shared_parser, spent
+from flashbone.cli.terminal import progress_bars
 from flashbone.errors import FlashboneError
+
+if TYPE_CHECKING:
+    from flashbone.merge.verify import Verification
+
+# Not downloaded for a base: the same weights in formats that cannot be merged into.
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "original/*")
 
 
 def run(argv: list[str]) -> int:
     """Merge; bad input raises a FlashboneError, a bad command line SystemExit."""
-    args = parsed(make_parser(), argv)
+    parser = make_parser()
+    args = parser.parse_intermixed_args(_joined(argv))
+    weights = _weights(parser, args.weights)
+    names = ["BASE", "ADAPTER", "OUT"]
+    if len(args.paths) < len(names):
+        parser.error(f"the following arguments are required: {', '.join(names[len(args.paths) :])}")
     from flashbone.merge import merge_checkpoint
 
-    base, adapters = hub.folder(args.base, OTHER_WEIGHTS), [hub.folder(a) for a in args.adapters]
-    found: list[Any] = []
-    check = _check(base, adapters, args.weights, found) if args.verify else None
-    with progress("merge", args.out) as told:
+    base, adapters = hub.folder(args.paths[0], OTHER_WEIGHTS), [hub.folder(path) for path in args.paths[1:-1]]
+    out = Path(args.paths[-1])
+    verifications: list[Verification] = []
+    check = _check(base, adapters, weights, verifications) if args.verify else None
+    with _progress(out) as progress:
         report = merge_checkpoint(
             base,
             adapters,
-            args.out,
-            told,
-            weights=args.weights,
+            out,
+            progress,
+            weights=weights,
             dtype=args.dtype,
             shard_size=args.shard_size,
             check=check,
         )
     if args.json:
-        said = {"verification": dataclasses.asdict(found[0])} if found else {}
-        print(json.dumps(dataclasses.asdict(report) | said, default=str))
+        verification = {"verification": dataclasses.asdict(verifications[0])} if verifications else {}
+        print(json.dumps(dataclasses.asdict(report) | verification, default=str))
     else:
         print(
             f"{report.out}: {report.merged} tensors merged ({report.variant}), {report.replaced} replaced,"
-            f" {report.copied} copied, {spent(report)}"
+            f" {report.copied} copied, {report.bytes_written / 2**20:.1f} MiB in {report.seconds:.1f} s"
         )
     return 0
 
 
-def _check(base: Path, adapters: list[Path], weights: list[float] | None, kept: list[Any]) -> Callable[[Path], None]:
-    """What compares the finished model's logits with those of the base and its adapters, and keeps what it found.
+def _joined(argv: list[str]) -> list[str]:
+    """The arguments with `--weights -0.5,1` as one word; argparse would take `-0.5,1` for an option."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--weights" and re.match(r"-[\d.].*,", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
-    What it could never compare is refused at once, before anything is merged.
+
+def _weights(parser: argparse.ArgumentParser, texts: list[str] | None) -> list[float] | None:
+    if texts is None:
+        return None
+    words = [word for text in texts for word in re.split(r"[,\s]+", text) if word]
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        parser.error(f"--weights: got {' '.join(words)}, wanted numbers; put it last, or write --weights 0.7,0.3")
+
+
+@contextmanager
+def _progress(out: Path) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; names what killed runs left."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+    from flashbone.files import staging
+
+    for leftover in staging.leftovers(out):
+        print(f"flashbone merge: {leftover} is left of a run that was killed, or is still under way", file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with progress_bars(*columns) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _check(
+    base: Path, adapters: list[Path], weights: list[float] | None, verifications: list[Verification]
+) -> Callable[[Path], None]:
+    """A function that compares the finished model with the base and its adapters, and adds the outcome to the list.
+
+    What cannot be compared at all is refused now, before anything is merged.
     """
     from flashbone.merge.verify import check_verifiable, compare_logits
 
     check_verifiable(base, adapters, weights)
 
     def check(merged: Path) -> None:
-        found = compare_logits(base, adapters, weights, merged)
-        kept.append(found)
+        verification = compare_logits(base, adapters, weights, merged)
+        verifications.append(verification)
         numbers = (
-            f"outputs differ by {found.relative_error:.2e} (relative RMS, {found.tokens} tokens), by"
-            f" {found.unexplained:.2e} more than rounding explains"
+            f"outputs differ by {verification.relative_error:.2e} (relative RMS, {verification.tokens} tokens), by"
+            f" {verification.unexplained:.2e} more than rounding explains"
         )
-        if not found.ok:
+        if not verification.ok:
             raise FlashboneError(
-                f"verification failed: {numbers} from the unmerged model's; at most {found.limit:.2e} was wanted;"
-                " nothing was written"
+                f"verification failed: {numbers} from the unmerged model's; at most {verification.limit:.2e} was"
+                " wanted; nothing was written"
             )
         print(f"flashbone merge: verified, {numbers}", file=sys.stderr)
 
@@ -70,11 +124,12 @@ def _check(base: Path, adapters: list[Path], weights: list[float] | None, kept: 
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = shared_parser(
-        "BASE",
-        "merge",
-        "Write adapters into a checkpoint's weights, one tensor in memory at a time. The result is a plain model that"
-        " needs no flashbone.",
+    parser = argparse.ArgumentParser(
+        prog="flashbone merge",
+        usage="flashbone merge [options] BASE ADAPTER [ADAPTER ...] OUT",
+        description="Write adapters into a checkpoint's weights, one tensor in memory at a time. The result is a plain"
+        " model that needs no flashbone.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "paths",
@@ -83,7 +138,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="the base model (folder of safetensors, an RWKV model's .pth, or hub id); the adapters (PEFT folder, file"
         " of RWKV-PEFT, or hub id); the merged model, which does not exist yet",
     )
+    parser.add_argument("--weights", nargs="+", metavar="W", help="of each adapter: 0.7 0.3 at the end, or 0.7,0.3")
     parser.add_argument("--dtype", metavar="DTYPE", help="of all floating tensors: bf16, fp16 or fp32 (the base's own)")
     parser.add_argument("--shard-size", metavar="SIZE", help="largest shard: 5GB, 500MB, 2GiB (the base's own shards)")
     parser.add_argument("--verify", action="store_true", help="reload the result and compare logits with the base's")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return parser
