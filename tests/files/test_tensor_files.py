@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flashbone.errors import FormatError
 from flashbone.files import tensors
-from flashbone.merge.source import Reader
+from flashbone.merge.write import HashingReader
 from helpers.comparison import Promise, same_bits
 
 
@@ -40,7 +40,7 @@ def _ignore(count: int) -> None:
 def _copy(found: tensors.TensorFile, out, advance=_ignore) -> str:
     """Write a file again from what is read of it; its sha256."""
     entries = {entry.name: entry for entry in found.entries}
-    reader = Reader(found)
+    reader = HashingReader(found.path)
     try:
         layout = [(e.name, e.dtype, e.shape) for e in found.entries]
         tensors.write(out, layout, lambda name: reader.pieces(entries[name]), advance, given_header=found.header)
@@ -75,7 +75,7 @@ def test_a_file_without_edits_is_copied_byte_for_byte(file, tmp_path):
 def test_a_file_read_in_any_order_has_its_hash(file):
     found, data = tensors.scan(file), file.read_bytes()
     for order in (found.entries[::-1], found.entries[3:] + found.entries[:5], ()):
-        reader = Reader(found)
+        reader = HashingReader(found.path)
         for i, entry in enumerate(order):
             whole = entry.dtype in tensors.FLOATS and i % 2
             read = bytes(tensors.as_bytes(reader.tensor(entry))) if whole else b"".join(reader.pieces(entry))

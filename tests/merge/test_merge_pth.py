@@ -57,7 +57,7 @@ def test_tied_tensors_stay_tied_and_cannot_be_changed_alone(place):
         assert same_bits(got["emb.weight"], state["emb.weight"].to(got["emb.weight"].dtype), Promise.EXACT)
     write_adapter(folder / "both", "bone", {NAME: torch.randn(4, 8), "head": torch.randn(4, 10)})
     for dtype in (None, "bf16"):
-        with pytest.raises(FormatError, match=r"head.weight is tied to emb.weight, so that changing one"):
+        with pytest.raises(FormatError, match=r"head.weight is tied to emb.weight, so changing one"):
             merge_checkpoint(folder / "base.pth", folder / "both", folder / "out.pth", dtype=dtype)
     assert not (folder / "out.pth").exists()
 

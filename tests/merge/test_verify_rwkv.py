@@ -209,7 +209,7 @@ def test_the_command_verifies_a_pth_file_before_it_appears(tmp_path, capsys, mon
     command = ["merge", str(base), str(adapter), str(tmp_path / "out.pth"), "--verify"]
     before = listing(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("flashbone.merge.values.edited", lambda edit, stored, dtype: stored.to(dtype))
+        patched.setattr("flashbone.merge.write.edited", lambda edit, stored, dtype: stored.to(dtype))
         assert main(command) == 1
     assert "verification failed: outputs differ by" in capsys.readouterr().err
     assert listing(tmp_path) == before

@@ -1,45 +1,46 @@
-"""What becomes of each tensor of the base that adapters change; nothing but headers is read, as long as none of them
-holds a value for a tensor that is also changed otherwise."""
+"""What becomes of each tensor of the base that adapters change, decided before anything is written.
+
+Only headers are read, and those values of the base that an adapter also holds.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.files import names, pth
+from flashbone.files import names, placing, pth, reading, tensors
 from flashbone.files.adapter import Adapter, same_values
 from flashbone.files.base import BaseModel
-from flashbone.files.placing import IN_PYTHON, Place, place
 from flashbone.variants.merged import Term
 from flashbone.variants.stacked import PerExpert
 
-LARGEST_WEIGHT = torch.finfo(torch.float32).max
 ONE_BY_ONE = "merge one adapter, then the other into the result, or leave one out"
 
 
-class Weighted(NamedTuple):
-    """An adapter, what errors call it, and by how much its change is multiplied."""
+class WeightedAdapter(NamedTuple):
+    """An adapter, its path, and the factor of its change."""
 
     adapter: Adapter
-    who: str
+    path: Path
     weight: float
 
 
 @dataclass(frozen=True)
-class Edit:
+class TensorEdit:
     """What becomes of one tensor.
 
     Attributes:
         tensor: its name.
         terms: blocks that are merged into it.
-        value: a value, and how far the tensor is moved to it first; 1 is all the way.
+        value: a value that replaces it first, with a weight: 1 replaces it whole, 0.5 moves it half of the way.
         transposed: whether it is stored as (in, out).
-        stacked: whether it is one matrix for each expert.
+        stacked: whether it holds one matrix for each expert.
     """
 
     tensor: str
@@ -54,118 +55,128 @@ class Edit:
         return " and ".join(["replaced"] * (self.value is not None) + ["merged"] * bool(self.terms))
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """The stored tensor as matrices (out, in), one or one for each expert; a view."""
+        """The stored tensor as a matrix (out, in), or one for each expert; a view."""
         W = stored if self.stacked else stored.flatten(1)
         return W.mT if self.transposed else W
 
 
-def checked_weights(weights: Sequence[float] | None, adapters: int) -> list[float]:
-    """A weight for each adapter.
+def read_adapters(paths: Sequence[str | Path], weights: Sequence[float] | None) -> list[WeightedAdapter]:
+    """Read adapters of any format; `weights` are 1 unless given.
 
     Raises:
-        ConfigError: their number or one of them is wrong.
+        ConfigError: the number of weights or one of them is wrong.
+        FormatError: an adapter is broken, or of another method.
     """
-    if not adapters:
-        raise ConfigError("adapters: none was given, wanted one or more")
+    if not paths:
+        raise ConfigError("adapters: got none, wanted one or more")
     try:
-        found = [1.0] * adapters if weights is None else [float(w) for w in weights]
+        factors = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
     except OverflowError:  # of an int
-        found = [math.inf] * len(weights or ())
-    if len(found) != adapters:
-        raise ConfigError(f"weights: got {len(found)} for {adapters} adapters, wanted one for each")
-    if not all(abs(weight) <= LARGEST_WEIGHT for weight in found):  # NaN is not
-        raise ConfigError(f"weights: got {found}, wanted numbers of float32 that are neither NaN nor infinite")
-    return found
+        factors = [math.inf] * len(weights or ())
+    if len(factors) != len(paths):
+        raise ConfigError(f"weights: got {len(factors)} for {len(paths)} adapters, wanted one for each")
+    if not all(abs(factor) <= torch.finfo(torch.float32).max for factor in factors):  # NaN is not
+        raise ConfigError(f"weights: got {factors}, wanted finite numbers in the range of float32")
+    return [
+        WeightedAdapter(reading.read_adapter(Path(path)), Path(path), factor)
+        for path, factor in zip(paths, factors, strict=True)
+    ]
 
 
-def plan(
-    model: BaseModel, adapters: Sequence[Weighted], is_base_value: Callable[[str, Tensor], bool]
-) -> dict[str, Edit]:
+def plan(model: BaseModel, adapters: Sequence[WeightedAdapter]) -> dict[str, TensorEdit]:
     """Decide for every tensor that changes what becomes of it.
 
-    Args:
-        model: The base.
-        adapters: What to merge.
-        is_base_value: Whether a value is that of the base's tensor of this name, so that it changes nothing.
-
     Raises:
-        FormatError: names of an adapter that the base has not, or not clearly, or that contradict another adapter;
+        FormatError: names of an adapter that the base lacks, that are ambiguous, or that contradict another adapter;
             all are listed.
         ShapeError: sizes that do not fit; all are listed.
     """
-    found: dict[str, list[tuple[Place, Weighted]]] = {}
-    for one in adapters:
-        replacements, problems = _without_tied_copies(model, one.adapter)
+    changes: dict[str, list[tuple[placing.Place, WeightedAdapter]]] = {}
+    for weighted in adapters:
+        replacements, problems = _without_tied_copies(model, weighted.adapter)
         try:
-            places = place(model, dataclasses.replace(one.adapter, replacements=replacements), problems)
+            places = placing.place(model, dataclasses.replace(weighted.adapter, replacements=replacements), problems)
         except FlashboneError as error:
-            raise error if len(adapters) == 1 else type(error)(f"{one.who}: {error}") from None
-        for where in places:
-            found.setdefault(where.tensor, []).append((where, one))
+            raise error if len(adapters) == 1 else type(error)(f"{weighted.path}: {error}") from None
+        for place in places:
+            changes.setdefault(place.tensor, []).append((place, weighted))
     edits, problems = {}, []
-    for tensor, changes in found.items():
+    for tensor, tensor_changes in changes.items():
         try:
-            edits[tensor] = _edit(tensor, changes, is_base_value)
+            edits[tensor] = _edit(model, tensor, tensor_changes)
         except FormatError as error:
             problems.append(str(error))
-    tied = pth.tied(model.files[0]) if model.is_pth else {}
-    for name, other in tied.items():
+    for name, other in (pth.tied(model.files[0]) if model.is_pth else {}).items():
         if name in edits or other in edits:
             problems.append(
-                f"{name} is tied to {other}, so that changing one would change both; save the model again with a copy"
-                " of the tensor under each name"
+                f"{name} is tied to {other}, so changing one would change both; save the model again with a copy of the"
+                " tensor under each name"
             )
     if problems:
         raise FormatError("; ".join(problems))
     return {tensor: edit for tensor, edit in edits.items() if edit.terms or edit.value is not None}
 
 
-def _edit(tensor: str, changes: list[tuple[Place, Weighted]], is_base_value: Callable[[str, Tensor], bool]) -> Edit:
-    layouts = {(p.transposed, p.stacked) for p, _ in changes if p.block is not None}
+def _edit(model: BaseModel, tensor: str, changes: list[tuple[placing.Place, WeightedAdapter]]) -> TensorEdit:
+    shifts = [(place, weighted) for place, weighted in changes if place.block is not None]
+    layouts = {(place.transposed, place.stacked) for place, _ in shifts}
     if len(layouts) > 1:
-        who = " and ".join(one.who for _, one in changes)
-        raise FormatError(f"{tensor}: {who} disagree on whether it is stored transposed; are they of one model?")
+        raise FormatError(
+            f"{tensor}: {_paths(changes)} disagree on whether it is stored transposed; are they for the same model?"
+        )
     transposed, stacked = layouts.pop() if layouts else (False, False)
-    terms = tuple(
-        (PerExpert(one.adapter.variant, p.shape[0]) if stacked else one.adapter.variant, p.block, one.weight)
-        for p, one in changes
-        if p.block is not None
-    )
-    values = [(p.replacement, one) for p, one in changes if p.replacement is not None]
-    if len(values) + len(terms) > 1:  # saved along with an adapter, unchanged: embeddings
-        values = [(value, one) for value, one in values if not is_base_value(tensor, value)]
+    terms = []
+    for place, (adapter, _, weight) in shifts:
+        assert place.block is not None
+        variant = PerExpert(adapter.variant, place.shape[0]) if stacked else adapter.variant
+        terms.append((variant, place.block, weight))
+    values = [(place.replacement, weighted) for place, weighted in changes if place.replacement is not None]
+    if len(values) + len(terms) > 1:  # an adapter may hold unchanged values of the base: saved embeddings
+        values = [(value, weighted) for value, weighted in values if not _is_base_value(model, tensor, value)]
     if not values:
-        return Edit(tensor, terms, None, transposed, stacked)
+        return TensorEdit(tensor, tuple(terms), None, transposed, stacked)
     value, first = values[0]
     if terms and (len(changes) > 1 or first.weight != 1):
-        others = ", ".join(one.who for p, one in changes if p.block is not None)
-        way_out = ONE_BY_ONE if len(changes) > 1 else "merge it with weight 1"
-        raise FormatError(f"{tensor}: {first.who} holds a value for it, and {others} a block; {way_out}")
-    if any(not same_values(value, other) or one.weight != first.weight for other, one in values[1:]):
-        who = " and ".join(one.who for _, one in values)
-        raise FormatError(f"{tensor}: {who} hold values for it that differ in value or weight; {ONE_BY_ONE}")
-    return Edit(tensor, terms, (value, first.weight), transposed, stacked)
+        remedy = ONE_BY_ONE if len(changes) > 1 else "merge it with weight 1"
+        raise FormatError(f"{tensor}: {first.path} holds a value for it, and {_paths(shifts)} a block; {remedy}")
+    if any(not same_values(value, other) or weighted.weight != first.weight for other, weighted in values[1:]):
+        raise FormatError(f"{tensor}: {_paths(values)} hold values for it that differ in value or weight; {ONE_BY_ONE}")
+    return TensorEdit(tensor, tuple(terms), (value, first.weight), transposed, stacked)
+
+
+def _paths(changes: Sequence[tuple[object, WeightedAdapter]]) -> str:
+    return " and ".join(str(weighted.path) for _, weighted in changes)
+
+
+def _is_base_value(model: BaseModel, tensor: str, value: Tensor) -> bool:
+    entry = model.entries[tensor]
+    file = next(file for file in model.files if entry in file.entries)
+    with file.path.open("rb") as stream:
+        stream.seek(entry.start)
+        stored = tensors.read(stream, entry)
+    wide = torch.promote_types(stored.dtype, value.dtype)
+    return stored.shape == value.shape and torch.equal(stored.to(wide), value.to(wide))
 
 
 def _without_tied_copies(model: BaseModel, adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
-    """The replacements that the checkpoint has room for, and what cannot be done to embeddings that are tied: the
-    input and the output embedding are one tensor there, while the adapter makes them differ."""
+    """The replacements that the checkpoint has room for, and why tied embeddings cannot be changed: the checkpoint has
+    one tensor for the input and the output embedding, and the adapter makes them differ."""
     replacements, problems = dict(adapter.replacements), []
     if not names.has_tied_embeddings(model.config, model.entries):
         return replacements, problems
-    heads = [p for p in replacements if names.is_embedding(p, names.OUTPUT_EMBEDDINGS)]
-    inputs = [p for p in replacements if names.is_embedding(p, names.INPUT_EMBEDDINGS)]
+    heads = [name for name in replacements if names.is_embedding(name, names.OUTPUT_EMBEDDINGS)]
+    inputs = [name for name in replacements if names.is_embedding(name, names.INPUT_EMBEDDINGS)]
     ends = (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS)
-    touched = [m for m in adapter.blocks if names.is_embedding(adapter.parameter(m), ends)]
+    shifted = [module for module in adapter.blocks if names.is_embedding(adapter.parameter(module), ends)]
     agree = len(heads) == len(inputs) == 1 and same_values(replacements[heads[0]], replacements[inputs[0]])
-    if agree and not touched:
+    if agree and not shifted:
         if heads[0] not in model.entries:
             del replacements[heads[0]]
         return replacements, problems
-    for name in dict.fromkeys([*touched, *heads, *inputs]):
+    for name in dict.fromkeys([*shifted, *heads, *inputs]):
         problems.append(
             f"{name}: the base ties its output embedding to the input embedding (tie_word_embeddings), so changing one"
-            f" would change both; {IN_PYTHON}, with tie_word_embeddings=False"
+            f" would change both; {placing.IN_PYTHON}, with tie_word_embeddings=False"
         )
         replacements.pop(name, None)
     return replacements, problems

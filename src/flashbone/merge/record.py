@@ -1,181 +1,142 @@
-"""merge.json: what went into a merged folder, and the hashes by which a merge is found to have been taken back.
+"""merge.json: what went into a merged folder."""
 
-flashbone     version that merged
-base          name, and files: name, bytes and sha256 of each that went in
-adapters      of each: name, variant, r, weight, and files as above
-dtype         that was asked for; null: as the base has it
-tensors       of each that is not the base's byte for byte: change ("merged", "replaced", "replaced and merged",
-              "converted"), and dtype and sha256 of the original
-result        of each tensor of the result: dtype, shape and sha256; all zeros if it came out of another merge since
-base_config   text of the base's config.json where the merged one differs
-base_record   merge.json of the base, if that was a merged folder itself
-"""
-
+import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashbone import __version__
 from flashbone.errors import FormatError
-from flashbone.files import reading, tensors
+from flashbone.files import reading
 from flashbone.files.base import BaseModel
 from flashbone.files.sources import read_json
-from flashbone.merge.plan import LARGEST_WEIGHT, Weighted
+from flashbone.merge.plan import WeightedAdapter
 
 NAME = "merge.json"
-UNKNOWN = "0" * 64  # a sha256 that is not known yet, as long as any
-_CHANGES = ("merged", "replaced", "replaced and merged", "converted")
+_NOT_HASHED_YET = "0" * 64  # as long as a sha256, so that the size of merge.json is known before the merge
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The record of a merged folder; None if there is none.
+@dataclass
+class HashedFile:
+    """A file that went in; its name is relative to its folder."""
+
+    name: str
+    bytes: int
+    sha256: str = _NOT_HASHED_YET
+
+
+@dataclass(frozen=True)
+class RecordedBase:
+    """The base: its path or hub id, and its files."""
+
+    name: str
+    files: list[HashedFile]
+
+
+@dataclass(frozen=True)
+class RecordedAdapter:
+    """An adapter that went in; `r` is a list if its blocks differ in size."""
+
+    name: str
+    variant: str
+    r: int | list[int]
+    weight: float
+    files: list[HashedFile]
+
+
+@dataclass(frozen=True)
+class ChangedTensor:
+    """A tensor that is not the base's: "merged", "replaced", "replaced and merged" or "converted"; its dtype there."""
+
+    change: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """The content of merge.json.
+
+    Attributes:
+        flashbone: the version that merged.
+        base: the base that went in.
+        adapters: the adapters that went in.
+        dtype: that was asked for; None if the base's were kept.
+        tensors: the tensors that changed.
+        base_record: merge.json of the base, if that was a merged folder itself.
+    """
+
+    flashbone: str
+    base: RecordedBase
+    adapters: list[RecordedAdapter]
+    dtype: str | None
+    tensors: dict[str, ChangedTensor]
+    base_record: dict[str, Any] | None
+
+    def set_hashes(self, sha256: Mapping[str, str]) -> None:
+        """Fill in the hashes of the base's files, by name."""
+        for file in self.base.files:
+            file.sha256 = sha256[file.name]
+
+    def to_bytes(self) -> bytes:
+        """The file's content; bytes of a path that are not UTF-8 become JSON's escapes."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        return f"{text}\n".encode(errors="backslashreplace")
+
+
+def make_record(
+    model: BaseModel, adapters: Sequence[WeightedAdapter], dtype: str | None, changes: Mapping[str, str]
+) -> MergeRecord:
+    """The record of a merge, without the hashes of the base's files.
 
     Raises:
-        FormatError: there is one, and flashbone did not write it so; every bad field is named.
+        FormatError: the base has a merge.json that flashbone did not write.
     """
+    base_files = [HashedFile(file.path.name, file.size) for file in model.files]
+    beside = [path for path in model.companions if str(path) != NAME]
+    base_files += [HashedFile(str(path), (model.folder / path).stat().st_size) for path in beside]
+    return MergeRecord(
+        flashbone=__version__,
+        base=RecordedBase(_name_of(model.folder), base_files),
+        adapters=[_recorded(adapter) for adapter in adapters],
+        dtype=dtype,
+        tensors={name: ChangedTensor(change, model.entries[name].dtype) for name, change in changes.items()},
+        base_record=None if model.is_pth else _read(model.folder),
+    )
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """merge.json of a folder, with the fields of older versions; None if it has none."""
     file = folder / NAME
     if not file.is_file():
         return None
     record = read_json(file)
-    inner, where, problems = record, "", []
-    while inner is not None and not problems:
-        problems = [where + problem for problem in _problems(inner)]
-        inner, where = (inner.get("base_record") if isinstance(inner, dict) else None), f"{where}base_record."
-    if problems:
+    missing = [field.name for field in dataclasses.fields(MergeRecord) if field.name not in record]
+    if missing:
         raise FormatError(
-            f"{file}: flashbone did not write this, or it is damaged: {', '.join(problems)}; it writes a file of that"
-            " name, so rename or remove it"
+            f"{file}: flashbone did not write this, it lacks {', '.join(missing)}; rename or remove it, since the"
+            " merged folder gets a file of this name"
         )
     return record
 
 
-def _problems(record: Any) -> Iterator[str]:
-    """Names of the fields that are not as a merge writes them."""
-    if not isinstance(record, dict):
-        yield "not an object"
-        return
-    for field, is_good in (("tensors", _is_changed), ("result", _is_result)):
-        entries = record.get(field)
-        if not isinstance(entries, dict):
-            yield field
-        else:
-            yield from (f"{field}.{name}" for name, entry in entries.items() if not is_good(entry))
-    adapters = record.get("adapters")
-    if not isinstance(adapters, list) or not adapters:
-        yield "adapters"
-    else:
-        yield from (f"adapters[{i}]" for i, entry in enumerate(adapters) if not _is_adapter(entry))
-    config = record.get("base_config")
-    if config is not None and not (isinstance(config, str) and _is_unicode(config)):
-        yield "base_config"
+def _recorded(adapter: WeightedAdapter) -> RecordedAdapter:
+    sizes = sorted({block.shape[-2] for block in adapter.adapter.blocks.values()})
+    contents = [(file.name, file.read_bytes()) for file in reading.files_of(adapter.path)]
+    return RecordedAdapter(
+        name=_name_of(adapter.path),
+        variant=adapter.adapter.variant.name,
+        r=sizes[0] if len(sizes) == 1 else sizes,
+        weight=adapter.weight,
+        files=[HashedFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in contents],
+    )
 
 
-def _is_changed(entry: Any) -> bool:
-    is_whole = isinstance(entry, dict) and {"change", "dtype"} <= entry.keys() and _is_hashed(entry)
-    return is_whole and entry["change"] in _CHANGES and entry["dtype"] in list(tensors.FLOATS)
-
-
-def _is_result(entry: Any) -> bool:
-    return _is_hashed(entry) and isinstance(entry.get("dtype"), str) and isinstance(entry.get("shape"), list)
-
-
-def _is_adapter(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        return False
-    weight, files = entry.get("weight"), entry.get("files")
-    is_weight = isinstance(weight, float) and abs(weight) <= LARGEST_WEIGHT  # NaN is not
-    return is_weight and isinstance(files, list) and bool(files) and all(map(_is_hashed, files))
-
-
-def _is_hashed(entry: Any) -> bool:
-    return isinstance(entry, dict) and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) is not None
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def draft(
-    model: BaseModel,
-    adapters: Sequence[tuple[Path, Weighted]],
-    dtype: str | None,
-    changes: Mapping[str, str],
-    dtypes: Mapping[str, str],
-    base_config: bytes | None,
-) -> dict[str, Any]:
-    """The record with every hash of the base still unknown; it is as long as it will be.
-
-    Args:
-        model: The base.
-        adapters: Paths and what was read from them.
-        dtype: As in the record.
-        changes: Tensor -> what happens to it.
-        dtypes: Of every tensor of the result.
-        base_config: As in the record.
-    """
-    files = [(f.path.name, f.size) for f in model.files]
-    beside = [path for path in model.companions if str(path) != NAME]
-    files += [(str(path), (model.folder / path).stat().st_size) for path in beside]
-    return {
-        "flashbone": __version__,
-        "base": {
-            "name": name_of(model.folder),
-            "files": [{"name": name, "bytes": size, "sha256": UNKNOWN} for name, size in files],
-        },
-        "adapters": [_adapter(path, one) for path, one in adapters],
-        "dtype": dtype,
-        "tensors": {
-            name: {"change": change, "dtype": model.entries[name].dtype, "sha256": UNKNOWN}
-            for name, change in changes.items()
-        },
-        "result": {
-            name: {"dtype": dtypes[name], "shape": list(entry.shape), "sha256": UNKNOWN}
-            for name, entry in model.entries.items()
-        },
-        "base_config": None if base_config is None else base_config.decode(),
-        "base_record": None if model.is_pth else read(model.folder),
-    }
-
-
-def fill(
-    record: dict[str, Any], files: Mapping[str, str], originals: Mapping[str, str], results: Mapping[str, str]
-) -> None:
-    """Put in the hashes of the base's files, of its tensors that changed, and of all tensors of the result."""
-    for file in record["base"]["files"]:
-        file["sha256"] = files[file["name"]]
-    for name, tensor in record["tensors"].items():
-        tensor["sha256"] = originals[name]
-    for name, tensor in record["result"].items():
-        tensor["sha256"] = results[name]
-
-
-def to_bytes(record: dict[str, Any]) -> bytes:
-    """As it is written; bytes of a path that are no UTF-8 become JSON's own escapes."""
-    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-
-
-def name_of(path: Path) -> str:
-    """A folder's name; of one in the hub's cache the id and the commit."""
+def _name_of(path: Path) -> str:
+    """The path; of a folder in the hub's cache the id and the commit."""
     parts = path.absolute().parts
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return f"{parts[-3].removeprefix('models--').replace('--', '/')}@{parts[-1]}"
     return str(path)
-
-
-def _files(path: Path) -> list[dict[str, Any]]:
-    found = [(file.name, file.read_bytes()) for file in reading.files_of(path)]
-    return [{"name": n, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in found]
-
-
-def _adapter(path: Path, one: Weighted) -> dict[str, Any]:
-    sizes = {block.shape[-2] for block in one.adapter.blocks.values()}
-    return {
-        "name": name_of(path),
-        "variant": one.adapter.variant.name,
-        "r": sorted(sizes)[0] if len(sizes) == 1 else sorted(sizes),
-        "weight": one.weight,
-        "files": _files(path),
-    }

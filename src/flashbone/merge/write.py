@@ -1,208 +1,230 @@
-"""Writing a changed model: tensor by tensor, whole or not at all."""
+"""Write a merged model: tensor by tensor, whole or not at all.
+
+The arithmetic is that of `flashbone.variants.merged.merged_weight`, as in a live merge.
+"""
 
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flashbone.errors import FlashboneError
+from flashbone.errors import FormatError, NonFiniteError
 from flashbone.files import pth, staging, tensors
-from flashbone.files.base import INDEX, BaseModel
-from flashbone.merge import record, source
-from flashbone.merge.outputs import OutputFile, index, output_files
+from flashbone.files.base import BaseModel
+from flashbone.merge import record
+from flashbone.merge.layout import ResultLayout
+from flashbone.merge.plan import TensorEdit
+from flashbone.variants import merged
 
-CONFIG = "config.json"
-_PIECE = 1 << 24  # bytes of a changed tensor that are written at once
+_READ = 1 << 20  # bytes read at once
+_WRITTEN = 1 << 24  # bytes of a changed tensor written at once
 
-
-@dataclass(frozen=True)
-class Job:
-    """What to write.
-
-    Attributes:
-        model: the model that is read.
-        out: the new folder, or the `.pth` file if the model is one.
-        dtypes: of every tensor of the result.
-        edits: tensor -> function of it, as it is stored, and of the dtype that it gets; it may overwrite what it gets.
-            All other tensors are copied.
-        shard_bytes: largest shard, see `output_files`.
-        texts: files that are written instead of those of the model, or beside them; their content.
-        dtype: the one of all floating tensors, if there is one.
-        is_hashed: whether to hash every tensor of the result.
-        check: called with the finished folder or file before it appears; may raise.
-        progress: called with the bytes written so far and those to write.
-    """
-
-    model: BaseModel
-    out: Path
-    dtypes: Mapping[str, str]
-    edits: Mapping[str, Callable[[Tensor, torch.dtype], Tensor]]
-    shard_bytes: int | None = None
-    texts: Mapping[str, bytes] = field(default_factory=dict)
-    dtype: str | None = None
-    is_hashed: bool = False
-    check: Callable[[Path], None] | None = None
-    progress: Callable[[int, int], None] | None = None
+Progress = Callable[[int, int], None]
 
 
-@dataclass
-class Read:
-    """sha256 of the model's files by name, of the original tensors that `edits` changed, and of those written."""
-
-    files: dict[str, str] = field(default_factory=dict)
-    originals: dict[str, str] = field(default_factory=dict)
-    results: dict[str, str] = field(default_factory=dict)
-
-
-def run(job: Job, last: tuple[str, Callable[[Read], bytes], int] | None = None) -> tuple[int, Read]:
+def write(
+    out: Path,
+    model: BaseModel,
+    edits: Mapping[str, TensorEdit],
+    layout: ResultLayout,
+    merge_record: record.MergeRecord,
+    check: Callable[[Path], None] | None = None,
+    progress: Progress | None = None,
+) -> int:
     """Write the result; it appears whole, or not at all.
 
     Args:
-        job: What to write.
-        last: A file of the folder that is written at the end: its name, its content, and the size that it will have.
+        out: The new folder, or the `.pth` file if the base is one.
+        model: The base.
+        edits: The tensors that adapters change. All others are copied, or converted to their dtype in `layout`.
+        layout: The files of the result.
+        merge_record: Gets the hashes of the base's files; written last, but not beside a `.pth`.
+        check: Called with the finished folder or file before it appears; may raise.
+        progress: Called with the bytes written so far and those to write.
 
     Returns:
-        The bytes written, and what was read.
+        The bytes written.
 
     Raises:
         FlashboneError: `out` exists, or the disk is full.
-        FormatError: a file of the model ended early.
+        FormatError: a file of the base ended early.
+        NonFiniteError: a tensor would hold NaN or infinity.
     """
-    if job.model.is_pth:
-        return _run_pth(job)
-    files = output_files(job.model, job.dtypes, job.shard_bytes)
-    texts, copied = _beside(job, files)
-    total = sum(f.size for f in files) + sum(map(len, texts.values())) + (last[2] if last else 0)
-    total += sum((job.model.folder / path).stat().st_size for path in copied)
-    staging.check(job.out, total, job.model.folder)
-    count = _Count(job.progress, total)
-    with staging.whole_or_absent(job.out) as folder:
-        run = _Run(job)
-        for path in copied:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            run.read.files[str(path)] = _copy(job.model.folder / path, folder / path)
-            count((folder / path).stat().st_size)
-        for name in [n for n in job.texts if (job.model.folder / n).is_file()]:
-            run.read.files[name] = hashlib.sha256((job.model.folder / name).read_bytes()).hexdigest()
-        if (old := job.model.folder / INDEX).is_file():
-            run.read.files.setdefault(INDEX, hashlib.sha256(old.read_bytes()).hexdigest())
-        for name, content in texts.items():
-            _put(folder / name, content, count)
-        with run:
-            for file in files:
-                tensors.write(folder / file.name, file.layout, run.content, count, given_header=file.header)
-        if last is not None:
-            content = last[1](run.read)
-            assert len(content) == last[2], f"{last[0]} is not as long as it was to be"
-            _put(folder / last[0], content, count)
-        if job.check is not None:
-            job.check(folder)
-    return count.done, run.read
+    total = layout.size + (0 if model.is_pth else len(merge_record.to_bytes()))
+    staging.check(out, total, model.folder, is_file=model.is_pth)
+    count = _ByteCount(progress, total)
+    with staging.whole_or_absent(out, is_file=model.is_pth) as target, ExitStack() as stack:
+        readers = {file.path.name: stack.enter_context(closing(HashingReader(file.path))) for file in model.files}
+        sources = {entry.name: (readers[file.path.name], entry) for file in model.files for entry in file.entries}
+
+        def content(name: str) -> Iterator[tensors.Piece]:
+            reader, entry = sources[name]
+            return _content(reader, entry, edits.get(name), layout.dtypes[name])
+
+        if model.is_pth:
+            pth.write(target, layout.weights[0].tensors, content, count, pth.tied(model.files[0]))
+        else:
+            for name, text in layout.beside.items():
+                _write_beside(target / name, model.folder / name, text, count)
+            for file in layout.weights:
+                tensors.write(target / file.name, file.tensors, content, count, given_header=file.header)
+        hashes = {name: reader.sha256() for name, reader in readers.items()}
+        merge_record.set_hashes(hashes | {str(path): _sha256(model.folder / path) for path in model.companions})
+        if not model.is_pth:
+            _write_beside(target / record.NAME, model.folder, merge_record.to_bytes(), count)
+        if check is not None:
+            check(target)
+    return count.done
 
 
-def _run_pth(job: Job) -> tuple[int, Read]:
-    file = job.model.files[0]
-    if job.out.suffix != ".pth":
-        raise FlashboneError(f"{job.out}: {job.model.folder} is one file, and so is the result; name it {job.out}.pth")
-    tied = pth.tied(file)
-    layout = [(e.name, job.dtypes[e.name], e.shape) for e in file.entries]
-    total = file.size + sum(tensors.nbytes(d, s) for _, d, s in layout) - sum(e.end - e.start for e in file.entries)
-    staging.check(job.out, total, job.model.folder, is_file=True)
-    count = _Count(job.progress, total)
-    with staging.whole_or_absent(job.out, is_file=True) as target:
-        with _Run(job) as run:
-            pth.write(target, layout, run.content, count, tied)
-        for found in (run.read.originals, run.read.results):
-            found |= {n: found[o] for n, o in tied.items() if o in found}
-        if job.check is not None:
-            job.check(target)
-    return count.done, run.read
+def _write_beside(target: Path, source: Path, text: bytes | None, count: "_ByteCount") -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        shutil.copy(source, target)  # a link's target as a file
+    else:
+        target.write_bytes(text)
+    count(target.stat().st_size)
 
 
-def _beside(job: Job, files: list[OutputFile]) -> tuple[dict[str, bytes], list[Path]]:
-    """The files that are written beside the weights, and the paths of those that are copied."""
-    texts = dict(job.texts)
-    copied = [path for path in job.model.companions if str(path) not in (*texts, record.NAME)]
-    is_rewritten = job.shard_bytes is not None or [f.header for f in files] != [f.header for f in job.model.files]
-    if is_rewritten:
-        copied = [path for path in copied if str(path) != INDEX]
-        content = index(job.model, files, job.dtype)
-        texts |= {} if content is None else {INDEX: content}
-    return texts, copied
+def _sha256(path: Path) -> str:
+    with closing(HashingReader(path)) as reader:
+        return reader.sha256()
 
 
-class _Count:
-    """Counts bytes, and says so."""
+def _content(
+    reader: "HashingReader", entry: tensors.Entry, edit: TensorEdit | None, dtype: str
+) -> Iterator[tensors.Piece]:
+    """The bytes of a tensor of the result."""
+    if edit is None and dtype == entry.dtype:
+        yield from reader.pieces(entry)
+        return
+    stored, wanted = reader.tensor(entry), tensors.FLOATS[dtype]
+    result = converted(entry.name, stored, wanted) if edit is None else edited(edit, stored, wanted)
+    del stored
+    data = tensors.as_bytes(result)
+    for start in range(0, len(data), _WRITTEN):
+        yield data[start : start + _WRITTEN]
 
-    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+
+def edited(edit: TensorEdit, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The new value of a tensor, rounded once; `stored` may be overwritten.
+
+    Raises:
+        NonFiniteError: it would hold NaN or infinity.
+    """
+    if not edit.terms:
+        return _replaced(edit, stored, dtype)
+    if edit.value is not None:  # as in the live model: loaded in the base's dtype, then merged into
+        stored = _replaced(edit, stored, stored.dtype)
+    result = stored if stored.dtype == dtype else torch.empty(stored.shape, dtype=dtype)
+    merged.merged_weight(edit.matrix(stored), edit.terms, edit.tensor, True, edit.matrix(result))
+    return result
+
+
+def converted(tensor: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype.
+
+    Raises:
+        NonFiniteError: a number is beyond its range.
+    """
+    result = torch.empty(stored.shape, dtype=dtype)
+    for old, new in zip(_chunks(stored), _chunks(result), strict=True):
+        new.copy_(old)
+        if (new.isinf() & old.isfinite()).any():
+            raise NonFiniteError(
+                f"{tensor}: it holds {float(old.abs().max()):.3g}, but the largest number of {dtype} is"
+                f" {torch.finfo(dtype).max:.3g}; use another dtype"
+            )
+    return result
+
+
+def _replaced(edit: TensorEdit, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    assert edit.value is not None
+    value, weight = edit.value
+    if not all(chunk.isfinite().all() for chunk in _chunks(value)):
+        raise NonFiniteError(f"{edit.tensor}: the adapter's value for it holds NaN or infinity; the adapter is broken")
+    if weight == 1:
+        return converted(edit.tensor, value, dtype)
+    wide = torch.promote_types(torch.promote_types(stored.dtype, value.dtype), torch.float32)
+    result = stored if stored.dtype == dtype else torch.empty(stored.shape, dtype=dtype)
+    for base, goal, new in zip(_chunks(stored), _chunks(value), _chunks(result), strict=True):
+        new.copy_(base.to(wide) + weight * (goal.to(wide) - base.to(wide)))
+        if not new.isfinite().all():
+            raise NonFiniteError(f"{edit.tensor}: with weight {weight} its value would hold NaN or infinity")
+    return result
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.reshape(-1).split(merged.CHUNK) if tensor.numel() else ()
+
+
+class HashingReader:
+    """Reads tensors of a file and takes the file's sha256; reads each byte once if asked in the order of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._io = path, path.open("rb")
+        self._hash, self._hashed = hashlib.sha256(), 0
+
+    def close(self) -> None:
+        self._io.close()
+
+    def tensor(self, entry: tensors.Entry) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            FormatError: the file ends early.
+        """
+        self._hash_up_to(entry.start)
+        self._io.seek(entry.start)
+        tensor = tensors.read(self._io, entry)
+        self._add_to_hash(entry.start, tensors.as_bytes(tensor))
+        return tensor
+
+    def pieces(self, entry: tensors.Entry) -> Iterator[bytes]:
+        """The tensor's bytes.
+
+        Raises:
+            FormatError: the file ends early.
+        """
+        self._hash_up_to(entry.start)
+        yield from self._range(entry.start, entry.end)
+
+    def sha256(self) -> str:
+        """Of the whole file; reads what was not read yet."""
+        self._hash_up_to(self._path.stat().st_size)
+        return self._hash.hexdigest()
+
+    def _hash_up_to(self, end: int) -> None:
+        for _ in self._range(self._hashed, end):
+            pass
+
+    def _range(self, start: int, end: int) -> Iterator[bytes]:
+        for position in range(start, end, _READ):
+            self._io.seek(position)
+            size = min(_READ, end - position)
+            piece = self._io.read(size)
+            if len(piece) < size:
+                raise FormatError(f"{self._path}: ended early; was it changed meanwhile?")
+            self._add_to_hash(position, piece)
+            yield piece
+
+    def _add_to_hash(self, start: int, data: bytes | memoryview) -> None:
+        new = memoryview(data)[max(self._hashed - start, 0) :]
+        self._hash.update(new)
+        self._hashed += len(new)
+
+
+class _ByteCount:
+    """Counts the bytes written and reports them."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
     def __call__(self, count: int) -> None:
         self.done += count
         if self.progress is not None:
             self.progress(self.done, max(self.total, self.done))
-
-
-class _Run:
-    """The readers of the model's files while the result is written."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.read = job, Read()
-        self._readers: dict[str, source.Reader] = {}
-        self._place: dict[str, tuple[tensors.Entry, source.Reader]] = {}
-
-    def __enter__(self) -> "_Run":
-        for file in self.job.model.files:
-            reader = self._readers[file.path.name] = source.Reader(file)
-            self._place |= {entry.name: (entry, reader) for entry in file.entries}
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.read.files |= {name: reader.sha256() for name, reader in self._readers.items()}
-        for reader in self._readers.values():
-            reader.close()
-
-    def content(self, name: str) -> Iterator[tensors.Piece]:
-        """The bytes of a tensor of the result."""
-        if not self.job.is_hashed:
-            yield from self._pieces(name)
-            return
-        found = hashlib.sha256()
-        for piece in self._pieces(name):
-            found.update(piece)
-            yield piece
-        self.read.results[name] = found.hexdigest()
-
-    def _pieces(self, name: str) -> Iterator[tensors.Piece]:
-        entry, reader = self._place[name]
-        edit = self.job.edits.get(name)
-        if edit is None:
-            yield from reader.pieces(entry)
-            return
-        stored = reader.tensor(entry)
-        self.read.originals[name] = source.sha256_of(stored)
-        data = tensors.as_bytes(edit(stored, tensors.FLOATS[self.job.dtypes[name]]))
-        del stored
-        for start in range(0, len(data), _PIECE):
-            yield data[start : start + _PIECE]
-
-
-def _put(file: Path, content: bytes, count: _Count) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-    count(len(content))
-
-
-def _copy(old: Path, new: Path) -> str:
-    """Copy a file, a link's target as a file; its sha256."""
-    shutil.copy(old, new)
-    found = hashlib.sha256()
-    with new.open("rb") as file:
-        while piece := file.read(source.PIECE):
-            found.update(piece)
-    return found.hexdigest()

@@ -1,0 +1,201 @@
+"""The files of the result: which tensors each holds, in which dtype, and what lies beside them."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.files import tensors
+from flashbone.files.base import INDEX, SINGLE, BaseModel
+from flashbone.files.sources import read_json
+from flashbone.merge import record
+
+DTYPES = {
+    **dict.fromkeys(("bf16", "bfloat16"), "BF16"),
+    **dict.fromkeys(("fp16", "float16"), "F16"),
+    **dict.fromkeys(("fp32", "float32"), "F32"),
+}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file with weights to be written.
+
+    Attributes:
+        name: of the file.
+        tensors: what it holds, in order.
+        header: with the leading length; a `.pth` has none.
+        size: bytes of the whole file.
+    """
+
+    name: str
+    tensors: Sequence[_Tensor]
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class ResultLayout:
+    """All files of the result but merge.json.
+
+    Attributes:
+        dtypes: of every tensor.
+        weights: the files with the tensors.
+        beside: the other files: path in the folder -> new content, or None to copy the base's.
+        size: bytes of all files.
+    """
+
+    dtypes: dict[str, str]
+    weights: list[WeightFile]
+    beside: dict[str, bytes | None]
+    size: int
+
+
+def dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """A dtype as files name it; None stays None.
+
+    Raises:
+        ConfigError: weights are not written in it.
+    """
+    if dtype is None:
+        return None
+    name = DTYPES.get(str(dtype).removeprefix("torch.").lower())
+    if name is None:
+        raise ConfigError(f"dtype: got {str(dtype)!r}, wanted one of {', '.join(DTYPES)}")
+    return name
+
+
+def shard_bytes(size: str | int | None) -> int | None:
+    """A size such as "5GB" in bytes: KB, MB, GB count in thousands, as transformers does, KiB, MiB, GiB in 1024s.
+
+    Raises:
+        ConfigError: it is not a size.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    unit = _UNITS.get((match[2] or "B").upper()) if match else None
+    count = float(match[1]) * unit if match and unit else 0.0
+    if isinstance(size, bool) or not 1 <= count < math.inf:
+        raise ConfigError(f"shard size: got {size!r}, wanted a positive number with a unit, such as 5GB, 500MB or 2GiB")
+    return int(count)
+
+
+def plan_layout(model: BaseModel, dtype: str | None, largest: int | None) -> ResultLayout:
+    """Lay the result out.
+
+    Args:
+        model: The base.
+        dtype: Of all floating tensors; None keeps the base's.
+        largest: Bytes of the tensors of a shard, which holds one at least; None keeps the base's files. A file whose
+            dtypes stay, too, gets the base's header, byte for byte.
+
+    Raises:
+        FormatError: a dtype is asked for, and the base is quantised; all such tensors are named.
+    """
+    dtypes = _dtypes(model, dtype)
+    if model.is_pth:
+        weights = [_pth_file(model.files[0], dtypes)]
+        return ResultLayout(dtypes, weights, {}, weights[0].size)
+    weights = _weight_files(model, dtypes, largest)
+    beside: dict[str, bytes | None] = {str(path): None for path in model.companions if str(path) != record.NAME}
+    if dtype is not None and (config := config_in(model.config, dtype)) != model.config:
+        beside["config.json"] = _json_bytes(config)
+    if largest is not None or [file.header for file in weights] != [file.header for file in model.files]:
+        beside.pop(INDEX, None)
+        beside |= _index(model, weights, dtype)
+    sizes = [len(text) if text is not None else (model.folder / name).stat().st_size for name, text in beside.items()]
+    return ResultLayout(dtypes, weights, beside, sum(file.size for file in weights) + sum(sizes))
+
+
+def _dtypes(model: BaseModel, dtype: str | None) -> dict[str, str]:
+    entries = model.entries.values()
+    small = [entry for entry in entries if entry.dtype.startswith("F") and entry.dtype not in tensors.FLOATS]
+    if dtype and small:  # their scales are in other tensors
+        quantised = ", ".join(f"{entry.name} ({entry.dtype})" for entry in small)
+        raise FormatError(f"{model.folder}: cannot be converted to {dtype}, it is quantised: {quantised}; omit dtype")
+    return {entry.name: dtype if dtype and entry.dtype in tensors.FLOATS else entry.dtype for entry in entries}
+
+
+def _pth_file(file: tensors.TensorFile, dtypes: dict[str, str]) -> WeightFile:
+    contents = [(entry.name, dtypes[entry.name], entry.shape) for entry in file.entries]
+    grown = _bytes(contents) - sum(entry.end - entry.start for entry in file.entries)
+    return WeightFile(file.path.name, contents, b"", file.size + grown)
+
+
+def _weight_files(model: BaseModel, dtypes: dict[str, str], largest: int | None) -> list[WeightFile]:
+    metadata = (json.loads(model.files[0].header[8:]).get("__metadata__") if model.files else None) or {"format": "pt"}
+    if largest is None:
+        return [_weight_file(file, dtypes, metadata) for file in model.files]
+    shards = _shards([(entry.name, dtypes[entry.name], entry.shape) for entry in model.entries.values()], largest)
+    if len(shards) == 1:
+        return [_new_file(SINGLE, shards[0], metadata)]
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    return [_new_file(name, shard, metadata) for name, shard in zip(names, shards, strict=True)]
+
+
+def _weight_file(file: tensors.TensorFile, dtypes: dict[str, str], metadata: dict[str, str]) -> WeightFile:
+    contents = [(entry.name, dtypes[entry.name], entry.shape) for entry in file.entries]
+    if all(entry.dtype == dtypes[entry.name] for entry in file.entries):
+        return WeightFile(file.path.name, contents, file.header, file.size)
+    return _new_file(file.path.name, contents, metadata)
+
+
+def _new_file(name: str, contents: Sequence[_Tensor], metadata: dict[str, str]) -> WeightFile:
+    contents = sorted(contents, key=lambda tensor: -tensors.BITS.get(tensor[1], 0))  # so that torch can map them
+    header = tensors.header(contents, metadata)
+    return WeightFile(name, contents, header, len(header) + _bytes(contents))
+
+
+def _shards(contents: Sequence[_Tensor], largest: int) -> list[list[_Tensor]]:
+    groups: list[list[_Tensor]] = [[]]
+    free = largest
+    for tensor in contents:
+        size = _bytes([tensor])
+        if size > free and groups[-1]:
+            groups.append([])
+            free = largest
+        groups[-1].append(tensor)
+        free -= size
+    return groups
+
+
+def _index(model: BaseModel, weights: Sequence[WeightFile], dtype: str | None) -> dict[str, bytes]:
+    """The index of the shards and its name; a single file needs none."""
+    old = read_json(model.folder / INDEX) if any(str(path) == INDEX for path in model.companions) else {}
+    if len(weights) < 2 and (not old or weights[0].name == SINGLE):
+        return {}
+    metadata = old["metadata"] if isinstance(old.get("metadata"), dict) else {}
+    metadata = metadata | {"total_size": sum(file.size - len(file.header) for file in weights)}
+    weight_map = {name: file.name for file in weights for name, _, _ in file.tensors}
+    metadata = config_in(metadata, dtype) if dtype else metadata
+    return {INDEX: _json_bytes({"metadata": metadata, "weight_map": weight_map})}
+
+
+def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A model's config with this dtype wherever it names one, in its parts, too."""
+    name = str(tensors.FLOATS[dtype]).removeprefix("torch.")
+    known = {str(t).removeprefix("torch.") for t in tensors.FLOATS.values()}
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: changed(k, v) for k, v in value.items()}
+        return name if key in ("dtype", "torch_dtype") and value in known else value
+
+    return changed("", config)
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    """As transformers writes its files."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _bytes(contents: Sequence[_Tensor]) -> int:
+    return sum(tensors.nbytes(dtype, shape) for _, dtype, shape in contents)
