@@ -127,7 +127,7 @@ def test_what_can_never_be_verified_is_refused_before_anything_is_merged(place, 
     monkeypatch.setattr("flashbone.merge.merge_checkpoint", lambda *given, **options: pytest.fail("it was merged"))
     before = listing(place)
     assert main([*_arguments(place), "--verify"]) == 1
-    assert "base: has no config.json, so that transformers cannot load it" in capsys.readouterr().err
+    assert "base: has no config.json, so transformers cannot load it" in capsys.readouterr().err
     torch.save({"emb.weight": torch.ones(2), "blocks.0.att.key.weight": torch.ones(2)}, place / "rwkv.pth")
     assert main(["merge", str(place / "rwkv.pth"), *_arguments(place)[2:], "--verify"]) == 1
     assert "it can be merged, but not verified" in capsys.readouterr().err

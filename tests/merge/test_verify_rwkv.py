@@ -192,7 +192,7 @@ def test_a_model_that_amplifies_fp32_errors_beyond_the_limit_passes_and_fails(tm
     merge_checkpoint(base, adapter, out, dtype="bf16")
     monkeypatch.setattr("flashbone.merge.verify.LIMIT", 4e-6)
     with monkeypatch.context() as patched:
-        patched.setattr("flashbone.merge.verify.running.amplifies_rounding", lambda path: False)
+        patched.setattr("flashbone.merge.verify.models.amplifies_rounding", lambda path: False)
         in_fp32 = compare_logits(base, [adapter], None, out)
     in_fp64 = compare_logits(base, [adapter], None, out)
     assert (in_fp32.ok, in_fp64.ok) == (False, True)

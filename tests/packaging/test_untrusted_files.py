@@ -77,7 +77,7 @@ def modules_apart(tmp_path, monkeypatch):
 
 def use_model(folder: Path, way: str) -> None:
     from flashbone.evaluate.loading import load_labelled_classifier
-    from flashbone.merge.verify.running import load
+    from flashbone.merge.verify.models import load
     from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
 
     if way == "language model":

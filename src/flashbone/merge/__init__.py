@@ -16,9 +16,9 @@ import torch
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.base import open_base
 from flashbone.merge.layout import dtype_name, plan_layout, shard_bytes
-from flashbone.merge.plan import plan, read_adapters
+from flashbone.merge.plan import plan_edits, read_adapters
 from flashbone.merge.record import make_record
-from flashbone.merge.write import write
+from flashbone.merge.write import write_result
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def merge_checkpoint(
         raise ConfigError(f"shard size: {base} is one file, and so is the result; omit the shard size")
     if model.is_pth and out.suffix != ".pth":
         raise FlashboneError(f"{out}: {base} is one file, and so is the result; name it {out}.pth")
-    edits = plan(model, weighted)
+    edits = plan_edits(model, weighted)
     layout = plan_layout(model, dtype, largest)
     changes = {
         name: edits[name].change if name in edits else "converted"
@@ -95,7 +95,7 @@ def merge_checkpoint(
         if name in edits or layout.dtypes[name] != entry.dtype
     }
     record = make_record(model, weighted, dtype, changes)
-    written = write(out, model, edits, layout, record, check, progress)
+    written = write_result(out, model, edits, layout, record, check, progress)
     merged = sum(bool(edit.terms) for edit in edits.values())
     return MergeReport(
         out=out,

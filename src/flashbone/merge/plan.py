@@ -83,7 +83,7 @@ def read_adapters(paths: Sequence[str | Path], weights: Sequence[float] | None) 
     ]
 
 
-def plan(model: BaseModel, adapters: Sequence[WeightedAdapter]) -> dict[str, TensorEdit]:
+def plan_edits(model: BaseModel, adapters: Sequence[WeightedAdapter]) -> dict[str, TensorEdit]:
     """Decide for every tensor that changes what becomes of it.
 
     Raises:

@@ -26,7 +26,7 @@ _WRITTEN = 1 << 24  # bytes of a changed tensor written at once
 Progress = Callable[[int, int], None]
 
 
-def write(
+def write_result(
     out: Path,
     model: BaseModel,
     edits: Mapping[str, TensorEdit],

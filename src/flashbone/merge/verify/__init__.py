@@ -1,11 +1,11 @@
 """Whether a merged model does what its base and adapters do: both are loaded, and their outputs compared.
 
-A merge into 16-bit files rounds, and what that does to the outputs depends on the model. It is measured: the unmerged
-model is merged in memory in fp32, which must leave its outputs, then rounded as the files are, which the files must
-equal. So the limit is that of fp32 arithmetic whatever the files hold, and no wrong merge hides behind the rounding.
+A merge into 16-bit files rounds, and how much that changes the outputs depends on the model. So it is measured: the
+unmerged model is merged in memory in fp32, which must not change its outputs, then rounded as the files are, and must
+then equal the files. The limit is that of fp32 arithmetic for files of any dtype, and rounding hides no wrong merge.
 
-RWKV normalises what each head returns, however small it is, so that some tokens of some models amplify fp32's own
-errors beyond that limit. Such a model is run once more in fp64, with the same weights: the limit stays.
+RWKV normalises what each head returns, however small it is, so some tokens of some models amplify fp32's own errors
+beyond that limit. Such a model is run once more in fp64, with the same weights: the limit stays.
 """
 
 import math
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flashbone.errors import FormatError
+from flashbone.errors import ConfigError, FormatError
 from flashbone.files import names
 from flashbone.files.base import BaseModel, open_base
 from flashbone.files.tensors import FLOATS
-from flashbone.merge.verify import running
-from flashbone.merge.verify.adapters import Held, attach, read
+from flashbone.merge.plan import WeightedAdapter, read_adapters
+from flashbone.merge.verify import models
 
 # RMS of the outputs' error over their RMS. Right merges of SmolLM2-135M leave 1e-6 to 2e-6 in fp32; of new RWKV models
 # of 12 and 24 layers, whose matrices were made as large as trained ones, 3e-6 to 4e-6.
@@ -32,16 +32,16 @@ _CLEARLY_WRONG = 100 * LIMIT
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison found. Errors are RMS errors of the outputs over the RMS of the unmerged model's.
+    """The outcome. Errors are RMS errors of the outputs over the RMS of the unmerged model's outputs.
 
     Attributes:
-        tokens: that were run.
+        tokens: number of tokens that were run.
         dtype: of most numbers in the merged files.
-        relative_error: of the merged model, to the unmerged one.
-        rounding: what rounding to the files' dtypes explains of it.
-        unexplained: what it does not.
-        limit: that `unexplained` may reach.
-        ok: whether it does not exceed it.
+        relative_error: between the merged and the unmerged model.
+        rounding: the part of it that rounding to the files' dtypes explains.
+        unexplained: the part that rounding does not explain.
+        limit: the largest `unexplained` of a right merge.
+        ok: whether `unexplained` is within the limit.
     """
 
     tokens: int
@@ -54,13 +54,13 @@ class Verification:
 
 
 def check_verifiable(base: str | Path, adapters: Sequence[str | Path], weights: Sequence[float] | None) -> None:
-    """Refuse what `compare_logits` could never compare, before a merge spends its time on it.
+    """Refuse what `compare_logits` cannot compare, before a merge spends its time on it.
 
     Raises:
-        ConfigError, FormatError: as `compare_logits` does, but for what only loading the model can tell.
+        ConfigError, FormatError: as `compare_logits` does, except for what only loading the model can tell.
     """
-    running.check_loadable(Path(base))
-    read(adapters, weights)
+    models.check_loadable(Path(base))
+    _read(adapters, weights)
 
 
 def compare_logits(
@@ -74,45 +74,57 @@ def compare_logits(
     Args:
         base: The base model's folder, or the `.pth` file of an RWKV-7 or RWKV-6 model.
         adapters: Adapters of the family, in any format that a merge takes; one may come twice.
-        weights: How much of each went in; None: 1.
+        weights: The factor of each adapter's change; None: 1.
         merged: The merged model's folder or file.
 
     Raises:
-        ConfigError: the arguments contradict each other, or more than one adapter brings values of its own.
-        FormatError: what cannot be loaded or run, or adapters that do not fit the model's class.
+        ConfigError: the weights do not fit the adapters, or one of several adapters holds values of its own.
+        FormatError: a model cannot be loaded or run, or adapters do not fit the model's class.
     """
     base, merged = Path(base), Path(merged)
-    held = read(adapters, weights)
+    weighted = _read(adapters, weights)
     for path in (base, merged):
-        running.check_loadable(path)
-    found = _compare(base, held, merged, torch.float32)
-    if running.amplifies_rounding(base) and LIMIT < found.unexplained <= _CLEARLY_WRONG:
-        return _compare(base, held, merged, torch.float64)
-    return found
+        models.check_loadable(path)
+    verification = _compare(base, weighted, merged, torch.float32)
+    if models.amplifies_rounding(base) and LIMIT < verification.unexplained <= _CLEARLY_WRONG:
+        return _compare(base, weighted, merged, torch.float64)
+    return verification
 
 
-def _compare(base: Path, held: Sequence[Held], merged: Path, dtype: torch.dtype) -> Verification:
-    """Weights are merged in fp32, as those of the files were; models run in `dtype`."""
+def _read(adapters: Sequence[str | Path], weights: Sequence[float] | None) -> list[WeightedAdapter]:
+    """The adapters, if PEFT can load them side by side."""
+    weighted = read_adapters(adapters, weights)
+    replacing = dict.fromkeys(str(path) for adapter, path, _ in weighted if adapter.replacements)
+    if len(weighted) > 1 and replacing:
+        raise ConfigError(
+            f"{', '.join(replacing)}: holds values that take the place of the base's (biases, modules to save), which"
+            " PEFT cannot load beside another adapter; such a merge cannot be verified"
+        )
+    return weighted
+
+
+def _compare(base: Path, adapters: Sequence[WeightedAdapter], merged: Path, dtype: torch.dtype) -> Verification:
+    """Weights are merged in fp32, as for the files; models run in `dtype`."""
     files = open_base(merged)
-    with running.quiet(), torch.no_grad():
-        model, missing = running.load(base)
-        rows = running.rows_for(model, base)
-        attached = attach(model, held)
-        unmerged = running.run(model, rows, base, dtype)
+    with models.quiet(), torch.no_grad():
+        model, missing = models.load(base)
+        rows = models.rows_for(model, base)
+        attached = models.attach(model, adapters)
+        unmerged = models.run(model, rows, base, dtype)
         attached.merge_and_unload()
-        in_memory = running.run(model, rows, base, dtype)
+        in_memory = models.run(model, rows, base, dtype)
         _round(model, files)
-        rounded = running.run(model, rows, base, dtype)
+        rounded = models.run(model, rows, base, dtype)
         del model, attached
-        model, missing_now = running.load(merged)
+        model, missing_now = models.load(merged)
         if missing_now - missing:
             raise FormatError(f"{merged}: it lacks {', '.join(sorted(missing_now - missing))}, which the base has")
-        got = running.run(model, rows, merged, dtype)
-    unexplained = max(_error(in_memory, unmerged, unmerged), _error(got, rounded, unmerged))
+        on_disk = models.run(model, rows, merged, dtype)
+    unexplained = max(_error(in_memory, unmerged, unmerged), _error(on_disk, rounded, unmerged))
     return Verification(
         tokens=sum(row.shape[1] for row in rows),
         dtype=str(_usual_dtype(files)).removeprefix("torch."),
-        relative_error=_error(got, unmerged, unmerged),
+        relative_error=_error(on_disk, unmerged, unmerged),
         rounding=_error(rounded, in_memory, unmerged),
         unexplained=unexplained,
         limit=LIMIT,
@@ -121,18 +133,18 @@ def _compare(base: Path, held: Sequence[Held], merged: Path, dtype: torch.dtype)
 
 
 def _round(model: nn.Module, files: BaseModel) -> None:
-    """Round every parameter to the dtype that the files keep it in."""
+    """Round every parameter to its dtype in the files."""
     parameters = dict(model.named_parameters())
-    found, _ = names.locate(parameters, files.entries)
+    located, _ = names.locate(parameters, files.entries)
     usual = _usual_dtype(files)
     for name, parameter in parameters.items():
-        dtype = FLOATS.get(files.entries[found[name]].dtype) if name in found else usual
+        dtype = FLOATS.get(files.entries[located[name]].dtype) if name in located else usual
         if dtype is not None:
             parameter.copy_(parameter.to(dtype))
 
 
 def _usual_dtype(files: BaseModel) -> torch.dtype:
-    """That most numbers of the files have."""
+    """The dtype of most numbers in the files."""
     count: Counter[torch.dtype] = Counter()
     for entry in files.entries.values():
         if entry.dtype in FLOATS:
@@ -141,7 +153,7 @@ def _usual_dtype(files: BaseModel) -> torch.dtype:
 
 
 def _error(got: Tensor, want: Tensor, reference: Tensor) -> float:
-    """RMS of the difference over RMS of the reference; infinite where an output is not finite, or there are others."""
+    """RMS of the difference over RMS of the reference; infinite if an output is not finite, or the shapes differ."""
     if got.shape != want.shape:
         return math.inf
     error = float((got - want).square().mean().sqrt() / reference.square().mean().sqrt())
