@@ -1,16 +1,22 @@
-"""Lines of JSON that a kill cuts short, and folders that one run has for itself."""
+"""Outputs that appear whole or not at all, lines of JSON that a kill cuts short, and folders of one run.
+
+Whole folders are also tested by what writes them (tests/merge)."""
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import filelock
 import pytest
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import outputs
 from flashbone.files.outputs import alone, read_json_lines
 from flashbone.train.callbacks import MetricsLog
+from helpers.adapter_folders import listing
 
 LINE = '{"step": 1, "of": "a\u2028b"}\n'
 ROW = {"step": 1, "of": "a\u2028b"}
@@ -63,9 +69,16 @@ def test_a_folder_is_free_again_when_the_block_ends(tmp_path):
     folder = tmp_path / "a" / "b"
     for _ in range(2):
         with alone(folder):
-            assert not list(folder.iterdir())
+            (folder / "result").touch()
             with pytest.raises(ConfigError, match="another run is writing to it; wait for it, or choose another"):
                 alone(folder).__enter__()
+        assert listing(folder) == ["result"]
+
+
+def test_a_folder_that_stays_empty_goes_again(tmp_path):
+    with alone(tmp_path / "out"):
+        pass
+    assert listing(tmp_path) == []
 
 
 HOLD = """
@@ -79,45 +92,42 @@ with alone(Path(sys.argv[1])):
 
 
 def test_a_folder_is_free_again_when_its_process_is_killed(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    folder = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="another run"):
-            alone(tmp_path).__enter__()
+            alone(folder).__enter__()
         process.kill()
-    with alone(tmp_path):
-        assert tmp_path.exists()
+    with alone(folder):
+        assert folder.exists()
 
 
 @pytest.mark.parametrize("made_anew", [False, True])
 def test_a_folder_that_a_failed_run_removes_meanwhile_is_locked_anew(tmp_path, monkeypatch, made_anew):
     folder, calls = tmp_path / "out", []
-    flocked = outputs._flocked
+    acquire = filelock.FileLock.acquire
 
-    def flocked_and_lost(handle, path):
-        calls.append(handle)
+    def acquired_and_lost(lock, *args, **kwargs):
+        calls.append(lock)
+        proxy = acquire(lock, *args, **kwargs)
         if len(calls) == 1:
-            shutil.move(path, tmp_path / "gone")
+            shutil.move(folder, tmp_path / "gone")
             if made_anew:
-                path.mkdir()
-        return flocked(handle, path)
+                folder.mkdir()
+        return proxy
 
-    monkeypatch.setattr(outputs, "_flocked", flocked_and_lost)
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquired_and_lost)
     with alone(folder):
         assert len(calls) == 2
         with pytest.raises(ConfigError, match="another run"):
             alone(folder).__enter__()
 
 
-def flock_without_locks(handle, how):
-    raise OSError(errno.ENOLCK, "No locks available")
+def test_where_there_are_no_locks_the_run_goes_on_with_a_notice(tmp_path, monkeypatch, caplog):
+    def acquire(lock, *args, **kwargs):
+        raise OSError(errno.ENOLCK, "No locks available")
 
-
-@pytest.mark.parametrize("on", ["platform", "file system"])
-def test_where_there_are_no_locks_the_run_goes_on_with_a_notice(tmp_path, monkeypatch, caplog, on):
-    if on == "platform":
-        monkeypatch.setattr(outputs, "fcntl", None)
-    else:
-        monkeypatch.setattr(outputs.fcntl, "flock", flock_without_locks)
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     with alone(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()
     assert [record.getMessage() for record in caplog.records] == [
@@ -131,3 +141,106 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         with pytest.raises(ConfigError, match="a file is in the way; choose another output"):
             alone(path).__enter__()
     assert (tmp_path / "file").read_text() == "here"
+
+
+def test_a_file_appears_at_the_end_and_leaves_nothing_beside_it(tmp_path):
+    out = tmp_path / "new" / "adapter.pth"
+    with outputs.whole_or_absent(out, is_file=True) as file:
+        file.write_bytes(b"whole")
+        assert not out.exists()
+    assert listing(tmp_path) == ["new", "new/adapter.pth"]
+    assert out.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_leaves_no_file_and_no_folder(tmp_path, error):
+    def fail() -> None:
+        with outputs.whole_or_absent(tmp_path / "new" / "adapter.pth", is_file=True) as file:
+            file.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert listing(tmp_path) == []
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    out = tmp_path / "adapter.pth"
+    with (
+        pytest.raises(FlashboneError, match=r"adapter.pth: no disk space left, .* nothing was written"),
+        outputs.whole_or_absent(out, is_file=True),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert listing(tmp_path) == []
+
+
+def test_a_file_that_appears_meanwhile_is_not_touched(tmp_path):
+    out = tmp_path / "adapter.pth"
+
+    def write() -> None:
+        with outputs.whole_or_absent(out, is_file=True) as file:
+            file.write_bytes(b"ours")
+            out.write_bytes(b"theirs")
+
+    with pytest.raises(FlashboneError, match="another run made it meanwhile"):
+        write()
+    assert out.read_bytes() == b"theirs"
+    assert listing(tmp_path) == ["adapter.pth"]
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_nothing_is_written_over(tmp_path, what):
+    out = tmp_path / "adapter.pth"
+    if what == "file":
+        out.touch()
+    elif what == "folder":
+        out.mkdir()
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FlashboneError, match=r"adapter.pth: exists already; name a new one"):
+        outputs.check(out, 1, tmp_path / "source", is_file=True)
+
+
+def test_an_empty_folder_may_become_the_output_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    outputs.check(tmp_path / "out", 1, tmp_path / "source")
+    with outputs.whole_or_absent(tmp_path / "out") as folder:
+        (folder / "x").touch()
+    assert listing(tmp_path) == ["out", "out/x"]
+
+
+def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(FlashboneError, match="out: is the current folder, which cannot be replaced"):
+        outputs.check(tmp_path / "out", 1, None)
+
+
+def test_a_file_system_without_room_for_anything_is_no_place_for_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
+    with pytest.raises(FlashboneError, match=r"is no place for files; name another one"):
+        outputs.check(tmp_path / "out", 1, None)
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_where_there_are_no_links_a_file_is_renamed_and_still_never_over_another(tmp_path, monkeypatch, is_taken):
+    out = tmp_path / "adapter.pth"
+
+    def no_link(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_link)
+
+    def write() -> None:
+        with outputs.whole_or_absent(out, is_file=True) as file:
+            file.write_bytes(b"ours")
+            if is_taken:
+                out.write_bytes(b"theirs")
+
+    if is_taken:
+        with pytest.raises(FlashboneError, match="another run made it meanwhile"):
+            write()
+    else:
+        write()
+    assert out.read_bytes() == (b"theirs" if is_taken else b"ours")
+    assert listing(tmp_path) == ["adapter.pth"]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashbone.errors import FlashboneError, FormatError, NonFiniteError, ShapeError
-from flashbone.files import staging
+from flashbone.files import outputs
 from flashbone.merge import merge_checkpoint
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 
@@ -243,7 +243,7 @@ def test_an_output_in_the_base_is_refused(place, out):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(place, monkeypatch):
     usage = namedtuple("usage", "total used free")(10, 9, 1)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage)
     check_refused(place, "no disk space left", "GiB are needed", "0.00 GiB are free", out="new/out")
     left = place / ".out.abc.partial"
     left.mkdir()

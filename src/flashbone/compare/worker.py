@@ -31,7 +31,7 @@ from flashbone.compare.measuring import Memory, Watch, synchronise
 from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
 from flashbone.compare.testing import check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
-from flashbone.files.outputs import read_json_lines, whole_folder, write_text
+from flashbone.files.outputs import read_json_lines, whole_or_absent, write_text
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data
@@ -117,7 +117,7 @@ def execute(job: Job, folder: Path) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     size = adapter_bytes(model)
     if not method.is_bound:
-        with whole_folder(folder / "adapter") as place:
+        with whole_or_absent(folder / "adapter", replace=True) as place:
             size = save(model, method, place)
     return {
         "steps": trainer.state.global_step,

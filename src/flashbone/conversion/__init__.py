@@ -10,7 +10,7 @@ from pathlib import Path
 from flashbone.conversion import engines, factors, formats
 from flashbone.conversion.factors import ModuleError
 from flashbone.errors import ConfigError, FormatError
-from flashbone.files import staging
+from flashbone.files import outputs
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel, open_base
 from flashbone.files.lora import Lora
@@ -110,8 +110,8 @@ def convert(
         assert isinstance(held, Lora), "engines take LoRAs"
         held = server.prepare(held, path)
     is_file = target.suffix is not None and out.suffix == target.suffix
-    staging.check(out, formats.size(held), path, is_file)
-    with staging.whole_or_absent(out, is_file) as place:
+    outputs.check(out, formats.size(held), path, is_file)
+    with outputs.whole_or_absent(out, is_file) as place:
         files = formats.write(target, held, place, is_file)
         if server is not None and isinstance(held, Lora) and not is_file:
             files += server.write_extras(held, place, out)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,8 +68,6 @@ def _release(folder: Path) -> None:
         return
     for file in (answers, folder / SETTINGS):
         file.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def read_answers(folder: Path) -> list[Answered]:

@@ -1,59 +1,125 @@
-"""What runs write: files and folders that appear whole or not at all, lines of JSON that a kill may cut short, and a
-folder that one run has for itself."""
+"""What is written to disk: files and folders that appear whole or not at all, lines of JSON that a kill may cut short,
+and a folder that one run has for itself."""
 
+import errno
+import glob
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flashbone.errors import ConfigError, FormatError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from flashbone.errors import ConfigError, FlashboneError, FormatError
 
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"  # what the name of a file or folder ends with until it is whole
+LOCK = f".lock{PARTIAL}"
+GIB = 2**30
+_FULL, _TAKEN = "no disk space left, free some or write elsewhere", "another run made it meanwhile"
+_REASONS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.ENOTEMPTY: _TAKEN, errno.EEXIST: _TAKEN}
+
+
+def check(out: Path, size: int, source: Path | None, is_file: bool = False) -> None:
+    """Check, before anything is written, that `out` can become a new folder or file of `size` bytes.
+
+    Raises:
+        FlashboneError: it exists, lies in the source, or the disk is too full.
+    """
+    if source is not None and out.resolve().is_relative_to(source.resolve()):
+        raise FlashboneError(f"{out}: the output must not be {source} or lie inside it; name another place")
+    if out.resolve() == Path.cwd():
+        raise FlashboneError(f"{out}: is the current folder, which cannot be replaced; name a new one")
+    is_empty_folder = out.is_dir() and not is_file and not any(out.iterdir())
+    if out.is_symlink() or (out.exists() and not is_empty_folder):
+        raise FlashboneError(f"{out}: exists already; name a new one, or remove it first")
+    ancestor = _existing_ancestor(out)
+    if not ancestor.is_dir():
+        raise FlashboneError(f"{out}: {ancestor} is a file, no folder can be made in it")
+    usage = shutil.disk_usage(ancestor)
+    if not usage.total:
+        raise FlashboneError(f"{out}: {ancestor} is no place for files; name another one")
+    if usage.free < size:
+        left = f"; a killed run left {', '.join(map(str, leftovers(out)))}, remove it" if leftovers(out) else ""
+        raise FlashboneError(
+            f"{out}: no disk space left, {size / GIB:.2f} GiB are needed and {usage.free / GIB:.2f} GiB are free{left}"
+        )
+
+
+def leftovers(out: Path) -> list[Path]:
+    """Unfinished outputs beside `out`, of runs that were killed or are still writing it."""
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}")) if out.parent.is_dir() else []
+
+
+def _existing_ancestor(path: Path) -> Path:
+    return next(p for p in path.absolute().parents if p.exists())
+
+
+@contextmanager
+def whole_or_absent(out: Path, is_file: bool = False, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `out` to write into, which becomes `out` at the end; an exception removes it.
+
+    Args:
+        out: Absent, or an empty folder.
+        is_file: Yield the path of a file to write instead; then `out` is absent.
+        replace: `out` may exist, and is replaced at the end; only one run at a time may write it.
+
+    Raises:
+        FlashboneError: the disk is full, or another run made `out` meanwhile.
+    """
+    keep = _existing_ancestor(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}{PARTIAL}" if replace else f".{out.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        if not is_file:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        yield partial
+        if replace:
+            if not is_file and out.exists():
+                shutil.rmtree(out)
+            os.replace(partial, out)
+        elif is_file:
+            _rename_new(partial, out)
+        else:
+            os.rename(partial, out)
+    except BaseException as error:
+        partial.unlink(missing_ok=True) if is_file else shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty_parents(out, keep)
+        if isinstance(error, OSError) and error.errno in _REASONS:
+            raise FlashboneError(f"{out}: {_REASONS[error.errno]}; nothing was written") from error
+        raise
+
+
+def _rename_new(file: Path, out: Path) -> None:
+    """Rename a file, never over another; file systems without links cannot tell one that appears at that moment."""
+    try:
+        os.link(file, out)
+    except FileExistsError:
+        raise
+    except OSError:
+        if out.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out)) from None
+        os.rename(file, out)
+    else:
+        file.unlink()
+
+
+def _remove_empty_parents(out: Path, keep: Path) -> None:
+    for parent in out.absolute().parents:
+        if parent == keep or any(parent.iterdir()):
+            return
+        parent.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside itself, then rename it into place."""
-    with whole_file(path) as partial:
+    """Write a text file, whole, in place of an older one."""
+    with whole_or_absent(path, is_file=True, replace=True) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name `path`, in place of another, only when the block ends well."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it gets its name `path` only when the block ends well, and vanishes when it does not."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read_json_lines(file: Path, after_kill: bool = False) -> list[dict[str, Any]]:
@@ -93,7 +159,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make an output folder, if it is not there.
+    """Make an output folder, unless it exists.
 
     Raises:
         ConfigError: a file is in the way.
@@ -106,43 +172,35 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make a folder and keep every other run out of it; the system lets go of it however this process ends.
+    """Make a folder and keep every other run out of it; it goes again if it is empty at the end.
 
-    Where there are no locks, the run goes on with a notice.
+    The system frees the folder however this process ends. On file systems without locks the run goes on with a notice.
 
     Raises:
-        ConfigError: another run has it, or a file is in the way.
+        ConfigError: another run has the folder, or a file is in the way.
     """
-    with ExitStack() as held:
-        while not _lock(folder, held):  # a run that failed removed it meanwhile
-            held.close()
-        yield
+    from filelock import FileLock, Timeout  # takes 0.1 s
 
-
-def _lock(folder: Path, held: ExitStack) -> bool:
-    """Lock the folder itself until `held` is closed; False where another folder, or none, has its name by then."""
-    make_folder(folder)
-    if fcntl is not None:
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, handle)
-            if _flocked(handle, folder):
-                return os.path.samestat(os.fstat(handle), folder.stat())
-        except FileNotFoundError:
-            return False
-    log.warning("output %s: there are no locks here; see to it that no other run writes to it", folder)
-    return True
-
-
-def _flocked(handle: int, folder: Path) -> bool:
-    """Take the lock; False on a file system without locks."""
-    assert fcntl is not None
+    file = folder / LOCK
+    lock = FileLock(file)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        while not (lock.is_locked and file.exists()):  # a run that failed may remove the folder meanwhile
+            lock.release()
+            make_folder(folder)
+            with suppress(FileNotFoundError):
+                lock.acquire(timeout=0)
+    except Timeout:
         raise ConfigError(
             f"output {folder}: another run is writing to it; wait for it, or choose another output"
         ) from None
-    except OSError:
-        return False
-    return True
+    except (OSError, NotImplementedError):
+        log.warning("output %s: there are no locks here; see to it that no other run writes to it", folder)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(PermissionError):  # Windows removes no open file
+                file.unlink(missing_ok=True)
+            lock.release()
+        with suppress(OSError):
+            folder.rmdir()

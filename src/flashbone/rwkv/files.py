@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flashbone.errors import ConfigError, FormatError, NonFiniteError
-from flashbone.files import pth, staging
+from flashbone.files import outputs, pth
 from flashbone.files.states import read_state
 from flashbone.files.tensors import FLOATS, TensorFile, as_bytes
 from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config, RwkvConfig
@@ -98,7 +98,7 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
         raise ConfigError(f"to_pth: got {dtype}, wanted fp64, fp32, bf16 or fp16")
     layout = [(name, _NAMES[dtypes[name]], tuple(tensor.shape)) for name, tensor in state.items()]
     size = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
-    staging.check(out, size, None, is_file=True)
+    outputs.check(out, size, None, is_file=True)
 
     def content(name: str) -> Iterator[memoryview]:
         tensor = state[name].detach().to("cpu", dtypes[name])
@@ -106,7 +106,7 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
             raise NonFiniteError(f"to_pth: {name} has numbers too large for {tensor.dtype}; choose a wider dtype")
         yield as_bytes(tensor)
 
-    with staging.whole_or_absent(out, is_file=True) as partial:
+    with outputs.whole_or_absent(out, is_file=True) as partial:
         pth.write(partial, layout, content, lambda _: None)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flashbone.errors import FlashboneError, FormatError
-from flashbone.files.staging import whole_or_absent
+from flashbone.files.outputs import whole_or_absent
 
 log = logging.getLogger(__name__)
 

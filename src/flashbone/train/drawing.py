@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flashbone.files.outputs import whole_file
+from flashbone.files.outputs import whole_or_absent
 
 
 def blank(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -22,6 +22,6 @@ def blank(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[A
 
 def save(figure: Any, target: Path) -> Path:
     """Write the figure as a PNG; returns its path."""
-    with whole_file(target) as partial:
+    with whole_or_absent(target, is_file=True, replace=True) as partial:
         figure.savefig(partial, format="png")
     return target

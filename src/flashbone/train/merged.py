@@ -7,7 +7,7 @@ from typing import Any
 
 import peft
 
-from flashbone.files.outputs import whole_folder
+from flashbone.files.outputs import whole_or_absent
 from flashbone.merge import merge_checkpoint
 from flashbone.train.folder import RunFolder
 from flashbone.train.models import is_pth
@@ -24,7 +24,7 @@ def write_merged(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Ca
         load_plain: Loads the model without adapter and quantisation.
     """
     if is_pth(recipe.model):  # as `flashbone merge` does, in the file's own dtype; it takes an older one's place
-        with whole_folder(folder.path / "merging") as place:
+        with whole_or_absent(folder.path / "merging", replace=True) as place:
             merged = place / folder.merged_pth.name
             merge_checkpoint(Path(recipe.model).expanduser(), folder.adapter, merged)
             os.replace(merged, folder.merged_pth)
@@ -34,6 +34,6 @@ def write_merged(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Ca
     if recipe.quantization:  # into the weights as they are on disk: quantised ones would lose much of the adapter
         adapted = peft.PeftModel.from_pretrained(load_plain(), folder.adapter)
     merged = adapted.merge_and_unload()
-    with whole_folder(folder.merged) as partial:
+    with whole_or_absent(folder.merged, replace=True) as partial:
         merged.save_pretrained(partial)
         trainer.processing_class.save_pretrained(partial)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flashbone.errors import FlashboneError
-from flashbone.files.outputs import whole_folder, write_text
+from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
@@ -87,7 +87,7 @@ def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable)
     if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would write no adapter, without a word
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.accelerator.wait_for_everyone()
-    with whole_folder(folder.adapter) if main else contextlib.nullcontext(folder.adapter) as partial:
+    with whole_or_absent(folder.adapter, replace=True) if main else contextlib.nullcontext(folder.adapter) as partial:
         trainer.save_model(str(partial))  # sharded models need every process here
         if main:
             trainer.processing_class.save_pretrained(partial)
