@@ -1,15 +1,14 @@
 """Folders on disk or on the hub: what a command was given, as a path."""
 
-import re
 from pathlib import Path
 
 from flashbone.errors import FormatError
-from flashbone.files.sources import hub_problem
+from flashbone.files.sources import hub_problem, is_hub_id
 
 
 def looks_like_hub_id(given: str) -> bool:
     """Whether nothing on this disk is meant, as far as the name tells."""
-    return not Path(given).exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given) is not None
+    return not Path(given).exists() and is_hub_id(given)
 
 
 def folder(given: str, ignored: tuple[str, ...] = ()) -> Path:

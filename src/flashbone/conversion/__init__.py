@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from flashbone.files import outputs
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel, open_base
 from flashbone.files.lora import Lora
+from flashbone.files.sources import is_hub_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,5 +151,5 @@ def _base(given: str | Path | None, named: str | None) -> BaseModel | None:
 
 def _name_of_base(given: str | Path | None, named: str | None) -> str | None:
     """What the LoRA calls its base: the folder that was given, unless the adapter names a model on the hub."""
-    is_on_hub = named is not None and not Path(named).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", named)
+    is_on_hub = named is not None and "/" in named and is_hub_id(named) and not Path(named).exists()
     return named if given is None or is_on_hub else str(given)

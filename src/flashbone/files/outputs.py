@@ -3,7 +3,6 @@ and a folder that one run has for itself."""
 
 import errno
 import glob
-import json
 import logging
 import os
 import secrets
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.files.sources import json_object
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +127,10 @@ def read_json_lines(file: Path, after_kill: bool = False) -> list[dict[str, Any]
 
     Args:
         file: What a run appends to.
-        after_kill: For a run that goes on: there may be no file yet, and its last line may be half written.
+        after_kill: For a run that resumes: the file may be missing, and its last line half written.
 
     Raises:
-        FormatError: there is no file, or a line of it is broken.
+        FormatError: the file is missing, or a line of it is broken.
     """
     if not file.exists():
         if after_kill:
@@ -138,24 +138,15 @@ def read_json_lines(file: Path, after_kill: bool = False) -> list[dict[str, Any]
         raise FormatError(f"{file}: no such file; is it the folder of a run?")
     # Not splitlines, which cuts at characters that a text may hold, too.
     *lines, last = file.read_bytes().split(b"\n")
-    rows = [_row(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
+    remedy = "; remove the line"
+    rows = [json_object(line, f"{file}:{number}", remedy) for number, line in enumerate(lines, 1)]
     if last:  # a whole line ends with a newline
         try:
-            rows.append(_row(last, f"{file}:{len(lines) + 1}"))
+            rows.append(json_object(last, f"{file}:{len(lines) + 1}", remedy))
         except FormatError:
             if not after_kill:
                 raise
     return rows
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not valid JSON: {error}; remove the line") from None
-    if not isinstance(row, dict):
-        raise FormatError(f"{where}: wanted a JSON object, got a {type(row).__name__}; remove the line")
-    return row
 
 
 def make_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a user points at, as all commands read it: JSON files, and repositories on the hub."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,31 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FormatError: it holds none.
     """
+    return json_object(file.read_bytes(), str(file))
+
+
+def json_object(text: bytes, where: str, remedy: str = "") -> dict[str, Any]:
+    """The JSON object that a text spells.
+
+    Raises:
+        FormatError: it spells none; the message begins with `where` and ends with `remedy`.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
+        raise FormatError(f"{where}: not valid JSON: {error}{remedy}") from error
     if not isinstance(content, dict):
-        raise FormatError(f"{file}: wanted a JSON object, got a {type(content).__name__}")
+        raise FormatError(f"{where}: wanted a JSON object, got a {type(content).__name__}{remedy}")
     return content
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be the id of a repository on the hub: `org/model`, or an old `model`."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+
+
 def hub_problem(name: str, error: Exception) -> str:
-    """Why a repository could not be had from the hub or, offline, from its cache, in one line.
+    """Why a repository could not be read from the hub or, offline, from its cache, in one line.
 
     Args:
         name: The hub id.

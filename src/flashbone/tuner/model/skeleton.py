@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flashbone.errors import ConfigError
-from flashbone.files.sources import hub_problem, read_json
+from flashbone.files.sources import hub_problem, is_hub_id, read_json
 
 CONFIG = "config.json"
 # What transformers raises over fields that contradict each other or have no sense.
@@ -117,7 +116,7 @@ def _config_file(source: str | Path) -> Path:
         if not (path / CONFIG).is_file():
             raise ConfigError(f"{source}: the folder has no {CONFIG}, so it does not say what model it holds")
         return path / CONFIG
-    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+    if isinstance(source, Path) or not is_hub_id(source):
         raise ConfigError(f"{source}: no such folder or file; a model's folder, its {CONFIG} or a hub id was wanted")
     return _from_hub(source)
 
