@@ -7,19 +7,19 @@ import pytest
 from flashbone.errors import FormatError
 from flashbone.files import fields
 
-FIELDS = {"r": fields.SIZE, "p": fields.PROBABILITY, "f": fields.FLAG, "n": fields.NAMES} | fields.SHARED
+SCHEMA = {"r": fields.size(4), "p": fields.PROBABILITY, "f": fields.flag(True), "n": fields.NAMES} | fields.SHARED
 
 
 @pytest.mark.parametrize(
     ("name", "value", "is_good"),
     [
         *(("r", value, True) for value in (1, 2, 10**9)),
-        *(("r", value, False) for value in (0, -1, True, 1.0, "1", None)),
+        *(("r", value, False) for value in (0, -1, True, 1.0, "1")),
         *(("p", value, True) for value in (0, 0.0, 0.5, 0.999)),
-        *(("p", value, False) for value in (1, 1.0, -0.1, True, False, "0", None, float("nan"))),
-        *(("f", value, value in (True, False)) for value in (True, False, "true", None)),
+        *(("p", value, False) for value in (1, 1.0, -0.1, True, False, "0", float("nan"))),
+        *(("f", value, value in (True, False)) for value in (True, False, "true")),
         *(("n", value, True) for value in ([], ["a"], ["a", "b.c"])),
-        *(("n", value, False) for value in ("a", [""], [1], ["a", "\ud800"], None)),
+        *(("n", value, False) for value in ("a", [""], [1], ["a", "\ud800"])),
         *(("task_type", value, True) for value in (None, "", "CAUSAL_LM")),
         *(("task_type", value, False) for value in (0, ["a"], "\udfff")),
         *(("target_modules", value, True) for value in (None, "", "all-linear", ["q"], [])),
@@ -31,19 +31,29 @@ FIELDS = {"r": fields.SIZE, "p": fields.PROBABILITY, "f": fields.FLAG, "n": fiel
     ],
 )
 def test_a_field_holds_what_it_may_and_nothing_else(name, value, is_good):
-    will_do, _ = FIELDS[name]
-    assert will_do(value) is is_good
     if is_good:
-        fields.check(Path("file"), {name: value}, FIELDS, ())
+        assert fields.checked(Path("file"), {name: value}, SCHEMA)[name] == value
     else:
         with pytest.raises(FormatError, match=rf"^file: {name}: got .*, wanted [^;\n]*$"):
-            fields.check(Path("file"), {name: value}, FIELDS, ())
+            fields.checked(Path("file"), {name: value}, SCHEMA)
 
 
-def test_unknown_fields_are_refused_where_they_say_something_with_all_that_is_wrong():
-    fields.check(Path("file"), {"alpha": 2, "off": None, "none": [], "zero": 0}, FIELDS, ("alpha",))
+def test_a_missing_or_null_field_has_its_default():
+    assert fields.checked(Path("file"), {"r": None, "task_type": None}, SCHEMA) == {
+        "r": 4,
+        "p": 0.0,
+        "f": True,
+        "n": [],
+        "inference_mode": False,
+        "modules_to_save": [],
+        "task_type": None,
+    }
+
+
+def test_unknown_fields_are_refused_where_they_are_set_with_all_that_is_wrong():
+    fields.checked(Path("file"), {"peft_type": "X", "off": None, "none": [], "zero": 0}, SCHEMA)
     with pytest.raises(FormatError) as caught:
-        fields.check(Path("file"), {"alpha": 2, "r": 0, "beta": "x"}, FIELDS, ())
+        fields.checked(Path("file"), {"alpha": 2, "r": 0, "beta": "x"}, SCHEMA)
     assert str(caught.value).startswith("file: r: got 0, wanted a positive integer; unknown fields, which may change")
     assert "'alpha': 2, 'beta': 'x'; was it written by a newer version?" in str(caught.value)
 
@@ -71,11 +81,11 @@ def test_targets_are_whole_names_endings_after_a_dot_or_everything():
 
 def test_the_first_key_of_a_pattern_that_matches_at_the_end_gives_the_size():
     pattern = {"0.q": 2, "q": 3, "^k": 5}
-    assert fields.size_for("layers.0.q", pattern, 7) == 2
-    assert fields.size_for("layers.1.q", pattern, 7) == 3
-    assert fields.size_for("layers.1.qq", pattern, 7) == 7
-    assert fields.size_for("k", pattern, 7) == 5
-    assert fields.size_for("layers.1.k", pattern, 7) == 7
+    assert fields.by_pattern("layers.0.q", pattern, 7) == 2
+    assert fields.by_pattern("layers.1.q", pattern, 7) == 3
+    assert fields.by_pattern("layers.1.qq", pattern, 7) == 7
+    assert fields.by_pattern("k", pattern, 7) == 5
+    assert fields.by_pattern("layers.1.k", pattern, 7) == 7
 
 
 def test_a_value_is_shown_on_one_line_a_plain_word_without_quotes():

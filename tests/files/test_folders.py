@@ -7,40 +7,44 @@ import torch
 
 from flashbone import variants
 from flashbone.errors import FormatError
-from flashbone.files import folders, miss, peft, rwkv
+from flashbone.files import blocks, miss, peft, rwkv
 from flashbone.files.adapter import Adapter
-from helpers.adapter_folders import ROOT, listing
+from helpers.adapter_folders import ROOT, listing, write_adapter
 
 BONE, BLOCK = variants.get("bone"), torch.ones(4, 8)
-OFF = {"bias": "none", "modules_to_save": [], "parameters_to_save": []}
 
 
-def test_a_block_may_be_of_a_weight_or_of_a_transposed_one_but_not_of_both():
-    state = {f"{ROOT}q.bone_block": BLOCK, f"{ROOT}e.bone_transposed": BLOCK}
-    held = folders.sort_keys(state, OFF, ".bone_block", ".bone_transposed")
-    assert (set(held.blocks), held.transposed, held.problems) == ({"q", "e"}, frozenset("e"), [])
-    both = state | {f"{ROOT}q.bone_transposed": BLOCK}
-    held = folders.sort_keys(both, OFF, ".bone_block", ".bone_transposed")
-    assert held.problems == [f"{ROOT}q.bone_transposed: the file holds two blocks of q"]
-    held = folders.sort_keys(state, OFF, ".bone_block")  # a method without such
-    assert (set(held.blocks), held.problems) == ({"q"}, [f"unknown key '{ROOT}e.bone_transposed'"])
+def test_a_block_may_be_of_a_weight_or_of_a_transposed_one_but_not_of_both(tmp_path):
+    write_adapter(tmp_path, "bone", {"q": BLOCK}, others={"e.bone_transposed": BLOCK.clone()})
+    adapter = peft.read(tmp_path)
+    assert (set(adapter.blocks), adapter.transposed) == ({"q", "e"}, frozenset("e"))
+    write_adapter(tmp_path, "bone", {"q": BLOCK}, others={"q.bone_transposed": BLOCK.clone()})
+    with pytest.raises(FormatError, match="q: the file holds two blocks of it"):
+        peft.read(tmp_path)
+
+
+def test_miss_has_no_blocks_of_transposed_weights(tmp_path):
+    write_adapter(tmp_path, "bone", {}, others={"q.miss_block": BLOCK, "e.bone_transposed": BLOCK.clone()})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "MISS", "r": 4}))
+    with pytest.raises(FormatError, match=rf"unknown key '{ROOT}e.bone_transposed'"):
+        miss.read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("replacements", "bias", "saved", "single"),
     [
-        ({}, "none", None, []),
-        ({"q.bias": BLOCK[0]}, "bone_only", None, []),
-        ({"k.bias": BLOCK[0]}, "all", None, []),
-        ({"q.bias": BLOCK[0], "k.bias": BLOCK[0]}, "all", None, []),
-        ({"head.weight": BLOCK, "head.bias": BLOCK[0]}, "none", ["head"], []),
-        ({"lm_head.weight": BLOCK}, "none", None, []),  # PEFT keeps embeddings without saying so
+        ({}, "none", None, None),
+        ({"q.bias": BLOCK[0]}, "bone_only", None, None),
+        ({"k.bias": BLOCK[0]}, "all", None, None),
+        ({"q.bias": BLOCK[0], "k.bias": BLOCK[0]}, "all", None, None),
+        ({"head.weight": BLOCK, "head.bias": BLOCK[0]}, "none", ["head"], None),
+        ({"lm_head.weight": BLOCK}, "none", None, None),  # PEFT keeps embeddings without saying so
         ({"norm.scale": BLOCK[0]}, "none", None, ["norm.scale"]),
         ({"q.weight": BLOCK}, "none", None, ["q.weight"]),  # as a module to save it would shut the block out
     ],
 )
 def test_what_is_saved_whole_is_listed_where_it_belongs(replacements, bias, saved, single):
-    config = folders.shared_config(Adapter(BONE, {"q": BLOCK}, replacements, {}), peft.METHOD)
+    config = peft.FOLDER.config(Adapter(BONE, {"q": BLOCK}, replacements, {}))
     assert (config["bias"], config["modules_to_save"], config["parameters_to_save"]) == (bias, saved, single)
 
 
@@ -81,10 +85,10 @@ def test_a_bottleneck_size_is_kept_where_it_is_still_r(tmp_path, size, r, kept):
 
 
 def test_a_refusal_names_five_and_says_how_many_more(tmp_path):
-    blocks = dict.fromkeys("abcdefg", BLOCK)
+    many = dict.fromkeys("abcdefg", BLOCK)
     for count, words in ((5, "(a, b, c, d, e)"), (6, "(a, b, c, d, e and 1 more)"), (7, "(a, b, c, d, e and 2 more)")):
         names = frozenset("abcdefg"[:count])
         with pytest.raises(FormatError) as caught:
-            folders.refuse(Adapter(BONE, blocks, {}, {}), {"why": sorted(names), "never": []}, "X")
+            blocks.refuse(Adapter(BONE, many, {}, {}), {"why": sorted(names), "never": []}, "X")
         assert str(caught.value) == f"this bone adapter cannot be written as X: why {words}"
-    folders.refuse(Adapter(BONE, blocks, {}, {}), {"never": [], "no": False}, "X")
+    blocks.refuse(Adapter(BONE, many, {}, {}), {"never": [], "no": False}, "X")

@@ -16,9 +16,9 @@ from flashbone import variants
 from flashbone.errors import FormatError
 from flashbone.files import peft
 from flashbone.files.adapter import Adapter, same_values
-from flashbone.files.fields import size_for
+from flashbone.files.fields import by_pattern
+from flashbone.ops import reference
 from golden.cases import CASES
-from helpers import reference
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_llama, write_adapter, write_config
 from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import Promise, close, same_bits
@@ -80,7 +80,7 @@ def test_derived_configs_name_the_blocks_and_no_others(tmp_path):
     again = rewritten(Adapter(variants.get("bone"), blocks, {}, {}), tmp_path / "a")
     assert again.config["r"] == 4
     pattern = again.config["rank_pattern"]
-    assert {name: size_for(name, pattern, 4) for name in (*blocks, "yy.q", "z.x.q")} == {
+    assert {name: by_pattern(name, pattern, 4) for name in (*blocks, "yy.q", "z.x.q")} == {
         **{name: len(block) for name, block in blocks.items()},
         "yy.q": 4,
         "z.x.q": 4,

@@ -16,7 +16,8 @@ from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeErro
 from flashbone.files import names, tensors
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel
-from flashbone.files.lora import Lora, in_saved_module
+from flashbone.files.folders import in_saved_module
+from flashbone.files.lora import Lora
 from flashbone.files.placing import Place, place
 from flashbone.variants import lowrank
 from flashbone.variants.lowrank import Factors

@@ -10,48 +10,55 @@ adapter_model.safetensors:
     base_model.model.<parameter>                    a parameter of a module to save
 """
 
-import json
 import math
-import re
-import reprlib
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashbone.errors import FormatError
 from flashbone.files import fields, folders
-from flashbone.files.adapter import same_values
-from flashbone.files.sources import read_json
+from flashbone.files.fields import ConfigField
 from flashbone.files.states import read_state
 from flashbone.variants.lowrank import pad
 
-_PARTS = {
-    ".lora_A.weight": ("A", False),
-    ".lora_B.weight": ("B", False),
-    ".lora_embedding_A": ("A", True),
-    ".lora_embedding_B": ("B", True),
-}
-# Starts that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change it when PEFT loads the file.
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Fields that say nothing about the function of a plain LoRA. What is neither here nor read has to be off.
-_NEUTRAL = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
-    *("ensure_weight_tying", "runtime_config"),
-}
+_OF_LINEAR, _OF_EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 _MAX_ALPHA = 1e9
-_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "modules_to_save"}
+_MERGE = "merge other adapters with PEFT (merge_and_unload)"
+_OFF = ConfigField(lambda v: not v, f"false, as a plain LoRA has; {_MERGE}", False)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
+
+
+_SCHEMA = fields.SHARED | {
+    "r": fields.size(8),
+    "lora_alpha": ConfigField(_is_number, "a number", 8),
+    "use_rslora": fields.flag(False),
+    "fan_in_fan_out": fields.flag(False),
+    "bias": fields.bias("lora_only"),
+    "rank_pattern": fields.patterns(fields.is_size, "positive integers"),
+    "alpha_pattern": fields.patterns(_is_number, "numbers"),
+    "init_lora_weights": ConfigField(
+        lambda v: isinstance(v, bool) or v in ("gaussian", "eva", "orthogonal"),
+        "a start that leaves the base as it is; PiSSA, OLoRA and others change it, save it as a plain LoRA with PEFT",
+        True,
+    ),
+    "lora_dropout": ConfigField(lambda v: True, "anything", 0.0),
+    "use_dora": _OFF,
+    "lora_bias": _OFF,
+    # These do not change the function of a plain LoRA.
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"), fields.ANY),
+    **dict.fromkeys(("qalora_group_size", "ensure_weight_tying", "runtime_config"), fields.ANY),
+}
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What a plain LoRA says, whatever its format: `delta = B A`, so its alpha is its rank.
+    """A plain LoRA, whatever its format: `delta = B A`, so its alpha is its rank.
 
     Attributes:
         factors: module name in the base model -> A (rank, in) and B (out, rank); all have one rank.
@@ -93,13 +100,7 @@ class Lora:
         return [name for name in self.replacements if not (self._is_saved(name) or _has_own_place(name))]
 
     def _is_saved(self, parameter: str) -> bool:
-        return in_saved_module(parameter, self.modules_to_save)
-
-
-def in_saved_module(parameter: str, modules: tuple[str, ...]) -> bool:
-    """Whether the parameter belongs to a module whose name ends in one of these, as PEFT finds them."""
-    parts = parameter.split(".")[:-1]
-    return bool(modules) and any(".".join(parts[: n + 1]).endswith(modules) for n in range(len(parts)))
+        return folders.in_saved_module(parameter, self.modules_to_save)
 
 
 def _has_own_place(parameter: str) -> bool:
@@ -120,17 +121,14 @@ def write(lora: Lora, folder: Path) -> None:
             " the adapter instead (flashbone merge)"
         )
     state = {}
-    for module, (A, B) in lora.factors.items():
-        for suffix, (part, is_embedding) in _PARTS.items():
-            if is_embedding == (module in lora.embeddings):
-                state[f"{folders.ROOT}{module}{suffix}"] = A if part == "A" else B
+    for module, pair in lora.factors.items():
+        suffixes = _OF_EMBEDDING if module in lora.embeddings else _OF_LINEAR
+        state |= {f"{folders.ROOT}{module}{suffix}": factor for suffix, factor in zip(suffixes, pair, strict=True)}
     for name, tensor in lora.replacements.items():
         module, _, leaf = name.rpartition(".")
         key = f"{module}.base_layer.{leaf}" if module in lora.factors else name
         state[f"{folders.ROOT}{key}"] = tensor
-    contiguous = {key: tensor.contiguous().clone() for key, tensor in state.items()}
-    save_file(contiguous, folder / folders.SAFETENSORS, metadata={"format": "pt"})
-    config = {
+    config = fields.defaults(_SCHEMA) | {
         "peft_type": "LORA",
         "task_type": lora.task_type,
         "base_model_name_or_path": lora.base_model,
@@ -141,15 +139,8 @@ def write(lora: Lora, folder: Path) -> None:
         "bias": lora.bias,
         "fan_in_fan_out": len(lora.conv1d) * 2 > len(lora.factors) - len(lora.embeddings),
         "inference_mode": True,
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
     }
-    (folder / folders.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    folders.write_folder(folder, config, state)
 
 
 def read(path: str | Path) -> Lora:
@@ -159,21 +150,31 @@ def read(path: str | Path) -> Lora:
         FormatError: something is missing, broken, or more than a plain LoRA; all bad fields, or keys, are named.
     """
     folder = Path(path)
-    config = _read_config(folder)
+    unknown = f"fields that are more than a plain LoRA: {{}}; {_MERGE}"
+    config = fields.checked(folder / folders.CONFIG, folders.read_config(folder, "LORA"), _SCHEMA, unknown)
     file = folders.weights_file(folder)
-    parts, replacements, embeddings, problems = _sort_keys(read_state(file), config)
-    factors = {}
-    for module, found in parts.items():
-        if wrong := _misshapen(module, found, config):
-            problems += wrong
+    parts, replacements, problems = folders.sort_tensors(read_state(file), config, (*_OF_LINEAR, *_OF_EMBEDDING))
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for module, tensors in parts.items():
+        rank = fields.by_pattern(module, config["rank_pattern"], config["r"])
+        alpha = fields.by_pattern(module, config["alpha_pattern"], config["lora_alpha"])
+        suffixes = _OF_EMBEDDING if _OF_EMBEDDING[0] in tensors else _OF_LINEAR
+        if tensors.keys() != set(suffixes):
+            held, wanted = (" and ".join(suffix[1:] for suffix in keys) for keys in (tensors, suffixes))
+            problems.append(f"{module}: the file holds its {held}, wanted {wanted}")
+            continue
+        A, B = (tensors[suffix] for suffix in suffixes)
+        if wrong := _misfit(A, B, rank):
+            problems.append(f"{module}: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}, {wrong}")
         else:
-            factors[module] = found["A"], _scaled(found["B"], *_rank_and_scale(module, config))
+            factors[module] = A, _scaled(B, alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
     if not parts and not problems:
         problems.append("it holds no lora_A and lora_B")
     if problems:
         raise FormatError(f"{file}: {'; '.join(problems)}")
+    embeddings = frozenset(module for module, tensors in parts.items() if _OF_EMBEDDING[0] in tensors)
     rank = max(len(A) for A, _ in factors.values())
-    targets = config["target_modules"]
+    targets = config.get("target_modules")
     restricted = config.get("exclude_modules") or config.get("layers_to_transform") is not None
     return Lora(
         {module: (A, B) if len(A) == rank else pad(A, B, rank) for module, (A, B) in factors.items()},
@@ -187,115 +188,16 @@ def read(path: str | Path) -> Lora:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / folders.CONFIG
-    if not file.is_file():
-        raise FormatError(f"{folder}: this folder is no adapter, it has no {folders.CONFIG}")
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise FormatError(f"{file}: this is a {config.get('peft_type')} adapter, wanted LORA")
-    for name, default in {"r": 8, "lora_alpha": 8, "bias": "none", "target_modules": None}.items():
-        config.setdefault(name, default)
-    for name, default in {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}.items():
-        config[name] = config.get(name) or default
-    for name in ("use_rslora", "fan_in_fan_out"):
-        config[name] = config.get(name) or False
-    problems = []
-
-    def check(ok: bool, name: str, wanted: str) -> None:
-        if not ok:
-            problems.append(f"{name}: got {reprlib.repr(config[name])}, wanted {wanted}")
-
-    check(fields.is_size(config["r"]), "r", "a positive integer")
-    check(_is_number(config["lora_alpha"]), "lora_alpha", "a number")
-    check(isinstance(config["use_rslora"], bool), "use_rslora", "true or false")
-    check(isinstance(config["fan_in_fan_out"], bool), "fan_in_fan_out", "true or false")
-    check(config["bias"] in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
-    for name in sorted(fields.SHARED.keys() & config.keys()):
-        check(fields.SHARED[name][0](config[name]), name, fields.SHARED[name][1])
-    check(_is_pattern(config["rank_pattern"], fields.is_size), "rank_pattern", "patterns with positive integers")
-    check(_is_pattern(config["alpha_pattern"], _is_number), "alpha_pattern", "patterns with numbers")
-    start = config.get("init_lora_weights")
-    if not any(start is plain or (start == plain and isinstance(start, str)) for plain in _PLAIN_STARTS):
-        problems.append(f"init_lora_weights: {start!r} changes the base, too; save it as a plain LoRA with PEFT first")
-    for name in sorted(set(config) - _NEUTRAL - _READ - {"init_lora_weights"}):
-        if config[name]:
-            problems.append(f"{name}: got {reprlib.repr(config[name])}, which is more than a plain LoRA")
-    if problems:
-        raise FormatError(f"{file}: {'; '.join(problems)}; merge such an adapter with PEFT (merge_and_unload)")
-    return config
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
-
-
-def _is_pattern(value: object, fits: Any) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return isinstance(value, dict) and all(_matcher(key) and fits(number) for key, number in value.items())
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
-def _matcher(key: str) -> re.Pattern[str]:
-    """How PEFT looks a module up in a pattern."""
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def _sort_keys(
-    state: dict[str, Tensor], config: dict[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], frozenset[str], list[str]]:
-    """Factors by module and part, replacements by parameter, modules that are embeddings, and what is wrong."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    replacements, embeddings, problems = {}, set(), []
-    for key, tensor in state.items():
-        name = key.removeprefix(folders.ROOT)
-        suffix = next((s for s in _PARTS if name.endswith(s)), "")
-        parameter = folders.plain_name(name)
-        if name == key or not (suffix or folders.is_replacement(parameter, config)):
-            problems.append(f"unknown key {key!r}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{key}: got {tensor.dtype}, wanted floating point numbers")
-        elif suffix:
-            part, is_embedding = _PARTS[suffix]
-            module = name.removesuffix(suffix)
-            if part in parts.setdefault(module, {}):
-                problems.append(f"{key}: the file holds two {part} of {module}")
-            parts[module][part] = tensor
-            embeddings |= {module} if is_embedding else set()
-        elif ".original_module." not in name:
-            if parameter in replacements and not same_values(replacements[parameter], tensor):
-                problems.append(f"{key}: the file holds two different values of {parameter}")
-            replacements[parameter] = tensor
-    return parts, replacements, frozenset(embeddings), problems
-
-
-def _misshapen(module: str, found: dict[str, Tensor], config: dict[str, Any]) -> list[str]:
-    if missing := [part for part in "AB" if part not in found]:
-        return [f"{module}: its lora_{missing[0]} is missing"]
-    A, B = found["A"], found["B"]
-    got = f"{module}: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}"
+def _misfit(A: Tensor, B: Tensor, rank: int) -> str:
+    """What is wrong with the shapes of two factors; empty if nothing is."""
     if A.ndim > 2 or B.ndim > 2:
-        return [f"{got}, those of a convolution, which is not converted; merge it with PEFT"]
-    rank = _rank_and_scale(module, config)[0]
-    if A.ndim != 2 or B.ndim != 2 or not (len(A) == B.shape[1] == rank and A.numel() and B.numel()):
-        return [f"{got}, wanted ({rank}, in) and (out, {rank})"]
-    return []
+        return "those of a convolution, which is not converted; merge it with PEFT"
+    fits = A.ndim == B.ndim == 2 and len(A) == B.shape[1] == rank and A.numel() and B.numel()
+    return "" if fits else f"wanted ({rank}, in) and (out, {rank})"
 
 
-def _rank_and_scale(module: str, config: dict[str, Any]) -> tuple[int, float]:
-    def value(pattern: dict[str, Any], default: Any) -> Any:
-        return next((v for key, v in pattern.items() if _matcher(key).match(module)), default)
-
-    rank, alpha = value(config["rank_pattern"], config["r"]), value(config["alpha_pattern"], config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-
-
-def _scaled(B: Tensor, rank: int, scale: float) -> Tensor:
+def _scaled(B: Tensor, scale: float) -> Tensor:
     """`B * scale`: in B's dtype where nothing is rounded, else in fp32 at least."""
     exact = B.double() * scale
-    return exact.to(
-        B.dtype if torch.equal(exact.to(B.dtype).double(), exact) else torch.promote_types(B.dtype, torch.float32)
-    )
+    is_exact = torch.equal(exact.to(B.dtype).double(), exact)
+    return exact.to(B.dtype if is_exact else torch.promote_types(B.dtype, torch.float32))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flashbone import variants
 from flashbone.errors import FormatError
-from flashbone.files import folders
 from flashbone.files.adapter import Adapter
+from flashbone.files.blocks import refuse
 from flashbone.files.states import read_state, write_pickle
 
 SUFFIXES = (".disha", ".bone")
@@ -156,7 +156,7 @@ def write(adapter: Adapter, file: Path) -> None:
     """
     names = [*adapter.blocks, *adapter.replacements]
     cut = 0 if all(map(_is_name, names)) else _length_of_lead(names)
-    folders.refuse(
+    refuse(
         adapter,
         {
             "its mode bone is bone, and its bat is bat-row; keep it as BONE, or convert it to "

@@ -17,7 +17,7 @@ from flashbone.variants import Variant
 
 # What the other methods call their trained tensors, with the axis of each that is as long as r.
 SUFFIXES = {
-    "MISS": {miss.METHOD.block: -2},
+    "MISS": {miss.BLOCK: -2},
     "LORA": {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_embedding_A": 0, ".lora_embedding_B": 1},
 }
 # As transformers names a model's files.
