@@ -107,7 +107,7 @@ class BlockFolder(ABC):
         written in full."""
         old = adapter.config
         shared = {name: old[name] for name in fields.SHARED if name in old}
-        config = fields.defaults(self.schema) | {"inference_mode": True} | shared
+        config: dict[str, Any] = fields.defaults(self.schema) | {"inference_mode": True} | shared
         if old.get("peft_type") == self.method:
             config |= old
         modules = [name for name in adapter.blocks if name not in adapter.parameters]
