@@ -23,7 +23,7 @@ ALLOWED = {
     "files": {"errors", "variants"},
     "conversion": {"errors", "variants", "files"},
     "merge": {"errors", "variants", "files", "rwkv"},  # RWKV's models in merge/verify alone
-    "tuner": {"errors", "files", "shards", "ops", "variants", "conversion"},
+    "tuner": {"errors", "files", "shards", "ops", "variants"},
     "rwkv": {"errors", "files"},
     "train": {"errors", "tuner", "files", "variants", "rwkv", "conversion", "merge"},
     "evaluate": {"errors", "files", "rwkv", "train"},

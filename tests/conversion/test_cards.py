@@ -11,8 +11,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from flashbone import BoneConfig, variants
-from flashbone.conversion import cards, formats
+from flashbone.conversion import card_of, convert
+from flashbone.files import cards, peft
 from flashbone.files.adapter import Adapter
+from flashbone.files.reading import FORMATS
 from flashbone.rwkv import from_pth
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
@@ -20,9 +22,9 @@ from helpers.comparison import Promise, same_bits
 from helpers.rwkv import write_rwkv
 
 
-def card(**fields) -> cards.Card:
+def card(format="peft", **fields) -> cards.AdapterCard:
     given = {
-        "format": "peft",
+        "format": FORMATS[format],
         "variant": "bone",
         "r": (4, 64),
         "targets": ("layers.0.q", "layers.1.q", "v"),
@@ -31,7 +33,7 @@ def card(**fields) -> cards.Card:
         "fits_lora": True,
         "fits_rwkv": True,
     }
-    return cards.Card(**(given | fields))
+    return cards.AdapterCard(**(given | fields))
 
 
 def commands(text: str) -> list[str]:
@@ -92,12 +94,12 @@ def test_the_card_of_a_folder_names_the_formats_that_hold_the_adapter(tmp_path, 
         "blocks": {"model.blocks.0.att.key": torch.ones(4, 8)} if not fields else {"blocks.0.att.key": torch.ones(4, 8)}
     }
     adapter = Adapter(variants.get("bone"), **({"replacements": {}, "config": config} | given | fields))
-    text = cards.page(formats._card(formats.get("peft"), adapter))
+    text = cards.page(card_of(FORMATS["peft"], adapter))
     assert set(re.findall("OUT --to ([a-z-]+)", text)) == ways
     for form in ("miss", "rwkv-peft"):
         if form in ways:
             (tmp_path / form).mkdir()
-            formats.write(formats.get(form), adapter, tmp_path / form, is_file=False)
+            FORMATS[form].write(adapter, tmp_path / form / "adapter.pth" if form == "rwkv-peft" else tmp_path / form)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +192,11 @@ def test_users_text_after_a_stray_marker_stays():
 
 
 def test_a_converted_folder_has_a_card(tmp_path):
-    adapter = Adapter(variants.get("bone"), {"blocks.0.att.key": torch.ones(4, 8)}, {}, {}, "org/model")
+    (tmp_path / "a").mkdir()
+    blocks = {"blocks.0.att.key": torch.ones(4, 8)}
+    peft.write(Adapter(variants.get("bone"), blocks, {}, {}, "org/model"), tmp_path / "a")
     for name in ("peft", "miss", "rwkv-peft"):
-        (tmp_path / name).mkdir()
-        assert "README.md" in formats.write(formats.get(name), adapter, tmp_path / name, is_file=False)
+        assert "README.md" in convert(tmp_path / "a", tmp_path / name, name).files
         data = ModelCard.load(tmp_path / name / "README.md").data
         assert data.base_model == "org/model"
         assert data.library_name == ("flashbone" if name == "rwkv-peft" else "peft")

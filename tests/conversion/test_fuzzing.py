@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flashbone import cli, variants
-from flashbone.conversion import convert, formats
+from flashbone.conversion import convert
 from flashbone.errors import FlashboneError
+from flashbone.files import reading
 from flashbone.files.adapter import Adapter
 from helpers import reference
 from helpers.adapter_folders import ROOT, listing
@@ -138,7 +139,7 @@ def check(folder: Path, source: Path) -> int:
             assert listing(folder) == before
             continue
         assert [name for name in listing(folder) if not name.startswith(out.name)] == before
-        got, want = formats.read(out)[1], formats.read(source)[1]
+        got, want = reading.read(out)[1], reading.read(source)[1]
         assert isinstance(got, Adapter)
         assert isinstance(want, Adapter)
         assert (report.variant, report.modules) == (want.variant.name, len(want.blocks))

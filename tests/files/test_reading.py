@@ -21,7 +21,7 @@ def folder(tmp_path):
 def test_a_folder_and_each_of_its_files_are_one_adapter(folder):
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     for path in (folder, *files):
-        assert reading.recognise(path) == ("peft", folder)
+        assert reading.recognise(path) == (reading.FORMATS["peft"], folder)
         assert reading.files_of(path) == files
         assert list(reading.read_adapter(path).blocks) == ["q"]
 
@@ -30,7 +30,7 @@ def test_a_folder_and_each_of_its_files_are_one_adapter(folder):
 def test_the_config_says_which_format_a_folder_has(folder, kind, name):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
-    assert reading.recognise(folder) == (name, folder)
+    assert reading.recognise(folder) == (reading.FORMATS[name], folder)
 
 
 def test_a_lora_is_refused_with_the_way_out(folder):
@@ -48,11 +48,11 @@ def test_another_method_is_refused_by_name(folder, kind):
 
 def test_a_folder_with_the_one_file_of_a_format_is_that_file(tmp_path):
     torch.save(RWKV, tmp_path / "adapter.pth")
-    assert reading.recognise(tmp_path) == ("rwkv-peft", tmp_path / "adapter.pth")
+    assert reading.recognise(tmp_path) == (reading.FORMATS["rwkv-peft"], tmp_path / "adapter.pth")
     assert reading.files_of(tmp_path) == [tmp_path / "adapter.pth"]
     assert list(reading.read_adapter(tmp_path).blocks) == ["blocks.0.att.key"]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "MISS"}))
-    assert reading.recognise(tmp_path) == ("miss", tmp_path)
+    assert reading.recognise(tmp_path) == (reading.FORMATS["miss"], tmp_path)
 
 
 def test_gguf_is_only_written(tmp_path):
@@ -63,7 +63,7 @@ def test_gguf_is_only_written(tmp_path):
 
 
 def test_a_folder_without_a_config_is_refused_as_no_adapter(tmp_path):
-    assert reading.recognise(tmp_path) == ("peft", tmp_path)
+    assert reading.recognise(tmp_path) == (reading.FORMATS["peft"], tmp_path)
     with pytest.raises(FormatError, match=r"this folder is no adapter, it has no adapter_config.json"):
         reading.read_adapter(tmp_path)
 

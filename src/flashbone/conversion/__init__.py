@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from flashbone.conversion import engines, factors, formats
+from flashbone.conversion import engines, factors
 from flashbone.conversion.factors import ModuleError
 from flashbone.errors import ConfigError, FormatError
-from flashbone.files import outputs
-from flashbone.files.adapter import Adapter
+from flashbone.files import cards, gguf, outputs, reading
+from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.base import BaseModel, open_base
 from flashbone.files.lora import Lora
+from flashbone.files.names import rwkv_lead
 from flashbone.files.sources import is_hub_id
 
 
@@ -65,8 +66,8 @@ def convert(
         out: A new file or folder, which appears whole or not at all. Formats of one file (rwkv-peft, gguf) become a
             file where `out` ends like one (.pth, .gguf), else a folder that holds it.
         to: "peft", "miss", "lora", "rwkv-peft" or "gguf". None: what `engine` wants.
-        engine: "vllm", "llama.cpp", "ollama", "sglang" or "tgi": check its limits, pad the rank to one that it takes,
-            and write what it wants to find.
+        engine: A serving engine, of `engines.ENGINES`, such as "vllm" or "llama.cpp": check its limits, pad the rank
+            to one that it takes, and write what it wants to find.
         base: Folder of the base model, or an RWKV model's `.pth`, whose sizes a LoRA needs, and whose weights where the
             variant's delta depends on them. None: the one that the adapter names.
         rank: Of the LoRA. None: the adapter's own where that is exact, else `error` has to be given.
@@ -80,76 +81,127 @@ def convert(
         FlashboneError: `out` exists, or the disk is full.
     """
     path, out = Path(adapter), Path(out)
-    server = engines.get(engine) if engine is not None else None
+    server = None if engine is None else engines.get(engine)
     target = _target(to, server)
     if target.holds is not Lora and (rank, error) != (None, None):
         raise ConfigError(f"rank and error are those of a LoRA, but {target.name} is none; leave them out")
-    source, held = formats.read(path)
-    variant = held.variant.name if isinstance(held, Adapter) else "lora"
+    source, read = reading.read(path)
     errors: tuple[ModuleError, ...] = ()
     if target.holds is Lora:
-        model = _base(base, held.base_model)
-        if isinstance(held, Adapter):
-            if model is None:
-                raise FormatError(
-                    f"{path}: a LoRA needs the sizes of the base's layers; give the base model's folder, or an RWKV"
-                    " model's .pth file"
-                )
-            held, errors = factors.to_lora(held, model, rank, error, progress)
-        else:
-            factors.check_finite(held, path)
-            held = factors.resized(held, rank, error, path)
-            held = held if model is None else factors.on_base(held, model, path)
-        if model is not None:
-            held = dataclasses.replace(held, base_model=_name_of_base(base, held.base_model))
-            if server is not None or target.name == "gguf":
-                held = factors.without_values_of_base(held, model)
-    elif isinstance(held, Lora):
-        held = factors.to_adapter(held, path)
-    if server is not None:
-        assert isinstance(held, Lora), "engines take LoRAs"
-        held = server.prepare(held, path)
-    is_file = target.suffix is not None and out.suffix == target.suffix
-    outputs.check(out, formats.size(held), path, is_file)
+        adapted, errors = _to_lora(read, path, base, rank, error, progress, for_server=server or target is gguf.FORMAT)
+        adapted = adapted if server is None else server.prepare(adapted, path)
+    else:
+        adapted = factors.to_adapter(read, path) if isinstance(read, Lora) else read
+    is_file = bool(target.suffix) and out.suffix == target.suffix
+    outputs.check(out, _size(adapted), path, is_file)
     with outputs.whole_or_absent(out, is_file) as place:
-        files = formats.write(target, held, place, is_file)
-        if server is not None and isinstance(held, Lora) and not is_file:
-            files += server.write_extras(held, place, out)
+        target.write(adapted, place / f"adapter{target.suffix}" if target.suffix and not is_file else place)
+        if not is_file:
+            cards.put(card_of(target, adapted), place / "README.md")
+            if server is not None and isinstance(adapted, Lora):
+                server.write_extras(adapted, place, out)
+        files = [] if is_file else [file.name for file in place.iterdir()]
     return ConversionReport(
         out=out,
         source=source.name,
         format=target.name,
-        variant=variant,
-        modules=len(held.factors if isinstance(held, Lora) else held.blocks),
-        replaced=len(held.replacements),
+        variant=read.variant.name if isinstance(read, Adapter) else "lora",
+        modules=len(adapted.factors if isinstance(adapted, Lora) else adapted.blocks),
+        replaced=len(adapted.replacements),
         exact=not errors,
-        rank=held.rank if isinstance(held, Lora) else None,
+        rank=adapted.rank if isinstance(adapted, Lora) else None,
         errors=errors,
-        files=(out.name,) if is_file else tuple(sorted(files)),
-        serve=server.command(held, out) if server is not None and isinstance(held, Lora) else None,
+        files=tuple(sorted(files)) or (out.name,),
+        serve=server.command(adapted, out) if server is not None and isinstance(adapted, Lora) else None,
     )
 
 
-def _target(to: str | None, server: engines.Engine | None) -> formats.Format:
+def _target(to: str | None, server: engines.ServingEngine | None) -> AdapterFormat:
     """The format that was asked for, or that the engine wants."""
     if to is None and server is None:
-        raise ConfigError(f"to: nothing was given, wanted one of {', '.join(formats.FORMATS)}, or an engine")
+        raise ConfigError(f"to: got nothing, wanted one of {', '.join(reading.FORMATS)}, or an engine")
     if server is not None and to not in (None, *server.formats):
         raise ConfigError(f"{server.name} takes {' or '.join(server.formats)}, not {to}; leave out one of the two")
-    return formats.get(server.formats[0] if to is None else to)  # pyright: ignore[reportOptionalMemberAccess]
+    name = server.formats[0] if server is not None and to is None else to
+    if name not in reading.FORMATS:
+        raise ConfigError(f"to: got {name!r}, wanted one of {', '.join(reading.FORMATS)}")
+    return reading.FORMATS[name]
 
 
-def _base(given: str | Path | None, named: str | None) -> BaseModel | None:
-    """The base model that was given, else the folder or `.pth` file that the adapter names, if it is here."""
-    if given is not None:
-        return open_base(Path(given))
+def _to_lora(
+    read: Adapter | Lora,
+    path: Path,
+    base: str | Path | None,
+    rank: int | None,
+    error: float | None,
+    progress: Callable[[int, int], None] | None,
+    for_server: object,
+) -> tuple[Lora, tuple[ModuleError, ...]]:
+    """The LoRA of what was read, and what each module lost by it; `for_server`: without the base's own values."""
+    model = _base(base, read.base_model)
+    errors: tuple[ModuleError, ...] = ()
+    if isinstance(read, Lora):
+        factors.check_finite(read, path)
+        lora = factors.resized(read, rank, error, path)
+        lora = lora if model is None else factors.on_base(lora, model, path)
+    elif model is not None:
+        lora, errors = factors.to_lora(read, model, rank, error, progress)
+    else:
+        raise FormatError(
+            f"{path}: a LoRA needs the sizes of the base's layers; give the base model's folder, or an RWKV model's"
+            " .pth file"
+        )
+    if model is not None:
+        lora = dataclasses.replace(lora, base_model=_name_of_base(base, read.base_model))
+        lora = factors.without_values_of_base(lora, model) if for_server else lora
+    return lora, errors
+
+
+def _base(asked: str | Path | None, named: str | None) -> BaseModel | None:
+    """The base model that was asked for, else the folder or `.pth` file that the adapter names, if it exists."""
+    if asked is not None:
+        return open_base(Path(asked))
     if not named:
         return None
     path = Path(named)
     return open_base(path) if path.is_dir() or (path.suffix == ".pth" and path.is_file()) else None
 
 
-def _name_of_base(given: str | Path | None, named: str | None) -> str | None:
-    """What the LoRA calls its base: the folder that was given, unless the adapter names a model on the hub."""
+def _name_of_base(asked: str | Path | None, named: str | None) -> str | None:
+    """What the LoRA calls its base: the folder that was asked for, unless the adapter names a model on the hub."""
     is_on_hub = named is not None and "/" in named and is_hub_id(named) and not Path(named).exists()
-    return named if given is None or is_on_hub else str(given)
+    return named if asked is None or is_on_hub else str(asked)
+
+
+def _size(adapted: Adapter | Lora) -> int:
+    """Bytes of all tensors."""
+    factors = [t for pair in adapted.factors.values() for t in pair] if isinstance(adapted, Lora) else []
+    blocks = adapted.blocks.values() if isinstance(adapted, Adapter) else []
+    return sum(t.nbytes for t in (*factors, *blocks, *adapted.replacements.values()))
+
+
+def card_of(form: AdapterFormat, adapted: Adapter | Lora) -> cards.AdapterCard:
+    """The card of an adapter in a format."""
+    if isinstance(adapted, Lora):
+        return cards.AdapterCard(
+            form,
+            None,
+            (adapted.rank,),
+            tuple(adapted.factors),
+            adapted.base_model,
+            linear_only=not adapted.embeddings and not adapted.replacements,
+            is_rwkv=rwkv_lead([*adapted.factors, *adapted.replacements]) == "",
+        )
+    is_plain = not adapted.parameters and not adapted.config.get("parameters_to_save")
+    lead = rwkv_lead([*adapted.blocks, *adapted.replacements])
+    return cards.AdapterCard(
+        form,
+        adapted.variant.name,
+        tuple(sorted({block.shape[-2] for block in adapted.blocks.values()})),
+        tuple(adapted.blocks),
+        adapted.base_model,
+        linear_only=is_plain and not adapted.transposed,
+        fits_lora=is_plain,
+        fits_rwkv=not adapted.transposed and not adapted.parameters and lead is not None,
+        is_rwkv=lead == "",
+    )

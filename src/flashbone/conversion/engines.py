@@ -35,7 +35,7 @@ Ask for it as {asked}.{hint}
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServingEngine:
     """A serving engine.
 
     Attributes:
@@ -142,7 +142,7 @@ class Engine:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine(
+        ServingEngine(
             "vllm",
             "vLLM",
             ("lora",),
@@ -150,7 +150,7 @@ ENGINES = {
             '`"model": "{name}"`',
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # what its max_lora_rank may be
         ),
-        Engine(
+        ServingEngine(
             "llama.cpp",
             "llama.cpp",
             ("gguf",),
@@ -158,7 +158,7 @@ ENGINES = {
             "usual, it is always on",
             "BASE.gguf is the base as convert_hf_to_gguf.py makes it, without --fuse-qkv, of any quantisation.",
         ),
-        Engine(
+        ServingEngine(
             "ollama",
             "Ollama",
             ("gguf",),
@@ -168,7 +168,7 @@ ENGINES = {
             " Ollama from 0.34.1 on is reported to take no ADAPTER: merge instead.",
             until=" and up to version 0.34.0",
         ),
-        Engine(
+        ServingEngine(
             "sglang",
             "SGLang",
             ("lora",),
@@ -177,7 +177,7 @@ ENGINES = {
             layers=r".*\blayers\.\d+\.(.*\.)?([qkvo]|gate|up|down|qkv|gate_up)_proj|(.*\.)?lm_head",
         ),
         # It pads to multiples of 16 itself, but its kernels know only these sizes; larger ranks do without them.
-        Engine(
+        ServingEngine(
             "tgi",
             "TGI",
             ("lora",),
@@ -192,7 +192,7 @@ ENGINES = {
 }
 
 
-def get(name: str) -> Engine:
+def get(name: str) -> ServingEngine:
     """The engine of that name.
 
     Raises:

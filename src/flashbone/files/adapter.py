@@ -1,17 +1,25 @@
-"""Adapter and model files on disk: one file a format, all of them over one neutral in-memory `Adapter`."""
+"""The neutral in-memory `Adapter` that formats are read into and written from, and what a format is."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flashbone.variants import Variant
 
+if TYPE_CHECKING:
+    from flashbone.files.cards import AdapterCard
+    from flashbone.files.lora import Lora
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter file says, whatever its format.
+    """An adapter, whatever the format of its file.
 
     Attributes:
         variant: the variant, with its settings.
@@ -19,7 +27,7 @@ class Adapter:
         replacements: parameter name in the base model -> the trained value that takes its place (biases, and modules
             that were trained as a whole).
         config: the configuration as it was read.
-        base_model: folder or hub id of the model that it was trained on, if the file says.
+        base_model: folder or hub id of the model that it was trained on, if the file names it.
         transposed: names of `blocks` whose weight is stored as (in, out): embeddings, experts of some models.
         parameters: names of `blocks` that are parameters themselves (`target_parameters`), not modules with a weight.
     """
@@ -45,8 +53,31 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 def is_same(a: Adapter, b: Adapter) -> bool:
     """Whether two adapters hold the very same tensors under the same names, for the same base, and mean the same."""
 
-    def said(x: Adapter) -> tuple:
+    def identity(x: Adapter) -> tuple:
         ids = ({name: id(tensor) for name, tensor in held.items()} for held in (x.blocks, x.replacements))
         return x.variant, x.base_model, x.transposed, x.parameters, *ids
 
-    return said(a) == said(b)
+    return identity(a) == identity(b)
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """A format of adapter files; each has a file of its own, and a line in `reading.FORMATS`.
+
+    Attributes:
+        name: as users write it.
+        holds: `Adapter` or `Lora`: what it is read into and written from.
+        read: from a path; None: it is only written.
+        write: to an empty folder, or to a new file where the format is one file.
+        usage: of a card, in Markdown: how such an adapter is loaded, converted and merged.
+        peft_type: PEFT's name of the method; empty: PEFT does not read the format.
+        suffix: of the file; empty: the format is a folder.
+    """
+
+    name: str
+    holds: type[Adapter] | type[Lora]
+    read: Callable[[Path], Adapter | Lora] | None
+    write: Callable[[Any, Path], None]
+    usage: Callable[[AdapterCard], str]
+    peft_type: str = ""
+    suffix: str = ""

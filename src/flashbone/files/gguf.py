@@ -19,6 +19,8 @@ from einops import rearrange
 from torch import Tensor
 
 from flashbone.errors import BackendError, FormatError
+from flashbone.files import cards
+from flashbone.files.adapter import AdapterFormat
 from flashbone.files.lora import Lora
 
 MERGE = "merge it into the base instead, and convert that with llama.cpp's convert_hf_to_gguf.py"
@@ -216,3 +218,10 @@ def _package():
 
 def _values(factor: Tensor):
     return factor.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def _usage(card: cards.AdapterCard) -> str:
+    return cards.part("Load", "With llama.cpp:", cards.shell("llama-cli -m BASE.gguf --lora adapter.gguf"))
+
+
+FORMAT = AdapterFormat("gguf", Lora, None, write, _usage, suffix=".gguf")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from flashbone.errors import FormatError
-from flashbone.files import fields, folders
+from flashbone.files import cards, fields, folders
+from flashbone.files.adapter import AdapterFormat
 from flashbone.files.fields import ConfigField
 from flashbone.files.states import read_state
 from flashbone.variants.lowrank import pad
@@ -201,3 +202,14 @@ def _scaled(B: Tensor, scale: float) -> Tensor:
     exact = B.double() * scale
     is_exact = torch.equal(exact.to(B.dtype).double(), exact)
     return exact.to(B.dtype if is_exact else torch.promote_types(B.dtype, torch.float32))
+
+
+def _usage(card: cards.AdapterCard) -> str:
+    is_served = card.linear_only and not card.is_rwkv
+    engines = ", and every engine that serves LoRAs" if is_served else ""
+    load = cards.part("Load", f"Any version of PEFT{engines}:", cards.load(card))
+    serve = cards.part("Serve", cards.shell("flashbone convert ADAPTER OUT --for vllm --base BASE"))
+    return load + (serve if is_served else "")
+
+
+FORMAT = AdapterFormat("lora", Lora, read, write, _usage, peft_type="LORA")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flashbone import variants
-from flashbone.files import fields
-from flashbone.files.adapter import Adapter
+from flashbone.files import cards, fields
+from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.blocks import BlockFolder, block_sizes, mini_r, refuse
 from flashbone.files.fields import ConfigField
 
@@ -91,3 +91,13 @@ def _misfits(adapter: Adapter) -> list[str]:
 FOLDER = MissFolder()
 BLOCK = FOLDER.block
 read, write = FOLDER.read, FOLDER.write
+
+
+def _usage(card: cards.AdapterCard) -> str:
+    how = "the model is of a class of flashbone" if card.is_rwkv else "without flashbone"
+    load = cards.part("Load", f"PEFT 0.17 and newer, {how}:", cards.load(card))
+    convert = cards.part("Convert", cards.shell("flashbone convert ADAPTER OUT --to peft"))
+    return load + convert + cards.merging(card)
+
+
+FORMAT = AdapterFormat("miss", Adapter, read, write, _usage, peft_type="MISS")

@@ -1,5 +1,6 @@
 """From the names of a live model to those of its checkpoint: base-model prefixes, tied weights, transposed layers."""
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -9,6 +10,19 @@ CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tokens_embed", "shared", "embed_in", "tok_embeddings")
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_embeddings")
+
+RWKV_NAME = re.compile(r"(emb|head|ln_out|blocks\.\d+\.(att|ffn|ln\d))(\.|$)")  # in RWKV's own checkpoints
+
+
+def rwkv_lead(names: Iterable[str]) -> str | None:
+    """The leading part, such as `model.` or none, after which all names are those of RWKV's own checkpoints; None if
+    some are others."""
+    known = list(names)
+    first = known[0].partition(".")[0] + "." if known else ""
+    fitting = (
+        lead for lead in ("", first) if all(n.startswith(lead) and RWKV_NAME.match(n[len(lead) :]) for n in known)
+    )
+    return next(fitting, None)
 
 
 def locate(wanted: Iterable[str], stored: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from flashbone import variants
 from flashbone.errors import FormatError
-from flashbone.files import fields
-from flashbone.files.adapter import Adapter
+from flashbone.files import cards, fields
+from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.blocks import BlockFolder, block_sizes, mini_r
 from flashbone.files.fields import ConfigField
 from flashbone.files.folders import CONFIG, PICKLE, ROOT, SAFETENSORS, weights_file
@@ -92,3 +92,39 @@ class BoneFolder(BlockFolder):
 
 FOLDER = BoneFolder()
 read, write = FOLDER.read, FOLDER.write
+
+# What plain PEFT asks of a layer's sizes, which flashbone does not.
+_SIZES = {"bat-col": " if r divides the sizes of its layers", "mini": " if mini_r divides the outputs of its layers"}
+
+
+def _usage(card: cards.AdapterCard) -> str:
+    words, commands = _ways_out(card)
+    without = [" ".join(words), *([cards.shell(*commands)] if commands else [])]
+    load = cards.part("Load with flashbone", cards.load(card, with_bone=True))
+    return load + cards.part("Load without flashbone", *without) + cards.merging(card)
+
+
+def _ways_out(card: cards.AdapterCard) -> tuple[list[str], list[str]]:
+    """The sentences on life without flashbone, and the conversions that will not be refused."""
+    words, commands = [], []
+    # PEFT's BONE and MISS have linear layers and one r; only flashbone's classes of RWKV have such names.
+    plain = card.linear_only and len(card.r) == 1 and not card.is_rwkv
+    sizes = _SIZES.get(card.variant or "", "")
+    if plain and card.variant in ("bone", "bat-col"):
+        words.append(f"PEFT 0.14 to 0.18 loads it as it is{sizes}.")
+    if plain and card.variant in ("bone", "mini", "bat-col"):
+        commands.append("flashbone convert ADAPTER OUT --to miss")
+        words.append(f"Plain PEFT 0.17 and newer loads it after `--to miss`{sizes}.")
+    if card.fits_lora and not card.is_rwkv:
+        exact = card.variant in ("bone", "mini")
+        commands.append("flashbone convert ADAPTER OUT --to lora --base BASE" + ("" if exact else " --error 0.01"))
+        how = "exactly" if exact else "approximately, to the error that is asked for"
+        who = "Anything that serves LoRAs" if card.linear_only else "PEFT"
+        words.append(f"{who} loads it, {how}, after `--to lora`.")
+    if card.fits_rwkv and card.variant in ("bone", "bat-row"):
+        commands.append("flashbone convert ADAPTER OUT --to rwkv-peft")
+        words.append("RWKV-PEFT reads it after `--to rwkv-peft`.")
+    return [*words, "Merged into its base, as below, it always is part of a plain model."], commands
+
+
+FORMAT = AdapterFormat("peft", Adapter, read, write, _usage, peft_type="BONE")

@@ -9,7 +9,6 @@ on a square layer has the same shape; it never comes in such a file but from the
 `.bone` files counted them, too, and are refused where shapes show it.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,21 @@ from torch import Tensor
 
 from flashbone import variants
 from flashbone.errors import FormatError
-from flashbone.files.adapter import Adapter
+from flashbone.files import cards
+from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.blocks import refuse
+from flashbone.files.names import RWKV_NAME, rwkv_lead
 from flashbone.files.states import read_state, write_pickle
 
 SUFFIXES = (".disha", ".bone")
 _VARIANTS = {"bone": "bone", "bat": "bat-row"}  # mode of RWKV-PEFT -> what it is
 _WAYS_OUT = {"bat-col": "miss (PEFT's bat) or a LoRA", "mini": "miss or a LoRA"}
-_LEAD = "model."
-# Names in RWKV's own checkpoints; a wrapper's leading `model.` may stand before them.
-_NAME = re.compile(r"(model\.)?(emb|head|ln_out|blocks\.\d+\.(att|ffn|ln\d))(\.|$)")
+_LEAD = "model."  # of a wrapper, before names in RWKV's own checkpoints
 
 
 @dataclass(frozen=True)
 class RwkvAdapter:
-    """What an adapter file of RWKV-PEFT says.
+    """The tensors of an adapter file of RWKV-PEFT.
 
     Attributes:
         suffix: of its keys, "disha" or "bone".
@@ -48,8 +47,8 @@ class RwkvAdapter:
 
 
 def are_names(names: Iterable[str]) -> bool:
-    """Whether these are names in RWKV's own checkpoints."""
-    return all(map(_NAME.match, names))
+    """Whether these are names in RWKV's own checkpoints, or a wrapper's of such a model."""
+    return all(RWKV_NAME.match(name.removeprefix(_LEAD)) for name in names)
 
 
 def are_of_adapter(names: Iterable[str]) -> bool:
@@ -85,7 +84,7 @@ def _sorted(file: Path, state: dict[str, Tensor]) -> RwkvAdapter:
         )
     blocks, replacements, problems = {}, {}, []
     for key, tensor in state.items():
-        if not _NAME.match(key):
+        if not are_names([key]):
             problems.append(f"{key}: not a name of an RWKV model")
         elif not tensor.is_floating_point():
             problems.append(f"{key}: got {tensor.dtype}, wanted floating point numbers")
@@ -155,17 +154,17 @@ def write(adapter: Adapter, file: Path) -> None:
         FormatError: the format cannot hold this adapter; all reasons are named, and nothing is written.
     """
     names = [*adapter.blocks, *adapter.replacements]
-    cut = 0 if all(map(_is_name, names)) else _length_of_lead(names)
-    refuse(
-        adapter,
-        {
-            "its mode bone is bone, and its bat is bat-row; keep it as BONE, or convert it to "
-            + _WAYS_OUT.get(adapter.variant.name, "a LoRA"): adapter.variant.name not in _VARIANTS.values(),
-            "it adapts linear layers only": {*adapter.transposed, *adapter.parameters},
-            "these are no names of an RWKV model": [name for name in names if not _is_name(name[cut:])],
-        },
-        "rwkv-peft",
-    )
+    lead = rwkv_lead(names)
+    variant = adapter.variant.name
+    others_only = "its mode bone is bone, and its bat is bat-row; keep it as BONE, or convert it to "
+    reasons = {
+        others_only + _WAYS_OUT.get(variant, "a LoRA"): variant not in _VARIANTS.values(),
+        "it adapts linear layers only": {*adapter.transposed, *adapter.parameters},
+        "these are no names of an RWKV model": [n for n in names if lead is None and not RWKV_NAME.match(n)],
+    }
+    refuse(adapter, reasons, "rwkv-peft")
+    assert lead is not None, "other names were refused"
+    cut = len(lead)
     state = {f"{name[cut:]}{SUFFIXES[0]}": block for name, block in adapter.blocks.items()}
     state |= {name[cut:]: value for name, value in adapter.replacements.items()}
     again = _adapter(file, _sorted(file, state))
@@ -174,11 +173,10 @@ def write(adapter: Adapter, file: Path) -> None:
     write_pickle(state, file)
 
 
-def _is_name(name: str) -> bool:
-    return _NAME.match(name) is not None and not name.startswith(_LEAD)
+def _usage(card: cards.AdapterCard) -> str:
+    how = "RWKV-PEFT reads the `.pth` file here (`merge/merge_disha.py`, or as the checkpoint to train on from)."
+    convert = cards.part("Convert", cards.shell("flashbone convert ADAPTER OUT --to peft"))
+    return cards.part("Load", how) + convert + cards.merging(card)
 
 
-def _length_of_lead(names: list[str]) -> int:
-    """Letters of the one leading part that all names share, such as `model.` or `rwkv.`."""
-    leads = {name.partition(".")[0] for name in names}
-    return len(leads.pop()) + 1 if len(leads) == 1 else 0
+FORMAT = AdapterFormat("rwkv-peft", Adapter, read_adapter, write, _usage, suffix=".pth")

@@ -19,7 +19,7 @@ def engines(held: Held) -> tuple[Engine, ...]:
     return tuple(_judge(engine, held) for engine in serving.ENGINES.values())
 
 
-def _judge(engine: serving.Engine, held: Held) -> Engine:
+def _judge(engine: serving.ServingEngine, held: Held) -> Engine:
     if held.others:
         kinds = "tensors besides the blocks, which a plain LoRA has no place for"
         return Engine(engine.title, "no", f"it holds {len(held.others)} {kinds}; merge it")
@@ -42,7 +42,7 @@ def _judge(engine: serving.Engine, held: Held) -> Engine:
     return _exact(engine, held, limits)
 
 
-def _exact(engine: serving.Engine, held: Held, limits: str) -> Engine:
+def _exact(engine: serving.ServingEngine, held: Held, limits: str) -> Engine:
     ranks = sorted(set(held.sizes.values()))
     taken = engine.rank(ranks[-1])
     if taken is None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from flashbone.conversion import cards
+from flashbone.files import cards, peft
+from flashbone.files.names import rwkv_lead
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.model.config import BoneConfig
@@ -59,18 +59,7 @@ def _write(model: Any, adapter_name: str, folder: Path) -> None:
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, BoneConfig):
         return
-    put(_card(model, adapter_name, config), folder / CARD)
-
-
-def put(card: cards.Card, file: Path) -> None:
-    """Write a card, or renew our part of the one that is there; what else it says stays."""
-    if not file.exists():
-        file.write_text(cards.page(card), encoding="utf-8")
-        return
-    written = ModelCard.load(file, ignore_metadata_errors=True)
-    written.data["tags"] = sorted({*(written.data.get("tags") or ()), *cards.TAGS})
-    written.text = cards.with_section(written.text, card)
-    written.save(file)
+    cards.put(_card(model, adapter_name, config), folder / CARD)
 
 
 def has_lora(layer: BoneLinear) -> bool:
@@ -78,25 +67,25 @@ def has_lora(layer: BoneLinear) -> bool:
     return layer.converts_to_lora or isinstance(layer, BoneEmbedding)
 
 
-def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.Card:
+def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.AdapterCard:
     targets = config.target_modules or ()
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     bare = model.get_base_model()
     layers = {name: layer for name, layer in model.base_model._bone_layers() if adapter_name in layer.bone_block}
     saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     single = list(config.parameters_to_save or ())
-    known = [*layers, *saved, *single]
+    lead = rwkv_lead([*layers, *saved, *single])
     is_linear = all(layer.converts_to_lora and _is_linear(layer) for layer in layers.values())
-    return cards.Card(
-        format="peft",
+    return cards.AdapterCard(
+        format=peft.FORMAT,
         variant=config.variant,
         r=tuple(sorted({config.r, *config.rank_pattern.values()})),
         targets=names + tuple(config.target_parameters or ()),
         base=config.base_model_name_or_path or getattr(bare, "name_or_path", None) or None,
         linear_only=is_linear and not single,
         fits_lora=all(map(has_lora, layers.values())) and not single,
-        fits_rwkv=is_linear and config.bias != "all" and cards.are_rwkv(known),
-        is_rwkv=cards.are_own_rwkv(known),
+        fits_rwkv=is_linear and config.bias != "all" and lead is not None,
+        is_rwkv=lead == "",
     )
 
 

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from flashbone.conversion import cards
 from flashbone.errors import ConfigError, NonFiniteError
+from flashbone.files import cards
+from flashbone.files import lora as lora_files
 from flashbone.tuner.hosts import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLinear
-from flashbone.tuner.model.card import CARD, has_lora, put
+from flashbone.tuner.model.card import CARD, has_lora
 from flashbone.tuner.model.keys import BLOCK, BLOCK_OF_TRANSPOSED
 from flashbone.tuner.model.targets import exact_names
 from flashbone.variants import lowrank
@@ -89,18 +90,18 @@ def save_as_lora(model: BoneModel, path: str | Path, adapter_name: str, rank: in
         save_file(whole, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if (folder / CARD).exists():
             (new / CARD).write_bytes((folder / CARD).read_bytes())
-        put(_card(model, config, state), new / CARD)
+        cards.put(_card(model, config, state), new / CARD)
         config.save_pretrained(staging)
         for name in (SAFETENSORS_WEIGHTS_NAME, CARD, CONFIG_NAME):  # a folder without a config is no adapter
             os.replace(new / name, folder / name)
 
 
-def _card(model: BoneModel, config: LoraConfig, state: dict[str, Tensor]) -> cards.Card:
+def _card(model: BoneModel, config: LoraConfig, state: dict[str, Tensor]) -> cards.AdapterCard:
     """Of a LoRA whose `target_modules` are the layers' names."""
     targets = config.target_modules or ()
     base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
-    return cards.Card(
-        "lora",
+    return cards.AdapterCard(
+        lora_files.FORMAT,
         None,
         (config.r,),
         (targets,) if isinstance(targets, str) else tuple(sorted(targets)),

@@ -1,0 +1,134 @@
+"""Model cards: the README.md beside an adapter tells what it is, who loads it, and how it is merged and converted.
+
+How it is used is in the words of its format (`AdapterFormat.usage`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashbone.files.adapter import AdapterFormat
+
+BEGIN, END = "<!-- flashbone: begin -->", "<!-- flashbone: end -->"
+TAGS = ("bone", "flashbone")
+_MOST_NAMES = 12
+_OURS = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What a card tells.
+
+    Attributes:
+        format: of the adapter.
+        variant: of the adapter; None: it is a plain LoRA.
+        r: its block sizes, or the rank.
+        targets: names of the adapted layers, or a pattern.
+        base: folder or hub id of the base model, if known.
+        linear_only: it adapts linear layers, and nothing else; a LoRA: and holds nothing else.
+        fits_lora: a LoRA has a place for all that it adapts.
+        fits_rwkv: it adapts linear layers of RWKV, by the names of RWKV's own checkpoints.
+        is_rwkv: the names are those of RWKV's own checkpoints as they are: flashbone's classes have these, no others.
+    """
+
+    format: AdapterFormat
+    variant: str | None
+    r: tuple[int, ...]
+    targets: tuple[str, ...]
+    base: str | None
+    linear_only: bool = False
+    fits_lora: bool = False
+    fits_rwkv: bool = False
+    is_rwkv: bool = False
+
+    @property
+    def has_pth_base(self) -> bool:
+        """Whether the base is an RWKV model's `.pth` file, as far as is known."""
+        return self.base.endswith(".pth") if self.base else self.is_rwkv
+
+
+def put(card: AdapterCard, file: Path) -> None:
+    """Write a card, or renew our part of an existing one; its other text stays."""
+    if not file.exists():
+        file.write_text(page(card), encoding="utf-8")
+        return
+    from huggingface_hub import ModelCard  # late: reading adapters needs no hub
+
+    written = ModelCard.load(file, ignore_metadata_errors=True)
+    written.data["tags"] = sorted({*(written.data.get("tags") or ()), *TAGS})
+    written.text = with_section(written.text, card)
+    written.save(file)
+
+
+def page(card: AdapterCard) -> str:
+    """A whole README.md, with the hub's metadata at its head."""
+    from huggingface_hub import ModelCardData
+
+    library = "peft" if card.format.peft_type else "flashbone"
+    data = ModelCardData(library_name=library, base_model=card.base, tags=list(TAGS))
+    return f"---\n{data.to_yaml()}\n---\n\n# Adapter\n\n{section(card)}\n"
+
+
+def section(card: AdapterCard) -> str:
+    """The part of a card that is ours, between two markers."""
+    rows = {
+        "format": card.format.name,
+        "variant": f"`{card.variant}` (Bone family)" if card.variant else "plain LoRA",
+        "r" if card.variant else "rank": ", ".join(map(str, card.r)),
+        "targets": _targets(card.targets),
+        "base model": _code(card.base) if card.base else "not recorded",
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return f"{BEGIN}\n## Adapter facts\n\n{table}\n\n{card.format.usage(card)}{END}"
+
+
+def with_section(text: str, card: AdapterCard) -> str:
+    """A card's text with our part new: in its place, or at the end of a text that has none. Stray markers are text."""
+    if ours := _OURS.search(text):
+        return text[: ours.start()] + section(card) + text[ours.end() :]
+    return f"{text.rstrip()}\n\n{section(card)}"
+
+
+def _targets(names: Iterable[str]) -> str:
+    """The last parts of the names, since layers are many and roles few."""
+    last = sorted({name.rpartition(".")[2] if re.fullmatch(r"[\w.]+", name) else name for name in names})
+    more = len(last) - _MOST_NAMES
+    return ", ".join(map(_code, last[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def _code(text: str) -> str:
+    """Text that Markdown does not read, in one cell of a table."""
+    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"
+
+
+def part(title: str, *paragraphs: str) -> str:
+    """A part of a card's section."""
+    return "\n\n".join([f"### {title}", *paragraphs, ""])
+
+
+def shell(*commands: str) -> str:
+    """A block of shell commands."""
+    return "\n".join(["```sh", *commands, "```"])
+
+
+def load(card: AdapterCard, with_bone: bool = False) -> str:
+    """A block of Python that loads base and adapter; `with_bone`: PEFT needs its BONE method for it."""
+    if card.has_pth_base:
+        first, base = ("from flashbone.rwkv import from_pth", 'from_pth("BASE.pth")')
+        imports = [f"{first}  # and gives PEFT its BONE method" if with_bone else first]
+    else:
+        base = 'AutoModelForCausalLM.from_pretrained("BASE")'
+        why = "  # gives PEFT its BONE method" if with_bone else "  # knows RWKV's classes"
+        imports = [f"import flashbone{why}"] if with_bone or card.is_rwkv else []
+        imports.append("from transformers import AutoModelForCausalLM")
+    adapted = 'model = PeftModel.from_pretrained(base, "ADAPTER")'
+    return "\n".join(["```python", *imports, "from peft import PeftModel", "", f"base = {base}", adapted, "```"])
+
+
+def merging(card: AdapterCard) -> str:
+    """The part on merging."""
+    end = ".pth" if card.has_pth_base else ""
+    return part("Merge", shell(f"flashbone merge BASE{end} ADAPTER OUT{end}"))
