@@ -10,26 +10,26 @@ from flashbone.errors import FormatError, ShapeError
 from flashbone.files import placing
 from flashbone.files.adapter import Adapter, is_same
 from flashbone.files.base import BaseModel
-from flashbone.files.placing import Place, place
-from flashbone.files.tensors import Entry
+from flashbone.files.placing import PlacedTensor, place
+from flashbone.files.tensors import TensorEntry
 from helpers.blocks import random_block
 
 BONE = variants.get("bone")
 
 
 def base(dtype: str = "F32", **shapes: tuple[int, ...]) -> BaseModel:
-    entries = {name.replace("__", "."): Entry(name, dtype, shape, 0, 0) for name, shape in shapes.items()}
+    entries = {name.replace("__", "."): TensorEntry(name, dtype, shape, 0, 0) for name, shape in shapes.items()}
     return BaseModel(Path("base"), (), entries, {"model_type": "llama"}, ())
 
 
 @pytest.mark.parametrize(
     ("place", "matrix"),
     [
-        (Place("w", shape=(8, 12)), (8, 12)),
-        (Place("w", shape=(8, 12), transposed=True), (12, 8)),
-        (Place("w", shape=(8, 3, 5, 2)), (8, 30)),
-        (Place("w", shape=(4, 8, 12), stacked=True), (8, 12)),
-        (Place("w", shape=(4, 8, 12), stacked=True, transposed=True), (12, 8)),
+        (PlacedTensor("w", shape=(8, 12)), (8, 12)),
+        (PlacedTensor("w", shape=(8, 12), transposed=True), (12, 8)),
+        (PlacedTensor("w", shape=(8, 3, 5, 2)), (8, 30)),
+        (PlacedTensor("w", shape=(4, 8, 12), stacked=True), (8, 12)),
+        (PlacedTensor("w", shape=(4, 8, 12), stacked=True, transposed=True), (12, 8)),
     ],
 )
 def test_the_matrix_of_a_place_is_out_by_in_of_one_expert(place, matrix):
@@ -80,7 +80,7 @@ def test_a_value_takes_another_shape_where_only_axes_of_one_differ():
 
 @pytest.mark.parametrize("is_pth", [True, False])
 def test_vectors_of_an_rwkv_file_may_have_other_axes_of_one_and_those_of_others_may_not(tmp_path, is_pth):
-    entries = {"x_r": Entry("x_r", "F32", (1, 1, 3), 0, 12)}
+    entries = {"x_r": TensorEntry("x_r", "F32", (1, 1, 3), 0, 12)}
     (tmp_path / "model.pth").touch()
     model = BaseModel(tmp_path / "model.pth" if is_pth else tmp_path, (), entries, {}, ())
     adapter = Adapter(BONE, {}, {"x_r": torch.arange(3.0)}, {})

@@ -18,7 +18,7 @@ from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel
 from flashbone.files.folders import in_saved_module
 from flashbone.files.lora import Lora
-from flashbone.files.placing import Place, place
+from flashbone.files.placing import PlacedTensor, place
 from flashbone.variants import lowrank
 from flashbone.variants.lowrank import Factors
 
@@ -97,7 +97,7 @@ def _blocks_only(adapter: Adapter) -> Adapter:
 
 
 def _factored(
-    here: Place, variant: variants.Variant, model: BaseModel, file: Path, rank: int | None, error: float | None
+    here: PlacedTensor, variant: variants.Variant, model: BaseModel, file: Path, rank: int | None, error: float | None
 ) -> Factors:
     assert here.block is not None, "only places of blocks"
 
@@ -116,7 +116,7 @@ def _factored(
         raise type(problem)(f"{here.name}: {problem}") from None
 
 
-def _without_factors(adapter: Adapter, model: BaseModel, places: Iterable[Place]) -> list[str]:
+def _without_factors(adapter: Adapter, model: BaseModel, places: Iterable[PlacedTensor]) -> list[str]:
     """What cannot be a LoRA's, in words."""
     problems = []
     for here in places:
@@ -151,7 +151,7 @@ def _names_any(ending: str, parameters: Iterable[str]) -> bool:
     return any(in_saved_module(parameter, (ending,)) for parameter in parameters)
 
 
-def _endings(places: Iterable[Place], model: BaseModel) -> tuple[str, ...]:
+def _endings(places: Iterable[PlacedTensor], model: BaseModel) -> tuple[str, ...]:
     """For each module the shortest ending of its name that no other part of the base has."""
     adapted = {p.tensor.rpartition(".")[0]: p.name for p in places}
     others = {part for entry in model.entries for part in _containers(entry)} - set(adapted) - set(adapted.values())

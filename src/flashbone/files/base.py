@@ -49,7 +49,7 @@ class BaseModel:
 
     folder: Path
     files: tuple[tensors.TensorFile, ...]
-    entries: dict[str, tensors.Entry] = field(repr=False)
+    entries: dict[str, tensors.TensorEntry] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     companions: tuple[Path, ...] = field(repr=False)
 
@@ -105,8 +105,8 @@ def _open_rwkv(path: Path) -> BaseModel:
     return BaseModel(path, (file,), entries, {}, ())
 
 
-def _entries(files: tuple[tensors.TensorFile, ...]) -> dict[str, tensors.Entry]:
-    entries: dict[str, tensors.Entry] = {}
+def _entries(files: tuple[tensors.TensorFile, ...]) -> dict[str, tensors.TensorEntry]:
+    entries: dict[str, tensors.TensorEntry] = {}
     for file in files:
         for entry in file.entries:
             if entry.name in entries:

@@ -23,7 +23,7 @@ IN_PYTHON = (
 
 
 @dataclass(frozen=True)
-class Place:
+class PlacedTensor:
     """One tensor of the base that an adapter changes.
 
     Attributes:
@@ -51,7 +51,7 @@ class Place:
         return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
 
 
-def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> list[Place]:
+def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> list[PlacedTensor]:
     """Find the tensor of every block and replacement, and check that it fits.
 
     Args:
@@ -84,7 +84,7 @@ def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> l
         value = adapter.replacements.get(parameter)
         if value is not None and model.is_pth:
             value = shaped(value, shape)
-        found_place = Place(tensor, block, value, bool(transposed), stacked, shape, name or parameter)
+        found_place = PlacedTensor(tensor, block, value, bool(transposed), stacked, shape, name or parameter)
         misfits += _misfits(found_place, model.entries[tensor], adapter.variant)
         places.append(found_place)
     if problems:
@@ -117,7 +117,7 @@ def _shared_targets(found: dict[str, str]) -> list[str]:
     return [f"{tensor}: is meant by both {' and '.join(who)}" for tensor, who in users.items() if len(who) > 1]
 
 
-def _misfits(where_to: Place, entry: tensors.Entry, variant: variants.Variant) -> list[str]:
+def _misfits(where_to: PlacedTensor, entry: tensors.TensorEntry, variant: variants.Variant) -> list[str]:
     where, shape = where_to.tensor, entry.shape
     if entry.dtype not in tensors.FLOATS:
         wanted = ", ".join(tensors.FLOATS)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from flashbone.errors import FormatError
 from flashbone.files import pickled
-from flashbone.files.tensors import Entry, Piece, TensorFile
+from flashbone.files.tensors import Piece, TensorEntry, TensorFile
 
 _ALIGNMENT = 64  # bytes, torch's own
 _ROOT = "archive"
@@ -55,7 +55,7 @@ def tied(file: TensorFile) -> dict[str, str]:
     return {name: owner for name, owner in pairs.items() if name != owner}
 
 
-def _entries(path: Path, file: BinaryIO) -> list[Entry]:
+def _entries(path: Path, file: BinaryIO) -> list[TensorEntry]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         root = _root(path, members)
@@ -104,7 +104,7 @@ def _entry(
     root: str,
     name: str,
     tensor: pickled.Stored,
-) -> Entry:
+) -> TensorEntry:
     """Where a tensor lies, by the local header of its member; `limits` are where members begin and the last ends."""
     info = _checked(path, members, f"{root}/data/{tensor.storage.key}")
     file.seek(info.header_offset)
@@ -118,7 +118,7 @@ def _entry(
     if not tensor.start + tensor.nbytes <= tensor.storage.nbytes == info.file_size:
         raise ValueError(f"{name} does not fit into the {info.file_size} bytes of {info.filename}")
     start = data_start + tensor.start
-    return Entry(name, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
+    return TensorEntry(name, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
 
 
 def write(

@@ -36,7 +36,7 @@ Piece = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file; its bytes are [start, end) of the file."""
 
     name: str
@@ -55,7 +55,7 @@ class TensorFile:
 
     path: Path
     header: bytes
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
     size: int
 
 
@@ -92,10 +92,10 @@ def scan(path: Path) -> TensorFile:
     return TensorFile(path, head + text, tuple(entries), size)
 
 
-def _entry(name: str, fields: dict[str, Any], data_start: int) -> Entry:
+def _entry(name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
     shape = tuple(operator.index(n) for n in fields["shape"])
     start, end = (operator.index(n) for n in fields["data_offsets"])
-    entry = Entry(name, str(fields["dtype"]), shape, data_start + start, data_start + end)
+    entry = TensorEntry(name, str(fields["dtype"]), shape, data_start + start, data_start + end)
     if start < 0 or end < start or any(n < 0 for n in shape):
         raise ValueError(f"tensor {name} has negative sizes")
     if entry.dtype in FLOATS and end - start != math.prod(shape) * FLOATS[entry.dtype].itemsize:
@@ -189,7 +189,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def read(file: BinaryIO, entry: Entry) -> Tensor:
+def read(file: BinaryIO, entry: TensorEntry) -> Tensor:
     """The tensor at the file's position, which must be the entry's start, in memory of its own."""
     data = bytearray(entry.end - entry.start)
     if file.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
