@@ -17,8 +17,8 @@ from flashbone.errors import FormatError
 from flashbone.files import peft
 from flashbone.files.adapter import Adapter, same_values
 from flashbone.files.fields import by_pattern
-from flashbone.ops import reference
 from golden.cases import CASES
+from helpers import reference
 from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_llama, write_adapter, write_config
 from helpers.blocks import VARIANT_NAMES, random_block
 from helpers.comparison import Promise, close, same_bits

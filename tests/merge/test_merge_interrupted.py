@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashbone.errors import FlashboneError
-from flashbone.files import staging, tensors
+from flashbone.files import outputs, tensors
 from flashbone.merge import merge_checkpoint
 from helpers.adapter_folders import listing, write_adapter
 from helpers.blocks import random_block
@@ -99,7 +99,7 @@ def test_an_output_that_appears_meanwhile_is_not_touched(place):
     with pytest.raises(FlashboneError, match="another run made it meanwhile"):
         merge_checkpoint(place / "base", place / "adapter", place / "out", appear)
     assert listing(place / "out") == ["other"]
-    assert staging.leftovers(place / "out") == []
+    assert outputs.leftovers(place / "out") == []
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_killed_run_leaves_no_output(place):
     assert run.returncode == 0, run.stderr
     for out in outs:
         assert not (place / out).exists()
-        assert len(staging.leftovers(place / out)) == (2 if out == "out" else 1)  # .out.pth.x is one of .out.*, too
+        assert len(outputs.leftovers(place / out)) == (2 if out == "out" else 1)  # .out.pth.x is one of .out.*, too
     assert merge_checkpoint(place / "base", place / "adapter", place / "out").merged == 2
 
 

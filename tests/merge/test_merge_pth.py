@@ -5,7 +5,7 @@ import torch
 
 from flashbone import merge_checkpoint
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.files import staging
+from flashbone.files import outputs
 from helpers import reference
 from helpers.adapter_folders import listing, write_adapter
 from helpers.comparison import Promise, close, same_bits
@@ -76,4 +76,4 @@ def test_what_a_single_file_cannot_be_is_refused(place):
         merge_checkpoint(folder / "base.pth", folder / "adapter", folder / "out.pth")
     (folder / "out.pth").unlink()
     assert listing(folder) == before
-    assert staging.leftovers(folder / "out.pth") == []
+    assert outputs.leftovers(folder / "out.pth") == []

@@ -85,9 +85,9 @@ def _progress(out: Path) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, if that is a terminal; names what killed runs left."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
-    from flashbone.files import staging
+    from flashbone.files import outputs
 
-    for leftover in staging.leftovers(out):
+    for leftover in outputs.leftovers(out):
         print(f"flashbone merge: {leftover} is left of a run that was killed, or is still under way", file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with progress_bars(*columns) as bar:

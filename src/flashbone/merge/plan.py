@@ -91,7 +91,7 @@ def plan_edits(model: BaseModel, adapters: Sequence[WeightedAdapter]) -> dict[st
             all are listed.
         ShapeError: sizes that do not fit; all are listed.
     """
-    changes: dict[str, list[tuple[placing.Place, WeightedAdapter]]] = {}
+    changes: dict[str, list[tuple[placing.PlacedTensor, WeightedAdapter]]] = {}
     for weighted in adapters:
         replacements, problems = _without_tied_copies(model, weighted.adapter)
         try:
@@ -117,7 +117,7 @@ def plan_edits(model: BaseModel, adapters: Sequence[WeightedAdapter]) -> dict[st
     return {tensor: edit for tensor, edit in edits.items() if edit.terms or edit.value is not None}
 
 
-def _edit(model: BaseModel, tensor: str, changes: list[tuple[placing.Place, WeightedAdapter]]) -> TensorEdit:
+def _edit(model: BaseModel, tensor: str, changes: list[tuple[placing.PlacedTensor, WeightedAdapter]]) -> TensorEdit:
     shifts = [(place, weighted) for place, weighted in changes if place.block is not None]
     layouts = {(place.transposed, place.stacked) for place, _ in shifts}
     if len(layouts) > 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashbone.errors import FormatError, NonFiniteError
-from flashbone.files import pth, staging, tensors
+from flashbone.files import outputs, pth, tensors
 from flashbone.files.base import BaseModel
 from flashbone.merge import record
 from flashbone.merge.layout import ResultLayout
@@ -55,9 +55,9 @@ def write_result(
         NonFiniteError: a tensor would hold NaN or infinity.
     """
     total = layout.size + (0 if model.is_pth else len(merge_record.to_bytes()))
-    staging.check(out, total, model.folder, is_file=model.is_pth)
+    outputs.check(out, total, model.folder, is_file=model.is_pth)
     count = _ByteCount(progress, total)
-    with staging.whole_or_absent(out, is_file=model.is_pth) as target, ExitStack() as stack:
+    with outputs.whole_or_absent(out, is_file=model.is_pth) as target, ExitStack() as stack:
         readers = {file.path.name: stack.enter_context(closing(HashingReader(file.path))) for file in model.files}
         sources = {entry.name: (readers[file.path.name], entry) for file in model.files for entry in file.entries}
 
@@ -96,7 +96,7 @@ def _sha256(path: Path) -> str:
 
 
 def _content(
-    reader: "HashingReader", entry: tensors.Entry, edit: TensorEdit | None, dtype: str
+    reader: "HashingReader", entry: tensors.TensorEntry, edit: TensorEdit | None, dtype: str
 ) -> Iterator[tensors.Piece]:
     """The bytes of a tensor of the result."""
     if edit is None and dtype == entry.dtype:
@@ -172,7 +172,7 @@ class HashingReader:
     def close(self) -> None:
         self._io.close()
 
-    def tensor(self, entry: tensors.Entry) -> Tensor:
+    def tensor(self, entry: tensors.TensorEntry) -> Tensor:
         """The tensor, in memory of its own.
 
         Raises:
@@ -184,7 +184,7 @@ class HashingReader:
         self._add_to_hash(entry.start, tensors.as_bytes(tensor))
         return tensor
 
-    def pieces(self, entry: tensors.Entry) -> Iterator[bytes]:
+    def pieces(self, entry: tensors.TensorEntry) -> Iterator[bytes]:
         """The tensor's bytes.
 
         Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class Variant(ABC):
     is_low_rank: ClassVar[bool] = False
     config_fields: ClassVar[Mapping[str, str]] = {}
     size_field: ClassVar[str | None] = None
-    peft_init_weights: ClassVar[bool | str | None] = None
+    peft_init_weights: ClassVar[bool | Literal["bat"] | None] = None
     miss_init_weights: ClassVar[bool | str | None] = None
     rwkv_peft_mode: ClassVar[str | None] = None
     peft_size_condition: ClassVar[str] = ""
