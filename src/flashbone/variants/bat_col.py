@@ -14,7 +14,7 @@ class BatCol(Variant):
     """`dW = W D + D`: does not factor on the activations, so the weight itself is shifted."""
 
     name = "bat-col"
-    peft_init_weights: ClassVar = "bat"
+    peft_init_weights = "bat"
     miss_init_weights = "bat"
     peft_size_condition = "r divides the sizes of its layers"
     reads_weight = True

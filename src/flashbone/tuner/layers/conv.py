@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from flashbone import shards
 from flashbone.ops.moves import Moves
-from flashbone.tuner.layers.bases import BaseKind, is_plain
+from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.shifts import (
     Term,

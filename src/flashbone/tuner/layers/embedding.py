@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flashbone import shards
 from flashbone.errors import ConfigError
-from flashbone.tuner.layers.bases import TRANSPOSED, BaseKind
+from flashbone.tuner.layers.kinds import TRANSPOSED, BaseKind
 from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.shifts import by_rows, call_with, refuse_dropout_in_own_forward, shifted_parameter, terms
 from flashbone.variants import Variant

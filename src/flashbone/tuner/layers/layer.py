@@ -7,16 +7,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
-from flashbone.tuner.hosts import offloading
-from flashbone.tuner.layers.bases import BaseKind, is_plain, kind_of
+from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers.kinds import LINEAR, TRANSPOSED, BaseKind, is_plain
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
+from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
 from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
 
 
@@ -112,7 +114,10 @@ class BoneLayer(MergeableLayer):
         return self._kind.parameter(self.get_base_layer())
 
     def _kind_of(self, base: nn.Module) -> BaseKind:
-        return kind_of(base, self.kwargs.get("get_apply_tensor_subclass"))
+        if (problem := linear_problem(base)) is not None:
+            raise ConfigError(f"a Bone adapter cannot be put on this layer: {problem}")
+        quantized = quantized_kind_of(base, self.kwargs.get("get_apply_tensor_subclass"))
+        return quantized or (TRANSPOSED if isinstance(base, Conv1D) else LINEAR)
 
     def _fitted(self, variant: variants.Variant, dropout: float) -> variants.Variant:
         """The variant as this kind of layer has it.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from flashbone import shards, variants
 from flashbone.ops.cache import Cache
-from flashbone.tuner.hosts import offloading
-from flashbone.tuner.layers.bases import BaseKind
+from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers.kinds import BaseKind
 from flashbone.variants.merged import Term, check_undoable, undo
 
 
@@ -56,7 +56,7 @@ class MergeableLayer(BaseTunerLayer):
     @property
     def keeps_original(self) -> bool:
         """Whether the next merge keeps the original."""
-        return self.keep_original or self._kind.keeps_always
+        return self.keep_original or self._kind.always_keeps_original
 
     @_on_whole_weights()
     def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None) -> Tensor:

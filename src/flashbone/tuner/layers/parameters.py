@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
-from flashbone.tuner.layers.bases import BaseKind, article
 from flashbone.tuner.layers.conv import CONVOLUTIONS
+from flashbone.tuner.layers.kinds import BaseKind, with_article
 from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
 from flashbone.tuner.layers.shifts import acting, call_with, shifted_parameter
 from flashbone.variants import Variant
@@ -115,10 +115,10 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
     """Why this parameter of a module cannot be adapted by itself; None if it can."""
     kind = type(module).__name__
     if isinstance(module, nn.RNNBase):
-        return f"{article(kind)} {kind} holds its weights in a second place, where a shift is not seen; leave it out"
+        return f"{with_article(kind)} holds its weights in a second place, where a shift is not seen; leave it out"
     is_layer = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or kind == "Conv1D"
     if is_layer and name == "weight":
-        return f"it is the weight of {article(kind)} {kind}, which target_modules adapts; name the layer there"
+        return f"it is the weight of {with_article(kind)}, which target_modules adapts; name the layer there"
     return None
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.layers.bases import BaseKind
+from flashbone.tuner.layers.kinds import BaseKind, with_article
 
 # A layer of a package that nobody imported cannot be there, and PEFT would import the package to find that out.
 _PACKAGES = ("bitsandbytes", "hqq", "torchao", "aqlm", "eetq", "gptqmodel", "neural_compressor", "transformer_engine")
@@ -29,7 +30,7 @@ class QuantizedKind(BaseKind):
     What a merge writes over is kept as it is, quantised: computing it back would quantise once more.
     """
 
-    keeps_always = True
+    always_keeps_original = True
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -199,9 +200,14 @@ def quantized_kind_of(module: nn.Module, get_apply_tensor_subclass: Any = None) 
     return None if backend is None else _KINDS.get(backend.backend_name, ForwardOnlyKind)(backend)
 
 
-def quantized_problem(module: nn.Module) -> str | None:
-    """Why a quantised layer cannot be adapted at all; None if it can."""
+def linear_problem(module: nn.Module) -> str | None:
+    """Why the family cannot adapt a module as a linear layer, quantised or not; None if it can."""
     kind = type(module).__name__
+    if quantized_kind_of(module) is None:
+        if isinstance(module, (nn.Linear, Conv1D)):
+            return None
+        supported = "only torch.nn.Linear and transformers' Conv1D are supported"
+        return f"it is {with_article(kind)}, and {supported}; leave it out"
     if kind in _FUSED:
         return f"it is a {kind}, which normalises its input before it multiplies; leave it out"
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from flashbone import shards, variants
 from flashbone.errors import ConfigError
 from flashbone.ops.autocast import without_autocast
-from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
 
 Term = tuple[variants.Variant, Tensor, float]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flashbone.errors import FormatError, ShapeError
-from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.model.keys import FSDP1, file_keys, plain
 from flashbone.tuner.model.saved_parameters import VALUES, SavedParameter, bare, find, forget

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.files import cards
 from flashbone.files import lora as lora_files
-from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.model.card import CARD, has_lora

@@ -19,12 +19,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
-from flashbone.tuner.hosts import offloading, rwkv_hosts
+from flashbone.tuner.hosts import rwkv_hosts
 from flashbone.tuner.hosts.neighbours import check_order
-from flashbone.tuner.layers.dispatch import layer_class, why_not
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer
-from flashbone.tuner.layers.merge_checks import check_merge
 from flashbone.tuner.layers.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
@@ -32,8 +31,9 @@ from flashbone.tuner.model import keys, parameters_to_save, saved_parameters
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.controls import Controls
 from flashbone.tuner.model.loading import check_state_dict, take_back, trained_names
+from flashbone.tuner.model.merge_checks import check_merge
 from flashbone.tuner.model.saved_parameters import SavedParameter
-from flashbone.tuner.model.targets import TargetError, default_targets, nearest_names, resolve
+from flashbone.tuner.model.targets import TargetError, default_targets, layer_class, nearest_names, resolve, why_not
 
 REFERENCE = "ref"  # what TRL calls it
 _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")

@@ -13,8 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.hosts import offloading
-from flashbone.tuner.layers.bases import article
+from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers.kinds import with_article
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParamWrapper
 from flashbone.tuner.model.saved_parameters import SavedParameter, bare, find
@@ -184,7 +184,7 @@ def _unfit(module: nn.Module, parameter: Any, others: list[str]) -> str | None:
         what = parameter.dtype if type(parameter) is nn.Parameter else type(parameter).__name__
         return f"it is {what}, and a plain parameter of floating-point numbers was wanted; leave it out"
     if isinstance(module, nn.RNNBase):
-        return f"{article(kind)} {kind} holds its weights in a second place, where this is not seen; leave it out"
+        return f"{with_article(kind)} holds its weights in a second place, where this is not seen; leave it out"
     if isinstance(module, torch.jit.ScriptModule):
         return "its module is a script of torch.jit, whose parameters are fixed; leave it out"
     return None

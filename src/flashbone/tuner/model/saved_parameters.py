@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, NonFiniteError
-from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.mixed_batch import RowNames
 from flashbone.tuner.model import stand_ins
 

@@ -17,20 +17,62 @@ from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.layers.bases import unsupported_reason
-from flashbone.tuner.layers.dispatch import why_not
+from flashbone.tuner.layers.attention import BoneOutProj
+from flashbone.tuner.layers.conv import CONVOLUTIONS, BoneConv
+from flashbone.tuner.layers.embedding import BoneEmbedding
+from flashbone.tuner.layers.kinds import with_article
+from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.parameters import ParamWrapper
-from flashbone.tuner.layers.quantized import quantized_kind_of
+from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
 from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, held_by
 
 MAX_SUGGESTIONS = 8
+_SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Embedding"
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class TargetError(ConfigError, NoMatchingPeftModuleError):
     """No module of the model matches `target_modules`, or none holds a role that it names."""
+
+
+def layer_class(base: nn.Module) -> type[BoneLinear]:
+    """The class of layer that adapts a base layer for which `why_not` returns None."""
+    if isinstance(base, CONVOLUTIONS):
+        return BoneConv
+    if isinstance(base, nn.Embedding):
+        return BoneEmbedding
+    return BoneOutProj if isinstance(base, NonDynamicallyQuantizableLinear) else BoneLinear
+
+
+def why_not(base: nn.Module) -> str | None:
+    """Why the family cannot adapt this module, and what to do instead; None if it can."""
+    kind = type(base).__name__
+    if isinstance(base, (*CONVOLUTIONS, nn.Embedding)) and not isinstance(base, _TRANSPOSED):
+        if base.weight.is_floating_point() and not hasattr(base.weight, "tensor_data_names"):
+            return None
+        return f"it is a quantised {kind}, and of quantised layers only linear ones are supported; leave it out"
+    problem = linear_problem(base)
+    if problem is None or quantized_kind_of(base) is not None:
+        return problem
+    it_is = f"it is {with_article(kind)}"
+    if isinstance(base, nn.MultiheadAttention):
+        fused = "in_proj_weight" if base._qkv_same_embed_dim else "q_proj_weight, k_proj_weight and v_proj_weight"
+        return f"{it_is}; name its out_proj instead, and its {fused} in target_parameters"
+    if isinstance(base, _TRANSPOSED):
+        return f"{it_is}, and of convolutions only those that are not transposed are supported; leave it out"
+    if isinstance(base, (nn.RNNBase, nn.RNNCellBase)):
+        return f"{it_is}, whose weights no variant is defined for; leave it out"
+    if isinstance(base, nn.EmbeddingBag):
+        return f"{it_is}, which adds rows up by itself; nn.Embedding is supported; leave it out"
+    matrices = [name for name, p in base.named_parameters(recurse=False) if p.ndim in (2, 3)]
+    if matrices and not isinstance(base, nn.Bilinear):
+        names = ", ".join(matrices)
+        return f"{it_is}; its {names} can be named in target_parameters; as layers, {_SUPPORTED} are supported"
+    return f"{it_is}, and only {_SUPPORTED} are supported; leave it out"
 
 
 def _modules(model: nn.Module, closed: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
@@ -48,7 +90,7 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        if not isinstance(module, ParamWrapper) and unsupported_reason(_bare(module)) is None
+        if not isinstance(module, ParamWrapper) and linear_problem(_bare(module)) is None
     ]
 
 

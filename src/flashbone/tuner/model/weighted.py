@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashbone import shards
 from flashbone.errors import ConfigError
-from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParamWrapper, own_name
 from flashbone.variants.base import Variant
