@@ -215,6 +215,15 @@ def linear_problem(module: nn.Module) -> str | None:
     return None
 
 
+def weight_count(parameter: Any) -> int:
+    """How many weights a parameter holds: all of a partitioned one of ZeRO-3, two in each byte of a packed 4-bit one of
+    bitsandbytes."""
+    if hasattr(parameter, "ds_numel"):
+        return int(parameter.ds_numel)
+    is_packed = type(parameter).__name__ == "Params4bit" and getattr(parameter, "bnb_quantized", True)
+    return parameter.numel() * (2 * parameter.element_size() if is_packed else 1)
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers of a model in the layout that can be trained and dequantised.
 

@@ -261,9 +261,9 @@ class BoneConfig(PeftConfig):
         Raises:
             ConfigError: the model has more than 13B parameters, where nothing was published; or there is no such model.
         """
-        from flashbone.tuner.model.presets import recommended
+        from flashbone.tuner.model.presets import recommended_fields
 
-        return recommended(cls, model, overrides)
+        return cls(**recommended_fields(model, overrides))
 
 
 def _pattern_error(pattern: object) -> str | None:
