@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flashbone.tuner.layers.layer import bone_layers
 from helpers.comparison import Promise, same_bits
 from helpers.pages import ROOT, PageRun, blocks
 
@@ -43,7 +44,7 @@ def test_the_page_runs_from_top_to_bottom(bitsandbytes, tmp_path, monkeypatch):
     assert set(run.ran) == {"python", "bash", "yaml"}
 
     names = run.names
-    kinds = {type(module.base_layer) for _, module in names["model"].base_model._bone_layers()}
+    kinds = {type(module.base_layer) for _, module in bone_layers(names["model"].base_model.model)}
     assert kinds == {bitsandbytes.nn.Linear4bit}
     # What the page says: unmerging was exact, and the merge was not.
     assert names["distance"](names["bare"]) > 0.1

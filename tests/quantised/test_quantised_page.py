@@ -3,6 +3,7 @@
 import pytest
 
 from flashbone.train.recipe import load_recipe
+from flashbone.tuner.layers.layer import bone_layers
 from helpers.adapter_folders import tiny_llama
 from helpers.pages import ROOT, blocks, run_page
 
@@ -15,7 +16,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     tiny_llama().save_pretrained("base")
     run = run_page("docs/quantisation.md")
     assert run.ran == ["python", "yaml", "python"]
-    layers = [layer for _, layer in run.names["model"].base_model._bone_layers()]
+    layers = [layer for _, layer in bone_layers(run.names["model"].base_model.model)]
     assert len(layers) == 14
     assert not any(layer.merged for layer in layers)
 

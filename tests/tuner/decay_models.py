@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flashbone import BoneConfig
+from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, same_bits
 
@@ -103,6 +104,6 @@ def by_hand(model, adapter="default") -> Model:
     with torch.no_grad():
         for name, value in values(model, adapter).items():
             bare.get_parameter(name).copy_(value)
-        for name, layer in model.base_model._bone_layers():
+        for name, layer in bone_layers(model.base_model.model):
             bare.get_submodule(name).weight += layer.get_delta_weight(adapter)
     return bare

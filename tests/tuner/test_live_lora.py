@@ -18,6 +18,7 @@ from torch import nn
 
 from flashbone import convert
 from flashbone.errors import ConfigError, NonFiniteError
+from flashbone.tuner.layers.layer import bone_layers
 from helpers.adapter_folders import listing, tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, relative_error, same_bits
@@ -187,7 +188,7 @@ def test_what_cannot_be_a_lora_is_refused_by_name(tmp_path):
         model.to_lora(rank=3, error=0.1)
     with pytest.raises(ConfigError, match=r"no adapter 'other' in this model, which has \['default'\]"):
         model.to_lora("other")
-    next(model.base_model._bone_layers())[1].bone_block["default"].data.fill_(torch.inf)
+    next(bone_layers(model.base_model.model))[1].bone_block["default"].data.fill_(torch.inf)
     with pytest.raises(NonFiniteError, match=r"layers\.0\.\S*: the block holds NaN"):
         model.to_lora(rank=3)
     assert listing(tmp_path) == []

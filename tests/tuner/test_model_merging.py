@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from flashbone.errors import ConfigError, FlashboneError, NonFiniteError
+from flashbone.tuner.layers.layer import bone_layers
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP, fill_blocks
@@ -91,7 +92,7 @@ def test_a_merge_that_could_not_be_taken_back_touches_no_layer():
     with pytest.raises(FlashboneError, match="lin1: without the original weight this merge could not be taken back"):
         model.merge_adapter()
     assert_unchanged(model, before)
-    assert not any(layer.keep_original for _, layer in model.base_model._bone_layers())
+    assert not any(layer.keep_original for _, layer in bone_layers(model.base_model.model))
 
 
 def test_state_of_merged_models_is_saved_and_pickled_as_usual(tmp_path):

@@ -18,6 +18,7 @@ from decay_models import (
 from peft import LoraConfig, inject_adapter_in_model
 
 from flashbone.errors import ConfigError
+from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, close, same_bits
 
@@ -122,7 +123,7 @@ def test_a_batch_of_adapters_refuses_those_with_values_and_gives_others_the_base
 def by_hand_without_values(model, adapter):
     bare = base()
     with torch.no_grad():
-        for name, layer in model.base_model._bone_layers():
+        for name, layer in bone_layers(model.base_model.model):
             bare.get_submodule(name).weight += layer.get_delta_weight(adapter)
     return bare
 

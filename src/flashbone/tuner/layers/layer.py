@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -283,3 +284,10 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
+
+
+def bone_layers(model: nn.Module) -> Iterator[tuple[str, BoneLinear]]:
+    """The layers with adapters of the family, each with its name in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, BoneLinear):
+            yield name, module

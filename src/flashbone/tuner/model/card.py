@@ -14,7 +14,7 @@ from torch import nn
 from flashbone.files import cards, peft
 from flashbone.files.names import rwkv_lead
 from flashbone.tuner.layers.embedding import BoneEmbedding
-from flashbone.tuner.layers.layer import BoneLinear
+from flashbone.tuner.layers.layer import BoneLinear, bone_layers
 from flashbone.tuner.model.config import BoneConfig
 
 CARD = "README.md"
@@ -71,7 +71,7 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.AdapterCar
     targets = config.target_modules or ()
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     bare = model.get_base_model()
-    layers = {name: layer for name, layer in model.base_model._bone_layers() if adapter_name in layer.bone_block}
+    layers = {name: layer for name, layer in bone_layers(bare) if adapter_name in layer.bone_block}
     saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     single = list(config.parameters_to_save or ())
     lead = rwkv_lead([*layers, *saved, *single])

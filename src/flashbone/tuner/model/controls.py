@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor
 
 from flashbone.errors import ConfigError
 from flashbone.ops import backend
-from flashbone.tuner.layers.layer import BoneLinear
+from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model import lora, weighted
 
 
-class Controls:
-    """Of `BoneModel`, and so of every PeftModel around one."""
+class Controls(BaseTuner):
+    """Base of BoneModel; PeftModel forwards to it."""
 
-    model: nn.Module
-    peft_config: dict[str, Any]
     _keeps_originals = True
     _caches = True
     _backend = "torch"
 
-    def _bone_layers(self) -> Iterator[tuple[str, BoneLinear]]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, BoneLinear):
-                yield name, module
-
     def keep_originals(self, keep: bool) -> None:
         """Whether merging keeps the pristine weights in host memory (the default), for an unmerge that is bit-exact."""
         self._keeps_originals = keep
-        for _, layer in self._bone_layers():
+        for _, layer in bone_layers(self.model):
             layer.keep_original = keep
 
     def cache_in_inference(self, keep: bool) -> None:
@@ -44,7 +36,7 @@ class Controls:
         also after writing to `parameter.data` in place, which torch does not count: it drops what is kept.
         """
         self._caches = keep
-        for _, layer in self._bone_layers():
+        for _, layer in bone_layers(self.model):
             layer.caches = keep
             layer._cache.clear()
 
@@ -59,14 +51,14 @@ class Controls:
         """
         backend.get(name)
         self._backend = name
-        for _, layer in self._bone_layers():
+        for _, layer in bone_layers(self.model):
             layer.backend = name
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds to the model by `scale`, until it is set again; 1 is the trained strength."""
         if adapter not in self.peft_config:
             raise ConfigError(f"set_scale: no adapter {adapter!r} in this model, which has {list(self.peft_config)}")
-        for _, layer in self._bone_layers():
+        for _, layer in bone_layers(self.model):
             layer.set_scale(adapter, scale)
 
     @torch.no_grad()
@@ -88,7 +80,7 @@ class Controls:
         Raises:
             ConfigError: the adapters cannot be combined exactly; the model is as it was.
         """
-        weighted.add_weighted_adapter(cast(Any, self), adapters, weights, adapter_name, combination_type)
+        weighted.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def to_lora(
         self, adapter_name: str = "default", rank: int | None = None, error: float | None = None
@@ -111,7 +103,7 @@ class Controls:
                 whole; a weight cannot be read, or an embedding stands merged.
             NonFiniteError: a delta holds NaN or infinity.
         """
-        return lora.to_lora(cast(Any, self), adapter_name, rank, error)
+        return lora.to_lora(self, adapter_name, rank, error)
 
     def save_as_lora(
         self,
@@ -121,4 +113,4 @@ class Controls:
         error: float | None = None,
     ) -> None:
         """Write the folder of a LoRA that PEFT and serving engines load; see `to_lora`."""
-        lora.save_as_lora(cast(Any, self), path, adapter_name, rank, error)
+        lora.save_as_lora(self, path, adapter_name, rank, error)

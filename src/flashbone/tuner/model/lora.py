@@ -6,10 +6,11 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,15 +21,12 @@ from flashbone.files import cards
 from flashbone.files import lora as lora_files
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
-from flashbone.tuner.layers.layer import BoneLinear
+from flashbone.tuner.layers.layer import BoneLinear, bone_layers
 from flashbone.tuner.model.card import CARD, has_lora
 from flashbone.tuner.model.keys import BLOCK, BLOCK_OF_TRANSPOSED
 from flashbone.tuner.model.targets import exact_names
 from flashbone.variants import lowrank
 from flashbone.variants.lowrank import Factors
-
-if TYPE_CHECKING:
-    from flashbone.tuner.model.model import BoneModel
 
 _BIAS: dict[str, Any] = {"none": "none", "all": "all", "bone_only": "lora_only"}
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -36,19 +34,19 @@ _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 
 @torch.no_grad()
 def to_lora(
-    model: BoneModel, adapter_name: str, rank: int | None, error: float | None
+    model: BaseTuner, adapter_name: str, rank: int | None, error: float | None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """See `BoneModel.to_lora`."""
     if adapter_name not in model.peft_config:
         raise ConfigError(f"to_lora: no adapter {adapter_name!r} in this model, which has {list(model.peft_config)}")
     lowrank.check_size(rank, error)
-    layers = {name: layer for name, layer in model._bone_layers() if adapter_name in layer.bone_block}
+    layers = {name: layer for name, layer in bone_layers(model.model) if adapter_name in layer.bone_block}
     if not layers:
         raise ConfigError(f"to_lora: no layer of this model has the adapter {adapter_name!r}; was it unloaded?")
     if unfit := {n: layer for n, layer in layers.items() if not has_lora(layer)}:
         kinds = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in unfit.items())
         raise ConfigError(f"to_lora: a plain LoRA has no place for {kinds}; merge the adapter instead")
-    config = model.peft_config[adapter_name]
+    config: Any = model.peft_config[adapter_name]
     if config.parameters_to_save:
         names = ", ".join(config.parameters_to_save)
         raise ConfigError(
@@ -79,7 +77,7 @@ def to_lora(
     return lora, state
 
 
-def save_as_lora(model: BoneModel, path: str | Path, adapter_name: str, rank: int | None, error: float | None) -> None:
+def save_as_lora(model: BaseTuner, path: str | Path, adapter_name: str, rank: int | None, error: float | None) -> None:
     """See `BoneModel.save_as_lora`."""
     config, state = to_lora(model, adapter_name, rank, error)
     whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
@@ -96,7 +94,7 @@ def save_as_lora(model: BoneModel, path: str | Path, adapter_name: str, rank: in
             os.replace(new / name, folder / name)
 
 
-def _card(model: BoneModel, config: LoraConfig, state: dict[str, Tensor]) -> cards.AdapterCard:
+def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> cards.AdapterCard:
     """Of a LoRA whose `target_modules` are the layers' names."""
     targets = config.target_modules or ()
     base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
@@ -115,7 +113,7 @@ def _own_name(name: str) -> str:
     return re.sub(r"(\.base_layer)+$", "", name)
 
 
-def _kept_whole(model: BoneModel, adapter_name: str) -> dict[str, Tensor]:
+def _kept_whole(model: BaseTuner, adapter_name: str) -> dict[str, Tensor]:
     """Biases, modules to save and resized embeddings, under the names that they have in any of PEFT's files."""
     found = get_peft_model_state_dict(model, adapter_name=adapter_name)
     blocks = (f".{BLOCK}", f".{BLOCK_OF_TRANSPOSED}")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model import saved_parameters
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def check_merge(tuner: Any, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
+def check_merge(tuner: BaseTuner, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
     """Check a merge of a `BoneModel`; with `safe_merge` every weight is computed, and once more by the merge itself.
 
     Args:
@@ -37,7 +36,7 @@ def check_merge(tuner: Any, adapter_names: list[str] | None, safe_merge: bool, u
         saved.check_merge(adapter_names, must_be_finite=safe_merge)
     _check_bases_are_their_own(tuner)
     owners: dict[int, str] = {}
-    for name, layer in tuner._bone_layers():
+    for name, layer in bone_layers(tuner.model):
         first = owners.setdefault(id(layer.base_parameter()), name)
         if first != name:
             raise ConfigError(
@@ -52,14 +51,14 @@ def check_merge(tuner: Any, adapter_names: list[str] | None, safe_merge: bool, u
             raise type(error)(f"{name}: {error}") from None
 
 
-def _check_bases_are_their_own(tuner: Any) -> None:
+def _check_bases_are_their_own(tuner: BaseTuner) -> None:
     """
     Raises:
         ConfigError: a base layer, or its weight, is also used where no adapter is, which a merge would change, too.
     """
-    adapted = {layer.get_base_layer(): name for name, layer in tuner._bone_layers()}
-    weights = {id(layer.base_parameter()): layer.get_base_layer() for _, layer in tuner._bone_layers()}
-    wrappers = set(adapted) | {layer for _, layer in tuner._bone_layers()}
+    adapted = {layer.get_base_layer(): name for name, layer in bone_layers(tuner.model)}
+    weights = {id(layer.base_parameter()): layer.get_base_layer() for _, layer in bone_layers(tuner.model)}
+    wrappers = set(adapted) | {layer for _, layer in bone_layers(tuner.model)}
     for path, module in tuner.model.named_modules():
         if module in wrappers or isinstance(module, BaseTunerLayer):
             continue

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -23,7 +23,7 @@ from flashbone.tuner.hosts import rwkv_hosts
 from flashbone.tuner.hosts.neighbours import check_order
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
-from flashbone.tuner.layers.layer import BoneLayer
+from flashbone.tuner.layers.layer import BoneLayer, bone_layers
 from flashbone.tuner.layers.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
@@ -54,7 +54,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[BoneLayer]:
             yield module
 
 
-class BoneModel(Controls, BaseTuner):
+class BoneModel(Controls):
     """A model with adapters of the Bone family (arXiv 2409.15371); made by `peft.get_peft_model`.
 
     Args:
@@ -115,7 +115,7 @@ class BoneModel(Controls, BaseTuner):
         have ".default." in their name. Names of blocks end in ".default", and the reference would silently be the base.
         """
         sources = [name for name, other in self.peft_config.items() if other is config and name != REFERENCE]
-        for _, layer in self._bone_layers() if sources else ():
+        for _, layer in bone_layers(self.model) if sources else ():
             offloading.keep_here(layer.bone_block)
             if sources[0] in layer.bone_block and REFERENCE in layer.bone_block:
                 layer.bone_block[REFERENCE].data = layer.bone_block[sources[0]].detach().clone()
@@ -289,6 +289,6 @@ class BoneModel(Controls, BaseTuner):
                 " names; call model.eval() first"
             )
         rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        layers = [layer for _, layer in self._bone_layers()]
+        layers = [layer for _, layer in bone_layers(self.model)]
         with adapters_by_row([*layers, *saved_parameters.find(self.model)], saved_modules(self.model), rows):
             yield

@@ -5,37 +5,35 @@ from __future__ import annotations
 import copy
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers import offloading
-from flashbone.tuner.layers.layer import BoneLayer
+from flashbone.tuner.layers.layer import BoneLayer, bone_layers
 from flashbone.tuner.layers.parameters import ParamWrapper, own_name
 from flashbone.variants.base import Variant
 from flashbone.variants.bone import Bone
 
-if TYPE_CHECKING:
-    from flashbone.tuner.model.model import BoneModel
-
 
 def add_weighted_adapter(
-    model: BoneModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     """See `BoneModel.add_weighted_adapter`."""
     _check_request(model, adapters, weights, adapter_name, combination_type)
     factors = dict(zip(adapters, weights, strict=True))
     combined: dict[str, tuple[Variant, Tensor]] = {}
-    for name, layer in model._bone_layers():
+    for name, layer in bone_layers(model.model):
         offloading.keep_here(layer.bone_block)  # an offloaded block holds no numbers
         present = {n: factor * layer.bone_scale[n] for n, factor in factors.items() if n in layer.bone_block}
         if present:
             combined[name] = combine(name, layer, present)
     if _layouts(combined) > 1:  # one adapter has one variant and one mini_r
-        for name, layer in model._bone_layers():
+        for name, layer in bone_layers(model.model):
             if name in combined:
                 variant, block = combined[name]
                 as_bone = variant.to_bone(block, layer.out_features)
@@ -47,11 +45,11 @@ def add_weighted_adapter(
             " activate the adapters together (set_adapter) with set_scale instead"
         )
 
-    config = copy.deepcopy(model.peft_config[adapters[0]])
+    config: Any = copy.deepcopy(model.peft_config[adapters[0]])
     variant, first = next(iter(combined.values()))
     config.variant, config.init_weights = variant.name, variant.peft_init_weights or True
-    wrappers = {name: layer for name, layer in model._bone_layers() if isinstance(layer, ParamWrapper)}
-    own_names = {name: own_name(name, layer, list(wrappers)) for name, layer in model._bone_layers()}
+    wrappers = {name: layer for name, layer in bone_layers(model.model) if isinstance(layer, ParamWrapper)}
+    own_names = {name: own_name(name, layer, list(wrappers)) for name, layer in bone_layers(model.model)}
     config.target_parameters = [own_names[name] for name in combined if name in wrappers] or None
     config.target_modules = _exactly(model, {own_names[name] for name in combined if name not in wrappers})
     config.exclude_modules = None
@@ -65,7 +63,7 @@ def add_weighted_adapter(
     config.inference_mode = True
     model.peft_config[adapter_name] = config
     model.inject_adapter(model.model, adapter_name)
-    for name, layer in model._bone_layers():
+    for name, layer in bone_layers(model.model):
         if name in combined:
             layer.bone_block[adapter_name].data = combined[name][1]
 
@@ -76,7 +74,7 @@ def _layouts(combined: dict[str, tuple[Variant, Tensor]]) -> int:
     return len({tuple(sorted(fields.items())) for fields in fixed})
 
 
-def _exactly(model: BoneModel, names: set[str]) -> set[str] | str:
+def _exactly(model: BaseTuner, names: set[str]) -> set[str] | str:
     """`target_modules` that match these modules and no others: names or, where others end in them, a pattern."""
     endings = tuple(f".{name}" for name in names)
     if any(name.endswith(endings) and name not in names for name, _ in model.model.named_modules()):
@@ -121,7 +119,7 @@ def _weighted_sum(blocks: dict[str, Tensor], factors: dict[str, float]) -> Tenso
 
 
 def _check_request(
-    model: BoneModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     problems = []
     if combination_type != "linear":
@@ -134,7 +132,7 @@ def _check_request(
         problems.append(f"adapters: got {adapters}, wanted one or more different names")
     if len(adapters) != len(weights):
         problems.append(f"weights: got {len(weights)} for {len(adapters)} adapters")
-    configs = {name: model.peft_config[name] for name in adapters if name in model.peft_config}
+    configs: dict[str, Any] = {name: model.peft_config[name] for name in adapters if name in model.peft_config}
     wholes = {n: c.modules_to_save or c.parameters_to_save or c.bias != "none" for n, c in configs.items()}
     if saved := [name for name, whole in wholes.items() if whole]:
         problems.append(
