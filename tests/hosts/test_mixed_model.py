@@ -43,7 +43,7 @@ def test_a_mixed_model_refuses_bone_wherever_it_could_come_in(tmp_path):
         lambda: mixed.load_adapter(tmp_path, "bone"),
     ):
         with pytest.raises(
-            ConfigError, match=r"PeftMixedModel: BONE .* put .* the BONE adapter first, then the others"
+            ConfigError, match=r"PeftMixedModel .* BONE .* put .* the BONE adapter first, then the others"
         ):
             put()
     assert type(base.lin0) is torch.nn.Linear

@@ -4,11 +4,14 @@ import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+from flashbone.errors import ConfigError
 
 
 def register(peft: ModuleType) -> None:
     """Register BONE with an imported peft: `get_peft_model`, saving, loading, and the old import paths."""
-    from flashbone.tuner.hosts import hotswap, neighbours
+    from flashbone.tuner.hosts import hotswap
     from flashbone.tuner.layers import layer
     from flashbone.tuner.model import card, config, loading, model
 
@@ -18,7 +21,7 @@ def register(peft: ModuleType) -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config.BoneConfig  # pyright: ignore[reportArgumentType]
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = model.BoneModel  # pyright: ignore[reportArgumentType]
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = model.BoneModel.prefix  # pyright: ignore[reportArgumentType]
-    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[kind] = model.BoneModel  # so that the refusal below is the one that is met
+    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[kind] = model.BoneModel  # so that PEFT gets to `_refuse_bone`
 
     names = {c.__name__: c for c in (config.BoneConfig, layer.BoneLayer, layer.BoneLinear, model.BoneModel)}
     bone = ModuleType("peft.tuners.bone", "PEFT's former module of the Bone method; the classes are flashbone's.")
@@ -35,5 +38,21 @@ def register(peft: ModuleType) -> None:
         vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
     loading.clean_up_after_failed_loads(peft.PeftModel)
     card.write_cards(peft.PeftModel)
-    neighbours.refuse_bone(import_module("peft.mixed_model"))
+    _refuse_bone(import_module("peft.mixed_model"))
     hotswap.support_bone(import_module("peft.utils.hotswap"))
+
+
+def _refuse_bone(mixed_model: ModuleType) -> None:
+    """Make the module `peft.mixed_model` refuse a BoneConfig: it creates layers in a chain of types, to which no method
+    can be added."""
+    from flashbone.tuner.model.config import BoneType
+    from flashbone.tuner.model.targets import BONE_FIRST
+
+    check = mixed_model._check_config_compatible
+
+    def _check_config_compatible(peft_config: Any) -> None:
+        if peft_config.peft_type == BoneType.BONE:
+            raise ConfigError(f"PeftMixedModel does not support BONE adapters; put onto a plain model {BONE_FIRST}")
+        check(peft_config)
+
+    mixed_model._check_config_compatible = _check_config_compatible  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,8 +19,6 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
-from flashbone.tuner.hosts import rwkv_hosts
-from flashbone.tuner.hosts.neighbours import check_order
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
@@ -33,7 +31,16 @@ from flashbone.tuner.model.controls import Controls
 from flashbone.tuner.model.loading import check_state_dict, take_back, trained_names
 from flashbone.tuner.model.merge_checks import check_merge
 from flashbone.tuner.model.saved_parameters import SavedParameter
-from flashbone.tuner.model.targets import TargetError, default_targets, layer_class, nearest_names, resolve, why_not
+from flashbone.tuner.model.targets import (
+    TargetError,
+    check_host,
+    check_order,
+    default_targets,
+    layer_class,
+    nearest_names,
+    resolve,
+    why_not,
+)
 
 REFERENCE = "ref"  # what TRL calls it
 _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
@@ -83,7 +90,7 @@ class BoneModel(Controls):
                 self._inject_layers(model, adapter_name, *args, **kwargs)
             on_meta = bool(kwargs.get("low_cpu_mem_usage", False))
             parameters_to_save.put_in(model, config, adapter_name, chosen, self.active_adapters, on_meta)
-            rwkv_hosts.settle(model)
+            check_host(model)
         except Exception as error:
             config.target_modules, config.parameters_to_save = asked
             take_back(model, adapter_name, trained)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
+from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers.attention import BoneOutProj
 from flashbone.tuner.layers.conv import CONVOLUTIONS, BoneConv
@@ -31,6 +32,10 @@ from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
 from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, held_by
 
 MAX_SUGGESTIONS = 8
+# How adapters of different methods in one layer add up. A LoRA inside a Bone adapter would see the shifted input.
+BONE_FIRST = (
+    "the BONE adapter first, then the others, with model.add_adapter of transformers or peft.inject_adapter_in_model"
+)
 _SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Embedding"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -73,6 +78,41 @@ def why_not(base: nn.Module) -> str | None:
         names = ", ".join(matrices)
         return f"{it_is}; its {names} can be named in target_parameters; as layers, {_SUPPORTED} are supported"
     return f"{it_is}, and only {_SUPPORTED} are supported; leave it out"
+
+
+def check_order(layer: str, inner: nn.Module, variant: str) -> None:
+    """Check that a Bone adapter can go around another method's adapter in the same layer.
+
+    Raises:
+        ConfigError: the variant shifts the layer's input, so the other adapter would see the shifted one, and the
+            output would not be the sum of both.
+    """
+    kind = variants.get(variant)
+    if kind.delta_depends_on_weight and not kind.reads_weight:
+        raise ConfigError(
+            f"{layer}: its {type(inner).__module__}.{type(inner).__name__} adapter would see the input that {variant}"
+            f" shifts, so that the two would not add up; put {BONE_FIRST}"
+        )
+
+
+def check_host(model: nn.Module) -> None:
+    """Check that the model computes with its adapted layers as they are.
+
+    Raises:
+        ConfigError: it divides weights in place between calls, or reads an adapted layer's weight past the layer.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if hasattr(type(module), "_rescale_layers") and module.config.rescale_every > 0:  # transformers' RWKV-4
+            raise ConfigError(
+                f"{kind} divides its weights in place in eval mode, and what an adapter adds would not be divided; load"
+                " the model with from_pretrained(..., rescale_every=0)"
+            )
+        if kind == "RWKV6Attention" and isinstance(module.x_proj[2], BoneLinear):  # flash-linear-attention's
+            raise ConfigError(
+                f"{name}.x_proj.2: {kind} reads the weight of this layer and never calls it, so an adapter would do"
+                ' nothing; put "x_proj.2" into exclude_modules'
+            )
 
 
 def _modules(model: nn.Module, closed: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
