@@ -141,7 +141,7 @@ class Case:
 
     def as_matrix(self, stored: Tensor) -> Tensor:
         """A delta in the layer's own layout, as (out, in)."""
-        return self.layer(self.adapted())._kind.matrix(stored)
+        return self.layer(self.adapted()).base_kind.matrix(stored)
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """The input in another dtype."""

@@ -25,7 +25,7 @@ def test_output_and_gradients_are_those_of_the_dequantised_layer(backend, names)
     made = quantised_linear(backend)
     layer = adapted(made, R, *names)
     x = torch.randn(2, 5, IN, requires_grad=True)
-    W, bias = layer._kind.weight(made.layer), made.layer.bias.float()
+    W, bias = layer.base_kind.weight(made.layer), made.layer.bias.float()
     blocks = [layer.bone_block[name] for name in names]
     got = layer(x)
     want = reference.forward(x, W, bias, [(n, b, 1.0) for n, b in zip(names, blocks, strict=True)])
@@ -45,7 +45,7 @@ def test_output_and_gradients_are_those_of_the_dequantised_layer(backend, names)
 def test_all_variants_but_bat_col_train_without_dequantising_the_weight(backend, name, monkeypatch):
     made = quantised_linear(backend)
     layer = adapted(made, R, name)
-    monkeypatch.setattr(type(layer._kind.backend), "get_base_weight", refuse)
+    monkeypatch.setattr(type(layer.base_kind.backend), "get_base_weight", refuse)
     x = torch.randn(2, IN, requires_grad=True)
     layer(x).sum().backward()
     assert layer.bone_block[name].grad.abs().max() > 0
@@ -64,8 +64,8 @@ def refuse(*_):
 def test_bat_col_dequantises_in_forward_and_in_backward_and_keeps_nothing_between(backend, monkeypatch):
     made = quantised_linear(backend)
     layer, reads = adapted(made, R, "bat-col", "bat-row", "bone"), []
-    read = type(layer._kind.backend).get_base_weight
-    monkeypatch.setattr(type(layer._kind.backend), "get_base_weight", lambda *a: reads.append(1) or read(*a))
+    read = type(layer.base_kind.backend).get_base_weight
+    monkeypatch.setattr(type(layer.base_kind.backend), "get_base_weight", lambda *a: reads.append(1) or read(*a))
     x = torch.randn(2, IN, requires_grad=True)
     y, kept = run_and_kept(layer, x)
     own = run_and_kept(made.layer, x)[1]  # torchao keeps what it multiplied with, without any adapter, too
@@ -116,7 +116,7 @@ def test_fp32_adapters_train_on_half_precision_activations(backend, dtype, name)
     got = layer(x)
     assert got.dtype == dtype
     block = layer.bone_block[name]
-    want = reference.forward(x, layer._kind.weight(made.layer), made.layer.bias, [(name, block, 1.0)])
+    want = reference.forward(x, layer.base_kind.weight(made.layer), made.layer.bias, [(name, block, 1.0)])
     assert close(got, want)
     grads = [torch.autograd.grad(y.sum(), [x, block]) for y in (got, want)]
     assert grads[0][1].dtype == torch.float32

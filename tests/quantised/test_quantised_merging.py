@@ -28,7 +28,7 @@ def tensors_of(value, found=None) -> list[torch.Tensor]:
 
 
 def weight_tensors(layer: BoneLinear) -> list[torch.Tensor]:
-    return tensors_of(layer._kind._state(layer.get_base_layer()))
+    return tensors_of(layer.base_kind._state(layer.get_base_layer()))
 
 
 def settings_of(value) -> dict:
@@ -59,17 +59,17 @@ def test_a_merge_requantises_with_the_same_settings_and_unmerge_restores_every_b
     layer = adapted(made, R, *names)
     x = torch.randn(5, IN)
     base = made.layer(x)
-    before, settings = [t.clone() for t in weight_tensors(layer)], settings_of(layer._kind._state(made.layer))
+    before, settings = [t.clone() for t in weight_tensors(layer)], settings_of(layer.base_kind._state(made.layer))
     places = [t.data_ptr() for t in weight_tensors(layer)]
     deltas = {name: layer.get_delta_weight(name) for name in names}
-    W = layer._kind.weight(made.layer)
+    W = layer.base_kind.weight(made.layer)
     want = W + sum(deltas.values())
     assert close(layer.merged_weight(list(names)), want, torch.float32)
 
     layer.merge(safe_merge=True)
     merged = layer(x)
-    assert settings_of(layer._kind._state(made.layer)) == settings
-    got = layer._kind.weight(made.layer)
+    assert settings_of(layer.base_kind._state(made.layer)) == settings
+    got = layer.base_kind.weight(made.layer)
     noise = relative_error(requantised(backend, want), want)
     assert 0 < relative_error(got, want) <= 1.01 * noise
     assert relative_error(got, want) < 0.5 * relative_error(W, want)
@@ -86,7 +86,7 @@ def test_a_merge_requantises_with_the_same_settings_and_unmerge_restores_every_b
 def requantised(backend: str, W: torch.Tensor) -> torch.Tensor:
     """What the backend makes of W, in a layer of its own."""
     made = quantised_linear(backend, *W.shape, weight=W)
-    return BoneLinear(made.layer, "default", R, **made.settings)._kind.weight(made.layer)
+    return BoneLinear(made.layer, "default", R, **made.settings).base_kind.weight(made.layer)
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
@@ -143,7 +143,7 @@ def test_a_merge_that_fails_while_it_requantises_leaves_the_layer_as_it_was(made
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(layer._kind.backend), "set_base_weight", fail)
+        patch.setattr(type(layer.base_kind.backend), "set_base_weight", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             layer.merge(adapter_names=["bat-row"])
     assert layer.merged_adapters == standing
@@ -166,7 +166,7 @@ def test_a_torchao_layer_of_unknown_settings_trains_but_is_not_merged_into():
 
 def test_the_difference_of_an_adapter_is_that_of_the_dequantised_weight(made):
     layer = adapted(made, R, *VARIANT_NAMES)
-    W = layer._kind.weight(made.layer).double()
+    W = layer.base_kind.weight(made.layer).double()
     for name in VARIANT_NAMES:
         want = variants.get(name).delta(W, layer.bone_block[name].detach().double())
         assert close(layer.get_delta_weight(name), want, torch.float32)

@@ -100,9 +100,9 @@ def test_a_weight_that_is_fetched_for_each_reader_is_fetched_again_in_backward(g
     x = torch.randn(4, 3, IN, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
         want = row_by_row(layer, x, names)
-        fetched, weight = [], layer._kind.weight
-        monkeypatch.setattr(layer._kind, "is_refetched", lambda module: True)
-        monkeypatch.setattr(layer._kind, "weight", lambda module: fetched.append(module) or weight(module))
+        fetched, weight = [], layer.base_kind.weight
+        monkeypatch.setattr(layer.base_kind, "is_refetched", lambda module: True)
+        monkeypatch.setattr(layer.base_kind, "weight", lambda module: fetched.append(module) or weight(module))
         got = layer(x, adapter_names=names)
     assert close(got, want)
     assert len(fetched) == 1
@@ -158,7 +158,7 @@ def test_rows_are_counted_merges_and_training_are_refused():
     with pytest.raises(ShapeError, match="2 names, but a layer gets an input with 3 rows"):
         layer(x, adapter_names=["0", "1"])
     layer.merge(adapter_names=["0"])
-    with pytest.raises(ConfigError, match=r"adapters stand merged.*unmerge them first"):
+    with pytest.raises(ConfigError, match=r"cannot be used while adapters are merged.*unmerge_adapter"):
         layer(x, adapter_names=["0", "1", "0"])
     layer.enable_adapters(False)
     assert same_bits(layer(x, adapter_names=["0", "1", "0"]), layer.base_layer(x), Promise.SAME_PRODUCT)

@@ -16,9 +16,8 @@ from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.shifts import (
     Term,
     by_rows,
-    call_with,
-    refuse_dropout_in_own_forward,
-    shifted_parameter,
+    call_shifted,
+    check_no_dropout,
     shifted_weight,
     terms,
     weight_delta,
@@ -55,10 +54,10 @@ class BoneConv(BoneLinear):
     def _kind_of(self, base: nn.Module) -> BaseKind:
         return CONV
 
-    def _fitted(self, variant: Variant, dropout: float) -> Variant:
+    def _checked_variant(self, variant: Variant, dropout: float) -> Variant:
         base = self.get_base_layer()
         if not _calls_one_convolution(base):
-            refuse_dropout_in_own_forward(base, dropout)
+            check_no_dropout(base, dropout)
         return variant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -70,59 +69,59 @@ class BoneConv(BoneLinear):
             return self.base_layer(x, *args, **kwargs)
         base: Any = self.get_base_layer()
         if args or kwargs or not _calls_one_convolution(base):
-            return call_with(self, "weight", shifted_parameter(self, names), (x, *args), kwargs)
+            return call_shifted(self, names, (x, *args), kwargs)
         if _is_pointwise(base) and is_plain(self.base_layer, _FORWARDS):
             return self._as_linear(x, names)
         return self._with_shifts(x, names)
 
     def _as_linear(self, x: Tensor, names: list[str]) -> Tensor:
-        """1 x 1: the channels of every position that the stride keeps are a row of a linear layer."""
+        """A 1 x 1 kernel: the channels at each position that the stride keeps are a row for a linear layer."""
         base: Any = self.get_base_layer()
-        steps = base.stride
-        seen = x[(..., *(slice(None, None, step) for step in steps))] if max(steps) > 1 else x
-        channels = -1 - len(steps)
-        rows = seen.movedim(channels, -1)
+        strides = base.stride
+        kept_x = x[(..., *(slice(None, None, stride) for stride in strides))] if max(strides) > 1 else x
+        channels = -1 - len(strides)
+        rows = kept_x.movedim(channels, -1)
         moves = Moves(rows, self._usable_cache(x), self.backend)
         for name, (variant, block, scale) in zip(names, terms(self, names), strict=True):
-            variant.move(moves, self._dropped(name, rows) if self.training else rows, block, scale)
+            variant.move(moves, self._with_dropout(name, rows) if self.training else rows, block, scale)
         y = moves.run(lambda tokens: F.linear(tokens, *self._weight_and_bias()), self._weight_and_bias)
         return _laid_out_like(y.movedim(-1, channels), x)
 
     def _with_shifts(self, x: Tensor, names: list[str]) -> Tensor:
-        """Factors of bone and mini on the output, shifts of the weight for the others."""
+        """bone and mini shift the output by their factors, the other variants shift the weight."""
         base: Any = self.get_base_layer()
         factors: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         at_base: list[Term] = []
-        apart: list[tuple[Tensor, Term]] = []
+        separate: list[tuple[Tensor, Term]] = []
         for name, term in zip(names, terms(self, names), strict=True):
             variant, block, scale = term
-            seen = self._dropped(name, x) if self.training else x
+            adapter_x = self._with_dropout(name, x) if self.training else x
             if base.groups == 1 and not variant.delta_depends_on_weight:
                 B = shards.tile(block, self.out_features) * scale
-                key = id(seen), B.shape[0]
-                factors[key] = seen, (factors[key][1] + B if key in factors else B)
-            elif seen is x:
+                key = id(adapter_x), B.shape[0]
+                factors[key] = adapter_x, (factors[key][1] + B if key in factors else B)
+            elif adapter_x is x:
                 at_base.append(term)
             else:
-                apart.append((seen, term))
+                separate.append((adapter_x, term))
         if at_base and is_plain(self.base_layer, _FORWARDS):
             W = shifted_weight(self._weight_and_bias()[0], at_base)
-            y = base._conv_forward(x, self._kind.stored(W, base), base.bias)
+            y = base._conv_forward(x, self.base_kind.stored(W, base), base.bias)
         else:
-            apart += [(x, term) for term in at_base]
+            separate += [(x, term) for term in at_base]
             y = self.base_layer(x)
-        for seen, term in apart:
+        for adapter_x, term in separate:
             W = weight_delta(self._weight_and_bias()[0], [term])
-            y = y + base._conv_forward(seen, self._kind.stored(W, base), None)
-        for seen, B in factors.values():
-            y = y + self._factored(seen, B).to(y.dtype)
+            y = y + base._conv_forward(adapter_x, self.base_kind.stored(W, base), None)
+        for adapter_x, B in factors.values():
+            y = y + self._factored(adapter_x, B).to(y.dtype)
         return y
 
     def _factored(self, x: Tensor, B: Tensor) -> Tensor:
         """`S(patches of x) B`: to r channels with the constant kernel `[I I ... I]`, then 1 x 1 with B."""
         base: Any = self.get_base_layer()
         r, n = B.shape[0], shards.count(self.in_features, B.shape[0])
-        # In fp16 a sum of many shards may leave the range: divided by a power of two, which rounds nothing.
+        # In fp16 a sum of many shards may overflow: divide by a power of two, which rounds nothing.
         unit = 1 << (n - 1).bit_length() if torch.float16 in (x.dtype, base.weight.dtype) else 1
         ones = shards.tile(torch.eye(r, dtype=x.dtype, device=x.device) / unit, self.in_features)
         s = base._conv_forward(x, ones.view(r, *getattr(base.weight, "ds_shape", base.weight.shape)[1:]), None)
@@ -131,7 +130,7 @@ class BoneConv(BoneLinear):
 
 
 def _calls_one_convolution(base: Any) -> bool:
-    """Whether the forward is torch's own; one put in its place by a host that moves weights around counts as such."""
+    """Whether the class has torch's forward; hosts that move weights replace only that of the instance."""
     return type(base).forward in _FORWARDS
 
 
@@ -140,7 +139,7 @@ def _is_pointwise(base: Any) -> bool:
 
 
 def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
-    """y as a convolution returns it for x: contiguous, or with the channels last where x has them so."""
+    """y in the memory format that a convolution returns for x: contiguous, or channels last as in x."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return y.contiguous(memory_format=torch.channels_last)
     return y.contiguous()

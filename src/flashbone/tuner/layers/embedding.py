@@ -12,15 +12,15 @@ from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers.kinds import TRANSPOSED, BaseKind
 from flashbone.tuner.layers.layer import BoneLinear
-from flashbone.tuner.layers.shifts import by_rows, call_with, refuse_dropout_in_own_forward, shifted_parameter, terms
+from flashbone.tuner.layers.shifts import by_rows, call_shifted, check_no_dropout, terms
 from flashbone.variants import Variant
 
 
 class BoneEmbedding(BoneLinear):
     """An `nn.Embedding` with adapters of the variants bone and mini: `y = base(ids) + scale * B[ids mod r]`.
 
-    The row of `padding_idx` is shifted and trained like every other that has the same remainder, so that forward,
-    gradient and merge are those of one matrix. Of the table itself nothing as large is made.
+    The row of `padding_idx` is shifted and trained like the others, so that forward, gradient and merge agree on one
+    matrix. Nothing as large as the table is made.
     """
 
     converts_to_lora = False
@@ -28,7 +28,7 @@ class BoneEmbedding(BoneLinear):
     def _kind_of(self, base: nn.Module) -> BaseKind:
         return TRANSPOSED
 
-    def _fitted(self, variant: Variant, dropout: float) -> Variant:
+    def _checked_variant(self, variant: Variant, dropout: float) -> Variant:
         base: Any = self.get_base_layer()
         if variant.delta_depends_on_weight:
             raise ConfigError(
@@ -37,11 +37,11 @@ class BoneEmbedding(BoneLinear):
             )
         if base.max_norm is not None:
             raise ConfigError(
-                f"{type(base).__name__} has max_norm={base.max_norm}, and rescales its rows in every call, so that no"
-                " shift of them stays; leave the layer out, or set its max_norm to None"
+                f"{type(base).__name__} has max_norm={base.max_norm}, which rescales its rows in every call and"
+                " undoes any shift of them; leave the layer out, or set its max_norm to None"
             )
         if not _looks_up_ids(base):
-            refuse_dropout_in_own_forward(base, dropout)
+            check_no_dropout(base, dropout)
         return variant
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -53,13 +53,13 @@ class BoneEmbedding(BoneLinear):
             return self.base_layer(ids, *args, **kwargs)
         base: Any = self.get_base_layer()
         if args or kwargs or not _looks_up_ids(base):
-            return call_with(self, "weight", shifted_parameter(self, names), (ids, *args), kwargs)
+            return call_shifted(self, names, (ids, *args), kwargs)
         y = self.base_layer(ids)
         factor = self._get_embed_scale()
         for name, (_, block, scale) in zip(names, terms(self, names), strict=True):
             rows = F.embedding(ids % block.shape[0], block * scale if scale != 1 else block)
             dropout = self.bone_dropout[name]
-            if self.training and isinstance(dropout, nn.Dropout):  # of the one-hot input: a row is there or not
+            if self.training and isinstance(dropout, nn.Dropout):  # of the one-hot input: a row is kept or not
                 rows = rows * dropout(torch.ones_like(rows[..., :1]))
             rows = rows.to(y.dtype)
             y = shards.add_tiled(y, rows if factor is None else rows * factor.to(y.dtype))
@@ -67,6 +67,6 @@ class BoneEmbedding(BoneLinear):
 
 
 def _looks_up_ids(base: nn.Module) -> bool:
-    """Whether a call returns the rows of its argument, times `embed_scale` at most. Learned positions, for one, make
-    the ids themselves."""
+    """Whether a call returns the rows of its argument, at most times `embed_scale`. Learned positions, for example,
+    compute the ids themselves."""
     return type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flashbone import variants
 from flashbone.errors import ConfigError
@@ -16,49 +15,51 @@ from flashbone.ops.cache import Cache
 from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
 from flashbone.tuner.layers import offloading
-from flashbone.tuner.layers.kinds import LINEAR, TRANSPOSED, BaseKind, is_plain
+from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
-from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
+from flashbone.tuner.layers.quantized import linear_kind
+from flashbone.variants.merged import Term
 from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
 
 
 class BoneLayer(MergeableLayer):
     """The adapters of one layer: blocks, sizes, scales and dropouts by adapter name; merging is in `merging.py`.
 
-    `caches` (default True): in eval mode without grad, what is built from blocks and weights is kept between calls
-    until one of them changes: sums of the blocks of several adapters, and, for calls with few tokens, bat-col's
-    shifted weight, which is as large as the base's.
+    Attributes:
+        caches: Whether eval mode without grad keeps what it builds until a block or weight changes: sums of several
+            adapters' blocks and, for calls with few tokens, bat-col's shifted weight, as large as the base's.
+        row_names: The adapter of each row while the model is called with `adapter_names`. Set from outside: a hook on
+            every layer, which is PEFT's way to pass them, costs more than the adapters in a decoding step.
     """
 
     in_features: int
     out_features: int
     base_layer: nn.Module
 
-    converts_to_lora = True  # whether a linear layer of LoRA could stand in its place
+    caches = True
+    backend = "torch"
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` reads it
+    row_names: RowNames | None = None
+    converts_to_lora = True  # whether LoRA has a linear layer for this kind
     adapter_layer_names = ("bone_block",)
-    other_param_names = ("bone_r", "bone_mini_r", "bone_variant", "bone_scale", "bone_dropout")
+    other_param_names = ("bone_r", "bone_variant", "bone_scale", "bone_dropout")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.bone_r: dict[str, int] = {}
-        self.bone_mini_r: dict[str, int] = {}
         self.bone_variant: dict[str, variants.Variant] = {}
         self.bone_scale: dict[str, float] = {}
         self.bone_dropout = nn.ModuleDict()
         self.bone_block = nn.ParameterDict()
-        self._disable_adapters = False
-        self.caches = True
-        self.row_names: RowNames | None = None  # set for the time of a call of the model with adapter_names
-        self.backend = "torch"
+        self.merged_adapters: list[str] = []
+        self._merged_as: dict[str, Term] = {}
         self._cache = Cache()
-        self.cast_input_dtype_enabled = True
-        self._init_merging()
         self.kwargs = kwargs
 
         base = self.get_base_layer()
-        self._kind = self._kind_of(base)
-        self.out_features, self.in_features = self._kind.sizes(base)
+        self.base_kind = self._kind_of(base)
+        self.out_features, self.in_features = self.base_kind.sizes(base)
 
     def update_layer(
         self,
@@ -85,7 +86,7 @@ class BoneLayer(MergeableLayer):
             dropout: Dropout on the input of the adapter.
             mini_r: Columns of the block of the variant mini.
             use_orthogonal: Whether the block of the variant orthogonal is kept a rotation.
-            orthogonal_eps: The ridge of that.
+            orthogonal_eps: The ridge of the orthogonal map.
 
         Raises:
             ConfigError: r or the variant is out of range.
@@ -95,14 +96,13 @@ class BoneLayer(MergeableLayer):
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")
         variant = variant or ("bat-col" if init_weights == "bat" else "bone")
         settings = {"use_orthogonal": use_orthogonal, "eps": orthogonal_eps} if variant == Orthogonal.name else {}
-        kind = self._fitted(variants.get(variant, **settings), dropout)
-        if kind.reads_weight and (problem := self._kind.unreadable(self.get_base_layer())) is not None:
+        kind = self._checked_variant(variants.get(variant, **settings), dropout)
+        if kind.reads_weight and (problem := self.base_kind.unreadable(self.get_base_layer())) is not None:
             raise ConfigError(f"{variant} reads the base weight, and {problem}; use variant bat-row, which reads none")
         shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)
 
-        offloading.keep_here(self.bone_block)  # whose hook would not know the new one
-        self.bone_r[adapter_name], self.bone_mini_r[adapter_name] = r, mini_r
-        self.bone_variant[adapter_name], self.bone_scale[adapter_name] = kind, 1.0
+        offloading.stop_offloading(self.bone_block)  # its hook would not know the new block
+        self.bone_r[adapter_name], self.bone_variant[adapter_name], self.bone_scale[adapter_name] = r, kind, 1.0
         self.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.bone_block[adapter_name] = nn.Parameter(torch.zeros(shape))
         if not init_weights:
@@ -111,34 +111,30 @@ class BoneLayer(MergeableLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def base_parameter(self) -> Any:
-        """The base's parameter that is adapted, as the base holds it."""
-        return self._kind.parameter(self.get_base_layer())
+        """The adapted parameter of the base, as the base stores it."""
+        return self.base_kind.parameter(self.get_base_layer())
 
     def _kind_of(self, base: nn.Module) -> BaseKind:
-        if (problem := linear_problem(base)) is not None:
-            raise ConfigError(f"a Bone adapter cannot be put on this layer: {problem}")
-        quantized = quantized_kind_of(base, self.kwargs.get("get_apply_tensor_subclass"))
-        return quantized or (TRANSPOSED if isinstance(base, Conv1D) else LINEAR)
+        return linear_kind(base, self.kwargs.get("get_apply_tensor_subclass"))
 
-    def _fitted(self, variant: variants.Variant, dropout: float) -> variants.Variant:
-        """The variant as this kind of layer has it.
+    def _checked_variant(self, variant: variants.Variant, dropout: float) -> variants.Variant:
+        """The variant for this kind of layer.
 
         Raises:
-            ConfigError: this kind of layer cannot have it, or cannot have the dropout.
+            ConfigError: this kind of layer does not support the variant or the dropout.
         """
         return variant
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None, keep_dtype: bool = True
     ) -> None:
-        """PEFT's hook, also for blocks that were loaded in the place of meta tensors: these keep the dtype of their
-        file, which PEFT would round to the base's."""
-        if adapter_name not in self.bone_block:  # PEFT asks every layer
+        """PEFT's hook. A block that was loaded over a meta tensor keeps the dtype of its file, not the base's."""
+        if adapter_name not in self.bone_block:  # PEFT calls this on every layer
             return
-        # An offloaded base is on the meta device: a block that followed it there would lose its numbers.
+        # An offloaded base is on the meta device; a block must not follow it there.
         base = self.get_base_layer()
         device = offloading.execution_device(base) if device is None else device
-        if device is None and not (hasattr(base, "weight") or hasattr(base, "qweight")):  # PEFT looks for no other
+        if device is None and not (hasattr(base, "weight") or hasattr(base, "qweight")):  # the only ones PEFT looks for
             device = getattr(self.base_parameter(), "device", None)
         before = self.bone_block[adapter_name].data
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -155,24 +151,30 @@ class BoneLayer(MergeableLayer):
         super().delete_adapter(adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply what the adapter adds by `scale`; 1 is the trained strength. Not seen by a merge that stands."""
+        """Multiply what the adapter adds by `scale`; 1 is the trained strength. A merged adapter keeps its strength."""
         if adapter in self.bone_scale:
             self.bone_scale[adapter] = float(scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scales of the active adapters by `scale`."""
-        for name in self._active():
+        for name in self.active_here():
             self.bone_scale[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scales of the active adapters by `scale`; None resets them to 1."""
-        for name in self._active():
+        for name in self.active_here():
             self.bone_scale[name] = 1.0 if scale is None else self.bone_scale[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.converts_to_lora and self._kind.unreadable(self.get_base_layer()) is None
+        return self.converts_to_lora and self.base_kind.unreadable(self.get_base_layer()) is None
 
-    def _active(self) -> list[str]:
+    def set_caches(self, keep: bool) -> None:
+        """Set `caches`, and drop what is kept now."""
+        self.caches = keep
+        self._cache.clear()
+
+    def active_here(self) -> list[str]:
+        """Names of the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.bone_block]
 
 
@@ -190,7 +192,7 @@ class BoneLinear(nn.Module, BoneLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output with the moves of all active adapters; x (..., in) -> (..., out).
 
-        With `adapter_names`, a list with a name for each row of x, with the moves of each row's own adapter instead.
+        With `adapter_names`, a list with a name for each row of x, each row gets the moves of its adapter instead.
         """
         if self.row_names is not None or "adapter_names" in kwargs:
             return self._forward_by_rows(x, *args, **kwargs)
@@ -203,58 +205,63 @@ class BoneLinear(nn.Module, BoneLayer):
         base_layer = self.base_layer
         moves = Moves(x, self._usable_cache(x), self.backend)
         for name in active:
-            seen = self._dropped(name, x) if self.training else x
-            self.bone_variant[name].move(moves, seen, self._block(name), self.bone_scale[name])
-        call = self._kind.caller(base_layer)
+            adapter_x = self._with_dropout(name, x) if self.training else x
+            self.bone_variant[name].move(moves, adapter_x, self.block_of(name), self.bone_scale[name])
+        call = self.base_kind.caller(base_layer)
         base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
         refetch = moves.shifts_weight and self._is_refetched()
         return moves.run(base, self._weight_and_bias, is_plain(base_layer), refetch)
 
     def _forward_by_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = kwargs.pop("adapter_names", None)
-        rows = self.row_names if given is None else RowNames(given)
+        adapter_names = kwargs.pop("adapter_names", None)
+        rows = self.row_names if adapter_names is None else RowNames(adapter_names)
+        if rows is None:
+            return self.forward(x, *args, **kwargs)
         base_layer = self.base_layer
-        if rows is None or self._disable_adapters:
+        if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
             return base_layer(x, *args, **kwargs)
-        if self.training:
-            raise ConfigError("adapter_names: the layer is in training mode; call eval() first")
-        if self.merged_adapters:
-            raise ConfigError("adapter_names: adapters stand merged, so that no row can be without; unmerge them first")
+        self.check_rows()
         groups = rows.groups(len(x))
         x = rows.sorted(x)
         parts, cache = [], self._usable_cache(x)
         for name, start, size in groups:
             if name in self.bone_block:
-                own_cache = None if cache is None else cache.part(name)  # an empty one is false
-                moves = Moves(x.narrow(0, start, size), own_cache, self.backend)
-                self.bone_variant[name].move(moves, moves.x, self._block(name), self.bone_scale[name])
+                part_cache = None if cache is None else cache.part(name)  # not `cache and`: an empty cache is false
+                moves = Moves(x.narrow(0, start, size), part_cache, self.backend)
+                self.bone_variant[name].move(moves, moves.x, self.block_of(name), self.bone_scale[name])
                 parts.append(Part(start, size, moves))
-        call = self._kind.caller(base_layer)
+        call = self.base_kind.caller(base_layer)
         base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
         refetch = self._is_refetched()
         plain = is_plain(base_layer) and not refetch
         return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
 
-    def _block(self, name: str) -> Tensor:
-        # Past ParameterDict's look-up, a chain of Python calls that decoding feels. Hosts that shard, offload,
-        # replicate or parametrise keep a parameter elsewhere.
+    def block_of(self, name: str) -> Tensor:
+        """The adapter's block, whole, for autograd."""
+        # ParameterDict's own look-up is a chain of Python calls that shows in decoding.
         block: Any = self.bone_block._parameters.get(name)
-        return block if offloading.is_simply_there(block) else offloading.for_autograd(self.bone_block, name, self)
+        return block if offloading.is_materialized(block) else offloading.for_autograd(self.bone_block, name, self)
 
-    def _dropped(self, name: str, x: Tensor) -> Tensor:
+    def check_rows(self) -> None:
+        """Raises a ConfigError where a batch cannot have an adapter for each row."""
+        if self.training:
+            raise ConfigError("adapter_names: the layer is in training mode; call eval() first")
+        if self.merged_adapters:
+            raise ConfigError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+
+    def _with_dropout(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]
         return dropout(x) if isinstance(dropout, nn.Dropout) else x
 
     def _usable_cache(self, x: Tensor) -> Cache | None:
-        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:  # nn.DataParallel's replicas share theirs
+        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:  # nn.DataParallel's replicas share one
             return None
         if not self.caches or self.training or torch.is_grad_enabled():
             self._cache.clear()
             return None
-        # Sharding hosts exchange what a parameter holds without torch's version counter; and a CUDA graph would go on
-        # reading what the cache has dropped.
+        # Sharding hosts change parameters past torch's version counter; a CUDA graph would read what was dropped.
         if (dist.is_available() and dist.is_initialized()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         return self._cache
@@ -269,15 +276,15 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
-        if not offloading.comes_and_goes(base):
-            return self._kind.weight(base), base.bias
+        if not offloading.is_sharded_or_offloaded(base):
+            return self.base_kind.weight(base), base.bias
         offloading.prepare_reading(base, self)
         with offloading.whole(base):
-            return self._kind.weight(base).detach(), base.bias
+            return self.base_kind.weight(base).detach(), base.bias
 
     def _is_refetched(self) -> bool:
         base = self.get_base_layer()
-        return offloading.comes_and_goes(base) or self._kind.is_refetched(base)
+        return offloading.is_sharded_or_offloaded(base) or self.base_kind.is_refetched(base)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n].name} r={r}" for n, r in self.bone_r.items())

@@ -19,12 +19,18 @@ from flashbone.variants.merged import Term, check_undoable, undo
 
 
 def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:
-    """The method finds the layer's parameters whole, whoever shards or offloads them; `write`: it changes the base."""
+    """Run the method without grad on whole parameters, where hosts shard or offload them; `write`: it changes the
+    base."""
 
     def decorate(method: Callable) -> Callable:
         @functools.wraps(method)
         def on_whole_weights(self: MergeableLayer, *args: Any, **kwargs: Any) -> Any:
-            with offloading.whole(self.get_base_layer(), write), offloading.whole(self.bone_block):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                offloading.whole(self.get_base_layer(), write),
+                offloading.whole(self.bone_block),
+            ):
                 return method(self, *args, **kwargs)
 
         return on_whole_weights
@@ -33,75 +39,70 @@ def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:
 
 
 class MergeableLayer(BaseTunerLayer):
-    """What a layer needs to merge its adapters; `BoneLayer` holds them.
+    """Merging for `BoneLayer`, which holds the adapters.
 
-    `keep_original` (default True): a merge keeps the pristine weight in host memory, so that unmerging gives it back
-    bit for bit. Where host memory is short, set it to False before merging; unmerging then computes the base back, with
-    rounding. Of a quantised base the original, which is small, is kept in any case.
+    Attributes:
+        keep_original: Whether a merge keeps the pristine weight in host memory (the default), so that unmerging is
+            bit-exact. Where memory is short, set it to False before merging: unmerging then recomputes the base, with
+            rounding. The original of a quantised base is small and always kept.
     """
 
     bone_block: nn.ParameterDict
     bone_scale: dict[str, float]
     bone_variant: dict[str, variants.Variant]
+    base_kind: BaseKind
+    keep_original = True
     _cache: Cache
-    _kind: BaseKind
-
-    def _init_merging(self) -> None:
-        self.merged_adapters: list[str] = []
-        self.keep_original = True
-        self._original_weight: Any = None
-        # What stands merged, as it was merged: blocks and scales may change while a merge stands.
-        self._merged_as: dict[str, Term] = {}
+    _original_weight: Any = None
+    _merged_as: dict[str, Term]  # merged adapters as they were merged; blocks and scales may change afterwards
 
     @property
     def keeps_original(self) -> bool:
         """Whether the next merge keeps the original."""
-        return self.keep_original or self._kind.always_keeps_original
+        return self.keep_original or self.base_kind.always_keeps_original
 
     @_on_whole_weights()
     def get_delta_weight(self, adapter: str, orig_weight: Tensor | None = None) -> Tensor:
-        """The difference that merging the adapter makes to the base weight, in the base's layout, in every variant.
+        """What merging the adapter adds to the base weight, in the base's layout.
 
         Args:
             adapter: Its name.
-            orig_weight: The weight that it is merged into; None takes the pristine base weight, also while merged.
+            orig_weight: The weight to merge into; None takes the pristine base weight, also while merged.
 
         Returns:
             A new tensor in fp32 (fp64 for an fp64 base); in `orig_weight`'s dtype if that was given.
         """
-        W = self._pristine_weight()
-        if orig_weight is not None:
-            W = self._kind.matrix(orig_weight.detach())
+        W = self.pristine_weight() if orig_weight is None else self.base_kind.matrix(orig_weight.detach())
         block = self.bone_block[adapter].detach()
         dtype = shards.opmath_dtype(W, block)
         variant, scale = self.bone_variant[adapter], self.bone_scale[adapter]
         delta = variant.delta(W.to(dtype), block.to(W.device, dtype)) * scale
         delta = delta if orig_weight is None else delta.to(orig_weight.dtype)
-        return self._kind.stored(delta, self.get_base_layer())
+        return self.base_kind.stored(delta, self.get_base_layer())
 
     @_on_whole_weights()
     def merged_weight(self, adapter_names: list[str], must_be_finite: bool = False) -> Tensor:
         """The base weight, in its own layout and dtype, with exactly the named adapters in it; nothing is changed.
 
-        Adapters that stand merged are taken as they were merged, the others as they are now.
+        Adapters that are merged count as they were merged, the others as they are now.
 
         Raises:
             NonFiniteError: `must_be_finite`, and it would hold NaN or infinity.
-            ConfigError: the weight is computed by a parametrisation, so that it cannot be set.
+            ConfigError: a parametrisation computes the weight.
         """
-        return self._kind.stored(self._merged_W(adapter_names, must_be_finite), self.get_base_layer()).contiguous()
+        return self.base_kind.stored(self._merged_W(adapter_names, must_be_finite), self.get_base_layer()).contiguous()
 
     def _merged_W(self, adapter_names: list[str], must_be_finite: bool) -> Tensor:
-        self._kind.check_writable(self.get_base_layer())
+        self.base_kind.check_writable(self.get_base_layer())
         names = [n for n in dict.fromkeys(adapter_names) if n in self.bone_block]
         terms = self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as}
         where = f"adapter {', '.join(map(repr, names))}"
-        return variants.merged_weight(self._pristine_weight(), terms.values(), where, must_be_finite)
+        return variants.merged_weight(self.pristine_weight(), terms.values(), where, must_be_finite)
 
     @_on_whole_weights()
     def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
-        """Find out, without changing anything, whether these adapters can be merged: to finite values, and so that
-        the pristine weight could be computed back.
+        """Check, without changing anything, that these adapters can be merged: to finite values, and so that the
+        pristine weight can be recomputed.
 
         Raises:
             FlashboneError: as `merge` does.
@@ -110,26 +111,24 @@ class MergeableLayer(BaseTunerLayer):
         if names and (must_be_finite or undoable):
             self._prepare_merge(names, must_be_finite, undoable)
         elif names:
-            self._kind.check_writable(self.get_base_layer())
+            self.base_kind.check_writable(self.get_base_layer())
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
         return [n for n in dict.fromkeys(names) if n in self.bone_block and n not in self._merged_as]
 
     def _prepare_merge(self, names: list[str], must_be_finite: bool, undoable: bool) -> Tensor:
-        """The merged W, checked as asked for."""
+        """The merged W, checked."""
         merged = self._merged_W([*self.merged_adapters, *names], must_be_finite)
         if undoable:
-            check_undoable(self._pristine_weight(), merged, (self._as_now(names) | self._merged_as).values())
+            check_undoable(self.pristine_weight(), merged, (self._as_now(names) | self._merged_as).values())
         return merged
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     @_on_whole_weights(write=True)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base weight.
 
-        Every delta refers to the pristine weight, so that the order of merges never matters.
+        Every delta refers to the pristine weight, so the order of merges does not matter.
 
         Args:
             safe_merge: Raise, and change nothing, if the result would hold NaN or infinity.
@@ -138,7 +137,7 @@ class MergeableLayer(BaseTunerLayer):
         Raises:
             NonFiniteError: see `safe_merge`.
             ConfigError: the base weight cannot be set.
-            FlashboneError: `keep_original` is off, and the pristine weight could not be computed back.
+            FlashboneError: `keep_original` is off, and the pristine weight could not be recomputed.
         """
         check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
         names = self._to_merge(adapter_names)
@@ -148,11 +147,11 @@ class MergeableLayer(BaseTunerLayer):
         base = self.get_base_layer()
         is_first_kept = self.keeps_original and self._original_weight is None
         if is_first_kept:
-            if self.merged:  # by a merge that kept none: what it is computed back to
-                self._kind.write(base, self._unmerged_by_subtraction())
-            self._original_weight = self._kind.keep(base)
+            if self.merged:  # by a merge that kept no original
+                self.base_kind.write(base, self._unmerged_by_subtraction())
+            self._original_weight = self.base_kind.keep(base)
         try:
-            self._kind.write(base, merged)
+            self.base_kind.write(base, merged)
         except Exception:
             if is_first_kept:
                 self._original_weight = None
@@ -161,8 +160,6 @@ class MergeableLayer(BaseTunerLayer):
         self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
         self.merged_adapters.extend(names)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     @_on_whole_weights(write=True)
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again: bit for bit where the original was kept."""
@@ -171,36 +168,34 @@ class MergeableLayer(BaseTunerLayer):
             return
         base = self.get_base_layer()
         if self._original_weight is not None:
-            self._kind.restore(base, self._original_weight)
+            self.base_kind.restore(base, self._original_weight)
         else:
-            self._kind.write(base, self._unmerged_by_subtraction())
+            self.base_kind.write(base, self._unmerged_by_subtraction())
         self._original_weight = None
         self._merged_as = {}
         self.merged_adapters = []
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     @_on_whole_weights(write=True)
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The bare base layer, with the adapters merged into it if asked for; no original is kept."""
+        """The bare base layer, with the adapters merged into it if `merge`; no original is kept."""
         if merge:
             check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
             if names := self._to_merge(adapter_names):
                 merged = self._merged_W([*self.merged_adapters, *names], must_be_finite=safe_merge)
-                self._kind.write(self.get_base_layer(), merged)
+                self.base_kind.write(self.get_base_layer(), merged)
         return self.get_base_layer()
 
-    def _pristine_weight(self) -> Tensor:
+    def pristine_weight(self) -> Tensor:
         """The base's weight (out, in) without any adapter, detached, on the base's device."""
         base = self.get_base_layer()
         if self._original_weight is not None:
-            return self._kind.kept_weight(base, self._original_weight)
-        return self._unmerged_by_subtraction() if self.merged else self._kind.weight(base).detach()
+            return self.base_kind.kept_weight(base, self._original_weight)
+        return self._unmerged_by_subtraction() if self.merged else self.base_kind.weight(base).detach()
 
     def _as_now(self, names: list[str]) -> dict[str, Term]:
         return {n: (self.bone_variant[n], self.bone_block[n].detach(), self.bone_scale[n]) for n in names}
 
     def _unmerged_by_subtraction(self) -> Tensor:
-        return undo(self._kind.weight(self.get_base_layer()).detach(), self._merged_as.values())
+        return undo(self.base_kind.weight(self.get_base_layer()).detach(), self._merged_as.values())

@@ -32,13 +32,13 @@ def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
         yield
 
 
-def comes_and_goes(module: nn.Module) -> bool:
+def is_sharded_or_offloaded(module: nn.Module) -> bool:
     """Whether a host takes the module's parameters away between its calls. Not so under FSDP2 while the forward of
     the unit runs that the module is a part of."""
     return _offload_hook(module) is not None or any(map(is_sharded, _own(module).values()))
 
 
-def is_simply_there(parameter: Tensor | None) -> bool:
+def is_materialized(parameter: Tensor | None) -> bool:
     """Whether autograd can use it as it is; cheap. None, a shard, and a place without numbers are not."""
     return type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
 
@@ -163,7 +163,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if hook is None or hook.execution_device is None else torch.device(hook.execution_device)
 
 
-def keep_here(holder: nn.Module) -> None:
+def stop_offloading(holder: nn.Module) -> None:
     """Take the module's parameters out of offloading, to where it computes: small ones, that may be trained."""
     if _offload_hook(holder) is not None:
         with whole(holder):

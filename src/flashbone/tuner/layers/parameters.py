@@ -14,7 +14,7 @@ from flashbone.errors import ConfigError, ShapeError
 from flashbone.tuner.layers.conv import CONVOLUTIONS
 from flashbone.tuner.layers.kinds import BaseKind, with_article
 from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
-from flashbone.tuner.layers.shifts import acting, call_with, shifted_parameter
+from flashbone.tuner.layers.shifts import adapters_to_apply, call_shifted, shifted_parameter
 from flashbone.variants import Variant
 from flashbone.variants.stacked import PerExpert
 
@@ -59,11 +59,11 @@ class ParamWrapper(BoneLinear):
         self.experts = shape[0] if len(shape) == 3 else None
         return ParameterKind(self.parameter_name, len(shape) == 3 and bool(getattr(base, "is_transposed", False)))
 
-    def _fitted(self, variant: Variant, dropout: float) -> Variant:
+    def _checked_variant(self, variant: Variant, dropout: float) -> Variant:
         if dropout:
             raise ConfigError(
-                f"dropout={dropout} has no place where a parameter is adapted, whose input is not seen; use dropout=0,"
-                " or give target_parameters an adapter of their own"
+                f"dropout={dropout} cannot be applied to a parameter, whose input is unknown; use dropout=0, or"
+                " give target_parameters an adapter of their own"
             )
         return variant if self.experts is None else PerExpert(variant, self.experts)
 
@@ -77,16 +77,14 @@ class ParamWrapper(BoneLinear):
         except AttributeError:
             if "base_layer" not in self.__dict__.get("_modules", ()) or name == "parameter_name":
                 raise
-        if name == self.parameter_name and (names := acting(self)):
+        if name == self.parameter_name and (names := adapters_to_apply(self)):
             return shifted_parameter(self, names)
         return getattr(self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own output, with the shifted parameter in the parameter's place."""
-        names = acting(self)
-        if not names:
-            return self.base_layer(*args, **kwargs)
-        return call_with(self, self.parameter_name, shifted_parameter(self, names), args, kwargs)
+        """The module's output with the shifted parameter."""
+        names = adapters_to_apply(self)
+        return call_shifted(self, names, args, kwargs) if names else self.base_layer(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -1,10 +1,14 @@
-"""Base layers with a quantised weight, through PEFT's backends: dequantised to be read, requantised by a merge."""
+"""Base layers with a quantised weight, through PEFT's backends: dequantised to read, requantised by a merge.
+
+To add a quantiser: a subclass of QuantizedKind and an entry in `_KINDS`, both here; its package goes into `_PACKAGES`.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,21 +17,21 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flashbone.errors import ConfigError
-from flashbone.tuner.layers.kinds import BaseKind, with_article
+from flashbone.tuner.layers.kinds import LINEAR, TRANSPOSED, BaseKind, with_article
 
-# A layer of a package that nobody imported cannot be there, and PEFT would import the package to find that out.
+# PEFT would import a package to find out whether a layer is from it; no layer is from one that nobody has imported.
 _PACKAGES = ("bitsandbytes", "hqq", "torchao", "aqlm", "eetq", "gptqmodel", "neural_compressor", "transformer_engine")
 _FUSED = ("LayerNormLinear", "LayerNormMLP")  # TransformerEngine's: what they multiply is not what they are given
 
 
 def _unknown_settings() -> None:
-    """Stands for the settings of a torchao layer that was not quantised by transformers."""
+    """In place of the settings of a torchao layer that transformers did not quantise."""
 
 
 class QuantizedKind(BaseKind):
-    """A layer of one of PEFT's quantisation backends. W is dequantised for each reader, and nobody keeps it.
+    """A layer of one of PEFT's quantisation backends. W is dequantised at each read and not kept.
 
-    What a merge writes over is kept as it is, quantised: computing it back would quantise once more.
+    A merge always keeps the quantised original: recomputing it would quantise twice.
     """
 
     always_keeps_original = True
@@ -45,7 +49,7 @@ class QuantizedKind(BaseKind):
             raise ConfigError(problem)
         try:
             return self.backend.get_base_weight(module).detach()
-        except NotImplementedError as error:  # torchao's word on some of its types
+        except NotImplementedError as error:  # torchao, for some of its types
             raise ConfigError(f"the base weight cannot be dequantised: {error}") from error
 
     def is_refetched(self, module: nn.Module) -> bool:
@@ -57,13 +61,14 @@ class QuantizedKind(BaseKind):
     def check_writable(self, module: nn.Module) -> None:
         if (problem := self.unreadable(module)) is not None:
             raise ConfigError(
-                f"{problem}, so that nothing can be merged into them; keep the adapter apart, or merge it into the"
+                f"{problem}, so nothing can be merged into them; keep the adapter apart, or merge it into the"
                 " unquantised model (flashbone merge) and quantise that"
             )
 
     def write(self, module: Any, W: Tensor) -> None:
-        """Quantise W with the layer's own settings; if that fails, the layer is as it was."""
-        before, holder = self._state(module), _Holder(module)
+        """Quantise W with the layer's settings; if that fails, the layer is unchanged."""
+        before = self._state(module)
+        holder = SimpleNamespace(base_layer=module, get_base_layer=lambda: module)  # as PEFT's layer
         try:
             self.backend.set_base_weight(holder, W.contiguous())
             self._take_over(module, holder.base_layer)
@@ -72,7 +77,7 @@ class QuantizedKind(BaseKind):
             raise
 
     def keep(self, module: Any) -> Any:
-        """All that makes up the quantised weight, in host memory; on the CPU its own storages."""
+        """The quantised weight in host memory; on the CPU its own storage."""
         return _moved(self._state(module), "cpu")
 
     def kept_weight(self, module: Any, kept: Any) -> Tensor:
@@ -87,17 +92,17 @@ class QuantizedKind(BaseKind):
         self._put(module, _moved(kept, self.parameter(module).device))
 
     def _state(self, module: Any) -> dict[str, Any]:
-        """What makes up the quantised weight: tensors, and settings that say how to read them."""
+        """The quantised weight: tensors, and the settings for reading them."""
         return {"weight": module.weight}
 
     def _put(self, module: Any, state: dict[str, Any]) -> None:
-        """Make `state` the module's weight."""
+        """Set the module's weight to a result of `_state`."""
         weight = state["weight"]
         vars(module).pop("weight", None)  # left by a requantisation that failed
         module.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
 
     def _take_over(self, module: Any, written: Any) -> None:
-        """Take the weight from the layer that the backend wrote to, where that is another one."""
+        """Copy the weight from the layer that the backend wrote to, where that is a new one."""
 
 
 class TorchaoKind(QuantizedKind):
@@ -107,13 +112,13 @@ class TorchaoKind(QuantizedKind):
         super().check_writable(module)
         if self.backend.get_apply_tensor_subclass is _unknown_settings:
             raise ConfigError(
-                "the settings by which this torchao layer was quantised are not known, so that nothing can be merged"
-                " into it; load the model with transformers' TorchAoConfig"
+                "the quantisation settings of this torchao layer are unknown, so nothing can be merged into it;"
+                " load the model with transformers' TorchAoConfig"
             )
 
     def caller(self, module: Any) -> Callable[..., Tensor]:
-        """With quantised activations torchao gives no gradient of the input, without a word: then the gradient goes
-        straight through their rounding, as `grad W`."""
+        """With quantised activations torchao silently returns no gradient of the input; then the gradient goes straight
+        through their rounding, as `grad W`."""
         weight = module.weight
         names = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
         if not torch.is_grad_enabled() or all(getattr(weight, name, None) is None for name in names):
@@ -122,12 +127,12 @@ class TorchaoKind(QuantizedKind):
 
 
 class Bnb8bitKind(QuantizedKind):
-    """bitsandbytes: the parameter and its attributes; 8-bit layers have a state beside them, which their calls read."""
+    """bitsandbytes: the parameter and its attributes; 8-bit layers also have a state, which their calls read."""
 
     def _state(self, module: Any) -> dict[str, Any]:
         weight, state = module.weight, getattr(module, "state", None)
-        own = {} if state is None else dict(vars(state))
-        return {"class": type(weight), "data": weight.data, "attributes": dict(vars(weight)), "state": own}
+        state_fields = {} if state is None else dict(vars(state))
+        return {"class": type(weight), "data": weight.data, "attributes": dict(vars(weight)), "state": state_fields}
 
     def _put(self, module: Any, state: dict[str, Any]) -> None:
         weight: Any = torch.Tensor._make_subclass(state["class"], state["data"], False)
@@ -141,9 +146,9 @@ class Bnb8bitKind(QuantizedKind):
 
 
 class Bnb4bitKind(Bnb8bitKind):
-    """As 8-bit ones, and never in the layout of which bitsandbytes makes use on CPUs; see `keep_trainable`."""
+    """As 8-bit ones, but never in the layout that bitsandbytes uses on CPUs; see `keep_trainable`."""
 
-    @torch.compiler.disable  # bitsandbytes' attributes send the compiler round in circles
+    @torch.compiler.disable  # the compiler does not end on bitsandbytes' attributes
     def weight(self, module: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         _unpack(module)
         return super().weight(module)
@@ -154,7 +159,7 @@ class Bnb4bitKind(Bnb8bitKind):
 
 
 class HqqKind(QuantizedKind):
-    """HQQ: packed data and a dictionary; the backend writes to a new layer, of which these are taken."""
+    """HQQ: packed data and a dictionary; the backend writes to a new layer, and these are copied from it."""
 
     def parameter(self, module: Any) -> Any:
         return module.W_q
@@ -172,12 +177,13 @@ class HqqKind(QuantizedKind):
 
 
 class ForwardOnlyKind(QuantizedKind):
-    """GPTQ, AWQ, EETQ, AQLM, ...: a layer that is only called."""
+    """GPTQ, AWQ, EETQ, AQLM and others: the layer can be called, not read."""
 
     def parameter(self, module: Any) -> Any:
         return module
 
 
+# By the backend's name in PEFT.
 _KINDS = {
     "bnb 8bit": Bnb8bitKind,
     "bnb 4bit": Bnb4bitKind,
@@ -200,6 +206,18 @@ def quantized_kind_of(module: nn.Module, get_apply_tensor_subclass: Any = None) 
     return None if backend is None else _KINDS.get(backend.backend_name, ForwardOnlyKind)(backend)
 
 
+def linear_kind(module: nn.Module, get_apply_tensor_subclass: Any = None) -> BaseKind:
+    """How a linear layer, quantised or not, stores its weight; arguments as of `quantized_kind_of`.
+
+    Raises:
+        ConfigError: the family cannot adapt the module as a linear layer.
+    """
+    if (problem := linear_problem(module)) is not None:
+        raise ConfigError(f"a Bone adapter cannot be put on this layer: {problem}")
+    quantized = quantized_kind_of(module, get_apply_tensor_subclass)
+    return quantized or (TRANSPOSED if isinstance(module, Conv1D) else LINEAR)
+
+
 def linear_problem(module: nn.Module) -> str | None:
     """Why the family cannot adapt a module as a linear layer, quantised or not; None if it can."""
     kind = type(module).__name__
@@ -211,13 +229,12 @@ def linear_problem(module: nn.Module) -> str | None:
     if kind in _FUSED:
         return f"it is a {kind}, which normalises its input before it multiplies; leave it out"
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return f"its base is a quantised {kind}, which does not say its sizes; leave it out"
+        return f"its base is a quantised {kind}, whose sizes are unknown; leave it out"
     return None
 
 
 def weight_count(parameter: Any) -> int:
-    """How many weights a parameter holds: all of a partitioned one of ZeRO-3, two in each byte of a packed 4-bit one of
-    bitsandbytes."""
+    """How many weights a parameter holds, also where ZeRO-3 partitions it or bitsandbytes packs two into a byte."""
     if hasattr(parameter, "ds_numel"):
         return int(parameter.ds_numel)
     is_packed = type(parameter).__name__ == "Params4bit" and getattr(parameter, "bnb_quantized", True)
@@ -227,9 +244,8 @@ def weight_count(parameter: Any) -> int:
 def keep_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers of a model in the layout that can be trained and dequantised.
 
-    On CPUs with AVX512-BF16 a call in eval mode rewrites them for good, for speed: from then on they have no gradient,
-    in training neither, and dequantise to nonsense. Layers that were rewritten already are written back; their scales
-    were rounded to bf16 then.
+    On CPUs with AVX512-BF16 a call in eval mode rewrites them for speed: from then on they have no gradient and
+    dequantise to nonsense. Layers that are already rewritten are written back, with scales rounded to bf16.
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
@@ -248,16 +264,6 @@ def _unpack(module: Any) -> None:
     data, plain = F._convert_weight_packed_for_cpu_inverse(module.weight.data, plain)
     plain.absmax = absmax.T.reshape(-1).float().contiguous()
     module.weight.data, module.weight.quant_state, module.quant_state = data, plain, plain
-
-
-class _Holder:
-    """What a backend takes for PEFT's layer: it reads the base of it, and may put another one there."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        self.base_layer = base_layer
-
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer
 
 
 def _moved(value: Any, device: Any) -> Any:

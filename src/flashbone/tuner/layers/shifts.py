@@ -1,4 +1,4 @@
-"""The shift of a base's weight as a new weight, for layers that are no product with the rows of their input."""
+"""Shifting a base's weight itself, for layers that are not a product with the rows of their input."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
 Term = tuple[variants.Variant, Tensor, float]
 
 
-def acting(layer: BoneLayer) -> list[str]:
-    """Names of the adapters that take part in a call: none while merged or disabled, which takes a merge back.
+def adapters_to_apply(layer: BoneLayer) -> list[str]:
+    """Names of the adapters for a call: none while merged or disabled. Disabling unmerges.
 
     Raises:
-        ConfigError: the call has an adapter for each row, and the weight is one for all of them.
+        ConfigError: the call names an adapter for each row, and all rows share one weight.
     """
     if layer.row_names is not None and not layer.disable_adapters:
         if any(name in layer.bone_block for name in layer.row_names.names):
@@ -33,21 +33,20 @@ def acting(layer: BoneLayer) -> list[str]:
         return []
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
-    return [] if layer.disable_adapters or layer.merged else layer._active()
+    return [] if layer.disable_adapters or layer.merged else layer.active_here()
 
 
-def by_rows(layer: BoneLayer, x: Tensor, run: Callable[[Tensor, list[str]], Tensor]) -> Tensor:
-    """`run(x, names)` with the adapters that act; where each row has its own, for the rows of each by themselves.
+def by_rows(layer: BoneLinear, x: Tensor, run: Callable[[Tensor, list[str]], Tensor]) -> Tensor:
+    """`run(x, names)` with the adapters to apply; with an adapter for each row, on the rows of each adapter in turn.
 
     Raises:
-        ConfigError: each row has its own adapter, and adapters stand merged.
+        ConfigError: there is an adapter for each row, and adapters are merged.
         ShapeError: x has another number of rows.
     """
     rows = layer.row_names
     if rows is None or layer.disable_adapters:
-        return run(x, acting(layer))
-    if layer.merged:
-        raise ConfigError("adapter_names: adapters stand merged, so that no row can be without; unmerge them first")
+        return run(x, adapters_to_apply(layer))
+    layer.check_rows()
     groups = rows.groups(len(x))
     x, end = rows.sorted(x), max((group.start + group.size for group in groups), default=0)
     parts = [run(x.narrow(0, g.start, g.size), [g.name] if g.name in layer.bone_block else []) for g in groups]
@@ -57,14 +56,14 @@ def by_rows(layer: BoneLayer, x: Tensor, run: Callable[[Tensor, list[str]], Tens
 
 
 def terms(layer: BoneLinear, names: list[str]) -> list[Term]:
-    """Variant, block and scale of each."""
-    return [(layer.bone_variant[name], layer._block(name), layer.bone_scale[name]) for name in names]
+    """Variant, block and scale of each adapter."""
+    return [(layer.bone_variant[name], layer.block_of(name), layer.bone_scale[name]) for name in names]
 
 
 def shifted_weight(W: Tensor, adapters: list[Term]) -> Tensor:
-    """`W + sum of scale * delta(W)` in W's dtype, (out, in) or one for each expert; gradients reach every block.
+    """`W + sum of scale * delta(W)` in W's dtype, (out, in) or a stack of experts; gradients reach every block.
 
-    The delta of bone and mini repeats along the input with period r: no delta as large as W is made.
+    The delta of bone and mini repeats along the input with period r, so no delta as large as W is made.
     """
     total = W
     with without_autocast(W.device.type):
@@ -78,27 +77,26 @@ def shifted_weight(W: Tensor, adapters: list[Term]) -> Tensor:
 
 
 def shifted_parameter(layer: BoneLinear, names: list[str]) -> Tensor:
-    """What the layer's parameter becomes with these adapters, as it is stored; made anew in each call, since it is as
-    large as the parameter.
+    """The layer's parameter with these adapters, as the base stores it. Not kept: it is as large as the parameter.
 
     Raises:
-        ConfigError: a host takes the parameter away between calls.
+        ConfigError: see `check_not_offloaded`.
     """
-    check_is_there(layer)
-    base = layer.get_base_layer()
-    return layer._kind.stored(shifted_weight(layer._kind.weight(base), terms(layer, names)), base)
+    check_not_offloaded(layer)
+    base, kind = layer.get_base_layer(), layer.base_kind
+    return kind.stored(shifted_weight(kind.weight(base), terms(layer, names)), base)
 
 
-def refuse_dropout_in_own_forward(base: nn.Module, dropout: float) -> None:
-    """For a base whose forward is not that of its kind.
+def check_no_dropout(base: nn.Module, dropout: float) -> None:
+    """Check the dropout for a base that overrides the forward of its kind.
 
     Raises:
-        ConfigError: there is dropout.
+        ConfigError: it is not 0.
     """
     if dropout:
         raise ConfigError(
-            f"{type(base).__name__} has a forward of its own, in which only its weight can be shifted, so that"
-            f" dropout={dropout} has no place; use dropout=0, or leave the layer out"
+            f"{type(base).__name__} has a forward of its own, in which only its weight can be shifted, so"
+            f" dropout={dropout} cannot be applied; use dropout=0, or leave the layer out"
         )
 
 
@@ -109,33 +107,23 @@ def weight_delta(W: Tensor, adapters: list[Term]) -> Tensor:
         return sum(deltas[1:], deltas[0])
 
 
-def check_is_there(layer: BoneLayer) -> None:
+def check_not_offloaded(layer: BoneLayer) -> None:
     """
     Raises:
-        ConfigError: a host takes the base's weight away between calls, and would put its own over a shifted one.
+        ConfigError: a host shards or offloads the base's weight, and would replace a shifted one by its own.
     """
     base = layer.get_base_layer()
-    if offloading.comes_and_goes(base):
+    if offloading.is_sharded_or_offloaded(base):
         raise ConfigError(
             f"the weight of this {type(base).__name__} is sharded or offloaded, and {type(layer).__name__} has to shift"
             " it before the layer is called; keep the layer where it computes, or leave it out"
         )
 
 
-def call_with(layer: BoneLayer, parameter: str, value: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A call of what lies inside the layer, with another value of one of the base's parameters for this call.
-
-    Raises:
-        ConfigError: see `check_is_there`.
-    """
-    check_is_there(layer)
-    path = "base_layer." * _depth(layer) + parameter
-    return functional_call(layer.base_layer, {path: value}, args, kwargs, tie_weights=False)
-
-
-def _depth(layer: BoneLayer) -> int:
-    """How many adapters of other layers or methods lie between the layer and its base."""
-    count, inner = 0, layer.base_layer
-    while hasattr(inner, "base_layer"):
-        count, inner = count + 1, cast(nn.Module, inner.base_layer)
-    return count
+def call_shifted(layer: BoneLinear, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call the wrapped module with the adapted parameter shifted by these adapters, for this call only."""
+    path, inner = layer.base_kind.parameter_name, layer.base_layer
+    while hasattr(inner, "base_layer"):  # adapters of other layers or methods inside this one
+        path, inner = f"base_layer.{path}", cast(nn.Module, inner.base_layer)
+    shifted = {path: shifted_parameter(layer, names)}
+    return functional_call(layer.base_layer, shifted, args, kwargs, tie_weights=False)

@@ -37,8 +37,7 @@ class Controls(BaseTuner):
         """
         self._caches = keep
         for _, layer in bone_layers(self.model):
-            layer.caches = keep
-            layer._cache.clear()
+            layer.set_caches(keep)
 
     def set_backend(self, name: str) -> None:
         """Who computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused kernels.

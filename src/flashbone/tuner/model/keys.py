@@ -28,7 +28,7 @@ def file_keys(model: nn.Module) -> dict[str, str]:
             found[f"{name}.{VALUES}"] = bare(name)
         if not isinstance(layer, BoneLayer):
             continue
-        kind = layer._kind
+        kind = layer.base_kind
         is_transposed = isinstance(layer, BoneEmbedding) or (isinstance(kind, ParameterKind) and kind.is_transposed)
         block = BLOCK_OF_TRANSPOSED if is_transposed else BLOCK
         found[f"{name}.{BLOCK}"] = f"{own_name(name, layer, wrappers)}.{block}"

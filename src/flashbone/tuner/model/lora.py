@@ -131,6 +131,6 @@ def _factored(name: str, layer: BoneLinear, adapter_name: str, rank: int | None,
         variant, scale = layer.bone_variant[adapter_name], layer.bone_scale[adapter_name]
         sizes = layer.out_features, layer.in_features
         try:
-            return lowrank.factored(variant, block, sizes, layer._pristine_weight, rank, error, scale)
+            return lowrank.factored(variant, block, sizes, layer.pristine_weight, rank, error, scale)
         except (ConfigError, NonFiniteError) as problem:
             raise type(problem)(f"{name}: {problem}") from None

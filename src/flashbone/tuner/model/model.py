@@ -123,7 +123,7 @@ class BoneModel(Controls):
         """
         sources = [name for name, other in self.peft_config.items() if other is config and name != REFERENCE]
         for _, layer in bone_layers(self.model) if sources else ():
-            offloading.keep_here(layer.bone_block)
+            offloading.stop_offloading(layer.bone_block)
             if sources[0] in layer.bone_block and REFERENCE in layer.bone_block:
                 layer.bone_block[REFERENCE].data = layer.bone_block[sources[0]].detach().clone()
                 layer.bone_scale[REFERENCE] = layer.bone_scale[sources[0]]
@@ -239,9 +239,9 @@ class BoneModel(Controls):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, mapped)
         for layer in _layers_of(model, adapter_name):  # what is copied to an offloaded block is lost
-            offloading.keep_here(layer.bone_block)
+            offloading.stop_offloading(layer.bone_block)
         for saved in saved_parameters.find(model):
-            offloading.keep_here(saved.bone_parameter)
+            offloading.stop_offloading(saved.bone_parameter)
         return mapped
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

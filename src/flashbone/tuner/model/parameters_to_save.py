@@ -178,7 +178,7 @@ def _unfit(module: nn.Module, parameter: Any, others: list[str]) -> str | None:
     kind = type(module).__name__
     if others:
         return f"it is also {', '.join(others)}, one tensor that would be two; untie them, or leave it out"
-    if offloading.comes_and_goes(module):
+    if offloading.is_sharded_or_offloaded(module):
         return "it is sharded or offloaded; add the adapter to a model that is whole and in memory, or leave it out"
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
         what = parameter.dtype if type(parameter) is nn.Parameter else type(parameter).__name__

@@ -83,7 +83,7 @@ class SavedParameter(nn.Module, BaseTunerLayer):
 
     def update(self, adapter_name: str, is_trained: bool, on_meta: bool) -> None:
         """Add an adapter; its value starts as the base's."""
-        offloading.keep_here(self.bone_parameter)
+        offloading.stop_offloading(self.bone_parameter)
         base = self.base_layer.original.detach()
         base = base if self._kept is None else self._kept.to(base.device, base.dtype)
         start = torch.empty_like(base, device="meta") if on_meta else base.clone(memory_format=torch.contiguous_format)
@@ -140,7 +140,7 @@ class SavedParameter(nn.Module, BaseTunerLayer):
 
     def _there(self, holder: nn.Module, key: str) -> Tensor:
         found: Any = holder._parameters.get(key)
-        if offloading.is_simply_there(found):
+        if offloading.is_materialized(found):
             return found
         if found is not None and offloading.is_sharded(found):
             raise ConfigError(
@@ -158,7 +158,7 @@ class SavedParameter(nn.Module, BaseTunerLayer):
         """
         names = self._to_merge(adapter_names)
         self.check_alone([*self.merged_adapters, *names])
-        if names and offloading.comes_and_goes(self.base_layer):
+        if names and offloading.is_sharded_or_offloaded(self.base_layer):
             raise ConfigError(
                 f"{self.name}: it is sharded or offloaded, so that no adapter's value (parameters_to_save) can be put"
                 " in its place; merge the files with `flashbone merge`"
@@ -225,7 +225,7 @@ def forget(model: nn.Module, adapter_name: str) -> None:
     for saved in find(model):
         if adapter_name in saved._all_available_adapter_names():
             saved.delete_adapter(adapter_name)
-        if not saved.bone_parameter and not offloading.comes_and_goes(saved.base_layer):
+        if not saved.bone_parameter and not offloading.is_sharded_or_offloaded(saved.base_layer):
             saved.detach()
 
 
@@ -238,7 +238,7 @@ def unload(model: nn.Module, merge: bool, adapter_names: list[str] | None) -> No
     found = find(model)
     for saved in found:
         saved.check_detachable()
-        if offloading.comes_and_goes(saved.base_layer):
+        if offloading.is_sharded_or_offloaded(saved.base_layer):
             raise ConfigError(
                 f"{saved.name}: it was sharded or offloaded while an adapter kept it (parameters_to_save), and cannot"
                 " be made plain again there; save the adapter, and load it into a model that is whole"
@@ -266,7 +266,7 @@ def put_aside(model: nn.Module) -> Iterator[list[SavedParameter]]:
         yield found
     finally:
         for saved in found:
-            if saved.bone_parameter or offloading.comes_and_goes(saved.base_layer):
+            if saved.bone_parameter or offloading.is_sharded_or_offloaded(saved.base_layer):
                 saved.attach()
 
 

@@ -101,6 +101,7 @@ def check_host(model: nn.Module) -> None:
     Raises:
         ConfigError: it divides weights in place between calls, or reads an adapted layer's weight past the layer.
     """
+    module: Any
     for name, module in model.named_modules():
         kind = type(module).__name__
         if hasattr(type(module), "_rescale_layers") and module.config.rescale_every > 0:  # transformers' RWKV-4

@@ -28,7 +28,7 @@ def add_weighted_adapter(
     factors = dict(zip(adapters, weights, strict=True))
     combined: dict[str, tuple[Variant, Tensor]] = {}
     for name, layer in bone_layers(model.model):
-        offloading.keep_here(layer.bone_block)  # an offloaded block holds no numbers
+        offloading.stop_offloading(layer.bone_block)  # an offloaded block holds no numbers
         present = {n: factor * layer.bone_scale[n] for n, factor in factors.items() if n in layer.bone_block}
         if present:
             combined[name] = combine(name, layer, present)
