@@ -91,10 +91,10 @@ def test_converting(place, capsys):
 def test_training(place):
     names = run_page("docs/training.md").names
     tokenizer = tiny_tokenizer()
-    assert names["tokenise"](["the cat sat", "yes"], tokenizer, "data").tolist() == [
-        *tokenizer("the cat sat")["input_ids"],
-        tokenizer.eos_token_id,
-    ]
+    names["tokenise"](["the cat sat", "yes"], tokenizer, "ids.jsonl")
+    rows = [json.loads(line) for line in (place / "ids.jsonl").read_text().splitlines()]
+    assert rows[0]["input_ids"] == [*tokenizer("the cat sat")["input_ids"], tokenizer.eos_token_id]
+    assert len(rows) == 2
     (snippet,) = [block.text for block in blocks("docs/training.md") if block.language == "yaml"]
     recipe = {"model": "M", "output": "o", "data": {"path": "data"}} | yaml.safe_load(snippet)
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))

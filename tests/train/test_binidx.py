@@ -1,6 +1,5 @@
-"""Tokenised documents in .bin/.idx pairs: the bytes of the format by hand, what is refused, and what is written."""
+"""Tokenised documents in .bin/.idx pairs: the bytes of the format by hand, and what is refused."""
 
-import struct
 from contextlib import suppress
 
 import numpy as np
@@ -8,27 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashbone.errors import FlashboneError, FormatError
-from flashbone.train.binidx import BinIdx, is_binidx, pair, write_binidx
+from flashbone.errors import FormatError
+from flashbone.train.binidx import BinIdx, is_binidx, pair
+from helpers.binidx import CODES, write_binidx
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
-CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}  # struct's letter -> the format's code
 
 
 def by_hand(folder, sequences=SEQUENCES, documents=(0, 1, 3, 4), letter="H", **header):
-    """The pair as the format describes it, sharing no code with flashbone; `header` overrides its fields."""
-    width = struct.calcsize(letter)
-    data = b"".join(struct.pack(f"<{len(ids)}{letter}", *ids) for ids in sequences)
-    sizes = header.pop("sizes", [len(ids) for ids in sequences])
-    starts = [sum(len(ids) for ids in sequences[:i]) * width for i in range(len(sequences))]
-    fields = {"magic": b"MMIDIDX\x00\x00", "version": 1, "code": CODES[letter], "n": len(sequences), **header}
-    index = fields["magic"] + struct.pack("<QBQQ", fields["version"], fields["code"], fields["n"], len(documents))
-    index += struct.pack(f"<{len(sizes)}i", *sizes)
-    index += struct.pack(f"<{len(starts)}q", *header.get("pointers", starts))
-    index += struct.pack(f"<{len(documents)}q", *documents)
-    (folder / "d.bin").write_bytes(data)
-    (folder / "d.idx").write_bytes(index)
-    return folder / "d"
+    return write_binidx(folder / "d", sequences, documents, letter, **header)
 
 
 @pytest.mark.parametrize("letter", CODES)
@@ -151,45 +138,3 @@ def test_an_index_with_a_wrong_byte_is_refused_or_read_without_leaving_the_file(
     with suppress(FormatError):
         documents = list(BinIdx(path))
         assert sum(map(len, documents)) * documents[0].itemsize <= 4 * 20
-
-
-@pytest.mark.parametrize("letter", ["H", "i"])
-def test_the_writer_writes_the_bytes_of_the_format(tmp_path, letter):
-    by_hand(tmp_path, documents=range(5), letter=letter)
-    write_binidx(tmp_path / "ours", (np.array(ids) for ids in SEQUENCES), letter)
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"d{suffix}").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx", "ours.bin", "ours.idx"]
-
-
-@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=9))
-def test_what_is_written_is_read_back(tmp_path_factory, documents):
-    path = tmp_path_factory.mktemp("d") / "new/d.bin"
-    write_binidx(path, documents)
-    assert [ids.tolist() for ids in BinIdx(path)] == documents
-
-
-@pytest.mark.parametrize(
-    ("documents", "dtype", "message"),
-    [
-        ([[1], [2, 65536]], "uint16", r"d\.bin: document 1: token id 65536 is not within 0 to 65535 of uint16; choose"),
-        ([[-1]], "int32", r"document 0: token id -1 is not within 0 to 2147483647 of int32"),
-        ([[1], [0.5]], "uint16", r"document 1: float64 of shape \(1,\); a list of token ids was wanted"),
-        ([[[1]]], "uint16", r"document 0: int64 of shape \(1, 1\)"),
-        ([], "uint16", r"d\.bin: no documents to write"),
-        ([[1]], "float32", r"d\.idx: float32 cannot be written, one of uint8, int8, int16, int32, int64, uint16 was"),
-    ],
-)
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, documents, dtype, message):
-    with pytest.raises(FormatError, match=message):
-        write_binidx(tmp_path / "new/d", documents, dtype)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["d.bin", "d.idx"])
-def test_a_file_in_the_way_is_left_as_it_is(tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(FlashboneError, match=rf"{name}: exists already; name a new one, or remove it first"):
-        write_binidx(tmp_path / "d", SEQUENCES)
-    assert (tmp_path / name).read_text() == "mine"
-    assert len(list(tmp_path.iterdir())) == 1

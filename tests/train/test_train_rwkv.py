@@ -16,7 +16,6 @@ from flashbone.files import reading
 from flashbone.rwkv import RwkvTokenizer, from_pth
 from flashbone.train import callbacks
 from flashbone.train.arguments import trainer_arguments
-from flashbone.train.binidx import write_binidx
 from flashbone.train.building import build_trainer
 from flashbone.train.data import load_data
 from flashbone.train.folder import RunFolder
@@ -24,6 +23,7 @@ from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
 from flashbone.train.sections import RwkvSettings
 from flashbone.train.tokens import windows_for
+from helpers.binidx import write_binidx
 from helpers.comparison import Promise, relative_error, same_bits
 from helpers.rwkv import reference_logits, write_rwkv
 
@@ -293,7 +293,7 @@ def test_training_goes_on_with_an_adapter_of_rwkv_peft_and_is_written_back(recip
 def test_tokenised_documents_longer_than_the_chunk_are_trained(recipe_for, vocabulary, base, tmp_path):
     tokenizer = RwkvTokenizer(vocabulary)
     text = "The quick brown fox jumps over the lazy dog. " * 12
-    write_binidx(tmp_path / "docs", [tokenizer(f"{i}: {text}")["input_ids"] for i in range(12)], "uint16")
+    write_binidx(tmp_path / "docs", [tokenizer(f"{i}: {text}")["input_ids"] for i in range(12)])
     recipe = recipe_for(
         base,
         tmp_path / "run",

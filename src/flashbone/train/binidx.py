@@ -1,4 +1,4 @@
-"""Tokenised documents in a `.bin`/`.idx` pair, as Megatron and RWKV-LM have them: read as a memory map, or written.
+"""Tokenised documents in a `.bin`/`.idx` pair, as Megatron and RWKV-LM have them: read as a memory map.
 
     .idx  MMIDIDX\\0\\0, version u64 = 1, dtype code u8, sequences u64, entries of the document index u64,
           sizes int32[sequences], pointers int64[sequences] (bytes into .bin), document index int64[entries]
@@ -8,16 +8,13 @@ All numbers are little-endian. (Megatron-LM, `megatron/core/datasets/indexed_dat
 """
 
 import logging
-import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flashbone.errors import FlashboneError, FormatError
-from flashbone.files.outputs import whole_or_absent
+from flashbone.errors import FormatError
 
 log = logging.getLogger(__name__)
 
@@ -131,54 +128,6 @@ class BinIdx:
                 "were wanted; write it again"
             )
         return entries
-
-
-def write_binidx(path: str | Path, documents: Iterable[Any], dtype: Any = np.uint16) -> None:
-    """Write each document's token ids as one sequence; the `.bin` appears whole, and after it the `.idx`.
-
-    Args:
-        documents: Arrays or lists of ids, taken one at a time.
-
-    Raises:
-        FormatError: there are none, or one is no list of ids that `dtype` can hold; nothing is written.
-        FlashboneError: one of the files is there already, or the disk is full.
-    """
-    index, data = pair(path)
-    dtype = np.dtype(dtype).newbyteorder("<")
-    code = next((code for code, known in DTYPES.items() if known == dtype), None)
-    if code is None:
-        raise FormatError(
-            f"{index}: {dtype} cannot be written, one of {', '.join(map(str, DTYPES.values()))} was wanted"
-        )
-    for part in (index, data):
-        if os.path.lexists(part):
-            raise FlashboneError(f"{part}: exists already; name a new one, or remove it first")
-    with whole_or_absent(index, is_file=True) as index_part, whole_or_absent(data, is_file=True) as data_part:
-        sizes = []
-        with data_part.open("wb") as file:
-            for number, document in enumerate(documents):
-                ids = _ids(document, dtype, f"{data}: document {number}")
-                file.write(ids.tobytes())
-                sizes.append(len(ids))
-        if not sizes:
-            raise FormatError(f"{data}: no documents to write")
-        ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
-        with index_part.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
-            file.write(np.array(sizes, "<i4").tobytes())
-            file.write((ends - np.array(sizes) * dtype.itemsize).astype("<i8").tobytes())
-            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-
-
-def _ids(document: Any, dtype: np.dtype, where: str) -> np.ndarray:
-    ids = np.asarray(document)
-    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-        raise FormatError(f"{where}: {ids.dtype} of shape {ids.shape}; a list of token ids was wanted")
-    top = np.iinfo(dtype).max
-    if len(ids) and not 0 <= ids.min() <= ids.max() <= top:
-        got = ids.min() if ids.min() < 0 else ids.max()
-        raise FormatError(f"{where}: token id {got} is not within 0 to {top} of {dtype}; choose another dtype")
-    return ids.astype(dtype)
 
 
 def _mapped(path: Path) -> np.ndarray:
