@@ -224,7 +224,7 @@ def test_a_class_path_is_refused_and_not_imported(tmp_path, monkeypatch, trace, 
 
 def test_a_datasets_script_is_not_run(tmp_path, trace):
     from flashbone.errors import ConfigError
-    from flashbone.train.data import load_data
+    from flashbone.train.data.loading import load_data
     from flashbone.train.recipe import DataRecipe, Recipe
 
     folder = tmp_path / "rows"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashbone.errors import FormatError
-from flashbone.train.binidx import BinIdx, is_binidx, pair
+from flashbone.train.data.binidx import BinIdx, is_binidx, pair
 from helpers.binidx import CODES, write_binidx
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]

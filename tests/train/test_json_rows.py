@@ -3,7 +3,7 @@
 import pytest
 
 from flashbone.errors import FormatError
-from flashbone.train.rows import read_rows
+from flashbone.train.data.rows import read_rows
 
 
 def rows_of(tmp_path, text: str) -> list:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data import load_data
+from flashbone.train.data.loading import load_data
 from flashbone.train.recipe import DataRecipe, Recipe
 
 PAIRS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]

@@ -3,7 +3,7 @@
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.formats import ALPACA, answers, check_columns, converter, detect
+from flashbone.train.data.formats import ALPACA, answers, check_columns, converter, detect
 
 
 @pytest.mark.parametrize(

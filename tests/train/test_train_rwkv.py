@@ -17,12 +17,12 @@ from flashbone.rwkv import RwkvTokenizer, from_pth
 from flashbone.train import callbacks
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
-from flashbone.train.data import load_data
+from flashbone.train.data.loading import load_data
+from flashbone.train.data.windows import windows_for
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
 from flashbone.train.sections import RwkvSettings
-from flashbone.train.tokens import windows_for
 from helpers.binidx import write_binidx
 from helpers.comparison import Promise, relative_error, same_bits
 from helpers.rwkv import reference_logits, write_rwkv

@@ -11,11 +11,11 @@ from training_runs import kill_at_step_seven, metrics_of, recipe_for
 
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data import load_data
-from flashbone.train.formats import converter, detect
+from flashbone.train.data.formats import converter, detect
+from flashbone.train.data.loading import load_data
+from flashbone.train.data.windows import Windows
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
-from flashbone.train.tokens import Windows
 from helpers.binidx import write_binidx
 from helpers.comparison import Promise, same_bits
 from helpers.tiny_llama import WORDS, questions, tiny_tokenizer

@@ -12,7 +12,7 @@ from flashbone.errors import ConfigError
 from flashbone.evaluate.exact_match import check_room, exact_matches
 from flashbone.evaluate.scoring import row_classes, row_losses
 from flashbone.train.classify import scores
-from flashbone.train.data import Data
+from flashbone.train.data.loading import Data
 
 
 def test(job: Job, trainer: Any, data: Data) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import row_classes
 from flashbone.train.classify import MAX_LENGTH, confusion, macro_f1
-from flashbone.train.formats import Example
+from flashbone.train.data.formats import Example
 
 
 def classification(

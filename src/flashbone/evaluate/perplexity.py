@@ -13,8 +13,8 @@ from flashbone.evaluate.batches import IGNORED, by_length, padded
 from flashbone.evaluate.intervals import bootstrap_ratio
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import row_losses
-from flashbone.train.formats import Example, answers
-from flashbone.train.tokens import Windows
+from flashbone.train.data.formats import Example, answers
+from flashbone.train.data.windows import Windows
 
 MAX_LENGTH = 1024  # as in training
 
@@ -49,7 +49,7 @@ def perplexity(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        examples: Texts, prompts with completions, conversations or token ids, as `flashbone.train.formats` has them.
+        examples: Texts, prompts with completions, conversations or token ids, as `flashbone.train.data.formats` has them.
         of: Where they are from.
         batch_size: Pieces that are computed at once.
         max_length: Tokens that the model sees at once; 1024 where nothing is said, less where the model has fewer

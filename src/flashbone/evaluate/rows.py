@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.formats import Example, check_columns, converter, detect
-from flashbone.train.rows import BadRow, Row, all_bad, read_rows
+from flashbone.train.data.formats import Example, check_columns, converter, detect
+from flashbone.train.data.rows import BadRow, Row, all_bad, read_rows
 
 QUESTION, ANSWER = "question", "answer"
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def read_examples(
     path: Path, task: str, columns: dict[str, str] | None = None, limit: int | None = None
 ) -> list[Example]:
-    """The rows of a file as examples of `flashbone.train.formats`; a .txt file is one text.
+    """The rows of a file as examples of `flashbone.train.data.formats`; a .txt file is one text.
 
     Args:
         path: A .txt file, or what `flashbone train` reads: .json, .jsonl, .csv, .tsv, .parquet, .bin/.idx.

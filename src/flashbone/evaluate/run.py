@@ -24,7 +24,7 @@ from flashbone.evaluate.perplexity import perplexity
 from flashbone.evaluate.request import DTYPES, Request, settled
 from flashbone.evaluate.results import Evaluation, Figure, figure, write_results
 from flashbone.files.sources import read_json
-from flashbone.train.formats import Example
+from flashbone.train.data.formats import Example
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from peft import get_peft_model
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.train.arguments import adapter_config, chat_template, model_dtype
 from flashbone.train.classify import MAX_LENGTH, classification_trainer
-from flashbone.train.data import Data
+from flashbone.train.data.loading import Data
+from flashbone.train.data.windows import accept_tokens
 from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
 from flashbone.train.recipe import Recipe, rwkv_of
 from flashbone.train.start import start_from
-from flashbone.train.tokens import accept_tokens
 from flashbone.train.trainers import sft_trainer_class
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashbone.train.data import Data
+from flashbone.train.data.loading import Data
 
 if TYPE_CHECKING:
     from datasets import Dataset

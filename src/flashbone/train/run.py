@@ -17,7 +17,8 @@ from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.building import build_trainer
-from flashbone.train.data import load_data
+from flashbone.train.data.loading import load_data
+from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
 from flashbone.train.launched import check_launch
@@ -25,7 +26,6 @@ from flashbone.train.merged import write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe
 from flashbone.train.summary import summarise
-from flashbone.train.tokens import windows_for
 from flashbone.train.trainers import refuse_classification
 
 log = logging.getLogger(__name__)

@@ -105,7 +105,7 @@ def _parquet(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _binidx(path: Path) -> Iterator[Row]:
-    from flashbone.train.binidx import BinIdx
+    from flashbone.train.data.binidx import BinIdx
 
     for number, ids in enumerate(BinIdx(path)):
         yield f"{path}: document {number}", {"input_ids": ids}

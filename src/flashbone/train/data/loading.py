@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train import tokens
-from flashbone.train.binidx import is_binidx, pair
-from flashbone.train.formats import Example, answers, check_columns, converter, detect
+from flashbone.train.data import windows as token_windows
+from flashbone.train.data.binidx import is_binidx, pair
+from flashbone.train.data.formats import Example, answers, check_columns, converter, detect
+from flashbone.train.data.rows import BadRow, Row, all_bad, read_rows
 from flashbone.train.recipe import DataRecipe, Recipe
-from flashbone.train.rows import BadRow, Row, all_bad, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +42,7 @@ class Data:
 Part = int | float | str | DataRecipe | None
 
 
-def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: Part = None) -> Data:
+def load_data(recipe: Recipe, windows: token_windows.Windows | None = None, test: Part = None) -> Data:
     """Read, check and split the recipe's data.
 
     Args:
@@ -55,13 +55,13 @@ def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: Part 
         FormatError: rows are malformed; the message names the first few with file and line.
         ConfigError: `data` asks for columns, splits or a part that are not there.
     """
-    windows = windows or tokens.Windows()
+    windows = windows or token_windows.Windows()
     examples = _load(recipe.data, recipe.task, windows)
     examples, tested = _split(examples, recipe, windows, test, "test")
     train, held_out = _split(examples, recipe, windows, recipe.data.eval, "eval")
     train, others = (
-        tokens.without_numbers(train),
-        [part and tokens.without_numbers(part) for part in (held_out, tested)],
+        token_windows.without_numbers(train),
+        [part and token_windows.without_numbers(part) for part in (held_out, tested)],
     )
     labels: list[str] = []
     if recipe.task == "classification":
@@ -74,7 +74,7 @@ def load_data(recipe: Recipe, windows: tokens.Windows | None = None, test: Part 
     return Data(train, held_out, labels, tested)
 
 
-def _load(data: DataRecipe, task: str, windows: tokens.Windows) -> "Dataset":
+def _load(data: DataRecipe, task: str, windows: token_windows.Windows) -> "Dataset":
     """All examples that `data` names, on disk in datasets' cache, so that they need not fit into memory."""
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
@@ -95,7 +95,7 @@ def _load(data: DataRecipe, task: str, windows: tokens.Windows) -> "Dataset":
         examples = _examples(rows(), format, columns, data.path)
         if data.template is not None:
             examples = _in_template(examples, data.template)
-        return tokens.cut(examples, windows, data.path) if format == "tokens" else examples
+        return token_windows.cut(examples, windows, data.path) if format == "tokens" else examples
 
     stamp = [_file_stamp(file) for file in files] if source is None else source._fingerprint
     if data.template is not None:
@@ -111,7 +111,7 @@ def _load(data: DataRecipe, task: str, windows: tokens.Windows) -> "Dataset":
         raise
     assert isinstance(examples, Dataset)
     if format == "tokens":
-        about = data.path, tokens.count(examples), len(examples), windows.length or "any number of"
+        about = data.path, token_windows.count(examples), len(examples), windows.length or "any number of"
         log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
     return _slice(examples, data) if local else examples
 
@@ -206,7 +206,7 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
 
     if data.split == "train":
         return examples
-    total = tokens.count(examples)
+    total = token_windows.count(examples)
     try:
         parts = ReadInstruction.from_spec(data.split).to_absolute({"train": total})
     except (ValueError, AssertionError) as error:
@@ -214,11 +214,11 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
     rows = [i for part in parts for i in range(part.from_ or 0, total if part.to is None else part.to)]
     if not rows:
         raise ConfigError(f"data.split {data.split}: selects none of the {total} rows of {data.path}")
-    return tokens.select(examples, rows)
+    return token_windows.select(examples, rows)
 
 
 def _split(
-    examples: "Dataset", recipe: Recipe, windows: tokens.Windows, held: Part, field: str
+    examples: "Dataset", recipe: Recipe, windows: token_windows.Windows, held: Part, field: str
 ) -> "tuple[Dataset, Dataset | None]":
     """The rows without those of `data.<field>`, and these; the draw depends on the seed only."""
     if isinstance(held, DataRecipe):
@@ -229,7 +229,7 @@ def _split(
         return examples, None
     if held < 0 or (isinstance(held, float) and held >= 1 and not held.is_integer()):
         raise ConfigError(f"data.{field} is {held}; a share below 1, a number of rows, a file or null was wanted")
-    total = tokens.count(examples)
+    total = token_windows.count(examples)
     count = int(held) if held >= 1 else max(1, round(total * held))
     if count >= total:
         raise ConfigError(
@@ -237,7 +237,7 @@ def _split(
             "which leaves none to learn from; lower it, or set it to null"
         )
     seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-    return tokens.draw(examples, count, seed)
+    return token_windows.draw(examples, count, seed)
 
 
 def _cut_answers(examples: "Dataset", turns: str) -> "Dataset":
