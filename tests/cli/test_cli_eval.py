@@ -152,10 +152,10 @@ def test_columns_and_templates_reach_the_model(here, capsys):
     assert answers(here / "plain")[0]["wanted"] == "3"
     capsys.readouterr()
     assert cli.main([*common, "none"]) == 1
-    assert "other.jsonl:1: no 'question' and no 'answer'; it has query, response" in capsys.readouterr().err
+    assert "other.jsonl: columns query, response fit no format of task exact_match" in capsys.readouterr().err
     assert not (here / "none").exists()
     assert cli.main([*common, "none", "--columns", "prompt=query"]) == 1
-    assert "columns: got prompt, wanted question and answer" in capsys.readouterr().err
+    assert "columns: prompt cannot be renamed, only question, answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_a_command_line_that_makes_no_sense_is_a_usage_error(options, said, caps
     [
         (["llama", "--perplexity", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         (["llama", "--perplexity", "nowhere.txt"], "nowhere.txt: no such data file"),
-        (["llama", "--perplexity", "llama"], "llama: is a folder; a file of rows was wanted"),
+        (["llama", "--perplexity", "llama"], "llama: is a folder; .jsonl, "),
         (["./nowhere", "--perplexity", "p.jsonl"], "model ./nowhere: no such folder"),
         (["llama", "--perplexity", "p.jsonl", "--adapter", "./no"], "./no: no such folder"),
         (["llama", "--perplexity", "p.jsonl", "--device", "abacus"], "device: got 'abacus'"),
-        (["llama", "--perplexity", "p.jsonl", "--columns", "promt=x"], "'promt' is no name of ours"),
+        (["llama", "--perplexity", "p.jsonl", "--columns", "promt=x"], "columns: promt cannot be renamed"),
         (["llama", "--classification", "p.jsonl"], "fit no format of task classification"),
         (["llama", "--exact-match", "q.jsonl", "--max-new-tokens", "300"], "lower max_new_tokens to"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data.formats import ALPACA, answers, check_columns, converter, detect
+from flashbone.train.data.formats import ALPACA, FORMATS, RowFormat, answers, choose_format, converter, open_examples
 
 
 @pytest.mark.parametrize(
@@ -22,25 +22,34 @@ from flashbone.train.data.formats import ALPACA, answers, check_columns, convert
     ],
 )
 def test_the_format_is_found_by_the_columns(names, task, format):
-    assert detect(names, {}, task, "d")[0] == format
+    assert choose_format(dict.fromkeys(names, "a"), task, "d")[0] == format
 
 
 def test_mapped_columns_decide_the_format_and_fill_it():
-    format, columns = detect(["q", "a"], {"prompt": "q", "completion": "a"}, "sft", "d")
+    format, columns = choose_format({"q": "one", "a": "two"}, "sft", "d", columns={"prompt": "q", "completion": "a"})
     assert format == "prompt-completion"
     assert converter(format, columns)({"q": "one", "a": "two"}) == {"prompt": "one", "completion": "two"}
 
 
 def test_columns_that_fit_nothing_are_listed_with_the_remedy():
     with pytest.raises(FormatError, match=r"d: columns foo, bar fit no format of task sft; .*data\.columns: {prompt"):
-        detect(["foo", "bar"], {}, "sft", "d")
+        choose_format({"foo": 1, "bar": 2}, "sft", "d")
 
 
 def test_a_mapping_onto_a_column_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="no column 'q' in d, which has query, response"):
-        check_columns(["query", "response"], {"prompt": "q"}, "d")
-    with pytest.raises(ConfigError, match="'promt' is no name of ours"):
-        check_columns(["query"], {"promt": "query"}, "d")
+        choose_format({"query": "a", "response": "b"}, "sft", "d", columns={"prompt": "q"})
+    with pytest.raises(ConfigError, match="'promt' is not a name of task sft"):
+        choose_format({"query": "a"}, "sft", "d", columns={"promt": "query"})
+
+
+def test_a_format_is_one_entry_of_the_table(monkeypatch):
+    reversed_text = RowFormat(lambda row: {"text": row["backwards"][::-1]}, ("backwards",))
+    monkeypatch.setitem(FORMATS, "backwards", reversed_text)
+    name, _, examples = open_examples(iter([("d:1", {"backwards": "tac"})]), "sft", "d")
+    assert (name, list(examples)) == ("backwards", [{"text": "cat"}])
+    with pytest.raises(ConfigError, match=r"got 'forwards', wanted auto, messages, .*, backwards"):
+        choose_format({"text": "a"}, "sft", "d", "forwards")
 
 
 def test_alpaca_rows_become_the_prompt_of_the_paper():

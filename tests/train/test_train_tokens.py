@@ -11,7 +11,7 @@ from training_runs import kill_at_step_seven, metrics_of, recipe_for
 
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data.formats import converter, detect
+from flashbone.train.data.formats import choose_format, converter
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import Windows
 from flashbone.train.recipe import DataRecipe, Recipe
@@ -125,11 +125,11 @@ def test_documents_of_one_token_alone_are_refused(pair):
 
 
 def test_columns_of_text_come_before_tokens_unless_they_are_asked_for():
-    assert detect(["input_ids", "labels"], {}, "sft", "d")[0] == "tokens"
-    assert detect(["text", "input_ids"], {}, "sft", "d")[0] == "text"
+    assert choose_format({"input_ids": [3], "labels": [3]}, "sft", "d")[0] == "tokens"
+    assert choose_format({"text": "a", "input_ids": [3]}, "sft", "d")[0] == "text"
     assert converter("tokens", {"input_ids": "ids"})({"ids": [3], "text": "a"}) == {"input_ids": [3]}
     with pytest.raises(FormatError, match="fit no format of task classification"):
-        detect(["input_ids"], {}, "classification", "d")
+        choose_format({"input_ids": [3]}, "classification", "d")
 
 
 @pytest.mark.parametrize(

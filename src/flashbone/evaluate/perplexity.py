@@ -49,7 +49,7 @@ def perplexity(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        examples: Texts, prompts with completions, conversations or token ids, as `flashbone.train.data.formats` has them.
+        examples: Texts, prompts with completions, conversations or token ids, as in `train.data.formats`.
         of: Where they are from.
         batch_size: Pieces that are computed at once.
         max_length: Tokens that the model sees at once; 1024 where nothing is said, less where the model has fewer

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 import transformers
 
 from flashbone import __version__
-from flashbone.errors import FlashboneError
-from flashbone.evaluate import answer_file, rows
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.evaluate import answer_file
 from flashbone.evaluate.classification import classification
 from flashbone.evaluate.exact_match import Answered, answer_rows, make_prompt
 from flashbone.evaluate.harness import Tasks
@@ -24,9 +23,13 @@ from flashbone.evaluate.perplexity import perplexity
 from flashbone.evaluate.request import DTYPES, Request, settled
 from flashbone.evaluate.results import Evaluation, Figure, figure, write_results
 from flashbone.files.sources import read_json
-from flashbone.train.data.formats import Example
+from flashbone.train.data.formats import Example, column_names
+from flashbone.train.data.loading import load_test_rows
 
 log = logging.getLogger(__name__)
+
+TASKS = {"exact_match": "exact_match", "classification": "classification", "perplexity": "sft"}  # a file's format
+TestRows = dict[str, list[Example]]  # by the same names
 
 # Makes a bar of so many rows under a title; what it yields is called with the rows that are done.
 Bars = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -47,58 +50,49 @@ def evaluate(
         FlashboneError: memory or disk are full, or a task of the harness failed.
     """
     request = settled(request)
-    inputs = _inputs(request)
+    rows = _read(request)
     tasks = Tasks(request.tasks, request.include_path) if request.tasks else None
     if request.output is None:
-        return _measured(request, inputs, tasks, bars)
+        return _measured(request, rows, tasks, bars)
     with answer_file.claimed(request.output, _settings(request)):
         if (found := _finished(request.output)) is not None:
             return found
-        about, evaluations = _measured(request, inputs, tasks, bars)
+        about, evaluations = _measured(request, rows, tasks, bars)
         write_results(request.output, about, evaluations)
     return about, evaluations
 
 
-@dataclass
-class _Inputs:
+def _read(request: Request) -> TestRows:
     """The rows of all files, read before the model is loaded, so that bad ones cost no time."""
-
-    questions: list[tuple[str, str]]
-    labelled: list[Example]
-    texts: list[Example]
-
-
-def _inputs(request: Request) -> _Inputs:
-    asked = (rows.QUESTION, rows.ANSWER)
-    of_questions = {ours: theirs for ours, theirs in request.columns.items() if ours in asked}
-    of_others = {ours: theirs for ours, theirs in request.columns.items() if ours not in asked}
-    if not (request.classification or request.perplexity):
-        of_questions = request.columns  # where names that nobody knows are refused
-    if not request.exact_match:
-        of_others = request.columns
-    found = _Inputs([], [], [])
-    if request.exact_match:
-        found.questions = rows.read_questions(request.exact_match, of_questions, request.limit)
-    if request.classification:
-        found.labelled = rows.read_examples(request.classification, "classification", of_others, request.limit)
-    if request.perplexity:
-        found.texts = rows.read_examples(request.perplexity, "sft", of_others, request.limit)
-    return found
+    files = {name: getattr(request, name) for name in TASKS if getattr(request, name) is not None}
+    names = {name: column_names(TASKS[name]) for name in files}
+    known = [column for columns in names.values() for column in columns]
+    if unknown := [column for column in request.columns if column not in known]:
+        raise ConfigError(f"columns: {', '.join(unknown)} cannot be renamed, only {', '.join(dict.fromkeys(known))}")
+    return {
+        name: load_test_rows(
+            path,
+            TASKS[name],
+            {ours: theirs for ours, theirs in request.columns.items() if ours in names[name]},
+            request.limit,
+        )
+        for name, path in files.items()
+    }
 
 
 def _measured(
-    request: Request, inputs: _Inputs, tasks: Tasks | None, bars: Bars
+    request: Request, rows: TestRows, tasks: Tasks | None, bars: Bars
 ) -> tuple[dict[str, Any], list[Evaluation]]:
     began = time.monotonic()
     with _out_of_memory():
         if request.classification:
-            evaluations = [_classified(request, inputs, bars)]
+            evaluations = [_classified(request, rows, bars)]
         else:
-            evaluations = _of_language_model(request, inputs, tasks, bars)
+            evaluations = _of_language_model(request, rows, tasks, bars)
     return _about(request) | {"seconds": round(time.monotonic() - began, 1)}, evaluations
 
 
-def _classified(request: Request, inputs: _Inputs, bars: Bars) -> Evaluation:
+def _classified(request: Request, rows: TestRows, bars: Bars) -> Evaluation:
     assert request.classification is not None
     assert request.dtype is not None
     model, tokenizer, labels = load_labelled_classifier(
@@ -109,11 +103,11 @@ def _classified(request: Request, inputs: _Inputs, bars: Bars) -> Evaluation:
         labels=list(request.labels),
         merge=request.merge,
     )
-    with bars("classifying", len(inputs.labelled)) as advance:
+    with bars("classifying", len(rows["classification"])) as advance:
         return classification(
             model,
             tokenizer,
-            inputs.labelled,
+            rows["classification"],
             labels,
             of=str(request.classification),
             batch_size=request.batch_size,
@@ -122,7 +116,7 @@ def _classified(request: Request, inputs: _Inputs, bars: Bars) -> Evaluation:
         )
 
 
-def _of_language_model(request: Request, inputs: _Inputs, tasks: Tasks | None, bars: Bars) -> list[Evaluation]:
+def _of_language_model(request: Request, rows: TestRows, tasks: Tasks | None, bars: Bars) -> list[Evaluation]:
     assert request.dtype is not None
     model, tokenizer = load_language_model(
         request.model,
@@ -134,12 +128,12 @@ def _of_language_model(request: Request, inputs: _Inputs, tasks: Tasks | None, b
     )
     found = []
     if request.perplexity:
-        with bars("predicting", len(inputs.texts)) as advance:
+        with bars("predicting", len(rows["perplexity"])) as advance:
             found.append(
                 perplexity(
                     model,
                     tokenizer,
-                    inputs.texts,
+                    rows["perplexity"],
                     of=str(request.perplexity),
                     batch_size=request.batch_size,
                     max_length=request.max_length or run_of(request.adapter).max_length,
@@ -147,7 +141,7 @@ def _of_language_model(request: Request, inputs: _Inputs, tasks: Tasks | None, b
                 )
             )
     if request.exact_match:
-        found.append(_matched(request, model, tokenizer, inputs.questions, bars))
+        found.append(_matched(request, model, tokenizer, rows["exact_match"], bars))
     if tasks is not None:
         found += tasks.run(
             model,
@@ -160,10 +154,10 @@ def _of_language_model(request: Request, inputs: _Inputs, tasks: Tasks | None, b
     return found
 
 
-def _matched(request: Request, model: Any, tokenizer: Any, questions: list[tuple[str, str]], bars: Bars) -> Evaluation:
+def _matched(request: Request, model: Any, tokenizer: Any, questions: list[Example], bars: Bars) -> Evaluation:
     """Exact match, with what an earlier run into the same output answered already."""
     chat = request.chat_template and request.prompt != "alpaca" and tokenizer.chat_template is not None
-    asked = [(make_prompt(question, request.prompt, chat), reference) for question, reference in questions]
+    asked = [(make_prompt(row["question"], request.prompt, chat), row["answer"]) for row in questions]
     found = {one.row: one for one in (answer_file.read_answers(request.output) if request.output else ())}
     if found:
         log.info("%d of %d rows were answered before; going on", len(found), len(asked))

@@ -12,7 +12,7 @@ from flashbone.errors import ConfigError, FlashboneError
 from flashbone.train.arguments import adapter_config, chat_template, model_dtype
 from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data.loading import Data
-from flashbone.train.data.windows import accept_tokens
+from flashbone.train.data.windows import largest_id
 from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
 from flashbone.train.recipe import Recipe, rwkv_of
 from flashbone.train.start import start_from
@@ -74,7 +74,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> 
     args.model_init_kwargs = None  # they are used here
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
     model = load(**quantized_loading(recipe, model_dtype(args)))
-    accept_tokens(data, args, model, recipe)
+    _accept_tokens(data, args, model, recipe)
     trainer_class, along = sft_trainer_class(model, settings, args, recipe.model)
     if along and (recipe.init_adapter is not None or adapt is not None):
         which = "init_adapter: it says" if adapt is None else "methods: they say"
@@ -100,6 +100,29 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> 
     if not args.packing:
         _report_dropped(len(data.train), len(trainer.train_dataset), args.max_length)  # pyright: ignore[reportArgumentType]
     return trainer, load
+
+
+def _accept_tokens(data: Data, args: Any, model: Any, recipe: Recipe) -> None:
+    """Check the token ids of `data`, if it holds any, and have TRL take their windows as they are.
+
+    TRL would copy every token twice, to build labels that equal them and to cut what is cut already.
+
+    Raises:
+        ConfigError: the model has no embedding for some; on a GPU they would be an assertion in the first step.
+    """
+    held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else recipe.data.path
+    named = ((data.train, recipe.data.path), (data.eval, held_out), (data.test, "test"))
+    parts = [(part, where) for part, where in named if part]
+    tokenised = [(part, where) for part, where in parts if "input_ids" in part.column_names]
+    for part, where in tokenised:
+        top, known = largest_id(part), model.get_input_embeddings().num_embeddings
+        if top >= known:
+            raise ConfigError(
+                f"data {where}: holds the token id {top}, but the model {recipe.model} has {known} embeddings, "
+                f"0 to {known - 1}; was it tokenised for another model?"
+            )
+    if len(tokenised) == len(parts) and not (args.packing or args.eval_packing or args.shuffle_dataset):
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
 
 def _check_tokenizer(recipe: Recipe, tokenizer: Any, data: Data) -> None:

@@ -20,7 +20,6 @@ from flashbone.train.sections import Quantization, RwkvSettings, section
 
 Task = Literal["sft", "classification"]
 TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
-Format = Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt", "tokens", "classification"]
 
 
 @dataclass
@@ -29,7 +28,7 @@ class DataRecipe:
 
     path: str  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
     eval: int | float | str | None = 0.1  # held out: a share, a number of rows, another file, or nothing
-    format: Format = "auto"  # of the rows; auto goes by the columns
+    format: str = "auto"  # of the rows, as in docs/training.md; auto goes by the columns
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name
     split: str = "train"  # also slices: train[:5000]
     subset: str | None = None  # configuration of a hub dataset

@@ -1,17 +1,21 @@
-"""What a row of each format must hold, and the example it becomes: a text, a prompt and its completion, or a chat.
+"""Formats of rows: the columns that each needs, and the example that a row becomes.
 
 An example is one of
     {"text"}                    every token is learned
-    {"prompt", "completion"}    the completion is learned, as TRL's prompt-completion data
+    {"prompt", "completion"}    the completion is learned, as in TRL's prompt-completion data
     {"messages"}                a conversation; `answers` cuts it into prompts and completions
     {"text", "label"}           classification
     {"input_ids"}               token ids: every one is learned
+    {"question", "answer"}      the model's answer is compared with this one
 """
 
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.rows import BadRow, Row
 
 # The template of Stanford Alpaca, which the Bone paper trains and tests with.
 ALPACA = (
@@ -25,87 +29,153 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
-# The columns a format reads; the first match decides in `auto`. Optional columns are in brackets.
-COLUMNS = {
-    "messages": ["messages"],
-    "sharegpt": ["conversations"],
-    "alpaca": ["instruction", "output", "[input]"],
-    "prompt-completion": ["prompt", "completion"],
-    "classification": ["text", "label"],
-    "text": ["text"],
-    "tokens": ["input_ids"],
-}
-
 # Other names under which `auto` finds prompts and completions.
 PAIRS = [("query", "response"), ("question", "answer"), ("prompt", "response"), ("instruction", "response")]
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-# Columns of tokenised data that may say that not every token is learned.
+# Columns of tokenised data that can mark tokens as not learned.
 MASKS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
 MAX_ID = 2**31  # what datasets stores token ids in
+SHOWN_BAD_ROWS = 5
 
-Columns = dict[str, str]
+Columns = dict[str, str]  # our name -> the data's name
 Example = dict[str, Any]
 
 
-def check_columns(names: Collection[str], columns: Columns, where: str) -> None:
-    """Raise ConfigError where `columns` maps a name that no format reads, or onto a column that is not there."""
-    ours = {name.strip("[]"): name[0] == "[" for wanted in COLUMNS.values() for name in wanted}
-    parts = [f"{name!r} is no name of ours ({', '.join(ours)})" for name in columns if name not in ours]
-    parts += [
-        f"no column {theirs!r} in {where}, which has {_list(names)}"
-        for name, theirs in columns.items()
-        if theirs not in names and not ours.get(name)
-    ]
-    if parts:
-        raise ConfigError("data.columns: " + "; ".join(parts))
+@dataclass(frozen=True)
+class RowFormat:
+    """A format of rows.
+
+    Attributes:
+        convert: Makes an example of a row that has the needed columns; raises FormatError with what is wrong.
+        needed: Columns without which a row is not of this format.
+        optional: Columns that are used where they exist.
+        task: The task whose rows have this format: sft, classification or exact_match.
+        has_prompt: A template may go around the example's prompt.
+        is_tokenised: Its examples are documents of token ids, which are cut into windows.
+    """
+
+    convert: Callable[[dict[str, Any]], Example]
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    task: str = "sft"
+    has_prompt: bool = False
+    is_tokenised: bool = False
 
 
-def detect(names: Collection[str], columns: Columns, task: str, where: str) -> tuple[str, Columns]:
-    """The format that columns of these names make, and the full mapping of our names to the data's.
+def column_names(task: str) -> list[str]:
+    """Our names of the columns that formats of a task read."""
+    formats = [entry for entry in FORMATS.values() if entry.task == task]
+    return list(dict.fromkeys(name for entry in formats for name in (*entry.needed, *entry.optional)))
+
+
+def choose_format(
+    row: Any, task: str, where: str, asked: str = "auto", columns: Columns | None = None
+) -> tuple[str, Columns]:
+    """The format of rows like this one, and the full mapping of our column names to the data's.
+
+    Args:
+        row: The first row of the data that has columns; None if there is none.
+        task: sft, classification or exact_match.
+        where: The data's name, for errors.
+        asked: The format, or auto: the first in the table whose columns exist.
+        columns: Our names to the data's.
 
     Raises:
+        ConfigError: no such format, or one of another task; a column that no format reads, or that does not exist.
         FormatError: no format fits.
     """
-    have = set(names) | set(columns)
-    for format, wanted in COLUMNS.items():
-        fits_task = (format == "classification") == (task == "classification")
-        if fits_task and all(name in have for name in wanted if name[0] != "["):
-            return format, columns
-    if task != "classification" and not columns:
-        for prompt, completion in PAIRS:
-            if prompt in names and completion in names:
-                return "prompt-completion", {"prompt": prompt, "completion": completion}
-    example = "{text: review, label: stars}" if task == "classification" else "{prompt: question, completion: answer}"
-    raise FormatError(
-        f"{where}: columns {_list(names)} fit no format of task {task}; name them, as in data.columns: {example}"
-    )
+    columns = columns or {}
+    names = [name for name, entry in FORMATS.items() if entry.task == task]
+    if asked not in ("auto", *FORMATS):
+        raise ConfigError(f"data.format: got {asked!r}, wanted auto, {', '.join(names)}")
+    if asked != "auto" and asked not in names:
+        raise ConfigError(f"data.format {asked} does not go with task {task}")
+    if not isinstance(row, dict) or not row:  # reading on reports what is wrong
+        return (names[0] if asked == "auto" else asked), columns
+    _check_columns(row, columns, task, where)
+    if asked != "auto":
+        return asked, columns
+    for name in names:
+        if {*row, *columns}.issuperset(FORMATS[name].needed):
+            return name, columns
+    for prompt, completion in PAIRS if task == "sft" and not columns else ():
+        if prompt in row and completion in row:
+            return "prompt-completion", {"prompt": prompt, "completion": completion}
+    remedy = {
+        "sft": "data.columns: {prompt: question, completion: answer}",
+        "classification": "data.columns: {text: review, label: stars}",
+        "exact_match": "--columns question=query,answer=response",
+    }[task]
+    raise FormatError(f"{where}: columns {_list(row)} fit no format of task {task}; name them, as in {remedy}")
+
+
+def _check_columns(row: Collection[str], columns: Columns, task: str, where: str) -> None:
+    known = column_names(task)
+    needed = {name for entry in FORMATS.values() if entry.task == task for name in entry.needed}
+    problems = [f"{name!r} is not a name of task {task} ({', '.join(known)})" for name in columns if name not in known]
+    problems += [
+        f"no column {theirs!r} in {where}, which has {_list(row)}"
+        for name, theirs in columns.items()
+        if theirs not in row and name in needed
+    ]
+    if problems:
+        raise ConfigError("data.columns: " + "; ".join(problems))
 
 
 def converter(format: str, columns: Columns) -> Callable[[Any], Example]:
     """The function from a row of this format to an example; it raises FormatError with what is wrong in the row."""
-    convert = {
-        "text": _text,
-        "prompt-completion": _prompt_completion,
-        "messages": _messages,
-        "alpaca": _alpaca,
-        "sharegpt": _sharegpt,
-        "classification": _classification,
-        "tokens": _tokens,
-    }[format]
+    entry = FORMATS[format]
 
-    def checked(row: Any) -> Example:
+    def convert(row: Any) -> Example:
         if not isinstance(row, dict):
             raise FormatError(f"holds a {type(row).__name__}; an object with named columns was wanted")
         named = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
-        wanted = COLUMNS[format]
-        missing = [columns.get(name, name) for name in wanted if name[0] != "[" and named.get(name) is None]
+        missing = [columns.get(name, name) for name in entry.needed if named.get(name) is None]
         if missing:
             raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {_list(row)}")
-        return convert(named)
+        return entry.convert(named)
 
-    return checked
+    return convert
+
+
+def open_examples(
+    rows: Iterator[Row | BadRow], task: str, where: str, asked: str = "auto", columns: Columns | None = None
+) -> tuple[str, Columns, Iterator[Example]]:
+    """The format of the rows, their columns, and their examples; arguments and errors as in `choose_format`.
+
+    At their end the examples raise one FormatError that names the bad rows, or that there are none.
+    """
+    start: list[Row | BadRow] = []
+    first = None
+    for row in rows:
+        start.append(row)
+        if not isinstance(row, BadRow) and isinstance(row[1], dict) and row[1]:
+            first = row[1]
+            break
+    format, columns = choose_format(first, task, where, asked, columns)
+    return format, columns, _converted(itertools.chain(start, rows), converter(format, columns), where)
+
+
+def _converted(rows: Iterator[Row | BadRow], convert: Callable[[Any], Example], where: str) -> Iterator[Example]:
+    bad: list[str] = []
+    count = 0
+    for row in rows:
+        count += 1
+        if isinstance(row, BadRow):
+            bad.append(str(row))
+            continue
+        place, content = row
+        try:
+            yield convert(content)
+        except FormatError as error:
+            bad.append(f"{place}: {error}")
+    if not count:
+        raise FormatError(f"{where}: no rows")
+    if bad:
+        more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
+        raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
 
 
 def answers(messages: list[dict[str, str]], turns: str) -> list[Example]:
@@ -156,17 +226,24 @@ def _classification(row: dict[str, Any]) -> Example:
     return {"text": _string(row, "text"), "label": str(label)}
 
 
+def _questions(row: dict[str, Any]) -> Example:
+    answer = row["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise FormatError(f"'answer' is {_kind(answer)}; text or a number was wanted")
+    return {"question": _string(row, "question"), "answer": str(answer)}
+
+
 def _tokens(row: dict[str, Any]) -> Example:
     ids = row["input_ids"]
-    if hasattr(ids, "dtype"):  # an array, of integers
+    if hasattr(ids, "dtype"):  # an array of integers
         if ids.size and not 0 <= ids.min() <= ids.max() < MAX_ID:
             raise FormatError(f"'input_ids' go from {ids.min()} to {ids.max()}; token ids were wanted")
         return {"input_ids": ids}
     if not isinstance(ids, list) or not ids:
         raise FormatError(f"'input_ids' is {_kind(ids)}; a list of token ids was wanted")
-    strange = [id for id in ids if type(id) is not int or not 0 <= id < MAX_ID]
-    if strange:
-        raise FormatError(f"'input_ids' holds {strange[0]!r}; token ids were wanted")
+    wrong = [id for id in ids if type(id) is not int or not 0 <= id < MAX_ID]
+    if wrong:
+        raise FormatError(f"'input_ids' holds {wrong[0]!r}; token ids were wanted")
     for name in MASKS:
         mask = row.get(name)
         if mask is not None and (mask != ids if name == "labels" else not all(mask)):
@@ -207,5 +284,18 @@ def _kind(value: Any) -> str:
     return f"of type {type(value).__name__} ({str(value)[:40]})"
 
 
-def _list(names: Any) -> str:
+def _list(names: Collection[str]) -> str:
     return ", ".join(map(str, names)) or "none"
+
+
+# The table. The first format of a task whose columns exist is taken in `auto`.
+FORMATS = {
+    "messages": RowFormat(_messages, ("messages",)),
+    "sharegpt": RowFormat(_sharegpt, ("conversations",)),
+    "alpaca": RowFormat(_alpaca, ("instruction", "output"), ("input",), has_prompt=True),
+    "prompt-completion": RowFormat(_prompt_completion, ("prompt", "completion"), has_prompt=True),
+    "text": RowFormat(_text, ("text",)),
+    "tokens": RowFormat(_tokens, ("input_ids",), is_tokenised=True),
+    "classification": RowFormat(_classification, ("text", "label"), task="classification"),
+    "questions": RowFormat(_questions, ("question", "answer"), task="exact_match"),
+}

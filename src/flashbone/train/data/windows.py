@@ -1,4 +1,4 @@
-"""Examples that are token ids: cut into windows, drawn by document, held against the model's vocabulary."""
+"""Documents of token ids: cut into windows, drawn and selected whole."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,12 +8,11 @@ import numpy as np
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.formats import Example
-from flashbone.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DOCUMENT = "document"  # the column with the number of the document that a window is from
+DOCUMENT = "document"  # the column with the number of a window's document
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Windows:
 
 
 def windows_for(args: Any) -> Windows:
-    """Windows of the trainer's `max_length`; whole ones of the stream where TRL's wrapped packing makes one of it."""
+    """Windows of the trainer's `max_length`; without overlap where TRL's wrapped packing joins them to a stream."""
     wrapped = getattr(args, "packing", False) and args.packing_strategy == "wrapped"
     return Windows(getattr(args, "max_length", None), 0 if wrapped else 1)
 
@@ -60,7 +59,7 @@ def cut(documents: Iterable[Example], windows: Windows, where: str) -> Iterator[
 
 
 def count(examples: "Dataset") -> int:
-    """How many rows there are, before any was cut into windows."""
+    """The number of rows before any was cut into windows."""
     return len(_starts(examples)) if DOCUMENT in examples.column_names else len(examples)
 
 
@@ -73,7 +72,7 @@ def select(examples: "Dataset", rows: list[int]) -> "Dataset":
 
 
 def draw(examples: "Dataset", size: int, seed: int) -> "tuple[Dataset, Dataset]":
-    """All rows but `size`, and those; what is drawn depends on the seed and the number of rows only."""
+    """All rows but `size`, and those; the draw depends on the seed and the number of rows only."""
     from datasets import Dataset
 
     if DOCUMENT not in examples.column_names:
@@ -89,36 +88,14 @@ def without_numbers(part: "Dataset") -> "Dataset":
     return part.remove_columns(DOCUMENT) if DOCUMENT in part.column_names else part
 
 
+def largest_id(part: "Dataset") -> int:
+    """The largest token id of a dataset of windows."""
+    batches: Any = part.with_format("arrow").iter(1000)
+    ids = (batch["input_ids"].combine_chunks().flatten() for batch in batches)
+    return max(int(batch.to_numpy(zero_copy_only=False).max()) for batch in ids)
+
+
 def _starts(examples: "Dataset") -> np.ndarray:
     """The first window of each document."""
     numbers = examples.select_columns([DOCUMENT]).with_format("numpy")[:][DOCUMENT]
     return np.flatnonzero(np.diff(numbers, prepend=-1))
-
-
-def accept_tokens(data: Any, args: Any, model: Any, recipe: Recipe) -> None:
-    """Check the token ids of `data`, if it holds any, and have TRL take their windows as they are.
-
-    TRL would copy every token twice, to build labels that equal them and to cut what is cut already.
-
-    Raises:
-        ConfigError: the model has no embedding for some; on a GPU they would be an assertion in the first step.
-    """
-    held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else recipe.data.path
-    parts = ((data.train, recipe.data.path), (data.eval, held_out), (data.test, "test"))
-    given = [(part, where) for part, where in parts if part]
-    tokenised = [(part, where) for part, where in given if "input_ids" in part.column_names]
-    for part, where in tokenised:
-        top, known = _largest(part), model.get_input_embeddings().num_embeddings
-        if top >= known:
-            raise ConfigError(
-                f"data {where}: holds the token id {top}, but the model {recipe.model} has {known} embeddings, "
-                f"0 to {known - 1}; was it tokenised for another model?"
-            )
-    if len(tokenised) == len(given) and not (args.packing or args.eval_packing or args.shuffle_dataset):
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-
-
-def _largest(part: "Dataset") -> int:
-    batches: Any = part.with_format("arrow").iter(1000)
-    ids = (batch["input_ids"].combine_chunks().flatten() for batch in batches)
-    return max(int(batch.to_numpy(zero_copy_only=False).max()) for batch in ids)
