@@ -26,8 +26,8 @@ FIELDS = {
     "train": [
         ("flashbone.train.recipe", "Recipe", "Fields of the file"),
         ("flashbone.train.recipe", "DataRecipe", "Fields of `data`"),
-        ("flashbone.train.sections", "Quantization", "Fields of `quantization`"),
-        ("flashbone.train.sections", "RwkvSettings", "Fields of `rwkv`"),
+        ("flashbone.train.recipe", "Quantization", "Fields of `quantization`"),
+        ("flashbone.train.recipe", "RwkvSettings", "Fields of `rwkv`"),
     ],
     "compare": [
         ("flashbone.compare.config", "Comparison", "Fields of the file"),

@@ -12,8 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from flashbone.errors import ConfigError
-from flashbone.train.arguments import trainer_arguments
-from flashbone.train.launched import check_launch
+from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
 from helpers.tiny_llama import questions, write_tiny_llama

@@ -12,8 +12,7 @@ import pytest
 import torch
 import yaml
 
-from flashbone.train.recipe import load_recipe
-from flashbone.train.sections import RwkvSettings
+from flashbone.train.recipe import RwkvSettings, load_recipe
 from helpers.comparison import Promise, close, same_bits
 from helpers.pages import ROOT, run_page
 from helpers.rwkv import write_rwkv

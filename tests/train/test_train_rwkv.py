@@ -14,15 +14,14 @@ import flashbone
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files import reading
 from flashbone.rwkv import RwkvTokenizer, from_pth
-from flashbone.train import callbacks
+from flashbone.train import fitting
 from flashbone.train.arguments import trainer_arguments
-from flashbone.train.building import build_trainer
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.folder import RunFolder
-from flashbone.train.recipe import DataRecipe, Recipe
+from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings
 from flashbone.train.run import train
-from flashbone.train.sections import RwkvSettings
+from flashbone.train.trainers import build_trainer
 from helpers.binidx import write_binidx
 from helpers.comparison import Promise, relative_error, same_bits
 from helpers.rwkv import reference_logits, write_rwkv
@@ -99,13 +98,13 @@ class Stop(Exception):
 
 
 def stopped_at_25(recipe, monkeypatch):
-    def stops(self, args, state, control, _step_end=callbacks.Recorder.on_step_end, **kwargs):
+    def stops(self, args, state, control, _step_end=fitting.Recorder.on_step_end, **kwargs):
         if state.global_step == 25:
             raise Stop
         _step_end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.Recorder, "on_step_end", stops)
+        patch.setattr(fitting.Recorder, "on_step_end", stops)
         with pytest.raises(Stop):
             train(recipe)
 

@@ -32,14 +32,14 @@ def metrics_of(folder) -> list[dict]:
 KILLED = """
 import os, sys
 from pathlib import Path
-import flashbone.train.callbacks as callbacks
+import flashbone.train.fitting as fitting
 from flashbone.cli import main
-step_end = callbacks.Recorder.on_step_end
+step_end = fitting.Recorder.on_step_end
 def dies_at_seven(self, args, state, control, **kwargs):
     if state.global_step == 7:
         os._exit(9)
     step_end(self, args, state, control, **kwargs)
-callbacks.Recorder.on_step_end = dies_at_seven
+fitting.Recorder.on_step_end = dies_at_seven
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 

@@ -11,9 +11,17 @@ from typing import Any, Literal
 from flashbone.compare.methods import METHODS
 from flashbone.errors import ConfigError
 from flashbone.train.fields import check_names, field_names, flag_names, keys, parse, read_yaml
-from flashbone.train.recipe import OURS, DataRecipe, Recipe, Task, arguments_class
-from flashbone.train.sections import Quantization, RwkvSettings, section
-from flashbone.train.trainers import refuse_classification
+from flashbone.train.recipe import (
+    OURS,
+    DataRecipe,
+    Quantization,
+    Recipe,
+    RwkvSettings,
+    Task,
+    arguments_class,
+    refuse_classification,
+    section,
+)
 
 Metric = Literal["auto", "loss", "accuracy", "exact_match"]
 

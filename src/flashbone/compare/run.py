@@ -16,8 +16,8 @@ from flashbone.compare.results import Compared
 from flashbone.compare.sizes import Budget, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import alone, make_folder
-from flashbone.train.models import is_pth, load_causal_lm
-from flashbone.train.recipe import TASK_TYPES
+from flashbone.train.models import load_causal_lm
+from flashbone.train.recipe import TASK_TYPES, is_pth
 from flashbone.tuner.model.skeleton import skeleton
 
 log = logging.getLogger(__name__)

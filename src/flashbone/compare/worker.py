@@ -33,12 +33,12 @@ from flashbone.compare.testing import check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
 from flashbone.files.outputs import read_json_lines, whole_or_absent, write_text
 from flashbone.train.arguments import trainer_arguments
-from flashbone.train.building import build_trainer
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import TASK_TYPES
+from flashbone.train.trainers import build_trainer
 
 FAILED = 1  # exit code of a run whose error has been written down
 

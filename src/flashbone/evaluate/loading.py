@@ -14,7 +14,8 @@ from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import peft as peft_files
 from flashbone.files import reading
 from flashbone.files.sources import hub_problem, read_json
-from flashbone.train.models import is_pth, load_causal_lm, load_classifier, load_tokenizer
+from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
+from flashbone.train.recipe import is_pth
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import peft
 from flashbone.files.outputs import whole_or_absent
 from flashbone.merge import merge_checkpoint
 from flashbone.train.folder import RunFolder
-from flashbone.train.models import is_pth
-from flashbone.train.recipe import Recipe
+from flashbone.train.recipe import Recipe, is_pth
 
 
 def write_merged(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable[[], Any]) -> None:

@@ -7,12 +7,7 @@ from typing import Any
 
 from flashbone.errors import ConfigError
 from flashbone.files.sources import hub_problem
-from flashbone.train.recipe import Recipe, quantization_of
-
-
-def is_pth(name: str) -> bool:
-    """Whether this names the `.pth` file of an RWKV model."""
-    return name.endswith(".pth")
+from flashbone.train.recipe import Recipe, is_pth, quantization_of
 
 
 def load_tokenizer(name: str, vocabulary: str | None = None, **kwargs: Any) -> Any:

@@ -15,18 +15,16 @@ import torch
 from flashbone.errors import FlashboneError
 from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.train import folder as run_folder
-from flashbone.train.arguments import trainer_arguments
-from flashbone.train.building import build_trainer
+from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
-from flashbone.train.launched import check_launch
 from flashbone.train.merged import write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
-from flashbone.train.recipe import Recipe
+from flashbone.train.recipe import Recipe, refuse_classification
 from flashbone.train.summary import summarise
-from flashbone.train.trainers import refuse_classification
+from flashbone.train.trainers import build_trainer
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from flashbone import __version__
-from flashbone.train.callbacks import MetricsLog, Recorder
 from flashbone.train.data.loading import Data
+from flashbone.train.fitting import MetricsLog, Recorder
 from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
 from flashbone.train.recipe import Recipe
 

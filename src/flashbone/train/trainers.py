@@ -1,16 +1,107 @@
-"""Which trainer a model gets: TRL's, or RWKV's on top of it; and what goes with which."""
+"""From a recipe to a trainer that is ready: tokenizer, model, adapter, and the rows as the trainer wants them."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from flashbone.errors import ConfigError
-from flashbone.train.models import is_pth
-from flashbone.train.recipe import Recipe
-from flashbone.train.sections import RwkvSettings
+import transformers
+from peft import get_peft_model
+
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.train.arguments import adapter_config, chat_template, model_dtype
+from flashbone.train.classify import MAX_LENGTH, classification_trainer
+from flashbone.train.data.loading import Data
+from flashbone.train.data.windows import largest_id
+from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
+from flashbone.train.recipe import Recipe, RwkvSettings, is_pth, rwkv_of
+from flashbone.train.start import start_from
+
+log = logging.getLogger(__name__)
+
+Adapt = Callable[[Any], Any]
 
 
-def sft_trainer_class(
+def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = None) -> tuple[Any, Callable[[], Any]]:
+    """The model, adapted, in the trainer of its task; and how to load it without adapter and quantisation.
+
+    Args:
+        recipe: The recipe.
+        args: The trainer's.
+        data: The rows; test rows are made ready like held-out ones and left in `trainer.test_dataset`.
+        adapt: Makes the model that trains out of the loaded one; the recipe's adapter does where it is not given.
+
+    Raises:
+        ConfigError: the recipe does not fit the model.
+    """
+    transformers.set_seed(recipe.seed)
+    build = _classification_trainer if recipe.task == "classification" else _sft_trainer
+    try:
+        trainer, load = build(recipe, args, data, adapt)
+    except FlashboneError:
+        raise
+    except (ValueError, TypeError) as error:  # PEFT's and TRL's word on a recipe that does not fit the model
+        raise ConfigError(" ".join(str(error).split())) from error
+    if data.test is not None:
+        trainer.eval_dataset, trainer.test_dataset = trainer.eval_dataset["held_out"], trainer.eval_dataset["test"]
+    return trainer, load
+
+
+def _held_out(data: Data) -> Any:
+    """What a trainer gets to evaluate, and so to make ready."""
+    return data.eval if data.test is None else {"held_out": data.eval, "test": data.test}
+
+
+def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> tuple[Any, Callable]:
+    dtype = model_dtype(args)
+    tokenizer = load_tokenizer(recipe.model)
+    load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
+    model = load(**quantized_loading(recipe, dtype))
+    adapted = get_peft_model(model, adapter_config(recipe)) if adapt is None else adapt(model)
+    max_length = recipe.training.get("max_length") or MAX_LENGTH
+    return classification_trainer(adapted, args, data, _held_out(data), tokenizer, max_length), load
+
+
+def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> tuple[Any, Callable]:
+    settings = rwkv_of(recipe)
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+    tokenizer = load_tokenizer(recipe.model, settings and settings.vocabulary, **trust)
+    if args.chat_template_path:
+        tokenizer.chat_template, args.chat_template_path = chat_template(args.chat_template_path), None
+    _check_tokenizer(recipe, tokenizer, data)
+    init = args.model_init_kwargs or {}
+    args.model_init_kwargs = None  # they are used here
+    load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
+    model = load(**quantized_loading(recipe, model_dtype(args)))
+    _accept_tokens(data, args, model, recipe)
+    trainer_class, along = _sft_trainer_class(model, settings, args, recipe.model)
+    if along and (recipe.init_adapter is not None or adapt is not None):
+        which = "init_adapter: it says" if adapt is None else "methods: they say"
+        raise ConfigError(f"{which} what is trained; leave {', '.join(along)} (rwkv.train_parts) out")
+    peft_config = None
+    if adapt is not None:
+        model = adapt(model)
+    elif recipe.init_adapter is not None:
+        model = start_from(model, recipe)
+    else:
+        peft_config = adapter_config(recipe, along)
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=_held_out(data),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    if recipe.quantization:  # TRL makes adapters on such models bf16
+        for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    if not args.packing:
+        _report_dropped(len(data.train), len(trainer.train_dataset), args.max_length)  # pyright: ignore[reportArgumentType]
+    return trainer, load
+
+
+def _sft_trainer_class(
     model: Any, settings: RwkvSettings | None, args: Any, name: str
 ) -> tuple[Callable[..., Any], dict[str, list[str]]]:
     """The trainer for a language model, and what is trained along, as fields of BoneConfig.
@@ -32,10 +123,49 @@ def sft_trainer_class(
     return functools.partial(rwkv.RwkvTrainer, settings=settings), rwkv.prepare(model, settings, args)
 
 
-def refuse_classification(recipe: Recipe) -> None:
-    """Raise ConfigError where a recipe for classification says what only language models have."""
-    if recipe.task != "classification":
-        return
-    given = {"init_adapter": recipe.init_adapter is not None, "rwkv": recipe.rwkv, "model": is_pth(recipe.model)}
-    if named := [name for name, is_given in given.items() if is_given]:
-        raise ConfigError(f"{', '.join(named)}: RWKV models and init_adapter are for task sft, not classification")
+def _accept_tokens(data: Data, args: Any, model: Any, recipe: Recipe) -> None:
+    """Check the token ids of `data`, if it holds any, and have TRL take their windows as they are.
+
+    TRL would copy every token twice, to build labels that equal them and to cut what is cut already.
+
+    Raises:
+        ConfigError: the model has no embedding for some; on a GPU they would be an assertion in the first step.
+    """
+    held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else recipe.data.path
+    named = ((data.train, recipe.data.path), (data.eval, held_out), (data.test, "test"))
+    parts = [(part, where) for part, where in named if part]
+    tokenised = [(part, where) for part, where in parts if "input_ids" in part.column_names]
+    for part, where in tokenised:
+        top, known = largest_id(part), model.get_input_embeddings().num_embeddings
+        if top >= known:
+            raise ConfigError(
+                f"data {where}: holds the token id {top}, but the model {recipe.model} has {known} embeddings, "
+                f"0 to {known - 1}; was it tokenised for another model?"
+            )
+    if len(tokenised) == len(parts) and not (args.packing or args.eval_packing or args.shuffle_dataset):
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+
+
+def _check_tokenizer(recipe: Recipe, tokenizer: Any, data: Data) -> None:
+    if data.conversational and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{recipe.data.path} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
+            "give one with training.chat_template_path: template.jinja, or use prompt and completion columns"
+        )
+    if tokenizer.eos_token is None and recipe.training.get("eos_token") is None:
+        raise ConfigError(
+            f"the tokenizer of {recipe.model} has no end-of-text token, so answers could not be learned to stop; "
+            "name one of its tokens in training.eos_token"
+        )
+
+
+def _report_dropped(given: int, kept: int, max_length: int | None) -> None:
+    """TRL drops rows whose prompt alone fills max_length, without a word."""
+    if kept == 0:
+        raise ConfigError(
+            f"no training row has a token of its answer within training.max_length {max_length}; raise it"
+        )
+    if kept < given:
+        log.info(
+            "data: %d of %d rows dropped: their prompts fill training.max_length %s", given - kept, given, max_length
+        )
