@@ -10,8 +10,7 @@ from pathlib import Path
 from flashbone.compare.report import comparison_markdown, words
 from flashbone.compare.report.reading import read_results
 from flashbone.compare.report.results import Comparison
-from flashbone.compare.report.standing import stand
-from flashbone.compare.report.statistics import Bootstrap
+from flashbone.compare.report.statistics import Bootstrap, rank
 from flashbone.compare.report.verdict import judge
 
 RESULTS = Path("examples/compare/results")
@@ -43,7 +42,7 @@ def filled(text: str, folder: Path) -> str:
 def section(results: Path) -> str:
     """Verdict, notes, table, where it was measured, and the curves of one comparison."""
     comparison = read_results(results)
-    judged, header = judge(stand(comparison)), comparison.header
+    judged, header = judge(rank(comparison)), comparison.header
     versions = ", ".join(f"{name} {number}" for name, number in header.versions.items())
     place = f"../{results.parent.as_posix()}"
     parts = [
@@ -60,7 +59,7 @@ def section(results: Path) -> str:
 
 def verdict(results: Path) -> str:
     """The two sentences of one comparison."""
-    return judge(stand(read_results(results))).text
+    return judge(rank(read_results(results))).text
 
 
 def claims(results: Path) -> str:

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, from_stderr, wilson
+from flashbone.evaluate.intervals import (
+    bootstrap,
+    bootstrap_ratio,
+    from_stderr,
+    resampled_ratios,
+    resampled_rows,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,16 @@ def test_bootstrap_repeats_itself_and_has_nothing_to_say_of_one_row():
     assert bootstrap(lambda drawn: values[drawn].mean(), 9) == bootstrap(lambda drawn: values[drawn].mean(), 9)
     assert bootstrap(lambda drawn: values[drawn].mean(), 9) != bootstrap(lambda drawn: values[drawn].mean(), 9, seed=1)
     assert bootstrap(lambda drawn: 1.0, 1) is None
+
+
+def test_the_size_of_a_chunk_does_not_change_the_rows_that_are_drawn():
+    whole, parts = (np.concatenate([*resampled_rows(50, 500, chunk=chunk)]) for chunk in (10**7, 999))
+    assert np.array_equal(whole, parts)
+
+
+def test_a_draw_without_any_weight_gets_the_ratio_of_all_rows():
+    ratios = resampled_ratios(np.array([[3.0, 0.0]]), np.array([[2.0, 0.0]]), 100)
+    assert np.array_equal(ratios, np.full((1, 100), 1.5))
 
 
 def test_wilson_holds_the_truth_in_about_95_of_100_cases():

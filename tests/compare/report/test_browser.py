@@ -7,7 +7,7 @@ import pytest
 
 from flashbone.compare.report.page import page as page_of
 from flashbone.compare.report.reading import read_results
-from flashbone.compare.report.standing import stand
+from flashbone.compare.report.statistics import rank
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,8 +50,8 @@ def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reports")
     paths = {name: folder / f"{name}.html" for name in cases}
     for name, lines in cases.items():
-        standing = stand(read_results(made.write(folder, lines)), 1000)
-        paths[name].write_text(page_of(standing), encoding="utf-8", newline="\n")
+        ranking = rank(read_results(made.write(folder, lines)), 1000)
+        paths[name].write_text(page_of(ranking), encoding="utf-8", newline="\n")
     return paths
 
 

@@ -14,7 +14,7 @@ from flashbone.compare.report import style, write_report
 from flashbone.compare.report.page import page
 from flashbone.compare.report.payload import as_json
 from flashbone.compare.report.reading import read_results
-from flashbone.compare.report.standing import stand
+from flashbone.compare.report.statistics import rank
 from flashbone.errors import FormatError
 
 EVIL = "</script><script>alert(1)</script>\"'&<b>ü漢\u2028"
@@ -84,7 +84,7 @@ def test_a_broken_file_leaves_no_report(tmp_path):
 
 
 def page_of(tmp_path, lines):
-    return page(stand(read_results(made.write(tmp_path, lines)), 1000))
+    return page(rank(read_results(made.write(tmp_path, lines)), 1000))
 
 
 def test_nothing_can_break_out_of_the_page(tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flashbone.compare.report.reading import read_results
-from flashbone.compare.report.standing import stand
-from flashbone.compare.report.statistics import Bootstrap, draw_rows, draw_seeds, t_quantile, widened
+from flashbone.compare.report.statistics import Bootstrap, rank, resampled_seeds, widened, widening
+from flashbone.evaluate.intervals import resampled_ratios
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def difference(tmp_path, scores, metric="accuracy", weights=None, draws=4000):
 
 def test_draws_of_rows_have_the_distribution_of_all_possible_draws():
     scores, weights = (3.0, 1.0, 4.0, 1.5), (1.0, 2.0, 1.0, 3.0)
-    drawn = draw_rows([scores], [weights], 40_000)[0]
+    drawn = resampled_ratios(np.array([scores]), np.array([weights]), 40_000)[0]
     every = [
         sum(scores[i] for i in rows) / sum(weights[i] for i in rows) for rows in itertools.product(range(4), repeat=4)
     ]
@@ -39,29 +39,26 @@ def test_draws_of_rows_have_the_distribution_of_all_possible_draws():
 @pytest.mark.parametrize("seeds", [2, 3, 4])
 def test_draws_of_seeds_have_the_distribution_of_all_possible_draws(seeds):
     points = np.array([0.1, 0.4, -0.2, 0.9])[:seeds]
-    drawn = widened(points, np.broadcast_to(points[:, None], (seeds, 40_000)), draw_seeds(seeds, 40_000))
+    drawn = widened(points, np.broadcast_to(points[:, None], (seeds, 40_000)), resampled_seeds(seeds, 40_000))
     means = np.array([points[list(chosen)].mean() for chosen in itertools.product(range(seeds), repeat=seeds)])
     # Without rows the widening is known: an unbiased variance, and Student's quantile with seeds - 1 degrees.
-    factor = math.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / 1.96
+    factor = math.sqrt(seeds / (seeds - 1)) * widening(seeds - 1)
     every = points.mean() + factor * (means - points.mean())
     for value in np.unique(every)[:: max(1, len(np.unique(every)) // 8)]:
         assert np.mean(drawn <= value + 1e-9) == pytest.approx(np.mean(every <= value + 1e-9), abs=0.01)
 
 
-def test_students_quantile_is_exact_at_whole_degrees_and_never_too_small_between():
-    for freedom, value in {1: 12.706, 2: 4.303, 3: 3.182, 10: 2.228, 1e12: 1.96}.items():
-        assert t_quantile(freedom) == pytest.approx(value, abs=1e-3)
-    for freedom, value in {6: 2.447, 20: 2.086, 120: 1.980}.items():
-        assert value <= t_quantile(freedom) <= 1.02 * value
+def test_few_seeds_widen_by_students_quantile():
+    assert [round(1.96 * widening(freedom), 2) for freedom in (1, 2, 3, 10, 1e12)] == [12.71, 4.30, 3.18, 2.23, 1.96]
 
 
 def rates(simulate, seeds, rows=100, times=250):
     """How often the first and the second of two methods are taken for better."""
     generator, first, second = np.random.default_rng(7), 0, 0
-    counts = draw_seeds(seeds, 1000)
+    counts = resampled_seeds(seeds, 1000)
     for _ in range(times):
         a, b = simulate(generator, seeds, rows)
-        drawn = draw_rows([*map(tuple, a), *map(tuple, b)], [(1.0,) * rows] * (2 * seeds), 1000)
+        drawn = resampled_ratios(np.concatenate([a, b]), np.ones((2 * seeds, rows)), 1000)
         low, high = np.quantile(widened((a - b).mean(1), drawn[:seeds] - drawn[seeds:], counts), (0.025, 0.975))
         first, second = first + (low > 0), second + (high < 0)
     return first / times, second / times
@@ -106,11 +103,11 @@ def test_a_seed_effect_common_to_both_methods_hides_no_difference(tmp_path):
     generator = np.random.default_rng(1)
     base = generator.normal(2, 0.3, 200) + np.array([[-0.5], [0.0], [0.6]])
     scores = np.stack([base, base + 0.03 + generator.normal(0, 0.02, base.shape)])
-    found = difference(tmp_path, scores, "loss")
-    assert found.low > 0.02
-    assert found.high < 0.04
-    assert found.share_better == 1
-    assert not found.tied
+    lead = difference(tmp_path, scores, "loss")
+    assert lead.low > 0.02
+    assert lead.high < 0.04
+    assert lead.share_better == 1
+    assert not lead.tied
     # The means themselves, which are not paired, overlap widely.
     estimates = [Bootstrap(read_results(tmp_path / "results.jsonl"), 2000).estimate(key) for key in "ab"]
     assert estimates[0].high > estimates[1].mean
@@ -128,14 +125,14 @@ def test_rows_count_by_their_weights(tmp_path):
 
 
 def test_equal_methods_are_better_in_half_of_the_draws(tmp_path):
-    found = difference(tmp_path, np.ones((2, 3, 20)))
-    assert (found.low, found.high, found.share_better, found.tied) == (0, 0, 0.5, True)
+    lead = difference(tmp_path, np.ones((2, 3, 20)))
+    assert (lead.low, lead.high, lead.share_better, lead.tied) == (0, 0, 0.5, True)
 
 
 def test_one_seed_draws_rows_only_and_says_so(tmp_path):
-    found = difference(tmp_path, made.right_or_wrong([0.2, 0.0], seeds=1))
-    assert found.drawn == "rows"
-    assert found.low < found.mean < found.high
+    lead = difference(tmp_path, made.right_or_wrong([0.2, 0.0], seeds=1))
+    assert lead.resampled == "rows"
+    assert lead.low < lead.mean < lead.high
 
 
 def test_without_scores_only_seeds_are_drawn(tmp_path):
@@ -143,29 +140,26 @@ def test_without_scores_only_seeds_are_drawn(tmp_path):
     for line in lines[3:]:
         line.update(test_scores=None, test_weights=None)
     bootstrap = Bootstrap(read_results(made.write(tmp_path, lines)))
-    assert bootstrap.difference("a", "b").drawn == bootstrap.estimate("a").drawn == "seeds"
+    assert bootstrap.difference("a", "b").resampled == bootstrap.estimate("a").resampled == "seeds"
     one = Bootstrap(read_results(made.write(tmp_path, lines[:4] + lines[6:7])))
-    assert one.difference("a", "b").drawn == "nothing"
+    assert one.difference("a", "b").resampled == "nothing"
     assert one.difference("a", "b").low is None
     assert one.difference("a", "b").tied
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have(tmp_path):
     lines = made.comparison({"a": 0.0, "b": 0.1}, sweep=False)[:-1]
-    standing = stand(read_results(made.write(tmp_path, lines)), 1000)
-    assert next(iter(standing.differences.values())).seeds == (0, 1)
-    assert standing.estimates["a"].seeds == (0, 1, 2)
+    ranking = rank(read_results(made.write(tmp_path, lines)), 1000)
+    assert next(iter(ranking.differences.values())).seeds == (0, 1)
+    assert ranking.estimates["a"].seeds == (0, 1, 2)
 
 
-def test_the_same_rows_give_the_same_figures_and_memory_does_not_change_them(tmp_path):
+def test_the_same_rows_give_the_same_figures(tmp_path):
     comparison = read_results(made.write(tmp_path, made.comparison({"a": 0.0, "b": 0.1})))
     assert Bootstrap(comparison, 2000).difference("a", "b") == Bootstrap(comparison, 2000).difference("a", "b")
-    scored = [comparison.counted("a")[0].scored]
-    whole, parts = (draw_rows([s for s, _ in scored], [w for _, w in scored], 500, chunk) for chunk in (10**7, 999))
-    assert np.array_equal(whole, parts)
 
 
 def test_an_interval_of_a_share_stays_within_0_and_1(tmp_path):
     lines = made.comparison({"a": 0.3, "b": 0.25})
-    standing = stand(read_results(made.write(tmp_path, lines)), 2000)
-    assert all(0 <= e.low <= e.mean <= e.high <= 1 for e in standing.estimates.values())
+    ranking = rank(read_results(made.write(tmp_path, lines)), 2000)
+    assert all(0 <= e.low <= e.mean <= e.high <= 1 for e in ranking.estimates.values())

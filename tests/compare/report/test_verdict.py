@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from flashbone.compare.report.reading import read_results
-from flashbone.compare.report.standing import stand
+from flashbone.compare.report.statistics import rank
 from flashbone.compare.report.verdict import judge
 
 
 def verdict(tmp_path, lines, draws=2000):
-    standing = stand(read_results(made.write(tmp_path, lines)), draws)
-    found = judge(standing)
+    ranking = rank(read_results(made.write(tmp_path, lines)), draws)
+    found = judge(ranking)
     for sentence in (found.best, found.cost):
         # One full stop, at the end: those inside of figures have a digit after them.
         assert re.fullmatch(r"[^.]*(\.\d[^.]*)*\.", sentence), sentence

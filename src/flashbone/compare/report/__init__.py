@@ -18,13 +18,13 @@ def write_report(results: Path, folder: Path) -> list[Path]:
     from flashbone.compare.report.figures import draw
     from flashbone.compare.report.page import page
     from flashbone.compare.report.reading import read_results
-    from flashbone.compare.report.standing import stand
+    from flashbone.compare.report.statistics import rank
 
-    standing = stand(read_results(results))
+    ranking = rank(read_results(results))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "report.html"
-    write_text(target, page(standing))
-    return [target, *draw(standing, folder)]
+    write_text(target, page(ranking))
+    return [target, *draw(ranking, folder)]
 
 
 def print_comparison(results: Path) -> None:
@@ -37,13 +37,13 @@ def print_comparison(results: Path) -> None:
     from rich.text import Text
 
     from flashbone.compare.report.reading import read_results
-    from flashbone.compare.report.standing import stand
+    from flashbone.compare.report.statistics import rank
     from flashbone.compare.report.tables import terminal
     from flashbone.compare.report.verdict import judge
 
-    standing = stand(read_results(results))
-    verdict, console = judge(standing), Console()
-    for table in terminal(standing):
+    ranking = rank(read_results(results))
+    verdict, console = judge(ranking), Console()
+    for table in terminal(ranking):
         console.print(table)
     console.print(Text(verdict.text, style="bold"))
     for note in verdict.notes:
@@ -57,7 +57,7 @@ def comparison_markdown(results: Path) -> str:
         FormatError: the results are not what `flashbone compare` writes.
     """
     from flashbone.compare.report.reading import read_results
-    from flashbone.compare.report.standing import stand
+    from flashbone.compare.report.statistics import rank
     from flashbone.compare.report.tables import markdown
 
-    return markdown(stand(read_results(results)))
+    return markdown(rank(read_results(results)))

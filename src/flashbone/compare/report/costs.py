@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from flashbone.compare.report.results import Comparison, Curve, Run
-from flashbone.compare.report.standing import Standing
+from flashbone.compare.report.statistics import Ranking
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def _end(values: Sequence[float | None], choose) -> float | None:
     return choose(known) if len(known) == len(values) else None
 
 
-def common_loss(standing: Standing) -> float | None:
+def common_loss(ranking: Ranking) -> float | None:
     """The lowest held-out loss that each of the tied group reaches on its mean curve (with a sole winner: it and the
     next one), so that the best methods are timed over the same way; others may not reach it."""
-    group = standing.tied if len(standing.tied) > 1 else standing.ranked[:2]
+    group = ranking.tied if len(ranking.tied) > 1 else ranking.ranked[:2]
     lowest = []
     for key in group:
-        curve = band(standing.comparison.counted(key), "held_out")
+        curve = band(ranking.comparison.counted(key), "held_out")
         losses = [loss for loss in curve.mean if loss is not None] if curve else []
         if losses:
             lowest.append(min(losses))

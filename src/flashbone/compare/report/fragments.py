@@ -8,7 +8,7 @@ from typing import Any
 
 from flashbone.compare.report import words
 from flashbone.compare.report.results import Header
-from flashbone.compare.report.standing import Standing
+from flashbone.compare.report.statistics import Ranking
 from flashbone.compare.report.tables import Cell, Column, Row, columns, describe, rows
 
 
@@ -18,20 +18,20 @@ def notes(texts: Iterable[str]) -> str:
     return f'<ul class="notes">\n{items}\n</ul>' if items else ""
 
 
-def table(standing: Standing) -> str:
+def table(ranking: Ranking) -> str:
     """The table; scripts make its heads buttons that sort by `data-value`."""
-    shown = columns(standing)
+    shown = columns(ranking)
     heads = "".join(
         f'<th scope="col"{_numeric(column)} title="{escape(column.meaning)}">{escape(column.head)}</th>'
         for column in shown
     )
-    body = "\n".join(_row(row, shown, standing) for row in rows(standing))
+    body = "\n".join(_row(row, shown, ranking) for row in rows(ranking))
     return f'<table id="methods">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
-def legend(standing: Standing) -> str:
+def legend(ranking: Ranking) -> str:
     """What the columns mean."""
-    items = (f"<dt>{escape(c.head)}</dt><dd>{escape(c.meaning)}</dd>" for c in columns(standing))
+    items = (f"<dt>{escape(c.head)}</dt><dd>{escape(c.meaning)}</dd>" for c in columns(ranking))
     return "<dl>" + "\n".join(items) + "</dl>"
 
 
@@ -39,8 +39,8 @@ def _numeric(column: Column) -> str:
     return "" if column.key in ("method", "size") else ' class="number"'
 
 
-def _row(row: Row, shown: list[Column], standing: Standing) -> str:
-    note = describe(row, standing)
+def _row(row: Row, shown: list[Column], ranking: Ranking) -> str:
+    note = describe(row, ranking)
     tag = f' <span class="tag {row.group}">{escape(note)}</span>' if note else ""
     name = (
         f'<th scope="row" data-value="{escape(row.cells["method"].text)}">{escape(row.cells["method"].text)}{tag}</th>'
@@ -57,12 +57,12 @@ def _cell(column: Column, cell: Cell) -> str:
     return f'<td{_numeric(column)} data-value="{escape(value)}">{text}</td>'
 
 
-def commands(standing: Standing) -> str:
+def commands(ranking: Ranking) -> str:
     """For each method its commands to copy; those to train the best for real come first."""
-    comparison, parts = standing.comparison, []
-    best = [m for key in standing.tied if (m := comparison.method(key)).train]
+    comparison, parts = ranking.comparison, []
+    best = [m for key in ranking.tied if (m := comparison.method(key)).train]
     if best:
-        title = "Train the winner for real" if standing.winner else "Train one of the best for real"
+        title = "Train the winner for real" if ranking.winner else "Train one of the best for real"
         lines = "\n".join(_command(comparison.label(m.method), m.train or "") for m in best)
         parts.append(f"<h3>{title}</h3>\n{lines}")
     again = [m for m in comparison.methods if m.rerun]

@@ -10,21 +10,21 @@ from string import Template
 
 from flashbone.compare.report import fragments, style, words
 from flashbone.compare.report.payload import as_json, payload
-from flashbone.compare.report.standing import Standing
+from flashbone.compare.report.statistics import Ranking
 from flashbone.compare.report.verdict import judge
 
 SCRIPTS = ("svg.js", "chart.js", "curves.js", "points.js", "legend.js", "table.js", "page.js")
 
 
-def page(standing: Standing) -> str:
+def page(ranking: Ranking) -> str:
     """The whole page. Its policy allows this style and this script by their hashes, and no request at all."""
-    header, verdict = standing.comparison.header, judge(standing)
+    header, verdict = ranking.comparison.header, judge(ranking)
     sheet = style.css() + _asset("page.css")
     script = "\n".join(_asset(name) for name in SCRIPTS)
     policy = (
         f"default-src 'none'; style-src {_hash(sheet)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
-    count = words.count(len(standing.comparison.methods), "method")
+    count = words.count(len(ranking.comparison.methods), "method")
     return Template(_asset("page.html")).substitute(
         policy=policy,
         sheet=sheet,
@@ -34,11 +34,11 @@ def page(standing: Standing) -> str:
         best=escape(verdict.best),
         cost=escape(verdict.cost),
         notes=fragments.notes(verdict.notes),
-        table=fragments.table(standing),
-        legend=fragments.legend(standing),
-        commands=fragments.commands(standing),
+        table=fragments.table(ranking),
+        legend=fragments.legend(ranking),
+        commands=fragments.commands(ranking),
         measured=fragments.measured(header),
-        data=as_json(payload(standing)),
+        data=as_json(payload(ranking)),
     )
 
 

@@ -8,21 +8,21 @@ from typing import Any
 from flashbone.compare.report import style, words
 from flashbone.compare.report.costs import Band, band, spread
 from flashbone.compare.report.results import Comparison
-from flashbone.compare.report.standing import Standing
+from flashbone.compare.report.statistics import Ranking
 
 
-def payload(standing: Standing) -> dict[str, Any]:
+def payload(ranking: Ranking) -> dict[str, Any]:
     """Curves, sweeps and points of every method that has any."""
-    comparison = standing.comparison
+    comparison = ranking.comparison
     methods = []
     for number, method in enumerate(comparison.methods):
         key = method.method
         runs = comparison.counted(key)
-        estimate, peak = standing.estimates.get(key), spread(comparison, key, "peak_mib")
+        estimate, peak = ranking.estimates.get(key), spread(comparison, key, "peak_mib")
         entry = {
             "key": key,
             "label": comparison.label(key),
-            "best": key in standing.tied,
+            "best": key in ranking.tied,
             "colour": style.colour(number),
             "dash": style.dash(number),
             "train": _curve(band(runs, "train")),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import band, common_loss, seconds_to, spread
 from flashbone.compare.report.results import Method
-from flashbone.compare.report.standing import Standing
+from flashbone.compare.report.statistics import Ranking
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,11 +55,11 @@ MEASURED = {  # column -> (field of Run, how it is written)
 SMALLER_IS_BETTER = ("held_out", "step", "peak", "above", "startup")
 
 
-def columns(standing: Standing) -> list[Column]:
+def columns(ranking: Ranking) -> list[Column]:
     """The columns, with what they mean in this comparison."""
-    header, loss = standing.comparison.header, common_loss(standing)
+    header, loss = ranking.comparison.header, common_loss(ranking)
     reached = "common loss" if loss is None else f"{loss:.4f}"
-    peak_of = next((run.peak_of for run in standing.comparison.runs if run.peak_of), "memory")
+    peak_of = next((run.peak_of for run in ranking.comparison.runs if run.peak_of), "memory")
     return [
         Column("method", "method", "The method, as in the configuration.", "name"),
         Column("test", f"test {words.metric(header)}", "Mean over the seeds with its 95 % interval.", "quality"),
@@ -80,40 +80,40 @@ def columns(standing: Standing) -> list[Column]:
     ]  # fmt: skip
 
 
-def rows(standing: Standing) -> list[Row]:
+def rows(ranking: Ranking) -> list[Row]:
     """Candidates from best to worst, then bounds, unmatched methods and those without a figure."""
-    comparison, loss = standing.comparison, common_loss(standing)
-    sure = _sure(standing)
+    comparison, loss = ranking.comparison, common_loss(ranking)
+    sure = _sure(ranking)
     order = {"tied": 0, "matched": 0, "bound": 1, "unmatched": 2, "unfinished": 3, "failed": 4}
-    place = {key: number for number, key in enumerate(standing.ranked)}
+    place = {key: number for number, key in enumerate(ranking.ranked)}
     made = [
-        Row(m.method, _group(standing, m), _cells(standing, m, loss, sure), m.error if m.status == "failed" else None)
+        Row(m.method, _group(ranking, m), _cells(ranking, m, loss, sure), m.error if m.status == "failed" else None)
         for m in comparison.methods
     ]
     return sorted(made, key=lambda row: (order[row.group], place.get(row.method, len(place))))
 
 
-def _group(standing: Standing, method: Method) -> str:
+def _group(ranking: Ranking, method: Method) -> str:
     if method.status == "failed":
         return "failed"
     if method.bound or not method.matched:
         return "bound" if method.bound else "unmatched"
-    if method.method in standing.tied:
+    if method.method in ranking.tied:
         return "tied"
-    return "matched" if method.method in standing.ranked else "unfinished"
+    return "matched" if method.method in ranking.ranked else "unfinished"
 
 
-def _cells(standing: Standing, method: Method, loss: float | None, sure: set[tuple[str, str]]) -> dict[str, Cell]:
-    comparison, key = standing.comparison, method.method
+def _cells(ranking: Ranking, method: Method, loss: float | None, sure: set[tuple[str, str]]) -> dict[str, Cell]:
+    comparison, key = ranking.comparison, method.method
     cells = {
         "method": Cell(comparison.label(key)),
         "size": Cell(method.size),
         "parameters": _parameters(method),
         "rate": Cell() if method.chosen is None else Cell(words.rate(method.chosen) + _edge(method), method.chosen),
     }
-    if estimate := standing.estimates.get(key):
+    if estimate := ranking.estimates.get(key):
         text = words.estimate(comparison.header, estimate)
-        cells["test"] = Cell(text, estimate.mean, standing.winner == key)
+        cells["test"] = Cell(text, estimate.mean, ranking.winner == key)
     elif comparison.counted(key):
         cells["test"] = Cell("not finite")
     for name, (field, write) in MEASURED.items():
@@ -138,39 +138,39 @@ def _edge(method: Method) -> str:
     return " (edge)" if method.at_edge and len(method.learning_rates) > 1 else ""
 
 
-def _sure(standing: Standing) -> set[tuple[str, str]]:
+def _sure(ranking: Ranking) -> set[tuple[str, str]]:
     """(column, method) where a candidate's worst seed is better than every other candidate's best seed. Nothing is
     sure with a single seed."""
     sure = set()
     for name in SMALLER_IS_BETTER:
-        found = {key: spread(standing.comparison, key, MEASURED[name][0]) for key in standing.ranked}
+        found = {key: spread(ranking.comparison, key, MEASURED[name][0]) for key in ranking.ranked}
         ends = sorted((s.high, s.low, key) for key, s in found.items() if s is not None)
-        seeds = min((len(standing.estimates[key].seeds) for key in standing.ranked), default=0)
+        seeds = min((len(ranking.estimates[key].seeds) for key in ranking.ranked), default=0)
         if len(ends) > 1 and seeds > 1 and all(ends[0][0] < low for _, low, _ in ends[1:]):
             sure.add((name, ends[0][2]))
     return sure
 
 
-def describe(row: Row, standing: Standing) -> str:
+def describe(row: Row, ranking: Ranking) -> str:
     """What stands beside a method's name: its group, where that is not simply matched."""
     if row.group == "tied":
-        return "best" if standing.winner else "tied" if len(standing.tied) > 1 else ""
+        return "best" if ranking.winner else "tied" if len(ranking.tied) > 1 else ""
     return {"matched": "", "unmatched": "not matched"}.get(row.group, row.group)
 
 
-def markdown(standing: Standing) -> str:
+def markdown(ranking: Ranking) -> str:
     """The table in Markdown; best figures are bold where they are not tied."""
-    shown = columns(standing)
+    shown = columns(ranking)
     lines = [
         "| " + " | ".join(_escape(column.head) for column in shown) + " |",
         "|" + "|".join(" --- " if c.key in ("method", "size") else " ---: " for c in shown) + "|",
     ]
-    for row in rows(standing):
+    for row in rows(ranking):
         cells = []
         for column in shown:
             cell = row.cells.get(column.key, Cell())
             cells.append(f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text))
-        if note := describe(row, standing):
+        if note := describe(row, ranking):
             cells[0] += f" ({note})"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -182,26 +182,26 @@ def _escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def terminal(standing: Standing) -> list[Table]:
+def terminal(ranking: Ranking) -> list[Table]:
     """Two tables for the terminal, which is narrow: what methods reached, and what they cost."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    header, tables = standing.comparison.header, []
+    header, tables = ranking.comparison.header, []
     titles = {"quality": f"{header.name}: what the methods reached", "cost": f"{header.name}: what they cost"}
     for part, title in titles.items():
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        shown = [column for column in columns(standing) if column.part in ("name", part)]
+        shown = [column for column in columns(ranking) if column.part in ("name", part)]
         for column in shown:
             side = "left" if column.key in ("method", "size") else "right"
             table.add_column(column.head, justify=side, overflow="fold")
-        for row in rows(standing):
+        for row in rows(ranking):
             if part == "cost" and row.group in ("failed", "unfinished"):
                 continue
             cells = [row.cells.get(column.key, Cell()) for column in shown]
             texts = [Text(cell.text, style="bold" if cell.best else "") for cell in cells]
-            if note := describe(row, standing):
+            if note := describe(row, ranking):
                 texts[0].append(f" ({note})", style="dim")
             table.add_row(*texts, style="dim" if row.group == "failed" else "")
         tables.append(table)

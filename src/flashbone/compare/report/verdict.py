@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import spread
 from flashbone.compare.report.results import Comparison
-from flashbone.compare.report.standing import Standing, is_candidate
+from flashbone.compare.report.statistics import Ranking, is_candidate
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class Verdict:
         return f"{self.best} {self.cost}"
 
 
-def judge(standing: Standing) -> Verdict:
+def judge(ranking: Ranking) -> Verdict:
     """The verdict on a comparison, whatever became of it."""
-    if not standing.ranked:
-        best, cost = _without_figures(standing)
+    if not ranking.ranked:
+        best, cost = _without_figures(ranking)
     else:
-        best, cost = _best(standing), _cost(standing)
-    return Verdict(best, cost, tuple(_notes(standing)))
+        best, cost = _best(ranking), _cost(ranking)
+    return Verdict(best, cost, tuple(_notes(ranking)))
 
 
-def _without_figures(standing: Standing) -> tuple[str, str]:
-    comparison, methods = standing.comparison, standing.comparison.methods
+def _without_figures(ranking: Ranking) -> tuple[str, str]:
+    comparison, methods = ranking.comparison, ranking.comparison.methods
     failed = [method for method in methods if method.status == "failed"]
     if methods and len(failed) == len(methods):
         best = f"All of {words.count(len(methods), 'method')} failed, so none can be called best."
         return best, f"The first error was that of {comparison.label(failed[0].method)}: {_sentence(failed[0].error)}"
     best = "No method matched in size has a figure on the test set, so none can be called best."
-    others = [key for key in standing.estimates if not is_candidate(comparison.method(key))]
+    others = [key for key in ranking.estimates if not is_candidate(comparison.method(key))]
     if others:
         return best, f"Only bounds and unmatched methods have one ({words.names(comparison, others)}): see the table."
     unfinished = sum(method.status == "unfinished" for method in methods)
@@ -55,44 +55,44 @@ def _sentence(text: str | None) -> str:
     return f"{(text or 'no reason given').rstrip('.')}."
 
 
-def _best(standing: Standing) -> str:
-    comparison, header, ranked = standing.comparison, standing.comparison.header, standing.ranked
+def _best(ranking: Ranking) -> str:
+    comparison, header, ranked = ranking.comparison, ranking.comparison.header, ranking.ranked
     metric, best = words.metric(header), ranked[0]
-    figures = words.estimate(header, standing.estimates[best])
+    figures = words.estimate(header, ranking.estimates[best])
     if len(ranked) == 1:
-        interval = ", 95 % interval in brackets" if standing.estimates[best].low is not None else ""
+        interval = ", 95 % interval in brackets" if ranking.estimates[best].low is not None else ""
         return (
             f"{comparison.label(best)} is the only method matched in size that has a figure on the test set "
             f"({metric} {figures}{interval}), so there was nothing to compare it with."
         )
-    if standing.winner:
-        after = standing.differences[ranked[1]]
+    if ranking.winner:
+        after = ranking.differences[ranked[1]]
         certain = "" if after.share_better is None else f", better in {words.share(after.share_better)} of resamplings"
         lead = words.lead(header, after)
         return (
-            f"{comparison.label(best)} ended best on the test set among the {len(ranked)} {_candidates(standing)}: "
-            f"{metric} {words.figure(header, standing.estimates[best].mean)}, ahead of {comparison.label(ranked[1])}, "
+            f"{comparison.label(best)} ended best on the test set among the {len(ranked)} {_candidates(ranking)}: "
+            f"{metric} {words.figure(header, ranking.estimates[best].mean)}, ahead of {comparison.label(ranked[1])}, "
             f"the next, by {lead} at 95 % confidence{certain}."
         )
-    return _tie(standing)
+    return _tie(ranking)
 
 
-def _candidates(standing: Standing) -> str:
-    return "methods matched in size" + ("" if standing.comparison.header.finished else " that have a figure so far")
+def _candidates(ranking: Ranking) -> str:
+    return "methods matched in size" + ("" if ranking.comparison.header.finished else " that have a figure so far")
 
 
-def _tie(standing: Standing) -> str:
-    comparison, header, tied = standing.comparison, standing.comparison.header, list(standing.tied)
-    figures = [words.figure(header, standing.estimates[key].mean) for key in tied]
+def _tie(ranking: Ranking) -> str:
+    comparison, header, tied = ranking.comparison, ranking.comparison.header, list(ranking.tied)
+    figures = [words.figure(header, ranking.estimates[key].mean) for key in tied]
     if len(tied) <= 4:
         listed = ", ".join(f"{comparison.label(key)} {at}" for key, at in zip(tied, figures, strict=True))
     else:
         listed = f"from {figures[0]} to {figures[-1]}: {words.names(comparison, tied)}"
-    if len(tied) < len(standing.ranked):
-        who = f"Of the {len(standing.ranked)} {_candidates(standing)}, {len(tied)}"
+    if len(tied) < len(ranking.ranked):
+        who = f"Of the {len(ranking.ranked)} {_candidates(ranking)}, {len(tied)}"
     else:
-        who = f"{'Both' if len(tied) == 2 else f'All {len(tied)}'} {_candidates(standing)}"
-    next_one = standing.differences.get(tied[1])
+        who = f"{'Both' if len(tied) == 2 else f'All {len(tied)}'} {_candidates(ranking)}"
+    next_one = ranking.differences.get(tied[1])
     if next_one is None or next_one.share_better is None:
         why = "since there is nothing to judge their differences by"
     else:
@@ -107,17 +107,17 @@ def _tie(standing: Standing) -> str:
     return f"{who} are tied for best on the test set ({words.metric(header)} {listed}), {why}."
 
 
-def _cost(standing: Standing) -> str:
-    comparison = standing.comparison
-    group = standing.tied if len(standing.tied) > 1 else standing.ranked
+def _cost(ranking: Ranking) -> str:
+    comparison = ranking.comparison
+    group = ranking.tied if len(ranking.tied) > 1 else ranking.ranked
     memory, speed = _costs(comparison, group, "peak_mib"), _costs(comparison, group, "step_ms")
     if not memory or not speed:
         return "What it costs was not measured."
-    if len(standing.ranked) == 1:
+    if len(ranking.ranked) == 1:
         only = group[0]
         return f"It peaked at {memory[only]:,.0f} MiB, and a step took {words.milliseconds(speed[only])} ms."
-    if standing.winner:
-        best, lean, fast = standing.winner, min(memory, key=memory.__getitem__), min(speed, key=speed.__getitem__)
+    if ranking.winner:
+        best, lean, fast = ranking.winner, min(memory, key=memory.__getitem__), min(speed, key=speed.__getitem__)
         used, took = memory.get(best), speed.get(best)
         if used is None or took is None:
             return "What it costs was not measured."
@@ -156,24 +156,24 @@ def _others(costs: dict[str, float]) -> str:
     return f"the other{'s' if len(rest) > 1 else ''} {low if low == high else f'{low} to {high}'} times that"
 
 
-def _notes(standing: Standing) -> list[str]:
-    comparison, header = standing.comparison, standing.comparison.header
+def _notes(ranking: Ranking) -> list[str]:
+    comparison, header = ranking.comparison, ranking.comparison.header
     notes = []
     if not header.finished:
         left = [m.method for m in comparison.methods if m.status == "unfinished"]
         which = f": {words.names(comparison, left)} still to run" if left else ""
         notes.append(f"The comparison is unfinished{which}. All figures are of what has run so far.")
     notes += [f"Fairness: {_sentence(problem)}" for problem in header.problems]
-    notes += _notes_on_seeds(standing)
-    notes += _notes_on_methods(standing)
+    notes += _notes_on_seeds(ranking)
+    notes += _notes_on_methods(ranking)
     if (header.jobs or 1) > 1:
         notes.append(f"{header.jobs} runs went at once, so steps took longer than they would alone.")
     return notes
 
 
-def _notes_on_seeds(standing: Standing) -> list[str]:
-    comparison, drawn = standing.comparison, {d.drawn for d in standing.differences.values()}
-    seeds = min((len(standing.estimates[key].seeds) for key in standing.ranked), default=0)
+def _notes_on_seeds(ranking: Ranking) -> list[str]:
+    comparison, drawn = ranking.comparison, {d.resampled for d in ranking.differences.values()}
+    seeds = min((len(ranking.estimates[key].seeds) for key in ranking.ranked), default=0)
     notes = []
     if seeds == 1:
         notes.append(
@@ -182,21 +182,21 @@ def _notes_on_seeds(standing: Standing) -> list[str]:
         )
     elif seeds == 2:
         notes.append("Two seeds only: intervals are wide, because two say little about the spread of more.")
-    uneven = {standing.estimates[key].seeds for key in standing.ranked}
+    uneven = {ranking.estimates[key].seeds for key in ranking.ranked}
     if len(uneven) > 1:
         notes.append("Methods have different seeds so far: they are ranked on the seeds that all of them have.")
     if drawn & {"seeds", "nothing"}:
         notes.append("Some runs have no scores of single test rows: there only seeds were drawn anew, not rows.")
     diverged = [
-        m.method for m in comparison.methods if comparison.counted(m.method) and m.method not in standing.estimates
+        m.method for m in comparison.methods if comparison.counted(m.method) and m.method not in ranking.estimates
     ]
     if diverged:
         notes.append(f"Not ranked, since a run's test figure was not finite: {words.names(comparison, diverged)}.")
     return notes
 
 
-def _notes_on_methods(standing: Standing) -> list[str]:
-    comparison, notes = standing.comparison, []
+def _notes_on_methods(ranking: Ranking) -> list[str]:
+    comparison, notes = ranking.comparison, []
     for edge in ("lowest", "highest"):
         keys = [m.method for m in comparison.methods if m.at_edge == edge and len(m.learning_rates) > 1]
         if keys:
@@ -211,10 +211,8 @@ def _notes_on_methods(standing: Standing) -> list[str]:
         if broken and method.status != "failed":
             where = ", ".join(f"seed {r.seed} at {words.rate(r.learning_rate)}" for r in broken if r.learning_rate)
             notes.append(f"A run of {comparison.label(method.method)} failed ({where}): {_sentence(broken[0].error)}")
-    ahead = [
-        k for k, d in standing.differences.items() if k not in standing.ranked and d.high is not None and d.high < 0
-    ]
-    if ahead and standing.best:
+    ahead = [k for k, d in ranking.differences.items() if k not in ranking.ranked and d.high is not None and d.high < 0]
+    if ahead and ranking.ranked:
         who = words.names(comparison, ahead)
         notes.append(
             f"Better than the best matched method, but no candidate{'s' if len(ahead) > 1 else ''} (bound or "
