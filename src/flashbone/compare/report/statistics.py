@@ -19,13 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashbone.compare.report.results import Comparison, Method
-from flashbone.evaluate.intervals import percentiles, resampled_ratios
+from flashbone.evaluate.intervals import Z, percentiles, resampled_ratios
 
 DRAWS = 10_000
 ROW_SEED, SEED_SEED = 0, 1  # of the generators
-# Quantile .975 of Student's t over 1 / degrees of freedom; between them a straight line, which is never below.
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 15: 2.131, 30: 2.042, 60: 2.0}
-Z_QUANTILE = 1.96
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,10 @@ def widened(points: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> np.ndar
 
 
 def widening(freedom: float) -> float:
-    """Student's .975 quantile by the normal one, at most a few percent too large between whole degrees of freedom."""
-    freedoms = [math.inf, *sorted(T_QUANTILES, reverse=True)]
-    quantiles = [T_QUANTILES.get(f, Z_QUANTILE) for f in freedoms]
-    return float(np.interp(1 / freedom, [1 / f for f in freedoms], quantiles)) / Z_QUANTILE
+    """Student's .975 quantile by the normal one."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975)) / Z
 
 
 @dataclass(frozen=True)
