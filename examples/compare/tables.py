@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from flashbone.compare.report import comparison_markdown, words
-from flashbone.compare.report.reading import read_results
-from flashbone.compare.report.results import Comparison
+from flashbone.compare.report.results import ComparisonResults, read_results
 from flashbone.compare.report.statistics import Bootstrap, rank
 from flashbone.compare.report.verdict import judge
 
@@ -83,7 +82,7 @@ def claims(results: Path) -> str:
     return text
 
 
-def first_epoch(comparison: Comparison, method: str) -> float:
+def first_epoch(comparison: ComparisonResults, method: str) -> float:
     """The share of the fall in held-out loss that the first epoch made, over the counted runs."""
     shares = []
     for run in comparison.counted(method):

@@ -6,7 +6,7 @@ import comparison_rows as made
 import pytest
 
 from flashbone.compare.report.page import page as page_of
-from flashbone.compare.report.reading import read_results
+from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -13,7 +13,7 @@ import pytest
 from flashbone.compare.report import style, write_report
 from flashbone.compare.report.page import page
 from flashbone.compare.report.payload import as_json
-from flashbone.compare.report.reading import read_results
+from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 from flashbone.errors import FormatError
 

@@ -5,7 +5,7 @@ import pytest
 
 from flashbone.compare import report as report
 from flashbone.compare.report import costs, tables
-from flashbone.compare.report.reading import read_results
+from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 
 

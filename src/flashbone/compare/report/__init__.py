@@ -17,7 +17,7 @@ def write_report(results: Path, folder: Path) -> list[Path]:
     """
     from flashbone.compare.report.figures import draw
     from flashbone.compare.report.page import page
-    from flashbone.compare.report.reading import read_results
+    from flashbone.compare.report.results import read_results
     from flashbone.compare.report.statistics import rank
 
     ranking = rank(read_results(results))
@@ -36,7 +36,7 @@ def print_comparison(results: Path) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from flashbone.compare.report.reading import read_results
+    from flashbone.compare.report.results import read_results
     from flashbone.compare.report.statistics import rank
     from flashbone.compare.report.tables import terminal
     from flashbone.compare.report.verdict import judge
@@ -56,7 +56,7 @@ def comparison_markdown(results: Path) -> str:
     Raises:
         FormatError: the results are not what `flashbone compare` writes.
     """
-    from flashbone.compare.report.reading import read_results
+    from flashbone.compare.report.results import read_results
     from flashbone.compare.report.statistics import rank
     from flashbone.compare.report.tables import markdown
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from flashbone.compare.report.results import Comparison, Curve, Run
+from flashbone.compare.report.results import ComparisonResults, LossCurve, RunRow
 from flashbone.compare.report.statistics import Ranking
 
 
@@ -30,13 +30,13 @@ class Band:
     high: tuple[float | None, ...]
 
 
-def spread(comparison: Comparison, method: str, name: str) -> Spread | None:
+def spread(comparison: ComparisonResults, method: str, name: str) -> Spread | None:
     """A figure of the counted runs (a field of `Run`); None where no run has it."""
     values = [value for run in comparison.counted(method) if (value := getattr(run, name)) is not None]
     return Spread(fmean(values), min(values), max(values)) if values else None
 
 
-def band(runs: Sequence[Run], name: str, points: int = 64) -> Band | None:
+def band(runs: Sequence[RunRow], name: str, points: int = 64) -> Band | None:
     """The curve `name` ("train" or "held_out") over runs; a training curve of more points is averaged in equal spans.
 
     A step at which a run's loss was not finite has no mean: the curve has a gap there.
@@ -60,7 +60,7 @@ def band(runs: Sequence[Run], name: str, points: int = 64) -> Band | None:
     )
 
 
-def _at(curve: Curve, values: tuple[float | None, ...], steps: list[int]) -> list[float | None]:
+def _at(curve: LossCurve, values: tuple[float | None, ...], steps: list[int]) -> list[float | None]:
     found = dict(zip(curve.step, values, strict=True))
     return [found[step] for step in steps]
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from flashbone.compare.report import words
-from flashbone.compare.report.results import Header
+from flashbone.compare.report.results import HeaderRow
 from flashbone.compare.report.statistics import Ranking
 from flashbone.compare.report.tables import Cell, Column, Row, columns, describe, rows
 
@@ -85,7 +85,7 @@ def _command(label: str, command: str) -> str:
     )
 
 
-def measured(header: Header) -> str:
+def measured(header: HeaderRow) -> str:
     """How it was measured: what, with how much, on what; and what was checked for fairness."""
     data = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in header.data.items() if key != "path")
     budget = header.budget or {}
@@ -104,12 +104,12 @@ def measured(header: Header) -> str:
         "command": header.command,
     }
     listed = "\n".join(f"<dt>{name}</dt><dd>{escape(str(v))}</dd>" for name, v in facts.items() if v not in (None, ""))
-    checked = notes(header.checked).replace('class="notes"', 'class="checked"')
+    checked = notes(header.fairness.checked).replace('class="notes"', 'class="checked"')
     fair = f"<h3>Checked for fairness</h3>\n{checked}" if checked else ""
     return f'<dl class="facts">\n{listed}\n</dl>\n{fair}'
 
 
-def _training(header: Header) -> str:
+def _training(header: HeaderRow) -> str:
     steps = words.count(header.steps, "step") if header.steps else ""
     epochs = f"{header.epochs:g} epoch{'' if header.epochs == 1 else 's'}" if header.epochs else ""
     return ", ".join(filter(None, (steps, epochs)))

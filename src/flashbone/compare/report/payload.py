@@ -7,7 +7,7 @@ from typing import Any
 
 from flashbone.compare.report import style, words
 from flashbone.compare.report.costs import Band, band, spread
-from flashbone.compare.report.results import Comparison
+from flashbone.compare.report.results import ComparisonResults
 from flashbone.compare.report.statistics import Ranking
 
 
@@ -43,7 +43,7 @@ def payload(ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def sweep(comparison: Comparison, method: str) -> list[list[float]]:
+def sweep(comparison: ComparisonResults, method: str) -> list[list[float]]:
     """Learning rates with the held-out loss at the end, on the first seed, where all rates were tried."""
     first = comparison.header.seeds[0] if comparison.header.seeds else None
     runs = [run for run in comparison.runs if run.method == method and run.status == "ok" and run.seed == first]

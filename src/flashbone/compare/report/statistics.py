@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashbone.compare.report.results import Comparison, Method
+from flashbone.compare.report.results import ComparisonResults
 from flashbone.evaluate.intervals import Z, percentiles, resampled_ratios
 
 DRAWS = 10_000
@@ -56,7 +56,7 @@ class Difference:
 class Bootstrap:
     """The draws of one comparison: rows are resampled once for all runs, seeds once for each number of seeds."""
 
-    def __init__(self, comparison: Comparison, draws: int = DRAWS) -> None:
+    def __init__(self, comparison: ComparisonResults, draws: int = DRAWS) -> None:
         self.draws = draws
         metric = comparison.header.metric
         self.sign = 1 if comparison.header.higher_is_better else -1
@@ -66,7 +66,7 @@ class Bootstrap:
         for run in runs:
             if (figure := run.figure(metric)) is not None:
                 self.figures.setdefault(run.method, {})[run.seed] = figure
-        scored = {(run.method, run.seed): scores for run in runs if (scores := run.scored) is not None}
+        scored = {(run.method, run.seed): scores for run in runs if (scores := run.resampled_scores) is not None}
         scores, weights = (np.array([pair[i] for pair in scored.values()]) for i in (0, 1))
         self._rows = dict(zip(scored, resampled_ratios(scores, weights, draws, ROW_SEED), strict=True))
 
@@ -154,7 +154,7 @@ class Ranking:
         differences: The leads of the first over every other method.
     """
 
-    comparison: Comparison
+    comparison: ComparisonResults
     estimates: dict[str, Estimate]
     ranked: tuple[str, ...]
     tied: tuple[str, ...]
@@ -166,12 +166,7 @@ class Ranking:
         return self.ranked[0] if len(self.ranked) > 1 and len(self.tied) == 1 else None
 
 
-def is_candidate(method: Method) -> bool:
-    """Whether a method may be called best: matched in size, not a bound, not failed."""
-    return method.matched and not method.bound and method.status != "failed"
-
-
-def rank(comparison: Comparison, draws: int = DRAWS) -> Ranking:
+def rank(comparison: ComparisonResults, draws: int = DRAWS) -> Ranking:
     """Rank the methods by their means on the seeds that all candidates have, and tell apart what can be told apart."""
     bootstrap, estimates = Bootstrap(comparison, draws), {}
     for method in comparison.methods:
@@ -181,7 +176,7 @@ def rank(comparison: Comparison, draws: int = DRAWS) -> Ranking:
         diverged = len(comparison.counted(method.method)) > len(bootstrap.figures.get(method.method, {}))
         if not diverged and (estimate := bootstrap.estimate(method.method)) is not None:
             estimates[method.method] = estimate
-    candidates = [m.method for m in comparison.methods if is_candidate(m) and m.method in estimates]
+    candidates = [m.method for m in comparison.methods if m.is_candidate and m.method in estimates]
     shared = set.intersection(*(set(estimates[key].seeds) for key in candidates)) if candidates else set()
 
     def figure(key: str) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import band, common_loss, seconds_to, spread
-from flashbone.compare.report.results import Method
+from flashbone.compare.report.results import MethodRow
 from flashbone.compare.report.statistics import Ranking
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Row:
     error: str | None
 
 
-MEASURED = {  # column -> (field of Run, how it is written)
+MEASURED = {  # column -> (field of RunRow, how it is written)
     "held_out": ("last_held_out", lambda value: f"{value:.4f}"),
     "step": ("step_ms", words.milliseconds),
     "peak": ("peak_mib", lambda value: f"{value:,.0f}"),
@@ -93,7 +93,7 @@ def rows(ranking: Ranking) -> list[Row]:
     return sorted(made, key=lambda row: (order[row.group], place.get(row.method, len(place))))
 
 
-def _group(ranking: Ranking, method: Method) -> str:
+def _group(ranking: Ranking, method: MethodRow) -> str:
     if method.status == "failed":
         return "failed"
     if method.bound or not method.matched:
@@ -103,7 +103,7 @@ def _group(ranking: Ranking, method: Method) -> str:
     return "matched" if method.method in ranking.ranked else "unfinished"
 
 
-def _cells(ranking: Ranking, method: Method, loss: float | None, sure: set[tuple[str, str]]) -> dict[str, Cell]:
+def _cells(ranking: Ranking, method: MethodRow, loss: float | None, sure: set[tuple[str, str]]) -> dict[str, Cell]:
     comparison, key = ranking.comparison, method.method
     cells = {
         "method": Cell(comparison.label(key)),
@@ -126,7 +126,7 @@ def _cells(ranking: Ranking, method: Method, loss: float | None, sure: set[tuple
     return cells
 
 
-def _parameters(method: Method) -> Cell:
+def _parameters(method: MethodRow) -> Cell:
     if method.adapter_parameters is None:
         return Cell()
     off = f"{100 * (method.off_budget or 0):+.1f}"
@@ -134,7 +134,7 @@ def _parameters(method: Method) -> Cell:
     return Cell(f"{method.adapter_parameters:,}{beside}", method.adapter_parameters)
 
 
-def _edge(method: Method) -> str:
+def _edge(method: MethodRow) -> str:
     return " (edge)" if method.at_edge and len(method.learning_rates) > 1 else ""
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import spread
-from flashbone.compare.report.results import Comparison
-from flashbone.compare.report.statistics import Ranking, is_candidate
+from flashbone.compare.report.results import ComparisonResults
+from flashbone.compare.report.statistics import Ranking
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _without_figures(ranking: Ranking) -> tuple[str, str]:
         best = f"All of {words.count(len(methods), 'method')} failed, so none can be called best."
         return best, f"The first error was that of {comparison.label(failed[0].method)}: {_sentence(failed[0].error)}"
     best = "No method matched in size has a figure on the test set, so none can be called best."
-    others = [key for key in ranking.estimates if not is_candidate(comparison.method(key))]
+    others = [key for key in ranking.estimates if not comparison.method(key).is_candidate]
     if others:
         return best, f"Only bounds and unmatched methods have one ({words.names(comparison, others)}): see the table."
     unfinished = sum(method.status == "unfinished" for method in methods)
@@ -128,18 +128,20 @@ def _cost(ranking: Ranking) -> str:
     return _cheapest(comparison, memory, speed)
 
 
-def _costs(comparison: Comparison, group: tuple[str, ...], name: str) -> dict[str, float]:
+def _costs(comparison: ComparisonResults, group: tuple[str, ...], name: str) -> dict[str, float]:
     found = {key: spread(comparison, key, name) for key in group}
     return {key: value.mean for key, value in found.items() if value is not None and value.mean > 0}
 
 
-def _against(comparison: Comparison, best: str, least: str, costs: dict[str, float], most: str, what: str) -> str:
+def _against(
+    comparison: ComparisonResults, best: str, least: str, costs: dict[str, float], most: str, what: str
+) -> str:
     if best == least:
         return f"the {most} {what} of all matched methods" if what == "memory" else f"the {most} of all"
     return f"{costs[best] / costs[least]:.2f} times that of {comparison.label(least)}, which has the {most} {what}"
 
 
-def _cheapest(comparison: Comparison, memory: dict[str, float], speed: dict[str, float]) -> str:
+def _cheapest(comparison: ComparisonResults, memory: dict[str, float], speed: dict[str, float]) -> str:
     lean, fast = min(memory, key=memory.__getitem__), min(speed, key=speed.__getitem__)
     needs = f"{comparison.label(lean)} needed the least memory ({memory[lean]:,.0f} MiB, {_others(memory)})"
     steps = f"the fastest steps ({words.milliseconds(speed[fast])} ms, {_others(speed)})"
@@ -163,7 +165,7 @@ def _notes(ranking: Ranking) -> list[str]:
         left = [m.method for m in comparison.methods if m.status == "unfinished"]
         which = f": {words.names(comparison, left)} still to run" if left else ""
         notes.append(f"The comparison is unfinished{which}. All figures are of what has run so far.")
-    notes += [f"Fairness: {_sentence(problem)}" for problem in header.problems]
+    notes += [f"Fairness: {_sentence(problem)}" for problem in header.fairness.problems]
     notes += _notes_on_seeds(ranking)
     notes += _notes_on_methods(ranking)
     if (header.jobs or 1) > 1:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from flashbone.compare.report.results import Comparison, Header
+from flashbone.compare.report.results import ComparisonResults, HeaderRow
 from flashbone.compare.report.statistics import Difference, Estimate
 
 METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "loss": "loss"}
 NOTHING, MINUS = "\u2013", "\u2212"  # a dash, and a minus sign as wide as a plus
 
 
-def metric(header: Header) -> str:
+def metric(header: HeaderRow) -> str:
     """The name of the test metric."""
     return METRICS[header.metric]
 
 
-def figure(header: Header, value: float) -> str:
+def figure(header: HeaderRow, value: float) -> str:
     """`93.4 %`, or a loss to four digits behind the point."""
     return f"{value:.4f}" if header.metric == "loss" else f"{100 * value:.1f} %"
 
 
-def estimate(header: Header, value: Estimate) -> str:
+def estimate(header: HeaderRow, value: Estimate) -> str:
     """`93.4 % (91.0 to 95.2)`."""
     if value.low is None or value.high is None:
         return figure(header, value.mean)
@@ -27,7 +27,7 @@ def estimate(header: Header, value: Estimate) -> str:
     return f"{figure(header, value.mean)} ({low} to {high})"
 
 
-def lead(header: Header, value: Difference) -> str:
+def lead(header: HeaderRow, value: Difference) -> str:
     """`2.1 points (0.3 to 3.9)`: how much better the first is, with the 95 % interval."""
 
     def number(end: float) -> str:
@@ -44,7 +44,7 @@ def share(value: float) -> str:
     return "over 99.9 %" if value > 0.999 else f"{100 * value:.1f} %" if value > 0.99 else f"{100 * value:.0f} %"
 
 
-def names(comparison: Comparison, keys: tuple[str, ...] | list[str]) -> str:
+def names(comparison: ComparisonResults, keys: tuple[str, ...] | list[str]) -> str:
     """`A, B and C`."""
     labels = [comparison.label(key) for key in keys]
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
