@@ -33,6 +33,7 @@ WAV2VEC2 |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 DEEPSEEK = GROUPED | {"num_key_value_heads": 2, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4}
 DEEPSEEK |= {"qk_nope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 2, "head_dim": 4}
 RWKV = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 12, "context_length": 16}
+RWKV |= {"rescale_every": 0}
 
 # One row of layers: query, key, value, output of the attention, then up, gate, down of the MLP; - where there is none.
 BERT = "attention.self.query attention.self.key attention.self.value attention.output.dense"

@@ -100,7 +100,7 @@ CONV1D = Host(
 SHIFTED_AT_ONCE = Refusal(
     "shifts one weight for all rows of a batch", "the weight is read once for all rows; run one batch for each adapter"
 )
-NOT_CALLED = Refusal("has no place", "the layer is never called, so that there is no input to drop")
+NOT_CALLED = Refusal("cannot be applied", "the layer is never called, so that there is no input to drop")
 
 
 def _conv(build: Callable[[], nn.Module], x: tuple[int, ...], name: str, what: str) -> Host:

@@ -34,7 +34,7 @@ class Bone(Variant):
         """`B^T` tiled along the input; of W only the sizes are used."""
         return shards.tile(block.mT, W.shape[1])
 
-    def to_bone(self, block: Float[Tensor, "r out"], out_features: int) -> Float[Tensor, "r out"]:
+    def to_bone(self, block: Float[Tensor, "*experts r out"], out_features: int) -> Float[Tensor, "*experts r out"]:
         """The block itself."""
         return block
 

@@ -37,7 +37,7 @@ class Mini(Variant):
         """`B^T` tiled along both axes; of W only the sizes are used."""
         return shards.tile(shards.tile(block, W.shape[0]).mT, W.shape[1])
 
-    def to_bone(self, block: Float[Tensor, "r mini_r"], out_features: int) -> Float[Tensor, "r out"]:
+    def to_bone(self, block: Float[Tensor, "*experts r mini_r"], out_features: int) -> Float[Tensor, "*experts r out"]:
         """The block tiled along the output."""
         return shards.tile(block, out_features).contiguous()
 
