@@ -226,9 +226,10 @@ def test_nothing_is_printed_and_the_hosts_stay_as_they_were(tmp_path, capfd):
     assert same_bits(torch.get_rng_state(), before[2], Promise.UNTOUCHED)
 
 
-def test_what_a_checkpoint_lacks_is_the_same_in_both(tmp_path):
-    """A classifier whose head is new: transformers makes it of random numbers, twice the same ones."""
-    _merged(tmp_path, tiny_bert, BERT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_checkpoint_lacks_is_the_same_in_both(tmp_path, dtype):
+    """A classifier whose head is new: transformers makes it of random numbers in fp32, twice the same ones."""
+    _merged(tmp_path, tiny_bert, BERT, dtype=dtype)
     for folder in ("base", "out"):
         _change(tmp_path / folder, lambda state: [state.pop(n) for n in list(state) if n.startswith("classifier")])
     assert _verify(tmp_path).ok

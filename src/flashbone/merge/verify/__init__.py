@@ -133,14 +133,13 @@ def _compare(base: Path, adapters: Sequence[WeightedAdapter], merged: Path, dtyp
 
 
 def _round(model: nn.Module, files: BaseModel) -> None:
-    """Round every parameter to its dtype in the files."""
-    parameters = dict(model.named_parameters())
+    """Round every parameter to its dtype in the files; those that the files lack stay as they are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     located, _ = names.locate(parameters, files.entries)
-    usual = _usual_dtype(files)
-    for name, parameter in parameters.items():
-        dtype = FLOATS.get(files.entries[located[name]].dtype) if name in located else usual
-        if dtype is not None:
-            parameter.copy_(parameter.to(dtype))
+    for name, tensor in located.items():
+        dtype = files.entries[tensor].dtype
+        if dtype in FLOATS:
+            parameters[name].copy_(parameters[name].to(FLOATS[dtype]))
 
 
 def _usual_dtype(files: BaseModel) -> torch.dtype:
