@@ -15,11 +15,7 @@ from flashbone.files.base import INDEX, SINGLE, BaseModel
 from flashbone.files.sources import read_json
 from flashbone.merge import record
 
-DTYPES = {
-    **dict.fromkeys(("bf16", "bfloat16"), "BF16"),
-    **dict.fromkeys(("fp16", "float16"), "F16"),
-    **dict.fromkeys(("fp32", "float32"), "F32"),
-}
+DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -134,11 +130,16 @@ def _weight_files(model: BaseModel, dtypes: dict[str, str], largest: int | None)
     metadata = (json.loads(model.files[0].header[8:]).get("__metadata__") if model.files else None) or {"format": "pt"}
     if largest is None:
         return [_weight_file(file, dtypes, metadata) for file in model.files]
-    shards = _shards([(entry.name, dtypes[entry.name], entry.shape) for entry in model.entries.values()], largest)
-    if len(shards) == 1:
-        return [_new_file(SINGLE, shards[0], metadata)]
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    return [_new_file(name, shard, metadata) for name, shard in zip(names, shards, strict=True)]
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    contents: dict[str, Any] = {e.name: (e.name, dtypes[e.name], e.shape) for e in model.entries.values()}
+    shards = split_state_dict_into_shards_factory(
+        contents,
+        get_storage_size=lambda tensor: _bytes([tensor]),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=largest,
+    ).filename_to_tensors
+    return [_new_file(file, [contents[name] for name in names], metadata) for file, names in shards.items()]
 
 
 def _weight_file(file: tensors.TensorFile, dtypes: dict[str, str], metadata: dict[str, str]) -> WeightFile:
@@ -152,19 +153,6 @@ def _new_file(name: str, contents: Sequence[_Tensor], metadata: dict[str, str]) 
     contents = sorted(contents, key=lambda tensor: -tensors.BITS.get(tensor[1], 0))  # so that torch can map them
     header = tensors.header(contents, metadata)
     return WeightFile(name, contents, header, len(header) + _bytes(contents))
-
-
-def _shards(contents: Sequence[_Tensor], largest: int) -> list[list[_Tensor]]:
-    groups: list[list[_Tensor]] = [[]]
-    free = largest
-    for tensor in contents:
-        size = _bytes([tensor])
-        if size > free and groups[-1]:
-            groups.append([])
-            free = largest
-        groups[-1].append(tensor)
-        free -= size
-    return groups
 
 
 def _index(model: BaseModel, weights: Sequence[WeightFile], dtype: str | None) -> dict[str, bytes]:
@@ -182,14 +170,10 @@ def _index(model: BaseModel, weights: Sequence[WeightFile], dtype: str | None) -
 def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A model's config with this dtype wherever it names one, in its parts, too."""
     name = str(tensors.FLOATS[dtype]).removeprefix("torch.")
-    known = {str(t).removeprefix("torch.") for t in tensors.FLOATS.values()}
-
-    def changed(key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: changed(k, v) for k, v in value.items()}
-        return name if key in ("dtype", "torch_dtype") and value in known else value
-
-    return changed("", config)
+    known = [str(t).removeprefix("torch.") for t in tensors.FLOATS.values()]
+    changed = {key: name for key in ("dtype", "torch_dtype") if config.get(key) in known}
+    changed |= {key: config_in(part, dtype) for key, part in config.items() if isinstance(part, dict)}
+    return config | changed
 
 
 def _json_bytes(content: dict[str, Any]) -> bytes:
