@@ -118,9 +118,9 @@ def test_verify_compares_logits_before_anything_appears(tmp_path, capsys, monkey
     assert main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
     assert "flashbone merge: verified, outputs differ by" in captured.err
-    found = verify.Verification(**json.loads(captured.out)["verification"])
-    assert found == verify.compare_logits(tmp_path / "base", [tmp_path / "adapter"], [0.5], tmp_path / "out")
-    assert found.ok
+    verification = verify.Verification(**json.loads(captured.out)["verification"])
+    assert verification == verify.compare_logits(tmp_path / "base", [tmp_path / "adapter"], [0.5], tmp_path / "out")
+    assert verification.ok
 
 
 def test_what_can_never_be_verified_is_refused_before_anything_is_merged(place, capsys, monkeypatch):
@@ -135,9 +135,9 @@ def test_what_can_never_be_verified_is_refused_before_anything_is_merged(place, 
 
 
 @pytest.mark.parametrize(
-    "given", [["--weights", "-0.5,1"], ["--weights=-0.5,1"], ["--weights", "-5e-1,1.0"]], ids=" ".join
+    "options", [["--weights", "-0.5,1"], ["--weights=-0.5,1"], ["--weights", "-5e-1,1.0"]], ids=" ".join
 )
-def test_weights_may_begin_with_a_minus(place, capsys, given):
+def test_weights_may_begin_with_a_minus(place, capsys, options):
     command, *paths, out = _arguments(place)
-    assert main([command, *given, *paths, paths[-1], out, "--json"]) == 0
-    assert [one["weight"] for one in json.loads(capsys.readouterr().out)["record"]["adapters"]] == [-0.5, 1]
+    assert main([command, *options, *paths, paths[-1], out, "--json"]) == 0
+    assert [adapter["weight"] for adapter in json.loads(capsys.readouterr().out)["record"]["adapters"]] == [-0.5, 1]

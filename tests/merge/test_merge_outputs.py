@@ -220,8 +220,8 @@ def test_weights_beyond_float32_are_refused(place, weight):
     assert not (place / "out").exists()
 
 
-@pytest.mark.parametrize("size", ["9" * 400, "9" * 305 + "TB", "0.5B", "0", True])
-def test_sizes_that_are_none_are_refused(size):
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 305 + "TB", "0.5B", "0", True, "-1GB", "GB", "", "1e400GB"])
+def test_invalid_sizes_are_refused(size):
     with pytest.raises(ConfigError, match=r"shard size: got .* wanted a positive number"):
         layout.shard_bytes(size)
 

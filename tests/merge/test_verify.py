@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from verified_merges import BERT, LLAMA, _adapter, _lively, _merged, _verify
+from verified_merges import BERT, LLAMA, fitting_adapter, lively, verify, write_merge
 
 from flashbone import variants
 from flashbone.errors import FormatError
@@ -54,13 +54,13 @@ RIGHT += [("llama", "bone", torch.float32), ("bert", "bat-col", torch.float32), 
 
 @pytest.mark.parametrize(("case", "variant", "dtype"), RIGHT, ids=str)
 def test_right_merges_pass(tmp_path, case, variant, dtype):
-    _merged(tmp_path, *MODELS[case], variant, dtype)
-    found = _verify(tmp_path)
-    assert found.ok
-    assert found.unexplained < LIMIT / 5
-    assert found.dtype == str(dtype).removeprefix("torch.")
-    assert (found.rounding > LIMIT) == (dtype != torch.float32)  # what is explained is more than what is allowed
-    assert found.relative_error < 2 * found.rounding + LIMIT
+    write_merge(tmp_path, *MODELS[case], variant, dtype)
+    verification = verify(tmp_path)
+    assert verification.ok
+    assert verification.unexplained < LIMIT / 5
+    assert verification.dtype == str(dtype).removeprefix("torch.")
+    assert (verification.rounding > LIMIT) == (dtype != torch.float32)  # what is explained is more than what is allowed
+    assert verification.relative_error < 2 * verification.rounding + LIMIT
 
 
 def _swapped(state: dict[str, Tensor], base: dict[str, Tensor], name: str) -> None:
@@ -85,95 +85,95 @@ def _heavy(state: dict[str, Tensor], base: dict[str, Tensor], name: str) -> None
 @pytest.mark.parametrize("wrong", [_swapped, _signed, _absent, _heavy])
 @pytest.mark.parametrize(("case", "dtype"), [("llama", torch.bfloat16), ("bert", torch.float32)], ids=str)
 def test_one_wrong_layer_fails(tmp_path, case, wrong, dtype):
-    _merged(tmp_path, *MODELS[case], dtype=dtype)
+    write_merge(tmp_path, *MODELS[case], dtype=dtype)
     base = load_file(tmp_path / "base" / "model.safetensors")
     changed = load_file(tmp_path / "out" / "model.safetensors")
     name = next(n for n in base if n.endswith((".k_proj.weight", ".query.weight")) and not base[n].equal(changed[n]))
     _change(tmp_path / "out", lambda state: wrong(state, base, name))
-    found = _verify(tmp_path)
-    assert not found.ok
-    assert found.unexplained > 2 * LIMIT
+    verification = verify(tmp_path)
+    assert not verification.ok
+    assert verification.unexplained > 2 * LIMIT
 
 
 @pytest.mark.parametrize(("variant", "dtype"), [("bone", torch.bfloat16), ("bat-col", torch.float32)], ids=str)
 def test_several_adapters_with_weights_pass_and_wrong_ones_fail(tmp_path, variant, dtype):
-    model = _lively(tiny_llama()).to(dtype)
+    model = lively(tiny_llama()).to(dtype)
     model.save_pretrained(tmp_path / "base")
-    _adapter(tmp_path / "one", model, LLAMA[:3], variant)
-    _adapter(tmp_path / "two", model, LLAMA[1:], variant)
+    fitting_adapter(tmp_path / "one", model, LLAMA[:3], variant)
+    fitting_adapter(tmp_path / "two", model, LLAMA[1:], variant)
     _live(tmp_path, {"one": 0.7, "two": -0.3}, model, variant)
-    assert _verify(tmp_path, "one", "two", weights=[0.7, -0.3]).ok
-    assert _verify(tmp_path, "two", "one", weights=[-0.3, 0.7]).ok
+    assert verify(tmp_path, "one", "two", weights=[0.7, -0.3]).ok
+    assert verify(tmp_path, "two", "one", weights=[-0.3, 0.7]).ok
     wrong = {
-        "another weight": _verify(tmp_path, "one", "two", weights=[0.7, -0.35]),
-        "another sign": _verify(tmp_path, "one", "two", weights=[0.7, 0.3]),
-        "no weights": _verify(tmp_path, "one", "two"),
-        "weights exchanged": _verify(tmp_path, "two", "one", weights=[0.7, -0.3]),
-        "one missing": _verify(tmp_path, "one", weights=[0.7]),
+        "another weight": verify(tmp_path, "one", "two", weights=[0.7, -0.35]),
+        "another sign": verify(tmp_path, "one", "two", weights=[0.7, 0.3]),
+        "no weights": verify(tmp_path, "one", "two"),
+        "weights exchanged": verify(tmp_path, "two", "one", weights=[0.7, -0.3]),
+        "one missing": verify(tmp_path, "one", weights=[0.7]),
     }
-    assert [what for what, found in wrong.items() if found.ok] == []
+    assert [what for what, verification in wrong.items() if verification.ok] == []
 
 
 def test_another_base_fails(tmp_path):
-    _merged(tmp_path, tiny_llama, LLAMA)
+    write_merge(tmp_path, tiny_llama, LLAMA)
     _change(tmp_path / "base", lambda state: state["model.layers.0.mlp.up_proj.weight"].mul_(1.01))
-    assert not _verify(tmp_path).ok
+    assert not verify(tmp_path).ok
 
 
 def test_values_that_are_not_finite_fail(tmp_path):
-    _merged(tmp_path, tiny_llama, LLAMA)
+    write_merge(tmp_path, tiny_llama, LLAMA)
     _change(tmp_path / "out", lambda state: state["model.norm.weight"].fill_(float("nan")))
-    assert not _verify(tmp_path).ok
+    assert not verify(tmp_path).ok
 
 
 def test_a_merge_into_another_dtype_is_rounded_as_its_files_are(tmp_path):
     """An fp32 base in bf16 files, the norms left in fp32: each tensor counts by its own dtype."""
-    _merged(tmp_path, tiny_llama, LLAMA)
+    write_merge(tmp_path, tiny_llama, LLAMA)
 
     def narrow(state):
         state |= {name: t.bfloat16() for name, t in state.items() if "norm" not in name}
 
     _change(tmp_path / "out", narrow)
-    found = _verify(tmp_path)
-    assert found.ok
-    assert found.dtype == "bfloat16"
-    assert found.rounding > 10 * LIMIT
+    verification = verify(tmp_path)
+    assert verification.ok
+    assert verification.dtype == "bfloat16"
+    assert verification.rounding > 10 * LIMIT
 
 
 @pytest.mark.parametrize(
     ("weight", "dtype"), [(1.0, torch.float32), (0.5, torch.float32), (-0.5, torch.float16)], ids=str
 )
 def test_modules_to_save_and_biases_pass_and_are_looked_at(tmp_path, weight, dtype):
-    model = _lively(tiny_bert()).to(dtype)
+    model = lively(tiny_bert()).to(dtype)
     model.save_pretrained(tmp_path / "base")
     others = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
     others["bert.encoder.layer.0.attention.self.query.base_layer.bias"] = torch.randn(16)
     fields = {"modules_to_save": ["classifier"], "bias": "bone_only", "task_type": "SEQ_CLS"}
-    _adapter(tmp_path / "adapter", model, ("query",), others=others, **fields)
+    fitting_adapter(tmp_path / "adapter", model, ("query",), others=others, **fields)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", weights=[weight])
-    assert _verify(tmp_path, weights=[weight]).ok
-    assert not _verify(tmp_path, weights=[weight / 2]).ok
+    assert verify(tmp_path, weights=[weight]).ok
+    assert not verify(tmp_path, weights=[weight / 2]).ok
     for name in ("classifier.bias", "bert.encoder.layer.0.attention.self.query.bias"):
         _change(tmp_path / "out", lambda state, name=name: state[name].add_(0.1))
-        assert not _verify(tmp_path, weights=[weight]).ok, name
+        assert not verify(tmp_path, weights=[weight]).ok, name
         _change(tmp_path / "out", lambda state, name=name: state[name].sub_(0.1))
 
 
 def test_the_same_adapter_given_twice_counts_twice(tmp_path):
-    _merged(tmp_path, tiny_llama, LLAMA)
+    write_merge(tmp_path, tiny_llama, LLAMA)
     shutil.rmtree(tmp_path / "out")
     merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"] * 2, tmp_path / "out", weights=[0.5, 0.25])
-    assert _verify(tmp_path, "adapter", "adapter", weights=[0.5, 0.25]).ok
-    assert not _verify(tmp_path, weights=[0.5]).ok
+    assert verify(tmp_path, "adapter", "adapter", weights=[0.5, 0.25]).ok
+    assert not verify(tmp_path, weights=[0.5]).ok
 
 
 def test_adapters_of_miss_and_files_inside_their_folders_are_taken(tmp_path):
-    _merged(tmp_path, tiny_llama, LLAMA, "bat-col")
+    write_merge(tmp_path, tiny_llama, LLAMA, "bat-col")
     (tmp_path / "miss").mkdir()
     miss.write(peft.read(tmp_path / "adapter"), tmp_path / "miss")
     for path in ("miss", "miss/adapter_config.json", "adapter/adapter_model.safetensors"):
-        assert _verify(tmp_path, path).ok, path
-        assert not _verify(tmp_path, path, weights=[0.9]).ok, path
+        assert verify(tmp_path, path).ok, path
+        assert not verify(tmp_path, path, weights=[0.9]).ok, path
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_adapters_of_miss_and_files_inside_their_folders_are_taken(tmp_path):
     ids=["gpt2", "t5", "llama classifier", "bart classifier", "bert for pre-training"],
 )
 def test_models_of_every_kind_pass_and_fail(tmp_path, make, targets):
-    _merged(tmp_path, make, targets)
-    assert _verify(tmp_path).ok
+    write_merge(tmp_path, make, targets)
+    assert verify(tmp_path).ok
     base = load_file(tmp_path / "base" / "model.safetensors")
     name = next(n for n, t in load_file(tmp_path / "out" / "model.safetensors").items() if not t.equal(base[n]))
     _change(tmp_path / "out", lambda state: state.update({name: base[name]}))
-    assert not _verify(tmp_path).ok
+    assert not verify(tmp_path).ok
 
 
 @pytest.mark.parametrize(
@@ -205,22 +205,22 @@ def test_models_of_every_kind_pass_and_fail(tmp_path, make, targets):
     ids=["of a classifier, in the bare encoder", "of a bare decoder, in the language model"],
 )
 def test_adapters_whose_names_begin_elsewhere_pass_and_fail(tmp_path, make, name, shape):
-    _lively(make()).save_pretrained(tmp_path / "base")
+    lively(make()).save_pretrained(tmp_path / "base")
     blocks = {name.format(n): torch.randn(shape) / 50 for n in range(2)}
     write_adapter(tmp_path / "adapter", "bone", blocks, target_modules=[name.rpartition(".")[2]])
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert _verify(tmp_path).ok
+    assert verify(tmp_path).ok
     shutil.copy(tmp_path / "base" / "model.safetensors", tmp_path / "out" / "model.safetensors")
-    assert not _verify(tmp_path).ok
+    assert not verify(tmp_path).ok
 
 
 def test_nothing_is_printed_and_the_hosts_stay_as_they_were(tmp_path, capfd):
     from transformers.utils import logging
 
-    _merged(tmp_path, tiny_bert, BERT)
+    write_merge(tmp_path, tiny_bert, BERT)
     before = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_rng_state()
     capfd.readouterr()
-    _verify(tmp_path)
+    verify(tmp_path)
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before[:2]
     assert same_bits(torch.get_rng_state(), before[2], Promise.UNTOUCHED)
@@ -229,10 +229,10 @@ def test_nothing_is_printed_and_the_hosts_stay_as_they_were(tmp_path, capfd):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_checkpoint_lacks_is_the_same_in_both(tmp_path, dtype):
     """A classifier whose head is new: transformers makes it of random numbers in fp32, twice the same ones."""
-    _merged(tmp_path, tiny_bert, BERT, dtype=dtype)
+    write_merge(tmp_path, tiny_bert, BERT, dtype=dtype)
     for folder in ("base", "out"):
         _change(tmp_path / folder, lambda state: [state.pop(n) for n in list(state) if n.startswith("classifier")])
-    assert _verify(tmp_path).ok
+    assert verify(tmp_path).ok
     _change(tmp_path / "out", lambda state: state.pop("bert.pooler.dense.weight"))
     with pytest.raises(FormatError, match=r"out: it lacks bert\.pooler\.dense\.weight, which the base has"):
-        _verify(tmp_path)
+        verify(tmp_path)

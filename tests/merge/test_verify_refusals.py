@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from verified_merges import BERT, LLAMA, _adapter, _lively, _merged, _verify
+from verified_merges import BERT, LLAMA, fitting_adapter, lively, verify, write_merge
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.merge.verify import check_verifiable, compare_logits
@@ -15,16 +15,16 @@ from helpers.families import FAMILIES
 
 def _refused(tmp_path: Path, message: str, adapters=("adapter",), weights=None, error=FormatError) -> None:
     with pytest.raises(error, match=rf"^[^\n]*{message}[^\n]*$"):
-        _verify(tmp_path, *adapters, weights=weights)
+        verify(tmp_path, *adapters, weights=weights)
 
 
 def test_what_cannot_be_verified_is_refused_by_name(tmp_path):
-    model = _merged(tmp_path, tiny_llama, LLAMA)
+    model = write_merge(tmp_path, tiny_llama, LLAMA)
     _refused(tmp_path, "weights: got 2 for 1 adapters", weights=[1, 2], error=ConfigError)
     head = {"lm_head.weight": torch.randn(50, 20)}
-    _adapter(tmp_path / "head", model, LLAMA, others=head, modules_to_save=["lm_head"])
+    fitting_adapter(tmp_path / "head", model, LLAMA, others=head, modules_to_save=["lm_head"])
     _refused(tmp_path, "head: holds values that take the place", ["adapter", "head"], error=ConfigError)
-    _adapter(tmp_path / "other", tiny_bert(), BERT)
+    fitting_adapter(tmp_path / "other", tiny_bert(), BERT)
     _refused(tmp_path, "Target modules .* not found in the base model", ["other"], error=ConfigError)
     narrow = {f"model.layers.{n}.self_attn.q_proj": torch.randn(4, 12) for n in range(2)}
     write_adapter(tmp_path / "narrow", "bone", narrow, target_modules=["q_proj"])
@@ -37,11 +37,11 @@ def test_what_cannot_be_verified_is_refused_by_name(tmp_path):
 
 
 def test_what_can_never_be_verified_is_known_before_a_merge(tmp_path):
-    model = _lively(tiny_bert())
+    model = lively(tiny_bert())
     model.save_pretrained(tmp_path / "base")
-    adapter = _adapter(tmp_path / "adapter", model, BERT)
+    adapter = fitting_adapter(tmp_path / "adapter", model, BERT)
     head = {"classifier.bias": torch.randn(2)}
-    head = _adapter(tmp_path / "head", model, BERT, others=head, modules_to_save=["classifier"])
+    head = fitting_adapter(tmp_path / "head", model, BERT, others=head, modules_to_save=["classifier"])
     check_verifiable(tmp_path / "base", [adapter, adapter], [0.5, -0.5])
     check_verifiable(tmp_path / "base", [head], None)
     with pytest.raises(ConfigError, match="weights: got 1 for 2 adapters"):
@@ -54,7 +54,7 @@ def test_what_can_never_be_verified_is_known_before_a_merge(tmp_path):
 
 
 def test_models_that_transformers_cannot_load_or_run_are_refused(tmp_path):
-    _merged(tmp_path, tiny_llama, LLAMA)
+    write_merge(tmp_path, tiny_llama, LLAMA)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "never heard of"}))
     _refused(tmp_path, "base: cannot be verified, .*never heard of")

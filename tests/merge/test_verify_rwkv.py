@@ -138,10 +138,10 @@ def test_every_variant_passes(tmp_path, variant, version):
     base = base_file(tmp_path, version, torch.bfloat16)
     adapter = live_folder(tmp_path, base, version, variant)
     merge_checkpoint(base, adapter, tmp_path / "out.pth")
-    found = compare_logits(base, [adapter], None, tmp_path / "out.pth")
-    assert found.ok
-    assert found.dtype == "bfloat16"
-    assert found.rounding > 10 * LIMIT
+    verification = compare_logits(base, [adapter], None, tmp_path / "out.pth")
+    assert verification.ok
+    assert verification.dtype == "bfloat16"
+    assert verification.rounding > 10 * LIMIT
 
 
 def test_old_keys_and_a_leading_part_of_all_names_pass(tmp_path):

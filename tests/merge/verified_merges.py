@@ -13,7 +13,7 @@ from helpers.adapter_folders import blocks_for, write_adapter
 LLAMA, BERT = ("q_proj", "k_proj", "o_proj", "down_proj"), ("query", "key", "dense")
 
 
-def _adapter(folder: Path, model: nn.Module, targets: tuple[str, ...], variant: str = "bone", **fields) -> Path:
+def fitting_adapter(folder: Path, model: nn.Module, targets: tuple[str, ...], variant: str = "bone", **fields) -> Path:
     """Blocks whose deltas are 3% of their weights, as trained ones are."""
     blocks = {}
     for name, block in blocks_for(model, variant, targets, 6, 0.01).items():
@@ -23,7 +23,7 @@ def _adapter(folder: Path, model: nn.Module, targets: tuple[str, ...], variant: 
     return write_adapter(folder, variant, blocks, r=6, target_modules=list(targets), **fields)
 
 
-def _lively(model: nn.Module) -> nn.Module:
+def lively(model: nn.Module) -> nn.Module:
     """With matrices as large as trained ones: in a new model, queries and keys change next to nothing."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -31,14 +31,14 @@ def _lively(model: nn.Module) -> nn.Module:
     return model
 
 
-def _merged(place: Path, make, targets, variant: str = "bone", dtype: torch.dtype = torch.float32) -> nn.Module:
+def write_merge(place: Path, make, targets, variant: str = "bone", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Base, adapter and merged model in `place`."""
-    model = _lively(make()).to(dtype)
+    model = lively(make()).to(dtype)
     model.save_pretrained(place / "base")
-    _adapter(place / "adapter", model, targets, variant)
+    fitting_adapter(place / "adapter", model, targets, variant)
     merge_checkpoint(place / "base", place / "adapter", place / "out")
     return model
 
 
-def _verify(place: Path, *adapters: str, weights: list[float] | None = None):
+def verify(place: Path, *adapters: str, weights: list[float] | None = None):
     return compare_logits(place / "base", [place / a for a in adapters or ("adapter",)], weights, place / "out")
