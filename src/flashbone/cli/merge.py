@@ -141,6 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", metavar="W", help="of each adapter: 0.7 0.3 at the end, or 0.7,0.3")
     parser.add_argument("--dtype", metavar="DTYPE", help="of all floating tensors: bf16, fp16 or fp32 (the base's own)")
     parser.add_argument("--shard-size", metavar="SIZE", help="largest shard: 5GB, 500MB, 2GiB (the base's own shards)")
-    parser.add_argument("--verify", action="store_true", help="reload the result and compare logits with the base's")
+    parser.add_argument(
+        "--verify", action="store_true", help="reload the result, compare its logits with the unmerged model's"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return parser

@@ -20,7 +20,7 @@ from flashbone.files.base import BaseModel
 from flashbone.variants.merged import Term
 from flashbone.variants.stacked import PerExpert
 
-ONE_BY_ONE = "merge one adapter, then the other into the result, or leave one out"
+_ONE_BY_ONE = "merge one adapter, then the other into the result, or leave one out"
 
 
 class WeightedAdapter(NamedTuple):
@@ -137,10 +137,12 @@ def _edit(model: BaseModel, tensor: str, changes: list[tuple[placing.PlacedTenso
         return TensorEdit(tensor, tuple(terms), None, transposed, stacked)
     value, first = values[0]
     if terms and (len(changes) > 1 or first.weight != 1):
-        remedy = ONE_BY_ONE if len(changes) > 1 else "merge it with weight 1"
+        remedy = _ONE_BY_ONE if len(changes) > 1 else "merge it with weight 1"
         raise FormatError(f"{tensor}: {first.path} holds a value for it, and {_paths(shifts)} a block; {remedy}")
     if any(not same_values(value, other) or weighted.weight != first.weight for other, weighted in values[1:]):
-        raise FormatError(f"{tensor}: {_paths(values)} hold values for it that differ in value or weight; {ONE_BY_ONE}")
+        raise FormatError(
+            f"{tensor}: {_paths(values)} hold values for it that differ in value or weight; {_ONE_BY_ONE}"
+        )
     return TensorEdit(tensor, tuple(terms), (value, first.weight), transposed, stacked)
 
 
