@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
@@ -70,7 +71,7 @@ def naming(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: cannot be verified, transformers or PEFT failed: {reason}") from error
 
 
-def load(path: Path) -> tuple[Any, set[str]]:
+def load(path: Path) -> tuple[PreTrainedModel, set[str]]:
     """The model in fp32, and the parameters that its files lack; these get the same random numbers each time."""
     with naming(path), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -81,7 +82,7 @@ def load(path: Path) -> tuple[Any, set[str]]:
     return model.eval(), set(info["missing_keys"])
 
 
-def _class_for(config: transformers.PretrainedConfig) -> Any:
+def _class_for(config: PretrainedConfig) -> Any:
     """The class that a config names, of transformers or registered there; else the class of the bare model."""
     name = (config.architectures or ["AutoModel"])[0]
     if hasattr(transformers, name):
@@ -90,7 +91,7 @@ def _class_for(config: transformers.PretrainedConfig) -> Any:
     return registered if getattr(registered, "__name__", None) == name else transformers.AutoModel
 
 
-def attach(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> Any:
+def attach(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> PeftModel:
     """Attach adapters to a model in place, all of them active and unmerged; the PeftModel."""
     attached: Any = None
     for n, (adapter, path, weight) in enumerate(adapters):
@@ -138,7 +139,7 @@ def _root(model: nn.Module, adapter: Adapter) -> nn.Module:
     return around
 
 
-def rows_for(model: Any, path: Path) -> list[Tensor]:
+def rows_for(model: PreTrainedModel, path: Path) -> list[Tensor]:
     """Rows of random tokens, of several lengths; each ends with the model's end token, if it has one.
 
     Raises:
