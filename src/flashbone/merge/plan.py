@@ -121,9 +121,7 @@ def _edit(model: BaseModel, tensor: str, changes: list[tuple[placing.PlacedTenso
     shifts = [(place, weighted) for place, weighted in changes if place.block is not None]
     layouts = {(place.transposed, place.stacked) for place, _ in shifts}
     if len(layouts) > 1:
-        raise FormatError(
-            f"{tensor}: {_paths(changes)} disagree on whether it is stored transposed; are they for the same model?"
-        )
+        raise FormatError(f"{tensor}: {_paths(changes)} disagree on its orientation; are they for the same model?")
     transposed, stacked = layouts.pop() if layouts else (False, False)
     terms = []
     for place, (adapter, _, weight) in shifts:

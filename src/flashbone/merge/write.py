@@ -163,7 +163,10 @@ def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 class HashingReader:
-    """Reads tensors of a file and takes the file's sha256; reads each byte once if asked in the order of the file."""
+    """Reads tensors of a file and takes the file's sha256; reads each byte once if asked in the order of the file.
+
+    All methods raise a FormatError if the file ends early.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._io = path, path.open("rb")
@@ -172,24 +175,16 @@ class HashingReader:
     def close(self) -> None:
         self._io.close()
 
-    def tensor(self, entry: tensors.TensorEntry) -> Tensor:
-        """The tensor, in memory of its own.
-
-        Raises:
-            FormatError: the file ends early.
-        """
+    def tensor(self, entry: tensors.Entry) -> Tensor:
+        """The tensor, in memory of its own."""
         self._hash_up_to(entry.start)
         self._io.seek(entry.start)
         tensor = tensors.read(self._io, entry)
         self._add_to_hash(entry.start, tensors.as_bytes(tensor))
         return tensor
 
-    def pieces(self, entry: tensors.TensorEntry) -> Iterator[bytes]:
-        """The tensor's bytes.
-
-        Raises:
-            FormatError: the file ends early.
-        """
+    def pieces(self, entry: tensors.Entry) -> Iterator[bytes]:
+        """The tensor's bytes."""
         self._hash_up_to(entry.start)
         yield from self._range(entry.start, entry.end)
 
