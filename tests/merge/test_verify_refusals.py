@@ -23,7 +23,7 @@ def test_what_cannot_be_verified_is_refused_by_name(tmp_path):
     _refused(tmp_path, "weights: got 2 for 1 adapters", weights=[1, 2], error=ConfigError)
     head = {"lm_head.weight": torch.randn(50, 20)}
     fitting_adapter(tmp_path / "head", model, LLAMA, others=head, modules_to_save=["lm_head"])
-    _refused(tmp_path, "head: holds values that take the place", ["adapter", "head"], error=ConfigError)
+    _refused(tmp_path, "head: such a merge cannot be verified", ["adapter", "head"], error=ConfigError)
     fitting_adapter(tmp_path / "other", tiny_bert(), BERT)
     _refused(tmp_path, "Target modules .* not found in the base model", ["other"], error=ConfigError)
     narrow = {f"model.layers.{n}.self_attn.q_proj": torch.randn(4, 12) for n in range(2)}
@@ -46,7 +46,7 @@ def test_what_can_never_be_verified_is_known_before_a_merge(tmp_path):
     check_verifiable(tmp_path / "base", [head], None)
     with pytest.raises(ConfigError, match="weights: got 1 for 2 adapters"):
         check_verifiable(tmp_path / "base", [adapter, adapter], [1.0])
-    with pytest.raises(ConfigError, match="head: holds values that take the place"):
+    with pytest.raises(ConfigError, match="head: such a merge cannot be verified"):
         check_verifiable(tmp_path / "base", [head, head], None)
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(FormatError, match=r"base: has no config\.json"):

@@ -253,5 +253,5 @@ def test_two_adapters_that_both_train_norms_are_refused(tmp_path):
     base = base_file(tmp_path, 6)
     adapter = rwkv_peft_file(tmp_path / "one.pth", load(base), 6, "bone", "disha")
     shutil.copy(adapter, tmp_path / "two.pth")
-    with pytest.raises(ConfigError, match=r"one\.pth, .*two\.pth: holds values that take the place"):
+    with pytest.raises(ConfigError, match=r"one\.pth, .*two\.pth: such a merge cannot be verified"):
         check_verifiable(base, [adapter, tmp_path / "two.pth"], None)

@@ -9,7 +9,6 @@ beyond that limit. Such a model is run once more in fp64, with the same weights:
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ class Verification:
 
     Attributes:
         tokens: number of tokens that were run.
-        dtype: of most numbers in the merged files.
+        dtype: the one that takes most of the merged files' bytes.
         relative_error: between the merged and the unmerged model.
         rounding: the part of it that rounding to the files' dtypes explains.
         unexplained: the part that rounding does not explain.
@@ -97,8 +96,8 @@ def _read(adapters: Sequence[str | Path], weights: Sequence[float] | None) -> li
     replacing = dict.fromkeys(str(path) for adapter, path, _ in weighted if adapter.replacements)
     if len(weighted) > 1 and replacing:
         raise ConfigError(
-            f"{', '.join(replacing)}: holds values that take the place of the base's (biases, modules to save), which"
-            " PEFT cannot load beside another adapter; such a merge cannot be verified"
+            f"{', '.join(replacing)}: such a merge cannot be verified, since PEFT cannot load values that replace the"
+            " base's (biases, modules to save) beside another adapter"
         )
     return weighted
 
@@ -120,10 +119,11 @@ def _compare(base: Path, adapters: Sequence[WeightedAdapter], merged: Path, dtyp
         if missing_now - missing:
             raise FormatError(f"{merged}: it lacks {', '.join(sorted(missing_now - missing))}, which the base has")
         on_disk = models.run(model, rows, merged, dtype)
+    sizes = {dtype: sum(e.end - e.start for e in files.entries.values() if e.dtype == dtype) for dtype in FLOATS}
     unexplained = max(_error(in_memory, unmerged, unmerged), _error(on_disk, rounded, unmerged))
     return Verification(
         tokens=sum(row.shape[1] for row in rows),
-        dtype=str(_usual_dtype(files)).removeprefix("torch."),
+        dtype=str(FLOATS[max(sizes, key=sizes.__getitem__)]).removeprefix("torch."),
         relative_error=_error(on_disk, unmerged, unmerged),
         rounding=_error(rounded, in_memory, unmerged),
         unexplained=unexplained,
@@ -140,15 +140,6 @@ def _round(model: nn.Module, files: BaseModel) -> None:
         dtype = files.entries[tensor].dtype
         if dtype in FLOATS:
             parameters[name].copy_(parameters[name].to(FLOATS[dtype]))
-
-
-def _usual_dtype(files: BaseModel) -> torch.dtype:
-    """The dtype of most numbers in the files."""
-    count: Counter[torch.dtype] = Counter()
-    for entry in files.entries.values():
-        if entry.dtype in FLOATS:
-            count[FLOATS[entry.dtype]] += entry.end - entry.start
-    return count.most_common(1)[0][0] if count else torch.float32
 
 
 def _error(got: Tensor, want: Tensor, reference: Tensor) -> float:
