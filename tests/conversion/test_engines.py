@@ -161,7 +161,7 @@ def test_a_name_of_a_base_adds_no_line_to_a_modelfile(tmp_path):
 def test_ollama_finds_a_modelfile_of_a_base_and_the_adapter(tmp_path, base):
     (tmp_path / "here").mkdir()
     base = str(tmp_path / base) if base == "here" else base
-    assert engines.get("ollama").write_extras(_lora(base_model=base), tmp_path, tmp_path) == ("Modelfile",)
+    assert engines.get("ollama").write_extras(_lora(base_model=base), tmp_path, tmp_path) == "Modelfile"
     lines = (tmp_path / "Modelfile").read_text().splitlines()
     assert lines[0].startswith(f"# FROM: {base or 'the model that it was trained on'}, as a GGUF file")
     assert "0.34.1" in lines[0]
@@ -181,7 +181,7 @@ def test_the_command_for_a_single_gguf_writes_the_modelfile_beside_it(tmp_path):
     ("engine", "path"), [("vllm", ""), ("sglang", ""), ("tgi", ""), ("llama.cpp", "/adapter.gguf")]
 )
 def test_the_page_beside_an_adapter_has_the_command_for_that_folder(tmp_path, engine, path):
-    assert engines.get(engine).write_extras(_lora(), tmp_path, Path("my adapter")) == ("SERVE.md",)
+    assert engines.get(engine).write_extras(_lora(), tmp_path, Path("my adapter")) == "SERVE.md"
     text = (tmp_path / "SERVE.md").read_text()
     (command,) = (line.strip() for line in text.splitlines() if line.startswith("    "))
     assert f'"$PWD"{path}' in command

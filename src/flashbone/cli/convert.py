@@ -71,7 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT folder, file of RWKV-PEFT, or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder or file, which does not exist yet")
     parser.add_argument("--to", metavar="FORMAT", help="peft, miss, lora, rwkv-peft or gguf")
-    parser.add_argument("--for", dest="engine", metavar="ENGINE", help="vllm, llama.cpp, ollama, sglang or tgi")
+    parser.add_argument(
+        "--for", dest="engine", metavar="ENGINE", help="a serving engine, such as vllm, llama.cpp or ollama"
+    )
     parser.add_argument("--base", metavar="BASE", help="the base model (folder, .pth or hub id), for lora, gguf")
     parser.add_argument("--rank", type=int, metavar="N", help="rank of the LoRA (the adapter's r where it is exact)")
     parser.add_argument("--error", type=float, metavar="E", help="or the largest relative error of a module's delta")

@@ -1,6 +1,6 @@
-"""The serving engines: what LoRA each takes, what it wants to find, and how it is told of an adapter.
+"""The serving engines: which LoRAs each takes, which files it needs, and the command that starts it with an adapter.
 
-Read off their sources and documentation in November 2026; of them all only llama.cpp is run by the tests.
+Taken from their sources and documentation in November 2026; the tests run llama.cpp alone.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class ServingEngine:
 
     Attributes:
         name: as users write it.
-        title: as it writes itself.
+        title: its name in text.
         formats: that it takes, the preferred first.
         start: the command, with {base}, {name}, {path} and {rank}.
         asked: how a request names the adapter.
-        hint: what else has to be known.
+        hint: what else users need to know.
         until: the versions that take adapters, where new ones do not.
-        ranks: that it takes, in their order; empty: every one.
-        more: whether it takes larger ranks than the last one, as they are.
-        layers: pattern of the names of the layers that it adapts; empty: it says itself what it does not.
+        ranks: that it takes, in ascending order; empty: all.
+        more: whether it takes ranks above the last, as they are.
+        layers: pattern of the names of the layers that it adapts; empty: it refuses others itself.
         all_alike: whether a kind of layer must be adapted in every layer of the base or in none.
     """
 
@@ -65,18 +65,18 @@ class ServingEngine:
     all_alike: bool = False
 
     def rank(self, rank: int) -> int | None:
-        """The smallest rank that it takes and that holds this one; None: it is too large."""
+        """The smallest rank that it takes and that is not below this rank; None: the rank is too large."""
         return next((r for r in self.ranks if r >= rank), rank if self.more or not self.ranks else None)
 
     def not_adapted(self, names: Iterable[str]) -> list[str]:
-        """Those of these layers that it cannot adapt, as their names say."""
+        """The layers among these that it cannot adapt, by their names."""
         return [name for name in names if self.layers and not re.fullmatch(self.layers, name)]
 
     def prepare(self, lora: Lora, where: Path) -> Lora:
         """The LoRA as the engine takes it, padded to an allowed rank; what it cannot take is refused.
 
         Raises:
-            FormatError: it holds what the engine has no place for; all is named.
+            FormatError: it holds what the engine cannot serve; all is named.
         """
         if "gguf" in self.formats:
             gguf.tensor_names(lora)  # refuses
@@ -88,39 +88,29 @@ class ServingEngine:
             "layers that it does not adapt": self.not_adapted(set(lora.factors) - lora.embeddings - lora.conv1d),
             "layers that it would leave out, as others of their kind are not adapted": self._in_part(lora, where),
         }
-        found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
-        if found:
-            raise FormatError(f"{where}: {self.title} cannot serve {'; '.join(found)}; merge it into the base instead")
+        named = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+        if named:
+            raise FormatError(f"{where}: {self.title} cannot serve {'; '.join(named)}; merge it into the base instead")
         rank = self.rank(lora.rank)
         if rank is None:
             largest = f"rank {lora.rank} is more than the {self.ranks[-1]} of {self.title}"
             raise FormatError(f"{where}: {largest}; ask for a smaller rank, or merge it into the base instead")
         return factors.resized(lora, rank, None, where)
 
-    def write_extras(self, lora: Lora, folder: Path, out: Path) -> tuple[str, ...]:
-        """Write what else the engine wants to find into the folder that becomes `out`; the names of the files."""
-        if self.name == "ollama":
-            (folder / "Modelfile").write_text(self._modelfile(lora, GGUF), encoding="utf-8")
-            return ("Modelfile",)
+    def write_extras(self, lora: Lora, folder: Path, out: Path) -> str:
+        """Write what else the engine needs into the folder that becomes `out`; returns the file's name."""
         command = self._start(lora, '"$PWD"' + f"/{GGUF}" * ("gguf" in self.formats), _name(out))
         asked = self.asked.format(name=_name(out))
         text = _PAGE.format(title=self.title, command=command, asked=asked, hint=f" {self.hint}" if self.hint else "")
         (folder / "SERVE.md").write_text(text, encoding="utf-8")
-        return ("SERVE.md",)
+        return "SERVE.md"
 
     def command(self, lora: Lora, out: Path) -> str:
-        """How it is started with the adapter."""
+        """The shell command that starts it with the adapter."""
         path = out.absolute()
-        if self.name == "ollama" and out.suffix == ".gguf":
-            text, file = self._modelfile(lora, path.name), shlex.quote(str(path.with_name("Modelfile")))
-            return f"printf %s {shlex.quote(text)} > {file} && ollama create {_name(out)} -f {file}"
-        if self.formats == ("gguf",) and out.suffix != ".gguf":
-            path = path / ("Modelfile" if self.name == "ollama" else GGUF)
+        if "gguf" in self.formats and out.suffix != ".gguf":
+            path = path / GGUF
         return self._start(lora, shlex.quote(str(path)), _name(out))
-
-    def _modelfile(self, lora: Lora, file: str) -> str:
-        known = " ".join(lora.base_model.split()) if lora.base_model else "the model that it was trained on"
-        return _MODELFILE.format(known=known, hint=self.hint, base=_folder(lora) or "./base.gguf", gguf=file)
 
     def _start(self, lora: Lora, path: str, name: str) -> str:
         base = shlex.quote(_folder(lora) or lora.base_model or "BASE")
@@ -137,6 +127,25 @@ class ServingEngine:
         for name in lora.factors:
             kinds[re.sub(r"\.\d+\.", ".*.", name)].append(name)
         return [name for kind, names in kinds.items() if "*" in kind and len(names) < layers for name in names]
+
+
+class Ollama(ServingEngine):
+    """Starts from a Modelfile, which names base and adapter."""
+
+    def write_extras(self, lora: Lora, folder: Path, out: Path) -> str:
+        (folder / "Modelfile").write_text(self._modelfile(lora, GGUF), encoding="utf-8")
+        return "Modelfile"
+
+    def command(self, lora: Lora, out: Path) -> str:
+        path, name = out.absolute(), _name(out)
+        if out.suffix != ".gguf":
+            return self._start(lora, shlex.quote(str(path / "Modelfile")), name)
+        text, file = self._modelfile(lora, path.name), shlex.quote(str(path.with_name("Modelfile")))
+        return f"printf %s {shlex.quote(text)} > {file} && ollama create {name} -f {file}"
+
+    def _modelfile(self, lora: Lora, file: str) -> str:
+        known = " ".join(lora.base_model.split()) if lora.base_model else "the model that it was trained on"
+        return _MODELFILE.format(known=known, hint=self.hint, base=_folder(lora) or "./base.gguf", gguf=file)
 
 
 ENGINES = {
@@ -158,7 +167,7 @@ ENGINES = {
             "usual, it is always on",
             "BASE.gguf is the base as convert_hf_to_gguf.py makes it, without --fuse-qkv, of any quantisation.",
         ),
-        ServingEngine(
+        Ollama(
             "ollama",
             "Ollama",
             ("gguf",),
@@ -196,7 +205,7 @@ def get(name: str) -> ServingEngine:
     """The engine of that name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     if name not in ENGINES:
         raise ConfigError(f"engine: got {name!r}, wanted one of {', '.join(ENGINES)}")
@@ -204,7 +213,7 @@ def get(name: str) -> ServingEngine:
 
 
 def _folder(lora: Lora) -> str | None:
-    """The base as a path that is found from anywhere, if it is a folder here."""
+    """The absolute path of the base, if it is a local folder."""
     is_here = lora.base_model and Path(lora.base_model).is_dir()
     return str(Path(str(lora.base_model)).absolute()) if is_here else None
 

@@ -66,15 +66,14 @@ def to_lora(
     problems += _without_factors(adapter, model, places)
     if problems:
         raise FormatError(f"a plain LoRA has no place for {'; '.join(problems)}; merge the adapter instead")
-    found: dict[str, Factors] = {}
-    files = {entry.name: file.path for file in model.files for entry in file.entries}
+    of_modules: dict[str, Factors] = {}
     for here in places:
-        found[here.name] = _factored(here, adapter.variant, model, files[here.tensor], rank, error)
+        of_modules[here.name] = _factored(here, adapter.variant, model, rank, error)
         if progress is not None:
-            progress(len(found), len(places))
-    common = max([rank or 1, *(factors.used for factors in found.values())])
+            progress(len(of_modules), len(places))
+    common = max([rank or 1, *(factors.used for factors in of_modules.values())])
     lora = Lora(
-        {name: lowrank.pad(factors.A, factors.B, common) for name, factors in found.items()},
+        {name: lowrank.pad(factors.A, factors.B, common) for name, factors in of_modules.items()},
         dict(adapter.replacements),
         adapter.base_model,
         model.config,
@@ -84,30 +83,25 @@ def to_lora(
         modules_to_save=saved,
         task_type=adapter.config.get("task_type"),
     )
-    if all(factors.is_exact for factors in found.values()):
+    if all(factors.is_exact for factors in of_modules.values()):
         return lora, ()
-    errors = [ModuleError(name, factors.used, factors.error) for name, factors in found.items()]
+    errors = [ModuleError(name, factors.used, factors.error) for name, factors in of_modules.items()]
     return lora, tuple(sorted(errors, key=lambda e: (-e.error, e.name)))
 
 
 def _blocks_only(adapter: Adapter) -> Adapter:
-    """Without the replacements of tensors that no block shifts: a LoRA need not know where in the base they lie."""
+    """Without the replacements of tensors that no block shifts: a LoRA needs no place in the base for them."""
     shifted = {adapter.parameter(name) for name in adapter.blocks}
     return replace(adapter, replacements={n: t for n, t in adapter.replacements.items() if n in shifted})
 
 
 def _factored(
-    here: PlacedTensor, variant: variants.Variant, model: BaseModel, file: Path, rank: int | None, error: float | None
+    here: PlacedTensor, variant: variants.Variant, model: BaseModel, rank: int | None, error: float | None
 ) -> Factors:
     assert here.block is not None, "only places of blocks"
 
     def weight() -> Tensor:
-        if here.replacement is not None:
-            stored = here.replacement
-        else:
-            with file.open("rb") as source:
-                source.seek(model.entries[here.tensor].start)
-                stored = tensors.read(source, model.entries[here.tensor])
+        stored = model.tensor(here.tensor) if here.replacement is None else here.replacement
         return stored.mT if here.transposed else stored
 
     try:
@@ -136,11 +130,11 @@ def _saved_modules(adapter: Adapter, model: BaseModel) -> tuple[tuple[str, ...],
     whole modules.
     """
     listed = tuple(n for n in adapter.config.get("modules_to_save") or () if _names_any(n, adapter.replacements))
-    found, _ = names.locate(adapter.replacements, model.entries)
+    stored, _ = names.locate(adapter.replacements, model.entries)
     derived, problems = [], []
     for name in Lora({}, adapter.replacements, modules_to_save=listed).without_place():
-        module = found.get(name, "").rpartition(".")[0]
-        if module and all(entry in found.values() for entry in model.entries if entry.startswith(f"{module}.")):
+        module = stored.get(name, "").rpartition(".")[0]
+        if module and all(entry in stored.values() for entry in model.entries if entry.startswith(f"{module}.")):
             derived.append(name.rpartition(".")[0])
         else:
             problems.append(f"{name}, which is neither a bias nor part of a whole module")
@@ -182,17 +176,17 @@ def check_finite(lora: Lora, where: Path) -> None:
 
 
 def on_base(lora: Lora, model: BaseModel, where: Path) -> Lora:
-    """The LoRA with what its base tells: the config, and which layers keep their weight as (in, out).
+    """The LoRA with its base's config, and which layers keep their weight as (in, out).
 
     Raises:
-        FormatError: names that the base has not, or not clearly; all are listed.
-        ShapeError: factors that do not fit their layers; all are listed.
+        FormatError: names are missing from the base, or ambiguous; all are listed.
+        ShapeError: factors do not fit their layers; all are listed.
     """
-    found, lost = names.locate((f"{name}.weight" for name in lora.factors), model.entries)
+    stored, lost = names.locate((f"{name}.weight" for name in lora.factors), model.entries)
     problems = [f"{name}: {reason}" for name, reason in lost.items()]
     misfits, conv1d = [], set()
     for name, (A, B) in lora.factors.items():
-        if (tensor := found.get(f"{name}.weight")) is None:
+        if (tensor := stored.get(f"{name}.weight")) is None:
             continue
         is_conv1d = name not in lora.embeddings and bool(names.is_transposed(tensor, model.config))
         conv1d |= {name} if is_conv1d else set()
@@ -209,19 +203,16 @@ def on_base(lora: Lora, model: BaseModel, where: Path) -> Lora:
 def without_values_of_base(lora: Lora, model: BaseModel) -> Lora:
     """The LoRA without replacements that are the base's own values, such as the copy of an embedding that PEFT saves
     along when its layer is adapted."""
-    found, _ = names.locate(lora.replacements, model.entries)
+    tensor_of, _ = names.locate(lora.replacements, model.entries)
     if names.has_tied_embeddings(model.config, model.entries):
         inputs = [tensor for tensor in model.entries if names.is_embedding(tensor, names.INPUT_EMBEDDINGS)]
-        heads = [n for n in lora.replacements if n not in found and names.is_embedding(n, names.OUTPUT_EMBEDDINGS)]
-        found |= dict.fromkeys(heads, inputs[0]) if len(inputs) == 1 else {}
-    files = {entry.name: file.path for file in model.files for entry in file.entries}
+        heads = [n for n in lora.replacements if n not in tensor_of and names.is_embedding(n, names.OUTPUT_EMBEDDINGS)]
+        tensor_of |= dict.fromkeys(heads, inputs[0]) if len(inputs) == 1 else {}
     kept = {}
     for name, value in lora.replacements.items():
-        entry = model.entries.get(found.get(name, ""))
+        entry = model.entries.get(tensor_of.get(name, ""))
         if entry is not None and entry.shape == tuple(value.shape) and entry.dtype in tensors.FLOATS:
-            with files[entry.name].open("rb") as source:
-                source.seek(entry.start)
-                stored = tensors.read(source, entry)
+            stored = model.tensor(entry.name)
             wide = torch.promote_types(stored.dtype, value.dtype)
             if torch.equal(stored.to(wide), value.to(wide)):
                 continue
@@ -268,7 +259,7 @@ def to_adapter(lora: Lora, where: Path) -> Adapter:
         "peft_type": "BONE",
         "variant": "bone",
         "r": r,
-        "rank_pattern": {rf"\A{re.escape(name)}": own for name, own in sizes.items() if own != r},
+        "rank_pattern": {rf"\A{re.escape(name)}": size for name, size in sizes.items() if size != r},
         "bias": lora.bias.replace("lora_only", "bone_only"),
         "target_modules": sorted(lora.target_modules or lora.factors),
         "modules_to_save": list(lora.modules_to_save),
@@ -279,7 +270,7 @@ def to_adapter(lora: Lora, where: Path) -> Adapter:
 
 
 def _block_size(A: Tensor, B: Tensor) -> int:
-    """The smallest r for which A is stacked identities, and zeros below them, as in B; 0 if there is none."""
+    """The smallest r for which A is stacked identities, and zeros below them, as in B; 0: none is."""
     repeats, used = (A[0, 1:] == 1).nonzero(), B.count_nonzero(0).nonzero()
     r = int(repeats[0]) + 1 if len(repeats) else max(A.shape[1], int(used[-1]) + 1 if len(used) else 0)
     if r > len(A) or A[r:].any() or B[:, r:].any():

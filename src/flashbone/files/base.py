@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flashbone.errors import FormatError
 from flashbone.files import peft, pth, rwkv, tensors
 from flashbone.files.sources import read_json
@@ -16,19 +18,8 @@ INDEX = "model.safetensors.index.json"
 # Suffixes of weights: copies of the unmerged model in another format, and pickles of a training run.
 _WEIGHTS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl"),
-    *(
-        ".h5",
-        ".h5.index.json",
-        ".msgpack",
-        ".msgpack.index.json",
-        ".gguf",
-        ".ggml",
-        ".ot",
-        ".npz",
-        ".tflite",
-        ".mlmodel",
-    ),
-    *(".onnx", ".onnx_data", ".onnx.data"),
+    *(".h5", ".h5.index.json", ".msgpack", ".msgpack.index.json", ".gguf", ".ggml", ".ot", ".npz", ".tflite"),
+    *(".mlmodel", ".onnx", ".onnx_data", ".onnx.data"),
 )
 _RESAVE = (
     "load it with transformers and save_pretrained() it to a new folder, which writes safetensors, then merge into that"
@@ -57,6 +48,14 @@ class BaseModel:
     def is_pth(self) -> bool:
         """Whether it is the `.pth` file of an RWKV model."""
         return self.folder.is_file()
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors, read from its file."""
+        entry = self.entries[name]
+        path = next(file.path for file in self.files if entry in file.entries)
+        with path.open("rb") as stream:
+            stream.seek(entry.start)
+            return tensors.read(stream, entry)
 
     @property
     def size(self) -> int:

@@ -1,5 +1,6 @@
 """The pickle inside torch's files: a dict of tensors, as records of what each is. No pickled code is ever run."""
 
+import errno
 import io
 import math
 import pickle
@@ -130,6 +131,11 @@ def _problem(name: Any, value: Any) -> str:
     if value.metadata:
         return f"{name} is a conjugated or negated view; save its resolve_conj().resolve_neg()"
     return "" if value.is_contiguous else f"{name} is a view that is not contiguous; save its contiguous()"
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether an error in reading a pickle is the disk's, not the damaged file's: a seek before the start is EINVAL."""
+    return isinstance(error, OSError) and error.errno != errno.EINVAL
 
 
 class _Pickler(pickle.Pickler):

@@ -6,7 +6,6 @@ written one tensor at a time, each at a multiple of 64 bytes.
 """
 
 import bisect
-import errno
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import BinaryIO
 
 from flashbone.errors import FormatError
 from flashbone.files import pickled
-from flashbone.files.tensors import Piece, TensorEntry, TensorFile
+from flashbone.files.tensors import Layout, Piece, TensorEntry, TensorFile
 
 _ALIGNMENT = 64  # bytes, torch's own
 _ROOT = "archive"
@@ -27,7 +26,7 @@ def scan(path: Path) -> TensorFile:
     """Find the bytes of every tensor of a file, in the order of its dict; tied tensors have the same ones.
 
     Raises:
-        FormatError: it is no file of plain tensors, or not a whole one; all tensors that cannot be read are named.
+        FormatError: it is not a whole file of plain tensors; all tensors that cannot be read are named.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -38,10 +37,8 @@ def scan(path: Path) -> TensorFile:
             )
         try:
             entries = _entries(path, file)
-        except FormatError:
-            raise
-        except Exception as error:  # zipfile and pickle stumble over a damaged file in any way they like
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to a negative place
+        except Exception as error:  # zipfile and pickle fail at a damaged file with any exception
+            if isinstance(error, FormatError) or pickled.is_of_the_disk(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise FormatError(f"{path}: not a whole torch file ({reason}); {_DAMAGED}") from error
@@ -123,7 +120,7 @@ def _entry(
 
 def write(
     target: Path,
-    layout: Sequence[tuple[str, str, tuple[int, ...]]],
+    layout: Layout,
     content: Callable[[str], Iterable[Piece]],
     advance: Callable[[int], None],
     aliases: Mapping[str, str] | None = None,
@@ -133,7 +130,7 @@ def write(
 
     Args:
         target: Must not exist.
-        layout: Name, dtype (a key of `pickled.DTYPES`) and shape of every tensor, in the order of the dict.
+        layout: In the order of the dict; dtypes are keys of `pickled.DTYPES`.
         content: Yields the bytes of the tensor of that name in pieces; called once for each, in order.
         advance: Called with the number of bytes after each piece, in all the size of the file.
         aliases: Name of a tensor -> name of the one whose storage it shares; its own content is not asked for.

@@ -1,6 +1,5 @@
 """All tensors of one file: safetensors, or a torch pickle, of which no code is run."""
 
-import errno
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashbone.errors import FormatError
+from flashbone.files.pickled import is_of_the_disk
 from flashbone.files.tensors import FLOATS
 
 
@@ -46,8 +46,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             f"{file}: refused, this pickle is broken or holds more than tensors (pickles can run code); convert it to"
             " safetensors where you trust it"
         ) from error
-    except Exception as error:  # torch's unpickler stumbles over a damaged file in any way it likes
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to a negative place
+    except Exception as error:  # torch's unpickler fails at a damaged file with any exception
+        if is_of_the_disk(error):
             raise
         reason = " ".join(str(error).split())
         raise FormatError(f"{file}: cannot be read as a torch file; it may be truncated ({reason})") from error
@@ -92,17 +92,14 @@ def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         FormatError: one has another dtype than fp64, fp32, bf16 and fp16; all are named.
     """
-    odd = [
-        f"{name} is {str(t.dtype).removeprefix('torch.')}"
-        for name, t in state.items()
-        if t.dtype not in FLOATS.values()
-    ]
+    dtypes = {name: tensor.dtype for name, tensor in state.items() if tensor.dtype not in FLOATS.values()}
+    odd = [f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items()]
     if odd:
         raise FormatError(f"{', '.join(odd)}, wanted fp64, fp32, bf16 or fp16; convert them with torch first")
-    found, seen = {}, set()
+    apart, seen = {}, set()
     for name, tensor in state.items():
         storage = tensor.untyped_storage()
-        is_own = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        is_apart = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
-        found[name] = tensor if is_own else tensor.clone(memory_format=torch.contiguous_format)
-    return found
+        apart[name] = tensor if is_apart else tensor.clone(memory_format=torch.contiguous_format)
+    return apart

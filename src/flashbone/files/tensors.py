@@ -33,6 +33,7 @@ BITS = {
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 Piece = bytes | bytearray | memoryview
+Layout = Sequence[tuple[str, str, tuple[int, ...]]]  # of a file: name, dtype such as "BF16", and shape of each tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def scan(path: Path) -> TensorFile:
     """Read a file's header and check it against the file's size; no tensor is read.
 
     Raises:
-        FormatError: it is no safetensors file, or not a whole one.
+        FormatError: it is not a whole safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -103,37 +104,19 @@ def _entry(name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
     return entry
 
 
-def file_size(
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> int:
-    """Bytes of the file that the safetensors library writes for tensors of these dtypes and shapes, header included.
-
-    It sorts by dtype, the widest first, then by name, writes the JSON without spaces, and pads it to 8 bytes.
-    """
-    names = {dtype: name for name, dtype in FLOATS.items()}
-    order = list(names)
-    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order.index(item[1][0]), item[0])):
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        table[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    header = len(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode())
-    return 8 + header + -header % 8 + end
-
-
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of this dtype, named as in the header.
 
     Raises:
-        FormatError: there is no such dtype.
+        FormatError: the dtype is unknown.
     """
     if dtype not in BITS:
         raise FormatError(f"dtype: got {dtype!r}, wanted one of {', '.join(BITS)}")
     return -(-math.prod(shape) * BITS[dtype] // 8)
 
 
-def header(layout: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """What stands before the data of a file with these tensors, in this order: (name, dtype, shape)."""
+def header(layout: Layout, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What comes before the data of a file with these tensors, in this order."""
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape in layout:
@@ -144,9 +127,25 @@ def header(layout: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping
     return len(text).to_bytes(8, "little") + text
 
 
+def file_size(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Bytes of the file that the safetensors library writes for tensors of these dtypes and shapes, header included.
+
+    It sorts by dtype, the widest first, then by name.
+    """
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    order = list(names)
+    layout = [
+        (name, names[dtype], shape)
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0]))
+    ]
+    return len(header(layout, metadata)) + sum(nbytes(dtype, shape) for _, dtype, shape in layout)
+
+
 def write(
     target: Path,
-    layout: Sequence[tuple[str, str, tuple[int, ...]]],
+    layout: Layout,
     content: Callable[[str], Iterable[Piece]],
     advance: Callable[[int], None],
     metadata: Mapping[str, str] | None = None,
@@ -156,8 +155,8 @@ def write(
 
     Args:
         target: Must not exist.
-        layout: (name, dtype such as "BF16", shape), in the order in which the tensors are written. torch reads a file
-            only if each tensor starts at a multiple of its item size: the widest dtypes come first.
+        layout: In the order in which the tensors are written. torch reads a file only if each tensor starts at a
+            multiple of its item size: the widest dtypes come first.
         content: Yields the bytes of the tensor of that name, in pieces.
         advance: Called with the number of bytes after each piece that was written.
         metadata: Of the header.
