@@ -115,7 +115,7 @@ def test_names_of_a_body_without_a_head_are_found(tmp_path):
         (_lora(Q, config={"architectures": ["MixtralForCausalLM"]}), "the base is a MixtralForCausalLM, wanted one of"),
         (_lora(Q, config={"architectures": None}), "names no architectures"),
         (_lora(Q, config={"architectures": [["LlamaForCausalLM"]]}), "wanted one of LlamaForCausalLM"),
-        (_lora(Q, config={"num_hidden_layers": "2"}), "how many layers"),
+        (_lora(Q, config={"num_hidden_layers": "2"}), "number of layers"),
         (Lora({Q: _factors(16, 12)}), "give the base model's folder"),
     ],
 )

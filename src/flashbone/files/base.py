@@ -1,5 +1,4 @@
-"""A base model: a folder with safetensors in one file or in shards with an index, the config, and the files beside
-them; or the one `.pth` file of an RWKV model."""
+"""A base model: a folder with config.json and safetensors, in one file or in shards; or an RWKV model's `.pth` file."""
 
 import json
 import os
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flashbone.errors import FormatError
-from flashbone.files import peft, pth, rwkv, tensors
+from flashbone.files import folders, pth, rwkv, tensors
 from flashbone.files.sources import read_json
 
 SINGLE = "model.safetensors"
@@ -31,11 +30,11 @@ class BaseModel:
     """A checked base model; only headers have been read.
 
     Attributes:
-        folder: where it lies; the `.pth` file itself.
+        folder: its folder, or the `.pth` file itself.
         files: the files that hold its tensors.
-        entries: tensor name -> where it is and what it looks like.
-        config: config.json, empty if there is none.
-        companions: paths of the files to carry along, relative to the folder.
+        entries: tensor name -> its place, dtype and shape.
+        config: config.json; empty where the folder has none.
+        companions: paths of the other files that a copy needs, relative to the folder.
     """
 
     folder: Path
@@ -83,9 +82,8 @@ def open_base(folder: Path) -> BaseModel:
     files = tuple(tensors.scan(folder / name) for name in names)
     entries = _entries(files)
     holder = {entry.name: file.path.name for file in files for entry in file.entries}
-    wrong = [tensor for tensor, name in weight_map.items() if holder.get(tensor) != name]
-    if wrong:
-        raise FormatError(f"{folder / INDEX}: the shards do not hold, where it says so: {', '.join(wrong)}")
+    if wrong := [tensor for tensor, name in weight_map.items() if holder.get(tensor) != name]:
+        raise FormatError(f"{folder / INDEX}: these tensors are not in the shards that it names: {', '.join(wrong)}")
     return BaseModel(folder, files, entries, config, tuple(_companions(folder, single)))
 
 
@@ -97,10 +95,8 @@ def _open_rwkv(path: Path) -> BaseModel:
     missing = [start for start in ("emb.", "blocks.0.att.") if not any(name.startswith(start) for name in entries)]
     if missing:
         like = f", its names are like {next(iter(entries))}" if entries else ""
-        raise FormatError(
-            f"{path}: is no RWKV model, it has no {' and no '.join(f'{start}*' for start in missing)}{like}; of other"
-            f" models, {_RESAVE}"
-        )
+        absent = " and no ".join(f"{start}*" for start in missing)
+        raise FormatError(f"{path}: is no RWKV model, it has no {absent}{like}; of other models, {_RESAVE}")
     return BaseModel(path, (file,), entries, {}, ())
 
 
@@ -134,10 +130,10 @@ def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> shard, as the index says; the shards exist."""
-    if not (folder / INDEX).is_file():
-        raise FormatError(f"{folder}: {_why_no_weights(folder)}")
+    """Tensor -> shard, from the index; the shards exist."""
     where = folder / INDEX
+    if not where.is_file():
+        raise FormatError(f"{folder}: {_why_no_weights(folder)}")
     weight_map = read_json(where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{where}: it has no weight_map")
@@ -153,28 +149,28 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _why_no_weights(folder: Path) -> str:
     files = sorted(p.name for p in folder.iterdir() if p.is_file())
-    if peft.CONFIG in files:
+    if folders.CONFIG in files:
         return "is an adapter, wanted the base model here; the order is BASE ADAPTER OUT"
     for suffix in (".gguf", ".bin", ".pth", ".pt", ".h5", ".msgpack", ".safetensors"):
-        found = [name for name in files if name.endswith(suffix) and name != "training_args.bin"]
-        if found:
-            way_out = _why_not_a_folder(Path(found[0])) if suffix == ".gguf" else _RESAVE
-            return f"has {', '.join(found)} but neither {SINGLE} nor {INDEX}; {way_out}"
+        weights = [name for name in files if name.endswith(suffix) and name != "training_args.bin"]
+        if weights:
+            way_out = _why_not_a_folder(Path(weights[0])) if suffix == ".gguf" else _RESAVE
+            return f"has {', '.join(weights)} but neither {SINGLE} nor {INDEX}; {way_out}"
     return f"holds no model, wanted {SINGLE} or {INDEX}"
 
 
 def _companions(folder: Path, single: bool) -> list[Path]:
-    """All files but weights, hidden folders, checkpoints of a training run, and an adapter of its own, which
-    transformers would load on top of the merged model. Parts of a sentence-transformers model are kept whole."""
+    """All files but weights, hidden folders, checkpoints of a training run, and an adapter, which transformers would
+    load on top of the merged model. Parts of a sentence-transformers model are kept whole."""
     parts = _module_folders(folder)
     kept, broken = [], []
-    for root, folders, files in os.walk(folder):
+    for root, inner, files in os.walk(folder):
         inside = Path(root).relative_to(folder)
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "checkpoint-")))
+        inner[:] = sorted(f for f in inner if not f.startswith((".", "checkpoint-")))
         for name in sorted(files):
             whole = inside.parts[:1] in parts
             stale = name.endswith(_WEIGHTS) and name != INDEX
-            if whole or not (stale or name == peft.CONFIG or (name == INDEX and single)):
+            if whole or not (stale or name == folders.CONFIG or (name == INDEX and single)):
                 (kept if (folder / inside / name).is_file() else broken).append(inside / name)
     if broken:
         raise FormatError(

@@ -28,7 +28,7 @@ MERGE = "merge it into the base instead, and convert that with llama.cpp's conve
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp lays a model out whose linear layers it keeps one by one.
+    """How llama.cpp lays out a model whose linear layers it keeps apart.
 
     Attributes:
         name: general.architecture.
@@ -81,7 +81,7 @@ def write(lora: Lora, file: Path) -> None:
     """Write a LoRA as one GGUF file.
 
     Raises:
-        FormatError: it holds what GGUF has no place for, or its base is not known or of an architecture that is not.
+        FormatError: GGUF has no place for some of it, or its base is missing or of an unknown architecture.
         BackendError: the `gguf` package is missing or too old.
     """
     names, architecture = tensor_names(lora), architecture_of(lora)
@@ -114,7 +114,7 @@ def architecture_of(lora: Lora) -> Architecture:
     """How llama.cpp lays out the base.
 
     Raises:
-        FormatError: it is not known, or the base's config.json is not.
+        FormatError: the architecture is unknown, or the base's config.json is missing.
     """
     if not lora.base_config:
         raise FormatError("gguf: the names and sizes of its tensors follow the base; give the base model's folder")
@@ -135,7 +135,7 @@ def tensor_names(lora: Lora) -> dict[str, str]:
     """Module name in the base -> name of its weight in a GGUF of the base.
 
     Raises:
-        FormatError: the LoRA holds what GGUF has no place for; all is named.
+        FormatError: GGUF has no place for some of the LoRA; all of it is named.
         BackendError: the `gguf` package is missing or too old.
     """
     architecture, config = architecture_of(lora), _text(lora.base_config)
@@ -144,19 +144,19 @@ def tensor_names(lora: Lora) -> dict[str, str]:
     lookup = _lookup(architecture, config)
     for name in lora.factors:
         tensor = lookup(name)
-        problem = "layers that are named twice" if tensor in names.values() else _problem(lora, name, tensor, config)
+        is_double = tensor in names.values()
+        problem = "layers that are named twice" if is_double else _problem(lora, name, tensor, architecture, config)
         if problem and name not in lora.embeddings:
             problems.setdefault(problem, []).append(name)
         names[name] = tensor
-    found = [f"{what}: {', '.join(who)}" for what, who in problems.items() if who]
-    if found:
-        raise FormatError(f"gguf: a LoRA in GGUF cannot hold {'; '.join(found)}; {MERGE}")
+    if reasons := [f"{what}: {', '.join(modules)}" for what, modules in problems.items() if modules]:
+        raise FormatError(f"gguf: a LoRA in GGUF cannot hold {'; '.join(reasons)}; {MERGE}")
     return names
 
 
-def _problem(lora: Lora, name: str, tensor: str, config: dict[str, Any]) -> str | None:
+def _problem(lora: Lora, name: str, tensor: str, architecture: Architecture, config: dict[str, Any]) -> str | None:
     """What is wrong with a layer whose tensor has this name."""
-    architecture, (A, B) = architecture_of(lora), lora.factors[name]
+    A, B = lora.factors[name]
     if not tensor.startswith("blk.") and tensor != "output.weight":
         return f"layers that have no place of their own in a GGUF of {architecture.name}"
     if tensor == "output.weight" and config.get("tie_word_embeddings", architecture.tied):
@@ -175,13 +175,13 @@ def in_pairs(B: Tensor, heads: int) -> Tensor:
 
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the language model, of one that also sees."""
+    """The configuration of the language model, also where it is a part of one for images and text."""
     inner = config.get("text_config")
     return config | inner if isinstance(inner, dict) else config
 
 
 def _heads(config: dict[str, Any], tensor: str) -> int:
-    """Heads of the query or the key; 0 if the config does not say."""
+    """Heads of the query or the key; 0 if the config does not give them."""
     heads = config.get("num_attention_heads")
     if tensor.endswith(".attn_k.weight"):
         heads = config.get("num_key_value_heads") or heads
@@ -189,21 +189,21 @@ def _heads(config: dict[str, Any], tensor: str) -> int:
 
 
 def _lookup(architecture: Architecture, config: dict[str, Any]) -> Callable[[str], str]:
-    """From a module's name to its tensor in GGUF; to itself if it has none."""
+    """From a module's name to its tensor in GGUF, or to itself where it has none."""
     gguf = _package()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture.name not in kinds:
         raise BackendError(f"gguf: this version does not know {architecture.name}; pip install --upgrade gguf")
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     if not isinstance(layers, int):
-        raise FormatError("gguf: config.json of the base does not say how many layers it has")
+        raise FormatError("gguf: config.json of the base does not give its number of layers")
     names = gguf.get_tensor_name_map(kinds[architecture.name], layers)
 
     def lookup(name: str) -> str:
-        # A model without a head has names without the prefix of its body; one that sees has one prefix more.
+        # A model without a head has names without the prefix of its body; one for images, too, has one prefix more.
         module = name.replace("language_model.", "")
-        found = (names.get_name(f"{body}{module}.weight", (".weight",)) for body in ("", "model.", "transformer."))
-        return next((tensor for tensor in found if tensor), name)
+        known = (names.get_name(f"{body}{module}.weight", (".weight",)) for body in ("", "model.", "transformer."))
+        return next((tensor for tensor in known if tensor), name)
 
     return lookup
 

@@ -28,35 +28,35 @@ def rwkv_lead(names: Iterable[str]) -> str | None:
 def locate(wanted: Iterable[str], stored: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Find parameters of a live model among the tensors of a checkpoint.
 
-    A name is taken as it is; where that does not exist, one leading part (the base model's prefix, such as `bert.` or
+    A name is taken as it is; where it is missing, one leading part (the base model's prefix, such as `bert.` or
     `transformer.`) may be dropped or added, the same for all names.
 
     Returns:
-        Parameter -> tensor for those found, and parameter -> reason for the others.
+        Parameter -> tensor, and for those without one parameter -> reason.
     """
     below: dict[str, list[str]] = {}
     for name in stored:
         below.setdefault(name.partition(".")[2], []).append(name)
-    found: dict[str, str] = {}
+    located: dict[str, str] = {}
     lost: dict[str, str] = {}
     shifted: dict[str, str] = {}
     for name in wanted:
         tail = name.partition(".")[2]
         near = [*([tail] if tail.count(".") and tail in stored else []), *below.get(name, [])]
         if name in stored:
-            found[name] = name
+            located[name] = name
         elif len(near) == 1:
-            found[name] = near[0]
+            located[name] = near[0]
             shifted[name] = f"-{name.partition('.')[0]}" if near[0] == tail else f"+{near[0].partition('.')[0]}"
         else:
             lost[name] = f"could be any of {', '.join(sorted(near))}" if near else "not in the base"
     if len(set(shifted.values())) > 1:
-        lost |= {name: f"could be {found.pop(name)}, but other names differ by another prefix" for name in shifted}
-    return found, lost
+        lost |= {name: f"could be {located.pop(name)}, but other names differ by another prefix" for name in shifted}
+    return located, lost
 
 
 def is_transposed(tensor: str, config: dict[str, Any]) -> bool | None:
-    """Whether the checkpoint keeps this weight as (in, out); None if the config does not say which model it is.
+    """Whether the checkpoint keeps this weight as (in, out); None if the config has no model_type.
 
     Decided by the model type and the layer's name, never by the shape: square layers look the same either way.
     """

@@ -1,4 +1,4 @@
-"""Where the parts of an adapter lie on a base model: which tensor, in which orientation, and whether the sizes fit.
+"""Which tensors of a base model an adapter changes, in which orientation, and whether the sizes fit.
 
 Only headers are read. Merging and conversion both start here, so that they refuse the same adapters in the same words.
 """
@@ -57,20 +57,20 @@ def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> l
     Args:
         model: The base.
         adapter: The adapter.
-        problems: What is already known to be wrong, named in the same error.
+        problems: Other problems, named in the same error.
 
     Raises:
-        FormatError: names of the adapter that the base has not, or not clearly; all are listed.
-        ShapeError: sizes that do not fit; all are listed.
+        FormatError: names of the adapter are missing from the base, or ambiguous; all are listed.
+        ShapeError: sizes do not fit; all are listed.
     """
     problems = list(problems)
     blocks = {adapter.parameter(name): name for name in adapter.blocks}
     known_transposed = {adapter.parameter(name) for name in adapter.transposed}
-    found, lost = names.locate([*blocks, *(p for p in adapter.replacements if p not in blocks)], model.entries)
+    located, lost = names.locate([*blocks, *(p for p in adapter.replacements if p not in blocks)], model.entries)
     problems += [_lost(name, reason, name in blocks, name in adapter.parameters) for name, reason in lost.items()]
-    problems += _shared_targets(found)
+    problems += _shared_targets(located)
     places, misfits = [], []
-    for parameter, tensor in found.items():
+    for parameter, tensor in located.items():
         name = blocks.get(parameter, "")
         block = adapter.blocks[name] if name else None
         is_parameter = parameter in adapter.parameters
@@ -78,15 +78,16 @@ def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> l
         if block is not None and not transposed and not is_parameter:
             transposed = names.is_transposed(tensor, model.config)
         if transposed is None:
-            problems.append(f"{tensor}: the model_type says whether it is stored transposed, but config.json lacks it")
+            problems.append(
+                f"{tensor}: whether it is stored transposed follows from model_type, which config.json lacks"
+            )
         shape = model.entries[tensor].shape
         stacked = is_parameter and len(shape) == 3
         value = adapter.replacements.get(parameter)
         if value is not None and model.is_pth:
             value = shaped(value, shape)
-        found_place = PlacedTensor(tensor, block, value, bool(transposed), stacked, shape, name or parameter)
-        misfits += _misfits(found_place, model.entries[tensor], adapter.variant)
-        places.append(found_place)
+        places.append(PlacedTensor(tensor, block, value, bool(transposed), stacked, shape, name or parameter))
+        misfits += _misfits(places[-1], model.entries[tensor], adapter.variant)
     if problems:
         raise FormatError(f"the adapter does not fit {model.folder}: {'; '.join(problems + misfits)}")
     if misfits:
@@ -110,29 +111,29 @@ def _lost(name: str, reason: str, is_block: bool, is_parameter: bool) -> str:
     return f"{name}: {reason}{hint}, but the adapter holds a value for it; {IN_PYTHON}"
 
 
-def _shared_targets(found: dict[str, str]) -> list[str]:
+def _shared_targets(located: dict[str, str]) -> list[str]:
     users: dict[str, list[str]] = {}
-    for parameter, tensor in found.items():
+    for parameter, tensor in located.items():
         users.setdefault(tensor, []).append(parameter)
     return [f"{tensor}: is meant by both {' and '.join(who)}" for tensor, who in users.items() if len(who) > 1]
 
 
-def _misfits(where_to: PlacedTensor, entry: tensors.TensorEntry, variant: variants.Variant) -> list[str]:
-    where, shape = where_to.tensor, entry.shape
+def _misfits(placed: PlacedTensor, entry: tensors.TensorEntry, variant: variants.Variant) -> list[str]:
+    where, shape = placed.tensor, entry.shape
     if entry.dtype not in tensors.FLOATS:
         wanted = ", ".join(tensors.FLOATS)
         return [f"{where}: is stored as {entry.dtype}, wanted {wanted}; merge into the original unquantised model"]
-    found = []
-    if where_to.replacement is not None and tuple(where_to.replacement.shape) != shape:
-        got = tuple(where_to.replacement.shape)
-        found.append(f"{where}: the adapter's value has shape {got}, the base's {shape}; was it resized? {IN_PYTHON}")
-    if where_to.block is None:
-        return found
-    if len(shape) < 2 or (where_to.transposed and not where_to.stacked and len(shape) != 2):
-        return [*found, f"{where}: shape {shape} is not that of a layer that can be adapted"]
-    variant = PerExpert(variant, shape[0]) if where_to.stacked else variant
+    misfits = []
+    if placed.replacement is not None and tuple(placed.replacement.shape) != shape:
+        got = tuple(placed.replacement.shape)
+        misfits.append(f"{where}: the adapter's value has shape {got}, the base's {shape}; was it resized? {IN_PYTHON}")
+    if placed.block is None:
+        return misfits
+    if len(shape) < 2 or (placed.transposed and not placed.stacked and len(shape) != 2):
+        return [*misfits, f"{where}: shape {shape} is not that of a layer that can be adapted"]
+    variant = PerExpert(variant, shape[0]) if placed.stacked else variant
     try:
-        variants.check_block(where, variant, where_to.block, *where_to.matrix)
+        variants.check_block(where, variant, placed.block, *placed.matrix)
     except ShapeError as error:
-        found.append(str(error))
-    return found
+        misfits.append(str(error))
+    return misfits

@@ -67,7 +67,7 @@ def read(file: Path) -> RwkvAdapter:
     """Read an adapter file of RWKV-PEFT; tensors are on the CPU, in the file's dtypes.
 
     Raises:
-        FormatError: it is broken, or something else; all strange keys are named at once.
+        FormatError: it is broken, or not an adapter; all unknown keys are named at once.
     """
     return _sorted(file, read_state(file))
 
@@ -99,10 +99,8 @@ def _sorted(file: Path, state: dict[str, Tensor]) -> RwkvAdapter:
         problems.append(f"it mixes keys that end in {' and '.join(suffixes)}")
     if problems:
         raise FormatError(f"{file}: {'; '.join(problems)}")
-    modes = {2: "bone", 3: "bat"}
-    return RwkvAdapter(
-        suffixes[0], tuple(modes[n] for n in sorted({b.ndim for b in blocks.values()})), blocks, replacements
-    )
+    modes = tuple({2: "bone", 3: "bat"}[n] for n in sorted({block.ndim for block in blocks.values()}))
+    return RwkvAdapter(suffixes[0], modes, blocks, replacements)
 
 
 def _is_block(tensor: Tensor) -> bool:
@@ -110,45 +108,45 @@ def _is_block(tensor: Tensor) -> bool:
 
 
 def read_adapter(file: Path) -> Adapter:
-    """Read an adapter file of RWKV-PEFT as what RWKV-PEFT itself means by it: a block of three axes is bat-row.
+    """Read an adapter file of RWKV-PEFT as RWKV-PEFT does: a block of three axes is bat-row.
 
     Raises:
-        FormatError: it is broken or something else, mixes modes, or counts output shards as RWKV-PEFT did at first.
+        FormatError: it is broken or not an adapter, mixes modes, or counts output shards as RWKV-PEFT did at first.
     """
     return _adapter(file, read(file))
 
 
-def _adapter(file: Path, held: RwkvAdapter) -> Adapter:
-    mode, *others = held.modes
+def _adapter(file: Path, raw: RwkvAdapter) -> Adapter:
+    mode, *others = raw.modes
     if others:
-        raise FormatError(f"{file}: it mixes blocks of the modes {' and '.join(held.modes)}, and an adapter has one")
-    if early := _of_an_early_layout(held):
+        raise FormatError(f"{file}: it mixes blocks of the modes {' and '.join(raw.modes)}, and an adapter has one")
+    if early := _of_an_early_layout(raw):
         raise FormatError(
             f"{file}: its blocks count output shards, as the first versions of RWKV-PEFT did: {', '.join(early)}; only"
             " (r, out) and (in / r, r, r) are read"
         )
-    names = [*held.blocks, *held.replacements]
+    names = [*raw.blocks, *raw.replacements]
     lead = _LEAD if all(name.startswith(_LEAD) for name in names) else ""
     return Adapter(
         variants.get(_VARIANTS[mode]),
-        {name.removeprefix(lead): block for name, block in held.blocks.items()},
-        {name.removeprefix(lead): value for name, value in held.replacements.items()},
+        {name.removeprefix(lead): block for name, block in raw.blocks.items()},
+        {name.removeprefix(lead): value for name, value in raw.replacements.items()},
         config={},
     )
 
 
-def _of_an_early_layout(held: RwkvAdapter) -> list[str]:
-    """Blocks that cannot be what RWKV-PEFT writes today, as far as shapes tell. It had `.bone` files of (out, r) and of
+def _of_an_early_layout(raw: RwkvAdapter) -> list[str]:
+    """Blocks that RWKV-PEFT cannot have written today, by their shapes. It had `.bone` files of (out, r) and of
     (out / r, r, r); and the hidden size between ffn.key and ffn.value is larger than the model's."""
-    if held.modes == ("bone",):
-        return [n for n, b in held.blocks.items() if held.suffix == "bone" and b.shape[0] > b.shape[1]]
-    pairs = [(name, name.removesuffix("key") + "value") for name in held.blocks if name.endswith("ffn.key")]
-    known = [(name, held.blocks[name], held.blocks[other]) for name, other in pairs if other in held.blocks]
+    if raw.modes == ("bone",):
+        return [n for n, b in raw.blocks.items() if raw.suffix == "bone" and b.shape[0] > b.shape[1]]
+    pairs = [(name, name.removesuffix("key") + "value") for name in raw.blocks if name.endswith("ffn.key")]
+    known = [(name, raw.blocks[name], raw.blocks[other]) for name, other in pairs if other in raw.blocks]
     return [name for name, key, value in known if len(key) * key.shape[-1] > len(value) * value.shape[-1]]
 
 
 def write(adapter: Adapter, file: Path) -> None:
-    """Write a file of RWKV-PEFT: for its merge script any r of each layer will do, for its training one r for all.
+    """Write a file of RWKV-PEFT. Its merge script takes any r in each layer, its training needs one r for all.
 
     Raises:
         FormatError: the format cannot hold this adapter; all reasons are named, and nothing is written.
