@@ -97,7 +97,9 @@ def test_a_tensor_that_reaches_out_of_its_storage_is_refused(tmp_path, offset, s
         pth.scan(tmp_path / "f.pth")
 
 
-@pytest.mark.parametrize(("storage", "dtype"), [(pickled.Storage("F32", "0", 2), "F3"), ("F32", "F32"), (None, None)])
+@pytest.mark.parametrize(
+    ("storage", "dtype"), [(pickled.PickledStorage("F32", "0", 2), "F3"), ("F32", "F32"), (None, None)]
+)
 def test_only_a_storage_with_a_dtype_that_is_known_makes_a_tensor(storage, dtype):
     with pytest.raises(ValueError, match="its pickle rebuilds a tensor that is none"):
         pickled._rebuild_v3(storage, 0, (2,), (1,), False, {}, dtype)

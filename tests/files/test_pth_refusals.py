@@ -149,7 +149,7 @@ REFUSED = {
         lambda folder: _without(folder, "data.pkl", _forged_size(1)),
         "not a whole torch file .*a does not fit into the 8 bytes",
     ),
-    "a tensor": (lambda folder: _saved(folder, torch.ones(2)), "wanted a dict of tensors by name, it holds a Stored"),
+    "a tensor": (lambda folder: _saved(folder, torch.ones(2)), "wanted a dict of tensors by name, it holds a tensor"),
     "a list": (lambda folder: _saved(folder, [torch.ones(2)]), "it holds a list"),
     "a training run": (
         lambda folder: _saved(folder, {"model": {"a": torch.ones(2)}, "step": 3, "name": "x"}),

@@ -1,4 +1,4 @@
-"""The pickle inside torch's files: a dict of tensors, as records of what each is. No pickled code is ever run."""
+"""The pickle inside torch's files: a dict of tensors, read as records of them. No pickled code is ever run."""
 
 import errno
 import io
@@ -13,33 +13,27 @@ import torch
 from torch import _utils
 
 from flashbone.errors import FormatError
+from flashbone.files.tensors import DTYPES
 
-# safetensors' names of the dtypes -> dtype, and torch's class of storages, which dtypes that came later have not.
-_KINDS = {
-    "F64": (torch.float64, "DoubleStorage"),
-    "F32": (torch.float32, "FloatStorage"),
-    "BF16": (torch.bfloat16, "BFloat16Storage"),
-    "F16": (torch.float16, "HalfStorage"),
-    "I64": (torch.int64, "LongStorage"),
-    "I32": (torch.int32, "IntStorage"),
-    "I16": (torch.int16, "ShortStorage"),
-    "I8": (torch.int8, "CharStorage"),
-    "U8": (torch.uint8, "ByteStorage"),
-    "BOOL": (torch.bool, "BoolStorage"),
-    "C64": (torch.complex64, "ComplexFloatStorage"),
-    "C128": (torch.complex128, "ComplexDoubleStorage"),
-    "U16": (torch.uint16, None),
-    "U32": (torch.uint32, None),
-    "U64": (torch.uint64, None),
-    "F8_E4M3": (torch.float8_e4m3fn, None),
-    "F8_E5M2": (torch.float8_e5m2, None),
+# dtype -> torch's class of its storages; dtypes that came later have none.
+_STORAGES = {
+    "F64": "DoubleStorage",
+    "F32": "FloatStorage",
+    "BF16": "BFloat16Storage",
+    "F16": "HalfStorage",
+    "I64": "LongStorage",
+    "I32": "IntStorage",
+    "I16": "ShortStorage",
+    "I8": "CharStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
+    "C64": "ComplexFloatStorage",
+    "C128": "ComplexDoubleStorage",
 }
-DTYPES = {name: dtype for name, (dtype, _) in _KINDS.items()}
-_STORAGES = {name: storage for name, (_, storage) in _KINDS.items() if storage}
 _BYTES = "UntypedStorage"
 
 
-class Storage(NamedTuple):
+class PickledStorage(NamedTuple):
     """The member `data/<key>` of a file: `size` numbers, or bytes where the dtype is `UntypedStorage`."""
 
     dtype: str
@@ -52,10 +46,10 @@ class Storage(NamedTuple):
         return self.size * (1 if self.dtype == _BYTES else DTYPES[self.dtype].itemsize)
 
 
-class Stored(NamedTuple):
+class PickledTensor(NamedTuple):
     """A tensor: a view of a storage. Offset and strides are counted in numbers."""
 
-    storage: Storage
+    storage: PickledStorage
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -86,34 +80,39 @@ class Stored(NamedTuple):
         return _utils._rebuild_tensor_v2, view
 
 
-def whole(dtype: str, shape: tuple[int, ...], key: str) -> Stored:
+def whole(dtype: str, shape: tuple[int, ...], key: str) -> PickledTensor:
     """A tensor that fills its storage."""
     count = math.prod(shape)
-    storage = Storage(dtype, key, count) if dtype in _STORAGES else Storage(_BYTES, key, count * DTYPES[dtype].itemsize)
-    return Stored(storage, dtype, shape, 0, _strides(shape))
+    storage = (
+        PickledStorage(dtype, key, count)
+        if dtype in _STORAGES
+        else PickledStorage(_BYTES, key, count * DTYPES[dtype].itemsize)
+    )
+    return PickledTensor(storage, dtype, shape, 0, _strides(shape))
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def dump(table: Mapping[str, Stored]) -> bytes:
+def dump(table: Mapping[str, PickledTensor]) -> bytes:
     """The pickle of a dict of tensors, as torch writes it."""
     file = io.BytesIO()
     _Pickler(file, protocol=2).dump(dict(table))
     return file.getvalue()
 
 
-def load(path: Path, data: bytes) -> dict[str, Stored]:
+def load(path: Path, data: bytes) -> dict[str, PickledTensor]:
     """Unpickle the dict of contiguous tensors that the file `path` holds.
 
     Raises:
-        FormatError: it asks for code, or holds something else; everything that is no such tensor is named.
+        FormatError: it asks for code, or holds something else; everything but such tensors is named.
         Exception: of any kind, where it is damaged.
     """
     table = _Unpickler(path, data).load()
     if not isinstance(table, dict):
-        raise FormatError(f"{path}: wanted a dict of tensors by name, it holds a {type(table).__name__}")
+        kind = "tensor" if isinstance(table, PickledTensor) else type(table).__name__
+        raise FormatError(f"{path}: wanted a dict of tensors by name, it holds a {kind}")
     problems = [problem for name, value in table.items() if (problem := _problem(name, value))]
     if problems:
         raise FormatError(f"{path}: wanted a dict of tensors by name; {'; '.join(problems)}")
@@ -126,7 +125,7 @@ def _problem(name: Any, value: Any) -> str:
         return f"a key is a {type(name).__name__}"
     if isinstance(value, dict):
         return f"{name} is a dict; save that of the model alone"
-    if not isinstance(value, Stored):
+    if not isinstance(value, PickledTensor):
         return f"{name} is a {type(value).__name__}"
     if value.metadata:
         return f"{name} is a conjugated or negated view; save its resolve_conj().resolve_neg()"
@@ -142,7 +141,7 @@ class _Pickler(pickle.Pickler):
     """Pickles storages by their names, as torch does."""
 
     def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Storage):
+        if not isinstance(obj, PickledStorage):
             return None
         storage = torch.UntypedStorage if obj.dtype == _BYTES else getattr(torch, _STORAGES[obj.dtype])
         return ("storage", storage, obj.key, "cpu", obj.size)
@@ -151,7 +150,7 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle._Unpickler):
     """Unpickles tensors as records.
 
-    Python's unpickler, not C's, which allocates as many places as an index in the pickle says.
+    Python's unpickler, since C's allocates memory for any index that a pickle holds.
     """
 
     def __init__(self, path: Path, data: bytes) -> None:
@@ -166,11 +165,11 @@ class _Unpickler(pickle._Unpickler):
             )
         return _GLOBALS[module, name]
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: Any) -> PickledStorage:
         kind, dtype, key, _location, size = pid
         if kind != "storage" or dtype not in (*_STORAGES, _BYTES) or not isinstance(key, str) or not _is_size(size):
             raise ValueError("its pickle names a storage that is none")
-        return Storage(dtype, key, size)
+        return PickledStorage(dtype, key, size)
 
 
 def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, metadata: Any = None):
@@ -181,10 +180,10 @@ def _rebuild_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
 ):
     sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
-    known = isinstance(storage, Storage) and dtype in DTYPES
+    known = isinstance(storage, PickledStorage) and dtype in DTYPES
     if not (known and sizes and all(map(_is_size, (offset, *shape, *stride)))):
         raise ValueError("its pickle rebuilds a tensor that is none")
-    return Stored(storage, dtype, shape, offset, stride, metadata)
+    return PickledTensor(storage, dtype, shape, offset, stride, metadata)
 
 
 def _rebuild_parameter(data: Any, _grad: Any, _hooks: Any) -> Any:

@@ -100,7 +100,7 @@ def _entry(
     limits: Sequence[int],
     root: str,
     name: str,
-    tensor: pickled.Stored,
+    tensor: pickled.PickledTensor,
 ) -> TensorEntry:
     """Where a tensor lies, by the local header of its member; `limits` are where members begin and the last ends."""
     info = _checked(path, members, f"{root}/data/{tensor.storage.key}")
@@ -130,7 +130,7 @@ def write(
 
     Args:
         target: Must not exist.
-        layout: In the order of the dict; dtypes are keys of `pickled.DTYPES`.
+        layout: In the order of the dict; dtypes are keys of `tensors.DTYPES`.
         content: Yields the bytes of the tensor of that name in pieces; called once for each, in order.
         advance: Called with the number of bytes after each piece, in all the size of the file.
         aliases: Name of a tensor -> name of the one whose storage it shares; its own content is not asked for.

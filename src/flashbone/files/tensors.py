@@ -20,16 +20,13 @@ from flashbone.errors import FormatError
 
 # In the order of the safetensors library's own files.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Bits of an element of every dtype that the format knows.
-BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-}
+DTYPES = FLOATS | {"BOOL": torch.bool, "C64": torch.complex64, "C128": torch.complex128}
+DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# Bits of an element of every dtype that the format knows; C128 is known to torch's files alone.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items() if name != "C128"}
+BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 Piece = bytes | bytearray | memoryview
