@@ -131,7 +131,7 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_notice(tmp_path, monkey
     with alone(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()
     assert [record.getMessage() for record in caplog.records] == [
-        f"output {tmp_path / 'out'}: there are no locks here; see to it that no other run writes to it"
+        f"output {tmp_path / 'out'}: this file system has no locks; make sure that no other run writes to it"
     ]
 
 

@@ -19,20 +19,20 @@ from flashbone.files.sources import is_hub_id
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         out: the new file or folder.
-        source: format of what was read.
-        format: format of what was written.
-        variant: of the adapter; "lora" if it was read as a LoRA and stays one.
+        source: format of the adapter.
+        format: format of `out`.
+        variant: of the adapter; "lora" if it was read as a LoRA.
         modules: adapted layers.
         replaced: tensors that take the place of the base's (biases, modules to save).
         exact: whether the result is the same function of the same base, up to rounding in its use.
         rank: of a LoRA.
         errors: for each module what a LoRA of that rank leaves out, the worst first; empty where it is exact.
-        files: what was written, relative to `out`; its name alone if it is a file.
-        serve: how the engine that was asked for takes it, as a shell command.
+        files: names of the files in `out`; its own name if it is a file.
+        serve: the shell command that starts the engine with it.
     """
 
     out: Path
@@ -59,7 +59,7 @@ def convert(
     error: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
-    """Write an adapter in another format; what cannot be expressed there is refused.
+    """Write an adapter in another format; what that format cannot hold is refused.
 
     Args:
         adapter: PEFT folder (BONE, MISS or LORA), or a file of RWKV-PEFT.
@@ -67,15 +67,15 @@ def convert(
             file where `out` ends like one (.pth, .gguf), else a folder that holds it.
         to: "peft", "miss", "lora", "rwkv-peft" or "gguf". None: what `engine` wants.
         engine: A serving engine, of `engines.ENGINES`, such as "vllm" or "llama.cpp": check its limits, pad the rank
-            to one that it takes, and write what it wants to find.
-        base: Folder of the base model, or an RWKV model's `.pth`, whose sizes a LoRA needs, and whose weights where the
-            variant's delta depends on them. None: the one that the adapter names.
-        rank: Of the LoRA. None: the adapter's own where that is exact, else `error` has to be given.
+            to one that it takes, and write the other files that it needs.
+        base: Folder of the base model, or an RWKV model's `.pth`. A LoRA needs its sizes, and its weights where the
+            variant's delta depends on them. None: the base that the adapter names.
+        rank: Of the LoRA. None: the adapter's r where that is exact, else `error` is needed.
         error: Largest relative error, in Frobenius norm, that the LoRA of a module may have.
         progress: Called with the modules done and all of them.
 
     Raises:
-        FormatError: adapter or base are broken, do not belong together, or cannot be expressed in the format.
+        FormatError: adapter or base are broken, do not belong together, or do not fit the format.
         ShapeError: blocks do not fit the base.
         ConfigError: arguments contradict each other.
         FlashboneError: `out` exists, or the disk is full.

@@ -49,14 +49,14 @@ def to_lora(
 
     Args:
         adapter: The adapter.
-        model: Its base, of which the weights are read, one at a time, where the variant's delta depends on them.
+        model: Its base. Its weights are read, one at a time, where the variant's delta depends on them.
         rank: Of the LoRA. None: that of the largest block, where the variant is a LoRA.
         error: The largest relative error of a module; the LoRA has the smallest rank with which all meet it.
         progress: Called with the modules done and all of them.
 
     Raises:
         ConfigError: rank and error contradict each other, cannot be met, or one of them is needed.
-        FormatError: adapter and base do not belong together, or it holds what no LoRA has a place for.
+        FormatError: adapter and base do not belong together, or a LoRA has no place for some of it.
         ShapeError: blocks do not fit the base.
         NonFiniteError: a delta holds NaN or infinity.
     """
@@ -111,7 +111,7 @@ def _factored(
 
 
 def _without_factors(adapter: Adapter, model: BaseModel, places: Iterable[PlacedTensor]) -> list[str]:
-    """What cannot be a LoRA's, in words."""
+    """The layers that no LoRA adapts, each with the reason."""
     problems = []
     for here in places:
         if here.name in adapter.parameters:
@@ -124,12 +124,13 @@ def _without_factors(adapter: Adapter, model: BaseModel, places: Iterable[Placed
 
 
 def _saved_modules(adapter: Adapter, model: BaseModel) -> tuple[tuple[str, ...], list[str]]:
-    """Endings of the names of the modules that the adapter holds whole, and the replacements that belong to none.
+    """Endings of the names of the modules that the adapter holds whole, and the replacements outside of them.
 
-    The configuration names them; a file without one (RWKV-PEFT's) may hold any parameter, of which a LoRA can take
-    whole modules.
+    The configuration names the modules; a file without one (RWKV-PEFT's) may hold any parameter, and a LoRA can hold
+    whole modules alone.
     """
-    listed = tuple(n for n in adapter.config.get("modules_to_save") or () if _names_any(n, adapter.replacements))
+    asked = adapter.config.get("modules_to_save") or ()
+    listed = tuple(n for n in asked if any(in_saved_module(parameter, (n,)) for parameter in adapter.replacements))
     stored, _ = names.locate(adapter.replacements, model.entries)
     derived, problems = [], []
     for name in Lora({}, adapter.replacements, modules_to_save=listed).without_place():
@@ -139,10 +140,6 @@ def _saved_modules(adapter: Adapter, model: BaseModel) -> tuple[tuple[str, ...],
         else:
             problems.append(f"{name}, which is neither a bias nor part of a whole module")
     return (*listed, *dict.fromkeys(derived)), problems
-
-
-def _names_any(ending: str, parameters: Iterable[str]) -> bool:
-    return any(in_saved_module(parameter, (ending,)) for parameter in parameters)
 
 
 def _endings(places: Iterable[PlacedTensor], model: BaseModel) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""What lies on disk: model files as streams, one file for each adapter format, and outputs that are whole or absent."""
+"""Files on disk: models as streams, adapters (a file for each format), their cards, and outputs whole or absent."""

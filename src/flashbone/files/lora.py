@@ -91,23 +91,16 @@ class Lora:
     @property
     def bias(self) -> str:
         """Which biases `replacements` holds besides those of modules to save: "none", "lora_only" or "all"."""
-        names = [name for name in self.replacements if name.endswith(".bias") and not self._is_saved(name)]
+        names = [name for name in self.replacements if name.endswith(".bias")]
+        names = [name for name in names if not folders.in_saved_module(name, self.modules_to_save)]
         if not names:
             return "none"
         return "lora_only" if all(name.removesuffix(".bias") in self.factors for name in names) else "all"
 
     def without_place(self) -> list[str]:
-        """Replacements that a PEFT folder has no place for."""
-        return [name for name in self.replacements if not (self._is_saved(name) or _has_own_place(name))]
-
-    def _is_saved(self, parameter: str) -> bool:
-        return folders.in_saved_module(parameter, self.modules_to_save)
-
-
-def _has_own_place(parameter: str) -> bool:
-    """Whether PEFT loads it without a module to save around it: biases, and embeddings that were resized."""
-    module, _, leaf = parameter.rpartition(".")
-    return bool(module) and (leaf == "bias" or (leaf == "weight" and module.rpartition(".")[2] in folders.EMBEDDINGS))
+        """Replacements that a PEFT folder has no place for: neither biases nor embeddings nor in modules to save."""
+        config = {"bias": "all", "modules_to_save": self.modules_to_save}
+        return [name for name in self.replacements if not folders.is_replacement(name, config)]
 
 
 def write(lora: Lora, folder: Path) -> None:

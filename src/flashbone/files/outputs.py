@@ -1,5 +1,5 @@
-"""What is written to disk: files and folders that appear whole or not at all, lines of JSON that a kill may cut short,
-and a folder that one run has for itself."""
+"""Outputs: files and folders that appear whole or not at all, lines of JSON that a kill may cut short, and folders that
+only one run may write to."""
 
 import errno
 import glob
@@ -185,7 +185,7 @@ def alone(folder: Path) -> Iterator[None]:
             f"output {folder}: another run is writing to it; wait for it, or choose another output"
         ) from None
     except (OSError, NotImplementedError):
-        log.warning("output %s: there are no locks here; see to it that no other run writes to it", folder)
+        log.warning("output %s: this file system has no locks; make sure that no other run writes to it", folder)
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ def _root(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
 
 
 def _checked(path: Path, members: Mapping[str, zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
-    """A member that exists and lies there as it is."""
+    """A member, checked to exist, uncompressed and not encrypted."""
     info = members.get(name)
     if info is None:
         raise FormatError(f"{path}: it lacks {name}, which its pickle names; {_DAMAGED}")
@@ -102,7 +102,7 @@ def _entry(
     name: str,
     tensor: pickled.PickledTensor,
 ) -> TensorEntry:
-    """Where a tensor lies, by the local header of its member; `limits` are where members begin and the last ends."""
+    """A tensor's place, by the local header of its member; `limits`: where members begin and the last ends."""
     info = _checked(path, members, f"{root}/data/{tensor.storage.key}")
     file.seek(info.header_offset)
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
@@ -132,8 +132,8 @@ def write(
         target: Must not exist.
         layout: In the order of the dict; dtypes are keys of `tensors.DTYPES`.
         content: Yields the bytes of the tensor of that name in pieces; called once for each, in order.
-        advance: Called with the number of bytes after each piece, in all the size of the file.
-        aliases: Name of a tensor -> name of the one whose storage it shares; its own content is not asked for.
+        advance: Called with the number of bytes after each piece; the sum is the size of the file.
+        aliases: Name of a tensor -> name of the tensor whose storage it shares; `content` is not called for it.
     """
     aliases = aliases or {}
     keys = {name: str(key) for key, name in enumerate(name for name, _, _ in layout if name not in aliases)}

@@ -1,4 +1,4 @@
-"""All tensors of one file: safetensors, or a torch pickle, of which no code is run."""
+"""All tensors of one file: safetensors, or a torch pickle, whose code is never run."""
 
 import pickle
 import zipfile
@@ -19,7 +19,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     """Name -> tensor, on the CPU and in the file's dtypes; a zipped pickle (torch's own since 1.6) is mapped, not read.
 
     Raises:
-        FormatError: the file is broken, or holds something else than tensors with names that can be printed.
+        FormatError: the file is broken, or holds anything but tensors with printable names.
     """
     state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     strange = [name for name in state if not name.isprintable()]
@@ -57,7 +57,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a tensor with all its values here: not sparse, not quantised, not on the meta device."""
+    """Whether it is a tensor with all its values on the CPU: not sparse, not quantised, not on the meta device."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -87,10 +87,10 @@ def write_pickle(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, contiguous and each in memory of its own, copied only where they are not.
+    """The tensors, contiguous and without shared memory; copied only where needed.
 
     Raises:
-        FormatError: one has another dtype than fp64, fp32, bf16 and fp16; all are named.
+        FormatError: tensors of other dtypes than fp64, fp32, bf16 and fp16; all are named.
     """
     dtypes = {name: tensor.dtype for name, tensor in state.items() if tensor.dtype not in FLOATS.values()}
     odd = [f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items()]

@@ -157,7 +157,7 @@ def write(
         content: Yields the bytes of the tensor of that name, in pieces.
         advance: Called with the number of bytes after each piece that was written.
         metadata: Of the header.
-        given_header: Written as it is, instead of one made of layout and metadata.
+        given_header: Written as it is, instead of a header made of layout and metadata.
     """
     start = header(layout, metadata) if given_header is None else given_header
     with target.open("xb") as file:
@@ -170,7 +170,7 @@ def write(
 
 
 def _put(file: BinaryIO, pieces: Iterable[Piece], advance: Callable[[int], None]) -> int:
-    """Write pieces and forget them, which may be a tensor's memory: the next is read when these are gone."""
+    """Write pieces and drop each before the next, since a piece may be a tensor's memory."""
     written = 0
     for piece in pieces:
         count = memoryview(piece).nbytes
@@ -181,12 +181,12 @@ def _put(file: BinaryIO, pieces: Iterable[Piece], advance: Callable[[int], None]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU; its own memory."""
+    """The bytes of a contiguous tensor on the CPU; they share its memory."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def read(file: BinaryIO, entry: TensorEntry) -> Tensor:
-    """The tensor at the file's position, which must be the entry's start, in memory of its own."""
+    """The tensor at the file's position, which must be the entry's start; new memory."""
     data = bytearray(entry.end - entry.start)
     if file.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
         raise FormatError(f"{file.name}: ended in the middle of {entry.name}; was it changed meanwhile?")
