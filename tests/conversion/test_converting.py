@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flashbone import cli, convert
+from flashbone.cli.convert import EPILOG
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.files import peft, rwkv
+from flashbone.files import peft, reading, rwkv
 from flashbone.files.adapter import same_values
 from helpers.adapter_folders import listing, write_adapter
 
@@ -31,6 +32,12 @@ def test_a_chain_through_every_format_ends_where_it_began(adapter, tmp_path):
     first, last = peft.read(adapter), peft.read(place)
     assert all(same_values(last.blocks[name], block) for name, block in first.blocks.items())
     assert first.blocks.keys() == last.blocks.keys()
+
+
+def test_the_help_and_the_page_list_every_format():
+    assert re.findall(r"^  ([\w-]+) ", EPILOG, re.M) == list(reading.FORMATS)
+    table = PAGE.read_text(encoding="utf-8").split("| FORMAT |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `([\w-]+)`", table, re.M) == list(reading.FORMATS)
 
 
 def test_a_file_is_written_where_out_ends_like_one(adapter, tmp_path):

@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT folder, file of RWKV-PEFT, or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder or file, which does not exist yet")
-    parser.add_argument("--to", metavar="FORMAT", help="peft, miss, lora, rwkv-peft or gguf")
+    parser.add_argument("--to", metavar="FORMAT", help="one of the formats below")
     parser.add_argument(
         "--for", dest="engine", metavar="ENGINE", help="a serving engine, such as vllm, llama.cpp or ollama"
     )
