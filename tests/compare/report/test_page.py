@@ -2,17 +2,16 @@
 
 import base64
 import hashlib
+import html
 import itertools
-import json
 import re
 
 import comparison_rows as made
 import numpy as np
 import pytest
 
-from flashbone.compare.report import style, write_report
+from flashbone.compare.report import figures, write_report
 from flashbone.compare.report.page import page
-from flashbone.compare.report.payload import as_json
 from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 from flashbone.errors import FormatError
@@ -44,7 +43,7 @@ def contrast(first, second):
 
 
 @pytest.mark.parametrize("eye", SEEN_AS)
-@pytest.mark.parametrize("palette", [style.LIGHT, style.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("palette", [figures.LIGHT, figures.DARK], ids=["light", "dark"])
 def test_colours_are_told_apart_by_every_eye(eye, palette):
     seen = [lab(np.array(SEEN_AS[eye]) @ linear(colour)) for colour in palette]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 18
@@ -56,14 +55,16 @@ def test_red_and_green_of_the_same_lightness_would_fail_that_test():
 
 
 @pytest.mark.parametrize(
-    ("palette", "ground"), [(style.LIGHT, style.LIGHT_GROUND), (style.DARK, style.DARK_GROUND)], ids=["light", "dark"]
+    ("palette", "ground"),
+    [(figures.LIGHT, figures.LIGHT_GROUND), (figures.DARK, figures.DARK_GROUND)],
+    ids=["light", "dark"],
 )
 def test_colours_stand_out_from_their_ground(palette, ground):
     assert min(contrast(colour, ground) for colour in palette) >= 3
 
 
 def test_no_two_of_twenty_one_methods_look_the_same():
-    assert len({(style.colour(n), style.dash(n)) for n in range(21)}) == 21
+    assert len({figures.look_of(n) for n in range(21)}) == 21
 
 
 @pytest.mark.slow
@@ -96,15 +97,8 @@ def test_nothing_can_break_out_of_the_page(tmp_path):
     text = page_of(tmp_path, [line for line in lines if line.get("method") != "b" or line["kind"] == "method"])
     assert "<script>alert" not in text
     assert "<b>ü" not in text
-    assert len(re.findall("</script", text)) == 2
-    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert data["methods"][0]["label"] == EVIL
-
-
-def test_json_in_a_script_holds_no_end_of_it_and_means_the_same():
-    text = as_json({"a": [EVIL, None, 1.5]})
-    assert not set("<>&\u2028") & set(text)
-    assert json.loads(text) == {"a": [EVIL, None, 1.5]}
+    assert len(re.findall("</script", text)) == 1
+    assert text.count(html.escape(EVIL)) >= 10
 
 
 def test_the_policy_allows_only_this_style_and_this_script(tmp_path):
@@ -120,7 +114,7 @@ def test_the_policy_allows_only_this_style_and_this_script(tmp_path):
 
 def test_the_page_names_no_other_file(tmp_path):
     text = page_of(tmp_path, made.all_methods())
-    assert not re.findall(r"""(?:src|href)="(?!#)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)""", text)
+    assert not re.findall(r"""(?:src|href)="(?!#)|url\((?!#)|@import|https?://| style=""", text)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import comparison_rows as made
 import pytest
 
-from flashbone.compare import report as report
+from flashbone.compare import report
 from flashbone.compare.report import costs, tables
 from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
@@ -13,8 +13,12 @@ def ranking(tmp_path, lines):
     return rank(read_results(made.write(tmp_path, lines)), 1000)
 
 
+def rows_of(tmp_path, lines):
+    return tables.results_table(ranking(tmp_path, lines)).rows
+
+
 def test_rows_go_from_best_to_worst_then_bounds_unmatched_and_failed(tmp_path):
-    rows = tables.rows(ranking(tmp_path, made.all_methods()))
+    rows = rows_of(tmp_path, made.all_methods())
     assert len(rows) == 17
     groups = [row.group for row in rows]
     assert groups == sorted(
@@ -26,9 +30,9 @@ def test_rows_go_from_best_to_worst_then_bounds_unmatched_and_failed(tmp_path):
 
 
 def test_only_a_sole_winner_is_bold(tmp_path):
-    won = tables.rows(ranking(tmp_path, made.comparison({"a": 0.1, "b": -0.4})))
+    won = rows_of(tmp_path, made.comparison({"a": 0.1, "b": -0.4}))
     assert [row.cells["test"].best for row in won] == [True, False]
-    tied = tables.rows(ranking(tmp_path, made.comparison({"a": 0.0, "b": 0.0})))
+    tied = rows_of(tmp_path, made.comparison({"a": 0.0, "b": 0.0}))
     assert not any(row.cells["test"].best for row in tied)
 
 
@@ -36,10 +40,10 @@ def test_a_cost_is_bold_if_its_worst_seed_beats_every_other_ones_best(tmp_path):
     lines = made.comparison({"a": 0.0, "b": 0.0}, sweep=False)
     for line, step, peak in zip(lines[3:], (10, 11, 12, 12.5, 13, 14), (10, 20, 30, 25, 35, 45), strict=True):
         line.update(step_ms=step, peak_mib=peak)
-    cells = {row.method: row.cells for row in tables.rows(ranking(tmp_path, lines))}
-    assert cells["a"]["step"].best
-    assert not cells["a"]["peak"].best
-    one = tables.rows(ranking(tmp_path, lines[:4] + lines[6:7]))
+    cells = {row.method: row.cells for row in rows_of(tmp_path, lines)}
+    assert cells["a"]["step_ms"].best
+    assert not cells["a"]["peak_mib"].best
+    one = rows_of(tmp_path, lines[:4] + lines[6:7])
     assert not any(cell.best for row in one for cell in row.cells.values())
 
 
@@ -48,13 +52,13 @@ def test_figures_are_those_of_the_counted_runs(tmp_path):
     for line in lines:
         if line["kind"] == "run" and not line["counted"]:
             line.update(step_ms=9e9, peak_mib=9e9)
-    cells = next(row.cells for row in tables.rows(ranking(tmp_path, lines)) if row.method == "a")
+    cells = next(row.cells for row in rows_of(tmp_path, lines) if row.method == "a")
     assert cells["parameters"].text == "294,912 (+1.2 %)"
     lines[1]["off_budget"] = -0.0001
-    near = tables.rows(ranking(tmp_path, lines))
+    near = rows_of(tmp_path, lines)
     assert {row.cells["parameters"].text for row in near} == {"294,912", "294,912 (+1.2 %)"}
-    assert (cells["step"].text, cells["peak"].text, cells["above"].text) == ("400", "1,200", "130")
-    assert cells["adapter"].text == "1.13"
+    assert (cells["step_ms"].text, cells["peak_mib"].text, cells["above_model_mib"].text) == ("400", "1,200", "130")
+    assert cells["adapter_bytes"].text == "1.13"
     assert cells["rate"].text == "0.003"
 
 
@@ -85,8 +89,7 @@ def test_seconds_to_a_loss_lie_on_the_line_between_two_evaluations():
 
 
 def test_the_common_loss_is_one_that_all_tied_methods_reach(tmp_path):
-    found = ranking(tmp_path, made.comparison({"a": 0.0, "b": 0.01, "c": -0.5}))
-    rows = {row.method: row for row in tables.rows(found)}
+    rows = {row.method: row for row in rows_of(tmp_path, made.comparison({"a": 0.0, "b": 0.01, "c": -0.5}))}
     assert rows["a"].cells["seconds"].value is not None
     assert rows["b"].cells["seconds"].value is not None
     assert rows["c"].cells["seconds"].text == "not reached"
@@ -98,7 +101,7 @@ def test_markdown_has_the_rows_and_escapes_what_would_be_marks(tmp_path):
     assert lines[0].startswith("| method | test accuracy |")
     assert lines[2].startswith(r"| one\|two \*x\* (best) | **")
     assert {line.replace(r"\|", "").count("|") for line in lines} == {
-        len(tables.columns(ranking(tmp_path, made.comparison({"a": 0.1})))) + 1
+        len(tables.results_table(ranking(tmp_path, made.comparison({"a": 0.1}))).columns) + 1
     }
 
 

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashbone.compare.report.figures import charts, draw_png
+from flashbone.compare.report.page import page
+from flashbone.compare.report.results import read_results
+from flashbone.compare.report.statistics import rank
+from flashbone.compare.report.tables import markdown, results_table, terminal
+from flashbone.compare.report.verdict import judge
 from flashbone.files.outputs import write_text
 
 
 def write_report(results: Path, folder: Path) -> list[Path]:
-    """Write report.html and its figures as PNGs into `folder`, each whole or not at all; returns their paths.
+    """Write report.html and its charts as PNGs into `folder`, each whole or not at all; returns their paths.
 
     The comparison may be unfinished: the report is of what has run so far.
 
     Raises:
         FormatError: the results are not what `flashbone compare` writes.
     """
-    from flashbone.compare.report.figures import draw
-    from flashbone.compare.report.page import page
-    from flashbone.compare.report.results import read_results
-    from flashbone.compare.report.statistics import rank
-
     ranking = rank(read_results(results))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "report.html"
     write_text(target, page(ranking))
-    return [target, *draw(ranking, folder)]
+    return [target, *(draw_png(chart, ranking.results, folder) for chart in charts(ranking))]
 
 
 def print_comparison(results: Path) -> None:
@@ -36,14 +37,9 @@ def print_comparison(results: Path) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from flashbone.compare.report.results import read_results
-    from flashbone.compare.report.statistics import rank
-    from flashbone.compare.report.tables import terminal
-    from flashbone.compare.report.verdict import judge
-
     ranking = rank(read_results(results))
     verdict, console = judge(ranking), Console()
-    for table in terminal(ranking):
+    for table in terminal(results_table(ranking), ranking.results.header.name):
         console.print(table)
     console.print(Text(verdict.text, style="bold"))
     for note in verdict.notes:
@@ -56,8 +52,4 @@ def comparison_markdown(results: Path) -> str:
     Raises:
         FormatError: the results are not what `flashbone compare` writes.
     """
-    from flashbone.compare.report.results import read_results
-    from flashbone.compare.report.statistics import rank
-    from flashbone.compare.report.tables import markdown
-
-    return markdown(rank(read_results(results)))
+    return markdown(results_table(rank(read_results(results))))

@@ -1,8 +1,8 @@
-"""What methods cost and how far they came: means over the counted runs, mean curves, seconds to a common loss."""
+"""What methods cost and how they learned: means over the counted runs, mean curves, seconds to a common loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -30,9 +30,9 @@ class Band:
     high: tuple[float | None, ...]
 
 
-def spread(comparison: ComparisonResults, method: str, name: str) -> Spread | None:
-    """A figure of the counted runs (a field of `Run`); None where no run has it."""
-    values = [value for run in comparison.counted(method) if (value := getattr(run, name)) is not None]
+def spread(results: ComparisonResults, method: str, name: str) -> Spread | None:
+    """A figure of the counted runs (a field of `RunRow`); None where no run has it."""
+    values = [value for run in results.counted(method) if (value := getattr(run, name)) is not None]
     return Spread(fmean(values), min(values), max(values)) if values else None
 
 
@@ -41,58 +41,52 @@ def band(runs: Sequence[RunRow], name: str, points: int = 64) -> Band | None:
 
     A step at which a run's loss was not finite has no mean: the curve has a gap there.
     """
-    curves = [curve for run in runs if (curve := getattr(run, name)) is not None]
-    shared = sorted(set.intersection(*(set(curve.step) for curve in curves))) if curves else []
-    if not shared:
+    curves: list[LossCurve] = [curve for run in runs if (curve := getattr(run, name)) is not None]
+    steps = sorted(set.intersection(*(set(curve.step) for curve in curves))) if curves else []
+    if not steps:
         return None
-    losses = [_at(curve, curve.loss, shared) for curve in curves]
-    seconds = [_at(curve, curve.seconds, shared) for curve in curves]
-    size = 1 if name == "held_out" else -(-len(shared) // points)
-    spans = [range(start, min(start + size, len(shared))) for start in range(0, len(shared), size)]
-    by_run = [[_mean([loss[i] for i in span]) for span in spans] for loss in losses]
-    at_span = list(zip(*by_run, strict=True))
+    size = 1 if name == "held_out" else -(-len(steps) // points)
+    spans = [steps[start : start + size] for start in range(0, len(steps), size)]
+    losses = [dict(zip(curve.step, curve.loss, strict=True)) for curve in curves]
+    seconds = [dict(zip(curve.step, curve.seconds, strict=True)) for curve in curves]
+    means = [[_of_all(fmean, [loss[step] for step in span]) for loss in losses] for span in spans]  # of each run
     return Band(
-        tuple(shared[span[-1]] for span in spans),
-        tuple(_mean([second[span[-1]] for second in seconds]) for span in spans),
-        tuple(_mean(values) for values in at_span),
-        tuple(_end(values, min) for values in at_span),
-        tuple(_end(values, max) for values in at_span),
+        tuple(span[-1] for span in spans),
+        tuple(_of_all(fmean, [second[span[-1]] for second in seconds]) for span in spans),
+        tuple(_of_all(fmean, at) for at in means),
+        tuple(_of_all(min, at) for at in means),
+        tuple(_of_all(max, at) for at in means),
     )
 
 
-def _at(curve: LossCurve, values: tuple[float | None, ...], steps: list[int]) -> list[float | None]:
-    found = dict(zip(curve.step, values, strict=True))
-    return [found[step] for step in steps]
+def _of_all(choose: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    """A mean, minimum or maximum; None where a value is missing."""
+    finite = [value for value in values if value is not None]
+    return choose(finite) if finite and len(finite) == len(values) else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known and len(known) == len(values) else None
-
-
-def _end(values: Sequence[float | None], choose) -> float | None:
-    known = [value for value in values if value is not None]
-    return choose(known) if len(known) == len(values) else None
+def sweep(results: ComparisonResults, method: str) -> list[tuple[float, float]]:
+    """Learning rates with the held-out loss at the end, on the first seed, with which all rates were tried."""
+    first = results.header.seeds[0] if results.header.seeds else None
+    runs = [run for run in results.runs if run.method == method and run.status == "ok" and run.seed == first]
+    points = [(run.learning_rate, run.last_held_out) for run in runs]
+    return sorted((rate, loss) for rate, loss in points if rate is not None and loss is not None)
 
 
 def common_loss(ranking: Ranking) -> float | None:
-    """The lowest held-out loss that each of the tied group reaches on its mean curve (with a sole winner: it and the
-    next one), so that the best methods are timed over the same way; others may not reach it."""
+    """The lowest held-out loss that each of the tied methods reaches on its mean curve (with a sole winner: it and the
+    next one), so that the best methods are timed to the same loss; others may not reach it."""
     group = ranking.tied if len(ranking.tied) > 1 else ranking.ranked[:2]
-    lowest = []
-    for key in group:
-        curve = band(ranking.comparison.counted(key), "held_out")
-        losses = [loss for loss in curve.mean if loss is not None] if curve else []
-        if losses:
-            lowest.append(min(losses))
-    return max(lowest) if lowest else None
+    curves = [band(ranking.results.counted(key), "held_out") for key in group]
+    losses = [[loss for loss in curve.mean if loss is not None] for curve in curves if curve]
+    return max((min(finite) for finite in losses if finite), default=None)
 
 
 def seconds_to(curve: Band, loss: float) -> float | None:
     """Seconds until a mean curve first is at or below a loss, on the straight line between two evaluations."""
     points = [(s, at) for s, at in zip(curve.seconds, curve.mean, strict=True) if s is not None and at is not None]
-    for place, (second, at) in enumerate(points):
+    for number, (second, at) in enumerate(points):
         if at <= loss:
-            before, above = points[place - 1] if place else (second, at)
+            before, above = points[number - 1] if number else (second, at)
             return second if at == above else before + (second - before) * (above - loss) / (above - at)
     return None

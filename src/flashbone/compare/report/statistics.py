@@ -56,12 +56,12 @@ class Difference:
 class Bootstrap:
     """The draws of one comparison: rows are resampled once for all runs, seeds once for each number of seeds."""
 
-    def __init__(self, comparison: ComparisonResults, draws: int = DRAWS) -> None:
+    def __init__(self, results: ComparisonResults, draws: int = DRAWS) -> None:
         self.draws = draws
-        metric = comparison.header.metric
-        self.sign = 1 if comparison.header.higher_is_better else -1
+        metric = results.header.metric
+        self.sign = 1 if results.header.higher_is_better else -1
         self.highest = math.inf if metric == "loss" else 1.0
-        runs = [run for method in comparison.methods for run in comparison.counted(method.method)]
+        runs = [run for method in results.methods for run in results.counted(method.method)]
         self.figures: dict[str, dict[int, float]] = {}
         for run in runs:
             if (figure := run.figure(metric)) is not None:
@@ -147,14 +147,14 @@ class Ranking:
     not candidates.
 
     Attributes:
-        comparison: What was measured.
+        results: What was measured.
         estimates: Test figures of all methods that have one.
         ranked: The candidates with a test figure, best first.
         tied: Those of them that cannot be told apart from the first, and the first.
         differences: The leads of the first over every other method.
     """
 
-    comparison: ComparisonResults
+    results: ComparisonResults
     estimates: dict[str, Estimate]
     ranked: tuple[str, ...]
     tied: tuple[str, ...]
@@ -166,17 +166,17 @@ class Ranking:
         return self.ranked[0] if len(self.ranked) > 1 and len(self.tied) == 1 else None
 
 
-def rank(comparison: ComparisonResults, draws: int = DRAWS) -> Ranking:
+def rank(results: ComparisonResults, draws: int = DRAWS) -> Ranking:
     """Rank the methods by their means on the seeds that all candidates have, and tell apart what can be told apart."""
-    bootstrap, estimates = Bootstrap(comparison, draws), {}
-    for method in comparison.methods:
+    bootstrap, estimates = Bootstrap(results, draws), {}
+    for method in results.methods:
         if method.status == "failed":  # with one seed at least; a mean over the others would flatter it
             continue
         # So would a mean without the runs whose loss was not finite.
-        diverged = len(comparison.counted(method.method)) > len(bootstrap.figures.get(method.method, {}))
+        diverged = len(results.counted(method.method)) > len(bootstrap.figures.get(method.method, {}))
         if not diverged and (estimate := bootstrap.estimate(method.method)) is not None:
             estimates[method.method] = estimate
-    candidates = [m.method for m in comparison.methods if m.is_candidate and m.method in estimates]
+    candidates = [m.method for m in results.methods if m.is_candidate and m.method in estimates]
     shared = set.intersection(*(set(estimates[key].seeds) for key in candidates)) if candidates else set()
 
     def figure(key: str) -> float:
@@ -188,4 +188,4 @@ def rank(comparison: ComparisonResults, draws: int = DRAWS) -> Ranking:
     differences = {key: lead for key, lead in leads.items() if lead is not None}
     behind = {key for key, lead in differences.items() if lead.low is not None and lead.low > 0}
     tied = tuple(key for key in ranked if key not in behind)
-    return Ranking(comparison, estimates, ranked, tied, differences)
+    return Ranking(results, estimates, ranked, tied, differences)

@@ -1,7 +1,8 @@
-"""The table of a comparison: the same rows for the terminal, for Markdown and for the page."""
+"""The table of a comparison: one list of columns, shown in the terminal, in Markdown and in the page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,19 +14,11 @@ from flashbone.compare.report.statistics import Ranking
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its head, what it means in a sentence, and whether it belongs to quality or to cost."""
-
-    key: str
-    head: str
-    meaning: str
-    part: str  # "name", "quality" or "cost"
+GROUPS = ("tied", "matched", "bound", "unmatched", "unfinished", "failed")  # in the order of the table
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell's text, the number to sort by, and whether it is the best of its column for sure."""
 
     text: str = words.NOTHING
@@ -34,63 +27,118 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method's cells by the columns' keys; the group is "tied", "matched", "bound", "unmatched" or "failed"."""
+class TableColumn:
+    """A column.
+
+    Attributes:
+        key: Its name; in a column of means over the runs, the field of `RunRow`.
+        head: Its head, with the unit.
+        meaning: What it means, in a sentence.
+        part: Whether it is about "quality" or about "cost".
+        write: How a mean over the runs is written; None in columns of something else.
+        lowest_is_best: Whether the lowest mean may be bold.
+    """
+
+    key: str
+    head: str
+    meaning: str
+    part: str
+    write: Callable[[float], str] | None = None
+    lowest_is_best: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds text, not numbers."""
+        return self.key in ("method", "size")
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A method's cells in the order of the columns, its group, and a note beside its name."""
 
     method: str
     group: str
-    cells: dict[str, Cell]
+    note: str
+    cells: dict[str, TableCell]
     error: str | None
 
 
-MEASURED = {  # column -> (field of RunRow, how it is written)
-    "held_out": ("last_held_out", lambda value: f"{value:.4f}"),
-    "step": ("step_ms", words.milliseconds),
-    "peak": ("peak_mib", lambda value: f"{value:,.0f}"),
-    "above": ("above_model_mib", lambda value: f"{value:,.0f}"),
-    "startup": ("startup_s", lambda value: f"{value:.2f}"),
-    "adapter": ("adapter_bytes", lambda value: f"{value / 2**20:,.2f}"),
-    "gradient": ("grad_norm_first", lambda value: f"{value:.3g}"),
-}
-SMALLER_IS_BETTER = ("held_out", "step", "peak", "above", "startup")
+@dataclass(frozen=True)
+class ResultsTable:
+    """The columns and rows of a comparison."""
+
+    columns: tuple[TableColumn, ...]
+    rows: tuple[TableRow, ...]
 
 
-def columns(ranking: Ranking) -> list[Column]:
-    """The columns, with what they mean in this comparison."""
-    header, loss = ranking.comparison.header, common_loss(ranking)
-    reached = "common loss" if loss is None else f"{loss:.4f}"
-    peak_of = next((run.peak_of for run in ranking.comparison.runs if run.peak_of), "memory")
-    return [
-        Column("method", "method", "The method, as in the configuration.", "name"),
-        Column("test", f"test {words.metric(header)}", "Mean over the seeds with its 95 % interval.", "quality"),
-        Column("held_out", "held-out loss", "At the end of training, mean over the seeds.", "quality"),
-        Column("size", "size", "The setting that was chosen to meet the budget of parameters.", "quality"),
-        Column("parameters", "adapter parameters", "The trainable ones, and how far off the budget.", "quality"),
-        Column("rate", "learning rate", "The one with the best held-out figure on the first seed.", "quality"),
-        Column(
-            "seconds", f"s to {reached}", "Training time with start-up until the held-out loss that each of the best "
-            "methods reaches: the tied ones, or the winner and the next.", "cost",
-        ),
-        Column("step", "step ms", "Median time of a training step.", "cost"),
-        Column("peak", "peak MiB", f"Highest {peak_of} of a run.", "cost"),
-        Column("above", "above model MiB", "Peak while training above what the loaded model takes.", "cost"),
-        Column("startup", "start-up s", "Making the adapter, with any decomposition of weights.", "cost"),
-        Column("adapter", "adapter MiB", "The adapter's file.", "cost"),
-        Column("gradient", "first gradient", "Norm of the gradient in the first step.", "cost"),
-    ]  # fmt: skip
-
-
-def rows(ranking: Ranking) -> list[Row]:
+def results_table(ranking: Ranking) -> ResultsTable:
     """Candidates from best to worst, then bounds, unmatched methods and those without a figure."""
-    comparison, loss = ranking.comparison, common_loss(ranking)
-    sure = _sure(ranking)
-    order = {"tied": 0, "matched": 0, "bound": 1, "unmatched": 2, "unfinished": 3, "failed": 4}
+    loss, rows = common_loss(ranking), []
+    columns = _columns(ranking, loss)
+    best = {column.key: _surely_lowest(ranking, column.key) for column in columns if column.lowest_is_best}
+    for method in ranking.results.methods:
+        key, group = method.method, _group(ranking, method)
+        cells = {column.key: TableCell() for column in columns} | _cells(ranking, method, loss)
+        for column in columns:
+            if column.write and (figure := spread(ranking.results, key, column.key)) is not None:
+                cells[column.key] = TableCell(column.write(figure.mean), figure.mean, best.get(column.key) == key)
+        rows.append(TableRow(key, group, _note(ranking, group), cells, method.error if group == "failed" else None))
     place = {key: number for number, key in enumerate(ranking.ranked)}
-    made = [
-        Row(m.method, _group(ranking, m), _cells(ranking, m, loss, sure), m.error if m.status == "failed" else None)
-        for m in comparison.methods
-    ]
-    return sorted(made, key=lambda row: (order[row.group], place.get(row.method, len(place))))
+    rows.sort(key=lambda row: (max(1, GROUPS.index(row.group)), place.get(row.method, len(place))))
+    return ResultsTable(columns, tuple(rows))
+
+
+def _columns(ranking: Ranking, loss: float | None) -> tuple[TableColumn, ...]:
+    metric, whole, column = words.metric(ranking.results.header), "{:,.0f}".format, TableColumn
+    peak_of = next((run.peak_of for run in ranking.results.runs if run.peak_of), "memory")
+    timed = "Training time with start-up until the held-out loss that each of the best methods reaches: the tied ones, "
+    timed += "or the winner and the next."
+    above = "Peak while training above what the loaded model takes."
+    return (
+        column("method", "method", "The method, as in the configuration.", "both"),
+        column("test", f"test {metric}", "Mean over the seeds with its 95 % interval.", "quality"),
+        column("last_held_out", "held-out loss", "At the end, mean over the seeds.", "quality", "{:.4f}".format, True),
+        column("size", "size", "The setting that was chosen to meet the budget of parameters.", "quality"),
+        column("parameters", "adapter parameters", "The trainable ones, and how far off the budget.", "quality"),
+        column("rate", "learning rate", "The one with the best held-out figure on the first seed.", "quality"),
+        column("seconds", f"s to {'common loss' if loss is None else f'{loss:.4f}'}", timed, "cost"),
+        column("step_ms", "step ms", "Median time of a training step.", "cost", words.milliseconds, True),
+        column("peak_mib", "peak MiB", f"Highest {peak_of} of a run.", "cost", whole, True),
+        column("above_model_mib", "above model MiB", above, "cost", whole, True),
+        column("startup_s", "start-up s", "Making the adapter, SVDs included.", "cost", "{:.2f}".format, True),
+        column("adapter_bytes", "adapter MiB", "The adapter's file.", "cost", words.mebibytes),
+        column("grad_norm_first", "first gradient", "Its norm in the first step.", "cost", "{:.3g}".format),
+    )
+
+
+def _cells(ranking: Ranking, method: MethodRow, loss: float | None) -> dict[str, TableCell]:
+    """The cells that are not a mean over the runs."""
+    results, key = ranking.results, method.method
+    cells = {"method": TableCell(results.label(key)), "size": TableCell(method.size)}
+    if method.chosen is not None:
+        edge = " (edge)" if method.at_edge and len(method.learning_rates) > 1 else ""
+        cells["rate"] = TableCell(words.rate(method.chosen) + edge, method.chosen)
+    if method.adapter_parameters is not None:
+        off = f"{100 * (method.off_budget or 0):+.1f}"
+        beside = "" if float(off) == 0 else f" ({off.replace('-', words.MINUS)} %)"
+        cells["parameters"] = TableCell(f"{method.adapter_parameters:,}{beside}", method.adapter_parameters)
+    if estimate := ranking.estimates.get(key):
+        cells["test"] = TableCell(words.estimate(results.header, estimate), estimate.mean, ranking.winner == key)
+    elif results.counted(key):
+        cells["test"] = TableCell("not finite")
+    curve = band(results.counted(key), "held_out")
+    if curve and loss is not None:
+        seconds = seconds_to(curve, loss)
+        cells["seconds"] = TableCell("not reached" if seconds is None else f"{seconds:,.1f}", seconds)
+    return cells
+
+
+def _surely_lowest(ranking: Ranking, name: str) -> str | None:
+    """The candidate whose worst seed beats every other candidate's best seed; nothing is sure with one seed."""
+    spreads = {key: spread(ranking.results, key, name) for key in ranking.ranked}
+    ends = sorted((figure.high, figure.low, key) for key, figure in spreads.items() if figure is not None)
+    seeds = min((len(ranking.estimates[key].seeds) for key in ranking.ranked), default=0)
+    return ends[0][2] if len(ends) > 1 and seeds > 1 and all(ends[0][0] < low for _, low, _ in ends[1:]) else None
 
 
 def _group(ranking: Ranking, method: MethodRow) -> str:
@@ -103,77 +151,20 @@ def _group(ranking: Ranking, method: MethodRow) -> str:
     return "matched" if method.method in ranking.ranked else "unfinished"
 
 
-def _cells(ranking: Ranking, method: MethodRow, loss: float | None, sure: set[tuple[str, str]]) -> dict[str, Cell]:
-    comparison, key = ranking.comparison, method.method
-    cells = {
-        "method": Cell(comparison.label(key)),
-        "size": Cell(method.size),
-        "parameters": _parameters(method),
-        "rate": Cell() if method.chosen is None else Cell(words.rate(method.chosen) + _edge(method), method.chosen),
-    }
-    if estimate := ranking.estimates.get(key):
-        text = words.estimate(comparison.header, estimate)
-        cells["test"] = Cell(text, estimate.mean, ranking.winner == key)
-    elif comparison.counted(key):
-        cells["test"] = Cell("not finite")
-    for name, (field, write) in MEASURED.items():
-        if (found := spread(comparison, key, field)) is not None:
-            cells[name] = Cell(write(found.mean), found.mean, (name, key) in sure)
-    curve = band(comparison.counted(key), "held_out")
-    if curve and loss is not None:
-        seconds = seconds_to(curve, loss)
-        cells["seconds"] = Cell("not reached") if seconds is None else Cell(f"{seconds:,.1f}", seconds)
-    return cells
-
-
-def _parameters(method: MethodRow) -> Cell:
-    if method.adapter_parameters is None:
-        return Cell()
-    off = f"{100 * (method.off_budget or 0):+.1f}"
-    beside = "" if float(off) == 0 else f" ({off.replace('-', words.MINUS)} %)"
-    return Cell(f"{method.adapter_parameters:,}{beside}", method.adapter_parameters)
-
-
-def _edge(method: MethodRow) -> str:
-    return " (edge)" if method.at_edge and len(method.learning_rates) > 1 else ""
-
-
-def _sure(ranking: Ranking) -> set[tuple[str, str]]:
-    """(column, method) where a candidate's worst seed is better than every other candidate's best seed. Nothing is
-    sure with a single seed."""
-    sure = set()
-    for name in SMALLER_IS_BETTER:
-        found = {key: spread(ranking.comparison, key, MEASURED[name][0]) for key in ranking.ranked}
-        ends = sorted((s.high, s.low, key) for key, s in found.items() if s is not None)
-        seeds = min((len(ranking.estimates[key].seeds) for key in ranking.ranked), default=0)
-        if len(ends) > 1 and seeds > 1 and all(ends[0][0] < low for _, low, _ in ends[1:]):
-            sure.add((name, ends[0][2]))
-    return sure
-
-
-def describe(row: Row, ranking: Ranking) -> str:
-    """What stands beside a method's name: its group, where that is not simply matched."""
-    if row.group == "tied":
+def _note(ranking: Ranking, group: str) -> str:
+    if group == "tied":
         return "best" if ranking.winner else "tied" if len(ranking.tied) > 1 else ""
-    return {"matched": "", "unmatched": "not matched"}.get(row.group, row.group)
+    return {"matched": "", "unmatched": "not matched"}.get(group, group)
 
 
-def markdown(ranking: Ranking) -> str:
+def markdown(table: ResultsTable) -> str:
     """The table in Markdown; best figures are bold where they are not tied."""
-    shown = columns(ranking)
-    lines = [
-        "| " + " | ".join(_escape(column.head) for column in shown) + " |",
-        "|" + "|".join(" --- " if c.key in ("method", "size") else " ---: " for c in shown) + "|",
-    ]
-    for row in rows(ranking):
-        cells = []
-        for column in shown:
-            cell = row.cells.get(column.key, Cell())
-            cells.append(f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text))
-        if note := describe(row, ranking):
-            cells[0] += f" ({note})"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [[_escape(column.head) for column in table.columns]]
+    lines.append(["---" if column.is_text else "---:" for column in table.columns])
+    for row in table.rows:
+        texts = [f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text) for cell in row.cells.values()]
+        lines.append([texts[0] + (f" ({row.note})" if row.note else ""), *texts[1:]])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _escape(text: str) -> str:
@@ -182,27 +173,23 @@ def _escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def terminal(ranking: Ranking) -> list[Table]:
+def terminal(table: ResultsTable, name: str) -> Iterator[Table]:
     """Two tables for the terminal, which is narrow: what methods reached, and what they cost."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    header, tables = ranking.comparison.header, []
-    titles = {"quality": f"{header.name}: what the methods reached", "cost": f"{header.name}: what they cost"}
-    for part, title in titles.items():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        shown = [column for column in columns(ranking) if column.part in ("name", part)]
-        for column in shown:
-            side = "left" if column.key in ("method", "size") else "right"
-            table.add_column(column.head, justify=side, overflow="fold")
-        for row in rows(ranking):
+    for part, title in (("quality", "what the methods reached"), ("cost", "what they cost")):
+        shown = Table(title=f"{name}: {title}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        shown.padding = (0, 1, 0, 0)
+        columns = [column for column in table.columns if column.part in ("both", part)]
+        for column in columns:
+            shown.add_column(column.head, justify="left" if column.is_text else "right", overflow="fold")
+        for row in table.rows:
             if part == "cost" and row.group in ("failed", "unfinished"):
                 continue
-            cells = [row.cells.get(column.key, Cell()) for column in shown]
+            cells = [row.cells[column.key] for column in columns]
             texts = [Text(cell.text, style="bold" if cell.best else "") for cell in cells]
-            if note := describe(row, ranking):
-                texts[0].append(f" ({note})", style="dim")
-            table.add_row(*texts, style="dim" if row.group == "failed" else "")
-        tables.append(table)
-    return tables
+            texts[0].append(f" ({row.note})" if row.note else "", style="dim")
+            shown.add_row(*texts, style="dim" if row.group == "failed" else "")
+        yield shown

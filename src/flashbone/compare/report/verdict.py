@@ -37,15 +37,15 @@ def judge(ranking: Ranking) -> Verdict:
 
 
 def _without_figures(ranking: Ranking) -> tuple[str, str]:
-    comparison, methods = ranking.comparison, ranking.comparison.methods
+    results, methods = ranking.results, ranking.results.methods
     failed = [method for method in methods if method.status == "failed"]
     if methods and len(failed) == len(methods):
         best = f"All of {words.count(len(methods), 'method')} failed, so none can be called best."
-        return best, f"The first error was that of {comparison.label(failed[0].method)}: {_sentence(failed[0].error)}"
+        return best, f"The first error was that of {results.label(failed[0].method)}: {_sentence(failed[0].error)}"
     best = "No method matched in size has a figure on the test set, so none can be called best."
-    others = [key for key in ranking.estimates if not comparison.method(key).is_candidate]
+    others = [key for key in ranking.estimates if not results.method(key).is_candidate]
     if others:
-        return best, f"Only bounds and unmatched methods have one ({words.names(comparison, others)}): see the table."
+        return best, f"Only bounds and unmatched methods have one ({words.names(results, others)}): see the table."
     unfinished = sum(method.status == "unfinished" for method in methods)
     has = words.count(len(methods), "method")
     return best, f"Of {has}, {unfinished} did not run to the end and {len(failed)} failed."
@@ -56,13 +56,13 @@ def _sentence(text: str | None) -> str:
 
 
 def _best(ranking: Ranking) -> str:
-    comparison, header, ranked = ranking.comparison, ranking.comparison.header, ranking.ranked
+    results, header, ranked = ranking.results, ranking.results.header, ranking.ranked
     metric, best = words.metric(header), ranked[0]
     figures = words.estimate(header, ranking.estimates[best])
     if len(ranked) == 1:
         interval = ", 95 % interval in brackets" if ranking.estimates[best].low is not None else ""
         return (
-            f"{comparison.label(best)} is the only method matched in size that has a figure on the test set "
+            f"{results.label(best)} is the only method matched in size that has a figure on the test set "
             f"({metric} {figures}{interval}), so there was nothing to compare it with."
         )
     if ranking.winner:
@@ -70,24 +70,24 @@ def _best(ranking: Ranking) -> str:
         certain = "" if after.share_better is None else f", better in {words.share(after.share_better)} of resamplings"
         lead = words.lead(header, after)
         return (
-            f"{comparison.label(best)} ended best on the test set among the {len(ranked)} {_candidates(ranking)}: "
-            f"{metric} {words.figure(header, ranking.estimates[best].mean)}, ahead of {comparison.label(ranked[1])}, "
+            f"{results.label(best)} ended best on the test set among the {len(ranked)} {_candidates(ranking)}: "
+            f"{metric} {words.figure(header, ranking.estimates[best].mean)}, ahead of {results.label(ranked[1])}, "
             f"the next, by {lead} at 95 % confidence{certain}."
         )
     return _tie(ranking)
 
 
 def _candidates(ranking: Ranking) -> str:
-    return "methods matched in size" + ("" if ranking.comparison.header.finished else " that have a figure so far")
+    return "methods matched in size" + ("" if ranking.results.header.finished else " that have a figure so far")
 
 
 def _tie(ranking: Ranking) -> str:
-    comparison, header, tied = ranking.comparison, ranking.comparison.header, list(ranking.tied)
+    results, header, tied = ranking.results, ranking.results.header, list(ranking.tied)
     figures = [words.figure(header, ranking.estimates[key].mean) for key in tied]
     if len(tied) <= 4:
-        listed = ", ".join(f"{comparison.label(key)} {at}" for key, at in zip(tied, figures, strict=True))
+        listed = ", ".join(f"{results.label(key)} {at}" for key, at in zip(tied, figures, strict=True))
     else:
-        listed = f"from {figures[0]} to {figures[-1]}: {words.names(comparison, tied)}"
+        listed = f"from {figures[0]} to {figures[-1]}: {words.names(results, tied)}"
     if len(tied) < len(ranking.ranked):
         who = f"Of the {len(ranking.ranked)} {_candidates(ranking)}, {len(tied)}"
     else:
@@ -97,20 +97,20 @@ def _tie(ranking: Ranking) -> str:
         why = "since there is nothing to judge their differences by"
     else:
         first, each = (
-            comparison.label(tied[0]),
+            results.label(tied[0]),
             "their difference" if len(tied) == 2 else "each difference from the first",
         )
         why = (
-            f"since the 95 % interval of {each} includes 0 ({first} was better than {comparison.label(tied[1])} in "
+            f"since the 95 % interval of {each} includes 0 ({first} was better than {results.label(tied[1])} in "
             f"{words.share(next_one.share_better)} of resamplings)"
         )
     return f"{who} are tied for best on the test set ({words.metric(header)} {listed}), {why}."
 
 
 def _cost(ranking: Ranking) -> str:
-    comparison = ranking.comparison
+    results = ranking.results
     group = ranking.tied if len(ranking.tied) > 1 else ranking.ranked
-    memory, speed = _costs(comparison, group, "peak_mib"), _costs(comparison, group, "step_ms")
+    memory, speed = _costs(results, group, "peak_mib"), _costs(results, group, "step_ms")
     if not memory or not speed:
         return "What it costs was not measured."
     if len(ranking.ranked) == 1:
@@ -122,32 +122,30 @@ def _cost(ranking: Ranking) -> str:
         if used is None or took is None:
             return "What it costs was not measured."
         return (
-            f"It peaked at {used:,.0f} MiB, {_against(comparison, best, lean, memory, 'least', 'memory')}, and a step "
-            f"took {words.milliseconds(took)} ms, {_against(comparison, best, fast, speed, 'fastest', 'step')}."
+            f"It peaked at {used:,.0f} MiB, {_against(results, best, lean, memory, 'least', 'memory')}, and a step "
+            f"took {words.milliseconds(took)} ms, {_against(results, best, fast, speed, 'fastest', 'step')}."
         )
-    return _cheapest(comparison, memory, speed)
+    return _cheapest(results, memory, speed)
 
 
-def _costs(comparison: ComparisonResults, group: tuple[str, ...], name: str) -> dict[str, float]:
-    found = {key: spread(comparison, key, name) for key in group}
+def _costs(results: ComparisonResults, group: tuple[str, ...], name: str) -> dict[str, float]:
+    found = {key: spread(results, key, name) for key in group}
     return {key: value.mean for key, value in found.items() if value is not None and value.mean > 0}
 
 
-def _against(
-    comparison: ComparisonResults, best: str, least: str, costs: dict[str, float], most: str, what: str
-) -> str:
+def _against(results: ComparisonResults, best: str, least: str, costs: dict[str, float], most: str, what: str) -> str:
     if best == least:
         return f"the {most} {what} of all matched methods" if what == "memory" else f"the {most} of all"
-    return f"{costs[best] / costs[least]:.2f} times that of {comparison.label(least)}, which has the {most} {what}"
+    return f"{costs[best] / costs[least]:.2f} times that of {results.label(least)}, which has the {most} {what}"
 
 
-def _cheapest(comparison: ComparisonResults, memory: dict[str, float], speed: dict[str, float]) -> str:
+def _cheapest(results: ComparisonResults, memory: dict[str, float], speed: dict[str, float]) -> str:
     lean, fast = min(memory, key=memory.__getitem__), min(speed, key=speed.__getitem__)
-    needs = f"{comparison.label(lean)} needed the least memory ({memory[lean]:,.0f} MiB, {_others(memory)})"
+    needs = f"{results.label(lean)} needed the least memory ({memory[lean]:,.0f} MiB, {_others(memory)})"
     steps = f"the fastest steps ({words.milliseconds(speed[fast])} ms, {_others(speed)})"
     if lean == fast:
         return f"Among the tied, {needs} and took {steps}."
-    return f"Among the tied, {needs}, and {comparison.label(fast)} took {steps}."
+    return f"Among the tied, {needs}, and {results.label(fast)} took {steps}."
 
 
 def _others(costs: dict[str, float]) -> str:
@@ -159,11 +157,11 @@ def _others(costs: dict[str, float]) -> str:
 
 
 def _notes(ranking: Ranking) -> list[str]:
-    comparison, header = ranking.comparison, ranking.comparison.header
+    results, header = ranking.results, ranking.results.header
     notes = []
     if not header.finished:
-        left = [m.method for m in comparison.methods if m.status == "unfinished"]
-        which = f": {words.names(comparison, left)} still to run" if left else ""
+        left = [m.method for m in results.methods if m.status == "unfinished"]
+        which = f": {words.names(results, left)} still to run" if left else ""
         notes.append(f"The comparison is unfinished{which}. All figures are of what has run so far.")
     notes += [f"Fairness: {_sentence(problem)}" for problem in header.fairness.problems]
     notes += _notes_on_seeds(ranking)
@@ -174,7 +172,7 @@ def _notes(ranking: Ranking) -> list[str]:
 
 
 def _notes_on_seeds(ranking: Ranking) -> list[str]:
-    comparison, drawn = ranking.comparison, {d.resampled for d in ranking.differences.values()}
+    results, drawn = ranking.results, {d.resampled for d in ranking.differences.values()}
     seeds = min((len(ranking.estimates[key].seeds) for key in ranking.ranked), default=0)
     notes = []
     if seeds == 1:
@@ -189,33 +187,31 @@ def _notes_on_seeds(ranking: Ranking) -> list[str]:
         notes.append("Methods have different seeds so far: they are ranked on the seeds that all of them have.")
     if drawn & {"seeds", "nothing"}:
         notes.append("Some runs have no scores of single test rows: there only seeds were drawn anew, not rows.")
-    diverged = [
-        m.method for m in comparison.methods if comparison.counted(m.method) and m.method not in ranking.estimates
-    ]
+    diverged = [m.method for m in results.methods if results.counted(m.method) and m.method not in ranking.estimates]
     if diverged:
-        notes.append(f"Not ranked, since a run's test figure was not finite: {words.names(comparison, diverged)}.")
+        notes.append(f"Not ranked, since a run's test figure was not finite: {words.names(results, diverged)}.")
     return notes
 
 
 def _notes_on_methods(ranking: Ranking) -> list[str]:
-    comparison, notes = ranking.comparison, []
+    results, notes = ranking.results, []
     for edge in ("lowest", "highest"):
-        keys = [m.method for m in comparison.methods if m.at_edge == edge and len(m.learning_rates) > 1]
+        keys = [m.method for m in results.methods if m.at_edge == edge and len(m.learning_rates) > 1]
         if keys:
             notes.append(
-                f"The best learning rate was the {edge} of those tried for {words.names(comparison, keys)}: one beyond "
+                f"The best learning rate was the {edge} of those tried for {words.names(results, keys)}: one beyond "
                 "may be better still."
             )
-    for method in comparison.methods:
+    for method in results.methods:
         if method.status == "failed":
-            notes.append(f"{comparison.label(method.method)} failed: {_sentence(method.error)}")
-        broken = [r for r in comparison.runs if r.method == method.method and r.status == "failed"]
+            notes.append(f"{results.label(method.method)} failed: {_sentence(method.error)}")
+        broken = [r for r in results.runs if r.method == method.method and r.status == "failed"]
         if broken and method.status != "failed":
             where = ", ".join(f"seed {r.seed} at {words.rate(r.learning_rate)}" for r in broken if r.learning_rate)
-            notes.append(f"A run of {comparison.label(method.method)} failed ({where}): {_sentence(broken[0].error)}")
+            notes.append(f"A run of {results.label(method.method)} failed ({where}): {_sentence(broken[0].error)}")
     ahead = [k for k, d in ranking.differences.items() if k not in ranking.ranked and d.high is not None and d.high < 0]
     if ahead and ranking.ranked:
-        who = words.names(comparison, ahead)
+        who = words.names(results, ahead)
         notes.append(
             f"Better than the best matched method, but no candidate{'s' if len(ahead) > 1 else ''} (bound or "
             f"not matched in size): {who}."

@@ -44,9 +44,9 @@ def share(value: float) -> str:
     return "over 99.9 %" if value > 0.999 else f"{100 * value:.1f} %" if value > 0.99 else f"{100 * value:.0f} %"
 
 
-def names(comparison: ComparisonResults, keys: tuple[str, ...] | list[str]) -> str:
+def names(results: ComparisonResults, keys: tuple[str, ...] | list[str]) -> str:
     """`A, B and C`."""
-    labels = [comparison.label(key) for key in keys]
+    labels = [results.label(key) for key in keys]
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
 
 
@@ -63,3 +63,8 @@ def rate(value: float) -> str:
 def milliseconds(value: float) -> str:
     """Three digits: `480`, `48.2`, `4.82`."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes in MiB."""
+    return f"{value / 2**20:,.2f}"

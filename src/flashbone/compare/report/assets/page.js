@@ -1,52 +1,39 @@
-// The page comes to life: theme, copying, sorting, charts.
+"use strict";
+// Values of the method that is pointed at or has the focus, commands to copy, a table to sort.
 
-function addTheme(button) {
-  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
-  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const update = () => button.setAttribute("aria-pressed", dark());
-  button.hidden = false;
-  button.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; update(); });
-  system.addEventListener("change", update);
-  update();
-}
+const values = document.getElementById("values");
+for (const event of ["pointerover", "focusin"])
+  document.addEventListener(event, ({ target }) => {
+    const method = target.closest?.(".method");
+    if (method) values.textContent = method.getAttribute("aria-label");
+  });
 
-async function copy(text, code) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    // Without permission the command is selected, to be copied by hand.
-    getSelection().selectAllChildren(code);
-    return document.execCommand("copy");
-  }
-}
-
-function addCopying(button) {
-  const code = button.parentElement.querySelector("code");
+for (const button of document.querySelectorAll(".copy")) {
+  const code = button.previousElementSibling;
   button.hidden = false;
   button.addEventListener("click", async () => {
-    button.textContent = (await copy(code.textContent, code)) ? "Copied" : "Selected";
+    getSelection().selectAllChildren(code);
+    const copied = await navigator.clipboard?.writeText(code.textContent).then(() => true, () => false);
+    button.textContent = copied ? "Copied" : "Selected";
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   });
 }
 
-function addCharts(data) {
-  const figures = ["curves", "memory", "rates"].map((id) => document.getElementById(id));
-  const state = { shown: new Set(data.methods.map((m) => m.key)), kind: "held_out", x: "step", log: false };
-  const redraw = () => {
-    figures[0].dataset.x = state.x;
-    [drawCurves, drawMemory, drawRates].forEach((draw, i) => draw(figures[i], data, state));
-  };
-  document.getElementById("charts").hidden = false;
-  addControls(document.getElementById("controls"), state, redraw);
-  addLegend(document.getElementById("legend"), data, state, redraw);
-  redraw();
-  let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
-}
-
-addTheme(document.getElementById("theme"));
-makeSortable(document.getElementById("methods"));
-document.querySelectorAll(".copy").forEach(addCopying);
-const data = JSON.parse(document.getElementById("data").textContent);
-if (data.methods.length) addCharts(data);
+const table = document.getElementById("methods"), heads = [...table.tHead.rows[0].cells];
+heads.forEach((head, column) => {
+  const button = document.createElement("button");
+  button.append(...head.childNodes);
+  head.append(button);
+  const compare = head.classList.contains("number") ? (a, b) => a - b : (a, b) => a.localeCompare(b, "en", { numeric: true });
+  button.addEventListener("click", () => {
+    const upward = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of heads) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", upward ? "ascending" : "descending");
+    const rows = [...table.tBodies[0].rows].sort((first, second) => {
+      const [a, b] = [first, second].map((row) => row.cells[column]?.dataset.value ?? "");
+      if (a === "" || b === "") return (a === "") - (b === ""); // rows without a value come last
+      return upward ? compare(a, b) : compare(b, a);
+    });
+    table.tBodies[0].append(...rows);
+  });
+});
