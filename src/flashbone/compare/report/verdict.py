@@ -1,7 +1,4 @@
-"""The verdict: who ended best on the test set and what that costs, in two sentences, and what to know besides.
-
-Whichever method wins, wins: nothing here knows any method by name.
-"""
+"""The verdict: the best method on the test set and its cost, in two sentences, and notes. Names decide nothing."""
 
 from __future__ import annotations
 
@@ -28,11 +25,8 @@ class Verdict:
 
 
 def judge(ranking: Ranking) -> Verdict:
-    """The verdict on a comparison, whatever became of it."""
-    if not ranking.ranked:
-        best, cost = _without_figures(ranking)
-    else:
-        best, cost = _best(ranking), _cost(ranking)
+    """The verdict on a comparison, finished or not."""
+    best, cost = (_best(ranking), _cost(ranking)) if ranking.ranked else _without_figures(ranking)
     return Verdict(best, cost, tuple(_notes(ranking)))
 
 
@@ -52,7 +46,7 @@ def _without_figures(ranking: Ranking) -> tuple[str, str]:
 
 
 def _sentence(text: str | None) -> str:
-    return f"{(text or 'no reason given').rstrip('.')}."
+    return f"{(text or 'no reason was recorded').rstrip('.')}."
 
 
 def _best(ranking: Ranking) -> str:
@@ -96,14 +90,10 @@ def _tie(ranking: Ranking) -> str:
     if next_one is None or next_one.share_better is None:
         why = "since there is nothing to judge their differences by"
     else:
-        first, each = (
-            results.label(tied[0]),
-            "their difference" if len(tied) == 2 else "each difference from the first",
-        )
-        why = (
-            f"since the 95 % interval of {each} includes 0 ({first} was better than {results.label(tied[1])} in "
-            f"{words.share(next_one.share_better)} of resamplings)"
-        )
+        each = "their difference" if len(tied) == 2 else "each difference from the first"
+        share = f"in {words.share(next_one.share_better)} of resamplings"
+        why = f"since the 95 % interval of {each} includes 0 "
+        why += f"({results.label(tied[0])} was better than {results.label(tied[1])} {share})"
     return f"{who} are tied for best on the test set ({words.metric(header)} {listed}), {why}."
 
 
@@ -129,8 +119,8 @@ def _cost(ranking: Ranking) -> str:
 
 
 def _costs(results: ComparisonResults, group: tuple[str, ...], name: str) -> dict[str, float]:
-    found = {key: spread(results, key, name) for key in group}
-    return {key: value.mean for key, value in found.items() if value is not None and value.mean > 0}
+    spreads = {key: spread(results, key, name) for key in group}
+    return {key: value.mean for key, value in spreads.items() if value is not None and value.mean > 0}
 
 
 def _against(results: ComparisonResults, best: str, least: str, costs: dict[str, float], most: str, what: str) -> str:
@@ -167,17 +157,17 @@ def _notes(ranking: Ranking) -> list[str]:
     notes += _notes_on_seeds(ranking)
     notes += _notes_on_methods(ranking)
     if (header.jobs or 1) > 1:
-        notes.append(f"{header.jobs} runs went at once, so steps took longer than they would alone.")
+        notes.append(f"{header.jobs} runs ran at the same time, so steps took longer than they would alone.")
     return notes
 
 
 def _notes_on_seeds(ranking: Ranking) -> list[str]:
-    results, drawn = ranking.results, {d.resampled for d in ranking.differences.values()}
+    results, resampled = ranking.results, {d.resampled for d in ranking.differences.values()}
     seeds = min((len(ranking.estimates[key].seeds) for key in ranking.ranked), default=0)
     notes = []
     if seeds == 1:
         notes.append(
-            "One seed only: intervals come from drawing test rows anew and leave out the luck of the seed, which "
+            "One seed only: intervals come from resampling test rows and leave out the luck of the seed, which "
             "may be larger than the differences."
         )
     elif seeds == 2:
@@ -185,8 +175,8 @@ def _notes_on_seeds(ranking: Ranking) -> list[str]:
     uneven = {ranking.estimates[key].seeds for key in ranking.ranked}
     if len(uneven) > 1:
         notes.append("Methods have different seeds so far: they are ranked on the seeds that all of them have.")
-    if drawn & {"seeds", "nothing"}:
-        notes.append("Some runs have no scores of single test rows: there only seeds were drawn anew, not rows.")
+    if resampled & {"seeds", "nothing"}:
+        notes.append("Some runs have no scores of single test rows: there only seeds were resampled, not rows.")
     diverged = [m.method for m in results.methods if results.counted(m.method) and m.method not in ranking.estimates]
     if diverged:
         notes.append(f"Not ranked, since a run's test figure was not finite: {words.names(results, diverged)}.")
