@@ -110,6 +110,12 @@ def test_a_run_that_diverged_counts_against_its_method(tmp_path):
     assert "Not ranked, since a run's test figure was not finite: a." in judged.notes
 
 
+def test_a_method_that_failed_with_one_seed_is_not_noted_as_diverged(tmp_path):
+    lines = made.comparison({"a": 0.0, "b": 0.0, "c": 0.0})
+    lines[1].update(status="failed", error="seed 2: no")
+    assert verdict(tmp_path, lines).notes == ("a failed: seed 2: no.",)
+
+
 def test_problems_are_noted(tmp_path):
     lines = made.comparison({"a": 0.0, "b": 0.0}, seeds=(0,), jobs=2)
     lines[0]["fairness"]["problems"] = ["b saw other rows than a"]

@@ -177,7 +177,8 @@ def _notes_on_seeds(ranking: Ranking) -> list[str]:
         notes.append("Methods have different seeds so far: they are ranked on the seeds that all of them have.")
     if resampled & {"seeds", "nothing"}:
         notes.append("Some runs have no scores of single test rows: there only seeds were resampled, not rows.")
-    diverged = [m.method for m in results.methods if results.counted(m.method) and m.method not in ranking.estimates]
+    finished = [m.method for m in results.methods if m.status != "failed" and results.counted(m.method)]
+    diverged = [key for key in finished if key not in ranking.estimates]
     if diverged:
         notes.append(f"Not ranked, since a run's test figure was not finite: {words.names(results, diverged)}.")
     return notes
