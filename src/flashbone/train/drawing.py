@@ -1,13 +1,19 @@
-"""Figures of matplotlib in one look, drawn without a display, and saved as PNGs that appear whole."""
+"""Matplotlib figures in one look, drawn without a display, and saved as PNGs that appear whole."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flashbone.files.outputs import whole_or_absent
 
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
-def blank(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure of so many inches, and its panels as an array of shape (rows, columns)."""
+
+def blank(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches, and its panels as an array of shape (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -20,7 +26,7 @@ def blank(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[A
     return figure, panels
 
 
-def save(figure: Any, target: Path) -> Path:
+def save(figure: Figure, target: Path) -> Path:
     """Write the figure as a PNG; returns its path."""
     with whole_or_absent(target, is_file=True, replace=True) as partial:
         figure.savefig(partial, format="png")

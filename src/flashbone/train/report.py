@@ -1,10 +1,16 @@
-"""What came of a training run: its loss curve and its rotations as pictures, the summary as a table."""
+"""The report of a training run: its losses and rotations as PNGs, its summary as a table."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashbone.files.outputs import read_json_lines
 from flashbone.train import drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
 ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
@@ -24,15 +30,16 @@ def plot_losses(metrics: Path, target: Path) -> Path:
         axes.plot(*zip(*train, strict=True), color=TRAIN_COLOUR, linewidth=1.5, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, marker="o", markersize=5, label="held out")
-    axes.set_ylabel("loss (nats per token)" if _is_language_model(rows) else "loss (cross-entropy)")
+    is_classifier = any("eval_accuracy" in row for row in rows)
+    axes.set_ylabel("loss (cross-entropy)" if is_classifier else "loss (nats per token)")
     if train or held_out:
         axes.legend(frameon=False)
     return drawing.save(figure, target)
 
 
 def plot_rotations(metrics: Path, target: Path) -> Path | None:
-    """Draw what `RotationMonitor` logged, single modules thin, their maximum bold; returns the PNG's path, None if
-    the run logged no rotations."""
+    """Draw the log of `RotationMonitor`, single modules thin, their maximum bold; returns the PNG's path, None if the
+    run logged no rotations."""
     rows = [row for row in read_json_lines(metrics) if ROTATIONS[0][0] in row]
     if not rows:
         return None
@@ -41,8 +48,10 @@ def plot_rotations(metrics: Path, target: Path) -> Path | None:
         modules = list(dict.fromkeys(k for row in rows for k in row if k.startswith(f"{key}/")))
         for name in [*modules, key]:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            style = {"linewidth": 0.7, "alpha": 0.35} if name != key else {"linewidth": 2.0, "label": "largest"}
-            axes.plot(*zip(*points, strict=True), color=TRAIN_COLOUR, marker="." if len(points) == 1 else None, **style)
+            width, alpha, name_shown = (2.0, 1.0, "largest") if name == key else (0.7, 0.35, None)
+            marker = "." if len(points) == 1 else None
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            axes.plot(steps, values, color=TRAIN_COLOUR, marker=marker, linewidth=width, alpha=alpha, label=name_shown)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         if modules:
@@ -51,7 +60,7 @@ def plot_rotations(metrics: Path, target: Path) -> Path | None:
     return drawing.save(figure, target)
 
 
-def _figure(width: float, count: int) -> tuple[Any, list[Any]]:
+def _figure(width: float, count: int) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side, over optimiser steps."""
     from matplotlib.ticker import MaxNLocator
 
@@ -61,10 +70,6 @@ def _figure(width: float, count: int) -> tuple[Any, list[Any]]:
         panel.set_xlabel("optimiser step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
-
-
-def _is_language_model(rows: list[dict[str, Any]]) -> bool:
-    return not any("eval_accuracy" in row for row in rows)
 
 
 def print_summary(summary: dict[str, Any], folder: Path, figures: list[Path]) -> None:
@@ -112,5 +117,6 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _files(folder: Path, figures: list[Path]) -> list[tuple[str, Path]]:
     named = {"adapter": ["adapter"], "merged": ["merged", "merged.pth"], "metrics": ["metrics.jsonl"]}
-    found = [(name, folder / file) for name, files in named.items() for file in files]
-    return [(name, path) for name, path in [*found, *(("plot", figure) for figure in figures)] if path.exists()]
+    paths = [(name, folder / file) for name, files in named.items() for file in files]
+    paths += [("plot", figure) for figure in figures]
+    return [(name, path) for name, path in paths if path.exists()]
