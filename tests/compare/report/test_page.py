@@ -117,6 +117,13 @@ def test_the_page_names_no_other_file(tmp_path):
     assert not re.findall(r"""(?:src|href)="(?!#)|url\((?!#)|@import|https?://| style=""", text)
 
 
+def test_every_id_of_the_page_is_unique_and_every_reference_has_one(tmp_path):
+    text = page_of(tmp_path, made.comparison({"a": 0.0, "b": 0.1}))
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+
+
 @pytest.mark.parametrize(
     "lines",
     [

@@ -30,6 +30,8 @@ LIGHT_GROUND, DARK_GROUND = "#fcfcfa", "#16181c"
 # From the eighth method on the colours come again, with the next dash and marker.
 DASHES = ("-", (0, (6, 3)), (0, (1.5, 2.5)))
 MARKERS = {"o": "●", "s": "■", "^": "▲"}  # of matplotlib, and for the page's legend
+CURVES = {"held_out": "held-out loss", "train": "training loss"}
+ACROSS = {"step": "optimiser step", "seconds": "seconds of training, with start-up"}
 MANY = 4  # methods; with more the bands would hide each other
 
 Painter = Callable[["Axes", dict[str, Any]], None]
@@ -56,17 +58,13 @@ class Chart:
 
 def charts(ranking: Ranking) -> list[Chart]:
     """The charts that have any data."""
-    curves = [_curves(ranking.results, *pair) for pair in ((n, x) for n in CURVES for x in ACROSS)]
+    curves = [_curves(ranking.results, name, across) for name in CURVES for across in ACROSS]
     made = (
         Chart("learning_curves", "Learning curves", tuple(curves)),
         Chart("memory_quality", "Memory against quality", (_memory(ranking),)),
         Chart("learning_rates", "Learning rates tried", (_rates(ranking.results),)),
     )
     return [chart for chart in made if any(panel.methods for panel in chart.panels)]
-
-
-CURVES = {"held_out": "held-out loss", "train": "training loss"}
-ACROSS = {"step": "optimiser step", "seconds": "seconds of training, with start-up"}
 
 
 def _curves(results: ComparisonResults, name: str, across: str) -> Panel:
@@ -166,13 +164,14 @@ def draw_png(chart: Chart, results: ComparisonResults, folder: Path) -> Path:
     figure, axes = drawing.blank((12, 8) if wide else (8, 5.5), *((2, 2) if wide else (1, 1)))
     for panel, panel_axes in zip(chart.panels, axes.ravel(), strict=True):
         _paint(panel, results, panel_axes)
-    legend = {}
+    handles = []
     for number, method in enumerate(results.methods):
         if any(method.method in panel.methods for panel in chart.panels):
             label = results.label(method.method).replace("$", r"\$")  # which would begin mathematics
             label = label if len(label) <= 28 else f"{label[:27]}…"
-            legend[" " * label.startswith("_") + label] = Line2D([], [], **_look(number))  # "_" would hide it
-    figure.legend([*legend.values()], [*legend], frameon=False, loc="outside right upper")
+            label = f" {label}" if label.startswith("_") else label  # which would hide it
+            handles.append(Line2D([], [], label=label, **_look(number)))
+    figure.legend(handles=handles, frameon=False, loc="outside right upper")
     return drawing.save(figure, folder / f"{chart.name}.png")
 
 
@@ -207,15 +206,15 @@ def _group(parts: list[ElementTree.Element], number: int, text: str) -> ElementT
     labels = {"class": f"method method-{number}", "tabindex": "0", "role": "img", "aria-label": text}
     group = ElementTree.Element("g", labels)
     ElementTree.SubElement(group, "title").text = text
-    for part in parts:
-        del part.attrib["id"]
-        group.append(part)
+    group.extend(parts)
     return group
 
 
 def _make_inline(element: ElementTree.Element) -> None:
-    """Remove what a page does without, forbids or themes: namespaces, metadata, styles, fixed colours."""
+    """Remove what drawings in a page do not need or must not have: ids, metadata, styles, fixed colours."""
     element.tag = element.tag.rpartition("}")[2]
+    if element.tag == "g":
+        element.attrib.pop("id", None)  # the same in all; those that are referred to have other tags
     for child in list(element):
         if child.tag.endswith(("}metadata", "}style")):
             element.remove(child)
