@@ -30,7 +30,7 @@ FIELDS = {
         ("flashbone.train.recipe", "RwkvSettings", "Fields of `rwkv`"),
     ],
     "compare": [
-        ("flashbone.compare.config", "Comparison", "Fields of the file"),
+        ("flashbone.compare.config", "ComparisonConfig", "Fields of the file"),
         ("flashbone.compare.config", "ComparedData", "Fields of `data`, beside those of `flashbone train`"),
         ("flashbone.compare.config", "Answers", "Fields of `answers`"),
     ],

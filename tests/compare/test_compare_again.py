@@ -29,7 +29,7 @@ def test_a_run_that_is_killed_alone_is_a_failed_row_and_is_done_again(config, mo
     assert [row["status"] for row in results(path)[1:]] == ["ok", "ok"]
 
 
-def started_and_killed(context, job, folder, place):
+def started_and_killed(context, spec, folder, slot):
     process = context.Process(target=time.sleep, args=(60,))
     process.start()
     process.kill()
@@ -49,7 +49,8 @@ def test_failures_are_kept_until_they_are_to_be_tried_again(config, tmp_path):
     path = config(methods=["bone"])
     want = of(results(path), "method")
     for file in (tmp_path / "out").glob("runs/*/result.json"):
-        file.write_text(json.dumps({"status": "failed", "error": "the disk was full"}))
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps({**row, "status": "failed", "error": "the disk was full"}))
     again = results(path)
     assert (again[1]["status"], again[1]["error"], again[1]["chosen"]) == ("failed", "the disk was full", None)
     compare(load_comparison(path), Origin(str(path)), retry_failed=True)
@@ -102,8 +103,8 @@ def test_rows_are_tested_in_their_order_whatever_the_trainer_sorts(config):
     assert sorted_rows[2]["test_scores"] == pytest.approx(plain[2]["test_scores"], rel=1e-4)
 
 
-def kill_during_step_five(job, folder: Path) -> None:
-    """Run the job again in a process that ends without a word in its fifth step."""
+def kill_during_step_five(spec, folder: Path) -> None:
+    """Do the run again in a process that ends without a word in its fifth step."""
     program = """
 import dataclasses, json, os, sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def on_step_begin(self, args, state, control, **kwargs):
 measuring.Watch.on_step_begin = on_step_begin
 worker.work(plain, folder, None)
 """
-    plain = json.dumps(dataclasses.asdict(job))
+    plain = json.dumps(dataclasses.asdict(spec))
     ended = subprocess.run([sys.executable, "-c", program, plain, str(folder)], check=False, capture_output=True)
     assert ended.returncode == 9
     assert (folder / "checkpoint-4").exists()
@@ -182,7 +183,7 @@ def test_a_file_that_changes_meanwhile_is_for_the_next_comparison(config, rows, 
     data = {"path": str(file), "eval": 16, "test": str(rows / "test.jsonl")}
     path = config(methods=["bone"], seeds=[0], learning_rates=[1e-3], data=data)
     experiment = Experiment(load_comparison(path), Origin(str(path)))
-    names = [job.name for job in experiment.sweep()]
+    names = [spec.name for spec in experiment.sweep()]
     file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
-    assert [job.name for job in experiment.sweep()] == names
-    assert [job.name for job in Experiment(load_comparison(path), Origin(str(path))).sweep()] != names
+    assert [spec.name for spec in experiment.sweep()] == names
+    assert [spec.name for spec in Experiment(load_comparison(path), Origin(str(path))).sweep()] != names

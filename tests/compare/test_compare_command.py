@@ -106,7 +106,7 @@ def test_the_examples_are_comparisons_whose_methods_have_sizes(path, tmp_path, m
     shapes[path.stem].save_pretrained(tmp_path)
     comparison = load_comparison(path, ["--model", str(tmp_path), "--methods", "[bone, bat-row, bat-col, lora, miss]"])
     _, methods = plan(comparison)
-    sizes = [one.sized.adapter_parameters for one in methods if one.sized and one.sized.matched]
+    sizes = [one.size.adapter_parameters for one in methods if one.size and one.size.matched]
     assert len(sizes) == 5
     assert max(sizes) <= 1.03 * min(sizes)
     listed = yaml.safe_load(path.read_text())

@@ -2,16 +2,16 @@
 
 import pytest
 
-from flashbone.compare.config import entries, load_comparison
+from flashbone.compare.config import listed_methods, load_comparison
 from flashbone.errors import ConfigError
 
 
 def test_each_method_tries_the_common_rates_times_its_factor(config):
-    found = {
-        entry.label: entry.learning_rates
-        for entry in entries(load_comparison(config(methods=["lora", "full", "vera"])))
+    tried = {
+        one.label: one.learning_rates
+        for one in listed_methods(load_comparison(config(methods=["lora", "full", "vera"])))
     }
-    assert found == {"lora": (1e-3, 1e-2), "full": (1e-4, 1e-3), "vera": (1e-2, 1e-1)}
+    assert tried == {"lora": (1e-3, 1e-2), "full": (1e-4, 1e-3), "vera": (1e-2, 1e-1)}
 
 
 def test_a_method_may_be_listed_twice_with_settings_and_rates_of_its_own(config):
@@ -20,7 +20,7 @@ def test_a_method_may_be_listed_twice_with_settings_and_rates_of_its_own(config)
         {"method": "lora", "lora_alpha": 3, "learning_rates": ["2e-2", 1e-4], "label": "Mine"},
         {"method": "bone", "dropout": 0.1},
     ]
-    first, second, third = entries(load_comparison(config(methods=listed)))
+    first, second, third = listed_methods(load_comparison(config(methods=listed)))
     assert (first.label, first.settings) == ("lora", {})
     assert (second.label, second.settings, second.learning_rates) == ("Mine", {"lora_alpha": 3}, (1e-4, 2e-2))
     assert third.label == "bone dropout=0.1"
@@ -49,8 +49,8 @@ def test_overrides_go_over_the_file(config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": ["bone", "lora", "bone"]}, "bone is there more than once"),
-        ({"methods": ["bones"]}, "got method 'bones', wanted one of bone, bat-row"),
+        ({"methods": ["bone", "lora", "bone"]}, "bone is listed more than once"),
+        ({"methods": ["bones"]}, "got method 'bones', wanted one of bone, mini"),
         ({"methods": []}, "is empty"),
         ({"methods": [{"lora": {}}]}, "got method None"),
         (

@@ -68,7 +68,7 @@ def test_a_method_that_fails_is_a_row_with_its_error(whole):
     failed = next(row for row in whole[1] if row.get("method", "").startswith("oft"))
     assert failed["status"] == "failed"
     assert "oft" in failed["error"]
-    assert "does not divide" in failed["error"]
+    assert "choose one that divides the inputs of all layers" in failed["error"]
     assert whole[1][0]["finished"]
 
 

@@ -61,7 +61,8 @@ def test_a_classifier_is_compared_by_accuracy(config, albert, news):
 
 def test_the_bounds_train_what_they_say(albert):
     """Linear probing trains the head alone, full fine-tuning everything."""
-    from flashbone.compare.methods import METHODS, attach
+    from flashbone.compare.attaching import attach
+    from flashbone.compare.methods import METHODS
     from flashbone.train.models import load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(str(albert))

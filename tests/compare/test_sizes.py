@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_models import LINEARS, albert, bert, gpt2, ids, llama, minilm, real
 
-from flashbone.compare.methods import METHODS, attach
-from flashbone.compare.sizes import Budget, Sized, budget_of, match
+from flashbone.compare.attaching import attach
+from flashbone.compare.methods import METHODS
+from flashbone.compare.sizes import Budget, MethodSize, budget_of, match
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.skeleton import skeleton
 from helpers.rwkv import write_rwkv
@@ -18,7 +19,7 @@ TARGETS = {"llama": LINEARS, "bert": ["query", "value"], "gpt2": ["c_attn", "c_p
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 SOURCES = {"llama": llama, "bert": bert, "gpt2": gpt2, "albert": albert, "minilm": minilm}
 NO_CONV1D = {"oft", "boft", "hra", "miss", "olora"}  # PEFT has no such layers of theirs
-ADAPTERS = [name for name, method in METHODS.items() if not method.is_bound]
+MATCHED = [name for name, method in METHODS.items() if method.sizes]
 IA3 = {"ia3": {"feedforward_modules": []}}  # ALBERT is not in PEFT's table
 
 
@@ -31,7 +32,7 @@ def setting(case):
 def matched(name, case, budget, **settings):
     source, targets, task_type = setting(case)
     settings = {**IA3.get(name, {}), **settings}
-    found = match(METHODS[name], budget, lambda: skeleton(source, task_type=task_type), targets, task_type, settings)
+    found = match(METHODS[name], budget, skeleton(source, task_type=task_type), targets, task_type, settings)
     return found, source, targets, task_type, settings
 
 
@@ -39,7 +40,7 @@ def counted(name, found, source, targets, task_type, settings):
     """What really trains, of the model with weights: the adapter, all, all that there is."""
     method, model = METHODS[name], real(source, task_type)
     base = sum(p.numel() for p in model.parameters())
-    model = attach(model, method, method.config(found.settings or None, targets, task_type, settings), 0)
+    model = attach(model, method, method.config(found.settings, targets, task_type, settings), 0)
     trained = {key: p.numel() for key, p in model.named_parameters() if p.requires_grad}
     adapter = sum(n for key, n in trained.items() if "modules_to_save" not in key and "classifier" not in key)
     total = sum(p.numel() for p in model.parameters()) if method.is_bound else base + adapter
@@ -86,20 +87,20 @@ def test_methods_of_smollm2_s_shape_lie_close_together_or_say_that_they_do_not()
     for r in (8, 16, 50):
         budget = r * 2 * (576 * 3 + 192 * 2 + 1536 * 2)
         sizes = [
-            match(METHODS[name], budget, lambda: skeleton(source, task_type="CAUSAL_LM"), "all-linear", "CAUSAL_LM")
-            for name in ADAPTERS
+            match(METHODS[name], budget, skeleton(source, task_type="CAUSAL_LM"), "all-linear", "CAUSAL_LM", {})
+            for name in MATCHED
         ]
         assert all(found.matched == (abs(found.off_budget) <= 0.03) for found in sizes)
-        patterned = [found for found in sizes if METHODS[found.method].has_patterns]
+        patterned = [found for name, found in zip(MATCHED, sizes, strict=True) if METHODS[name].has_patterns]
         assert all(abs(found.off_budget) <= 0.01 for found in patterned), patterned  # so that no two are 3% apart
         assert len(patterned) == 10
 
 
 def test_what_meets_no_budget_says_so_and_comes_as_near_as_it_can():
     for name, budget, size in [
-        ("oft", 2250, "4 blocks"),
-        ("vera", 5000, "r = 60"),
-        ("hra", 1000, "r = 2"),
+        ("oft", 2250, "oft_block_size = 12"),
+        ("vera", 5000, "r = 256"),
+        ("hra", 1000, "r = 8"),
         ("ia3", 4000, "no size"),
     ]:
         found, *_ = matched(name, "llama", budget)
@@ -113,11 +114,11 @@ def test_what_meets_no_budget_says_so_and_comes_as_near_as_it_can():
 def test_a_pattern_of_sizes_takes_effect_in_the_layers_that_it_names(name, layers):
     method, source = METHODS[name], llama(num_hidden_layers=layers)
     budget = {"mini": 350, "orthogonal": 594}.get(name, 900) * layers
-    found = match(method, budget, lambda: skeleton(source, task_type="CAUSAL_LM"), LINEARS, "CAUSAL_LM")
+    found = match(method, budget, skeleton(source, task_type="CAUSAL_LM"), LINEARS, "CAUSAL_LM", {})
     assert found.matched
     low, patterns = found.settings["r"], found.settings["rank_pattern"]
     (high,) = set(patterns.values())
-    model = attach(real(source), method, method.config(found.settings, LINEARS, "CAUSAL_LM"), 0)
+    model = attach(real(source), method, method.config(found.settings, LINEARS, "CAUSAL_LM", {}), 0)
     sizes, scales = {}, set()
     for key, module in model.base_model.model.named_modules():
         for attribute in ("bone_r", "r"):
@@ -146,9 +147,9 @@ def test_single_modules_are_mixed_where_layers_are_too_coarse():
         ("bone", {"r": 5, "rank_pattern": {"q_proj": 3}}, "r = 3 or 5"),
         ("orthogonal", {"bottleneck_size": 9}, "r = 9"),
         ("mini", {"r": 4, "mini_r": 6}, "r = 4, mini_r = 6"),
-        ("oft", {"oft_block_size": 4}, "block 4"),
-        ("oft", {"r": 6}, "6 blocks"),
-        ("boft", {"boft_block_num": 4}, "4 blocks"),
+        ("oft", {"oft_block_size": 4}, "oft_block_size = 4"),
+        ("oft", {"r": 6, "oft_block_size": 0}, "r = 6"),
+        ("boft", {"boft_block_num": 4, "boft_block_size": 0}, "boft_block_num = 4"),
         ("vera", {"r": 100}, "r = 100"),
     ],
 )
@@ -188,23 +189,17 @@ def test_a_pth_of_rwkv_is_matched_by_the_real_model(version, tmp_path):
     file = write_rwkv(tmp_path / "model.pth", version, 32, 8, 2)
     targets = ["att.receptance", "att.key", "ffn.key", "ffn.value"]
     for name in ("bone", "lora", "hra", "linear"):
-        found = match(METHODS[name], 3000, lambda: from_pth(file, dtype=torch.float32), targets, "CAUSAL_LM")
+        found = match(METHODS[name], 3000, from_pth(file, dtype=torch.float32), targets, "CAUSAL_LM", {})
         model, method = from_pth(file, dtype=torch.float32), METHODS[name]
-        config = method.config(found.settings or None, targets, "CAUSAL_LM")
+        config = method.config(found.settings, targets, "CAUSAL_LM", {})
         trained = sum(p.numel() for p in attach(model, method, config, 0).parameters() if p.requires_grad)
         assert found.adapter_parameters == trained
         assert found.matched == (name in ("bone", "lora"))
 
 
-def test_the_model_is_built_once_and_keeps_its_ties_and_weights():
-    built = []
-
-    def build():
-        built.append(real(llama(tie_word_embeddings=True)))
-        return built[-1]
-
-    found = match(METHODS["lora"], 3000, build, LINEARS, "CAUSAL_LM")
-    (model,) = built
+def test_the_model_stays_as_it_is():
+    model = real(llama(tie_word_embeddings=True))
+    found = match(METHODS["lora"], 3000, model, LINEARS, "CAUSAL_LM", {})
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.device.type == "cpu"
     assert found.total_parameters == sum(p.numel() for p in model.parameters()) + found.adapter_parameters
@@ -212,13 +207,13 @@ def test_the_model_is_built_once_and_keeps_its_ties_and_weights():
 
 def test_budgets_come_from_a_method_or_a_number():
     def budget(spec):
-        return budget_of(spec, lambda: skeleton(llama(), task_type="CAUSAL_LM"), LINEARS, "CAUSAL_LM")
+        return budget_of(spec, skeleton(llama(), task_type="CAUSAL_LM"), LINEARS, "CAUSAL_LM")
 
     outputs = 2 * (36 + 12 + 12 + 36 + 60 + 60 + 36)
     assert budget({"method": "bone", "r": 6}) == Budget(6 * outputs, "bone, r = 6")
     assert budget(1234) == Budget(1234, "")
     for spec, message in [
-        ({"method": "bone"}, "budget: bone: its size is missing; say r"),
+        ({"method": "bone"}, "budget: bone: its size is missing; set r"),
         ({"method": "bone", "r": 0}, "budget: bone: BoneConfig: `r` should be"),
         ({"method": "full"}, "budget: full is a bound"),
         ({"method": "bonne", "r": 2}, "budget: method: got 'bonne'"),
@@ -232,7 +227,7 @@ def test_budgets_come_from_a_method_or_a_number():
 
 def test_a_sized_method_is_a_plain_value():
     found, *_ = matched("bone", "llama", 6 * 504)
-    assert found == Sized("bone", {"r": 6}, 3024, 3024, found.total_parameters, 0.0, True, False, "r = 6")
+    assert found == MethodSize({"r": 6}, 3024, 3024, found.total_parameters, 0.0, True, False, "r = 6")
 
 
 def test_wrong_settings_are_told_before_anything_is_matched():

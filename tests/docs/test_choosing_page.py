@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from flashbone import BoneConfig, variants
-from flashbone.compare.config import Comparison
+from flashbone.compare.config import ComparisonConfig
 from flashbone.conversion.engines import ENGINES
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.recipe import DataRecipe, Recipe
@@ -196,7 +196,7 @@ def test_sizes_and_rates_are_those_of_their_sources():
     assert recipe("demo/demo.yaml")["adapter"]["target_modules"] == ["q_proj", "v_proj"]
     plain = Recipe("", DataRecipe(""), "out", "classification", training={"use_cpu": True})
     assert trainer_arguments(plain).learning_rate == 2e-4
-    comparison = Comparison(model="", data=None, output="")  # pyright: ignore[reportArgumentType]
+    comparison = ComparisonConfig(model="", data=None, output="")  # pyright: ignore[reportArgumentType]
     assert comparison.learning_rates == [3e-4, 1e-3, 3e-3]
     assert ENGINES["vllm"].ranks == (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

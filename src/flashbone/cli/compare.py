@@ -21,8 +21,8 @@ CONFIG.yaml:
     path: train.jsonl
     eval: 0.1                    # held out: chooses the learning rates and draws the curves
     test: test.jsonl             # scored once at the end of each run: a share, a number of rows, or a file
-  methods:                       # bone bat-row bat-col mini orthogonal lora rslora dora pissa olora oft boft hra vera
-    - bone                       # miss ia3, and as bounds full (fine-tuning) and linear (probing)
+  methods:                       # bone bat-row bat-col mini orthogonal lora rslora dora pissa olora oft miss; at PEFT's
+    - bone                       # size or yours: boft hra vera ia3; as bounds: full (fine-tuning) and linear (probing)
     - {method: lora, lora_alpha: 16, learning_rates: [1.0e-3, 2.0e-3], label: LoRA with alpha 16}
   budget: {method: bone, r: 64}  # all adapters get as many parameters as this one, or a number
   target_modules: all-linear
@@ -35,7 +35,7 @@ CONFIG.yaml:
   output: runs/compare           # results.jsonl, report.html, *.png, recipes/*.yaml, runs/*/
 
 Every field can be given on the command line too: --seeds '[0]' --methods '[bone, lora]' --output runs/second
-A comparison that was stopped goes on where it was when it is started again.
+A comparison that was stopped resumes where it was when it is started again.
 """
 
 
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> int:
 
 
 def _plan(comparison, as_json: bool) -> int:
-    """Print the sizes and how many runs there will be."""
+    """Print the sizes and the number of runs."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -86,10 +86,10 @@ def _plan(comparison, as_json: bool) -> int:
     from flashbone.compare.run import plan
 
     budget, methods = plan(comparison)
-    runs = sum(len(one.entry.learning_rates) + len(comparison.seeds) - 1 for one in methods if one.sized)
+    runs = sum(len(one.listed.learning_rates) + len(comparison.seeds) - 1 for one in methods if one.size)
     if as_json:
         rows = [
-            {"method": one.entry.label, **(vars(one.sized) if one.sized else {"error": one.error})} for one in methods
+            {"method": one.listed.label, **(vars(one.size) if one.size else {"error": one.error})} for one in methods
         ]
         print(json.dumps({"budget": budget.parameters, "runs": runs, "methods": rows}, indent=2))
         return 0
@@ -99,12 +99,12 @@ def _plan(comparison, as_json: bool) -> int:
     for name in ("method", "size", "parameters", "off budget", "learning rates"):
         table.add_column(name, justify="left" if name in ("method", "size") else "right")
     for one in methods:
-        rates = " ".join(f"{rate:g}" for rate in one.entry.learning_rates)
-        cells = [one.entry.label, one.error or "", "", "", rates]
-        if one.sized is not None:
-            off = "bound" if one.sized.off_budget is None else f"{100 * one.sized.off_budget:+.1f} %"
-            mark = "" if one.sized.matched or off == "bound" else " (unmatched)"
-            cells[1:4] = [one.sized.size, f"{one.sized.adapter_parameters:,}", off + mark]
+        rates = " ".join(f"{rate:g}" for rate in one.listed.learning_rates)
+        cells = [one.listed.label, one.error or "", "", "", rates]
+        if one.size is not None:
+            off = "bound" if one.size.off_budget is None else f"{100 * one.size.off_budget:+.1f} %"
+            mark = "" if one.size.matched or off == "bound" else " (unmatched)"
+            cells[1:4] = [one.size.size, f"{one.size.adapter_parameters:,}", off + mark]
         table.add_row(*map(Text, cells))
     Console().print(table)
     return 0
@@ -120,8 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the comparison")
-    parser.add_argument("--plan", action="store_true", help="only find the sizes, and say how many runs there will be")
+    parser.add_argument("--plan", action="store_true", help="only print the sizes and the number of runs")
     parser.add_argument("--report", action="store_true", help="only write the report again, from results.jsonl")
-    parser.add_argument("--retry-failed", action="store_true", help="do runs again that failed")
+    parser.add_argument("--retry-failed", action="store_true", help="repeat runs that failed")
     parser.add_argument("--json", action="store_true", help="print results.jsonl as one JSON list")
     return parser

@@ -1,11 +1,11 @@
-"""Where a comparison was made: versions, hardware, the commit of a checkout."""
+"""Where figures were made: versions, hardware, the commit of a checkout."""
 
 import contextlib
 import datetime
 import functools
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,52 +14,37 @@ import torch
 
 import flashbone.errors
 from flashbone import __version__
-from flashbone.compare.config import Comparison
+from flashbone.compare.results import Provenance
 
 PACKAGES = ("torch", "transformers", "peft", "trl")
 
 
-def versions() -> dict[str, str]:
-    """Of everything that decides numbers."""
-    return {"flashbone": __version__, **{name: version(name) for name in PACKAGES}}
+def device_of(training: Mapping[str, Any]) -> str:
+    """The kind of device that runs with these arguments use: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() and not training.get("use_cpu") else "cpu"
 
 
-def on_gpu(training: Mapping[str, Any]) -> bool:
-    """Whether runs with these arguments use a GPU."""
-    return torch.cuda.is_available() and not training.get("use_cpu")
-
-
-def here(comparison: Comparison) -> dict[str, Any]:
-    """What decides numbers besides the comparison itself, for a run in this process."""
-    return place("cuda" if on_gpu(comparison.training) else "cpu")
-
-
-def place(device: str) -> dict[str, Any]:
+def this_process(device: str) -> Provenance:
     """Where this process runs, if it runs on this kind of device."""
-    return {
-        "device": device,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    hardware = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    versions = {"flashbone": __version__, **{name: version(name) for name in PACKAGES}}
+    return Provenance(device, hardware, versions, commit(), datetime.date.today().isoformat())
 
 
-def together(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of several runs: all kinds of hardware, the versions and commits that there were, and the last day."""
+def combined(places: Sequence[Provenance]) -> Provenance:
+    """All kinds of hardware, versions and commits of several runs, and the last day."""
 
-    def all_of(name: str) -> str | None:
-        return " and ".join(dict.fromkeys(str(one[name]) for one in places if one[name] is not None)) or None
+    def distinct(values: Iterable[str | None]) -> str:
+        return " and ".join(dict.fromkeys(value for value in values if value is not None))
 
-    packages = {name: None for one in places for name in one["versions"]}
-    found = {name: dict.fromkeys(one["versions"].get(name, "none") for one in places) for name in packages}
-    return {
-        "device": all_of("device"),
-        "hardware": all_of("hardware"),
-        "versions": {name: " and ".join(numbers) for name, numbers in found.items()},
-        "commit": all_of("commit"),
-        "date": max(one["date"] for one in places),
-    }
+    packages = dict.fromkeys(name for place in places for name in place.versions)
+    return Provenance(
+        device=distinct(place.device for place in places),
+        hardware=distinct(place.hardware for place in places),
+        versions={name: distinct(place.versions.get(name, "none") for place in places) for name in packages},
+        commit=distinct(place.commit for place in places) or None,
+        date=max(place.date for place in places),
+    )
 
 
 def _processor() -> str:

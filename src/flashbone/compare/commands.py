@@ -7,12 +7,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flashbone.compare.config import Comparison
-from flashbone.compare.jobs import FIXED
+from flashbone.compare.config import ComparisonConfig
 from flashbone.compare.methods import METHODS
-from flashbone.compare.results import Compared
+from flashbone.compare.progress import MethodProgress
+from flashbone.compare.runs import FIXED
 from flashbone.files.outputs import write_text
 
 
@@ -24,45 +23,47 @@ class Origin:
     overrides: tuple[str, ...] = ()
 
     def command(self, *more: str) -> str:
-        """`flashbone compare` with these and more overrides, for a shell; of a field the last one counts."""
-        pairs: dict[str, str] = {}
+        """`flashbone compare` with these and more overrides, for a shell; the last value of a field wins."""
+        values: dict[str, str] = {}
         words = iter([*self.overrides, *more])
         for word in words:
-            name, given, value = word.partition("=")
-            pairs[name] = value if given else next(words, "")
-        given = [f"{name}={value}" for name, value in pairs.items()]
-        return shlex.join(["flashbone", "compare", self.config, *given])
+            name, equals, value = word.partition("=")
+            values[name] = value if equals else next(words, "")
+        return shlex.join(["flashbone", "compare", self.config, *(f"{name}={value}" for name, value in values.items())])
 
 
-def commands(comparison: Comparison, methods: Sequence[Compared], origin: Origin) -> dict[str, dict[str, Any]]:
-    """What to type for each method that has a learning rate, by labels.
+def commands(
+    comparison: ComparisonConfig, methods: Sequence[MethodProgress], origin: Origin
+) -> dict[str, dict[str, str]]:
+    """What to type for each method that has a learning rate, by labels: the last two fields of `MethodRow`.
 
-    `rerun` does its runs once more, in another folder. `train` is `flashbone train` with a recipe that is written here,
-    for the Bone family; for others it is a comparison of this method alone with one seed, which leaves its adapter.
+    `rerun` repeats its runs in another folder. `train` is `flashbone train` with a recipe that is written here, for the
+    Bone family; for others it is a comparison of this method alone with one seed, which leaves its adapter.
     """
-    found, words = {}, set()
+    by_label, words = {}, set()
     for one in methods:
-        if one.chosen is None or one.sized is None:
+        if one.chosen is None or one.size is None:
             continue
-        fields = {"method": one.entry.method, **one.entry.settings, "learning_rates": [one.chosen]}
+        listed = one.listed
+        fields = {"method": listed.method, **listed.settings, "learning_rates": [one.chosen]}
         only = f"--methods={json.dumps([fields])}"
-        word = re.sub(r"\W+", "-", one.entry.label).strip("-")
-        word += f"-{len(found) + 1}" if word in words else ""
+        word = re.sub(r"\W+", "-", listed.label).strip("-")
+        word += f"-{len(by_label) + 1}" if word in words else ""
         words.add(word)
         rerun = origin.command(only, f"--output={comparison.output}-{word}")
         seed = f"--seeds=[{comparison.seeds[0]}]"
         train = origin.command(only, seed, f"--output={comparison.output}-{word}-alone")
-        if METHODS[one.entry.method].peft_type == "BONE":
+        if METHODS[listed.method].peft_type == "BONE":
             train = shlex.join(["flashbone", "train", str(_write_recipe(comparison, one, word))])
-        found[one.entry.label] = {"rerun": rerun, "train": train}
-    return found
+        by_label[listed.label] = {"rerun": rerun, "train": train}
+    return by_label
 
 
-def _write_recipe(comparison: Comparison, one: Compared, word: str) -> Path:
+def _write_recipe(comparison: ComparisonConfig, one: MethodProgress, word: str) -> Path:
     """A recipe for `flashbone train` with all that the comparison decided."""
     import yaml
 
-    assert one.sized is not None
+    assert one.size is not None
     data = {k: v for k, v in dataclasses.asdict(comparison.data).items() if k != "test" and v not in (None, {}, "auto")}
     training = {name: value for name, value in comparison.training.items() if name not in FIXED}
     sections = {name: value for name in ("quantization", "rwkv") if (value := getattr(comparison, name))}
@@ -72,9 +73,9 @@ def _write_recipe(comparison: Comparison, one: Compared, word: str) -> Path:
         "data": data,
         "adapter": {
             "target_modules": comparison.target_modules,
-            **METHODS[one.entry.method].identity,
-            **one.entry.settings,
-            **one.sized.settings,
+            **METHODS[one.listed.method].identity,
+            **one.listed.settings,
+            **one.size.settings,
         },
         "training": {**training, "learning_rate": one.chosen},
         **sections,

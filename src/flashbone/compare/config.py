@@ -57,7 +57,7 @@ class Answers:
 
 
 @dataclass
-class Comparison:
+class ComparisonConfig:
     """Everything that decides a comparison; each method trains with the same `training`, but its own learning rates."""
 
     model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
@@ -75,18 +75,20 @@ class Comparison:
     training: dict[str, Any] = field(default_factory=dict)  # fields of SFTConfig or TrainingArguments
     quantization: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
     rwkv: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
-    metric: Metric = "auto"  # of the test: accuracy (classification) or loss (sft) where nothing is said
+    metric: Metric = "auto"  # of the test: accuracy (classification) or loss (sft) by default
     answers: dict[str, Any] = field(default_factory=dict)  # with exact_match: fields below
     jobs: int = 1  # runs at the same time, each on a GPU of its own, or with a share of the threads
 
     @property
-    def test_metric(self) -> str:
+    def test_metric(self) -> Literal["loss", "accuracy", "exact_match"]:
         """What the test measures: loss, accuracy or exact_match."""
-        return {"sft": "loss", "classification": "accuracy"}[self.task] if self.metric == "auto" else self.metric
+        if self.metric != "auto":
+            return self.metric
+        return "loss" if self.task == "sft" else "accuracy"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedMethod:
     """One line of `methods`.
 
     Attributes:
@@ -107,7 +109,7 @@ _NOT_HERE = {
     "training.learning_rate": "set `learning_rates` instead",
     "training.output_dir": "set `output` instead",
     "training.seed": "set `seeds` instead",
-    "training.resume_from_checkpoint": "a comparison goes on by itself",
+    "training.resume_from_checkpoint": "a comparison resumes by itself",
 }
 _DECIDED = (
     "eval_strategy",
@@ -122,10 +124,10 @@ _ENTRY = ("method", "label", "learning_rates")
 
 
 def test_part(data: Mapping[str, Any]) -> int | float | str | DataRecipe | None:
-    """`data.test` as `load_data` takes it; what it does not say of its rows is not taken over from the others.
+    """`data.test` as `load_data` takes it; options of the other rows do not apply to it.
 
     Raises:
-        ConfigError: it names fields that there are not, or no path.
+        ConfigError: it names unknown fields, or no path.
     """
     test = data["test"]
     if not isinstance(test, Mapping):
@@ -136,25 +138,25 @@ def test_part(data: Mapping[str, Any]) -> int | float | str | DataRecipe | None:
     return DataRecipe(**test)
 
 
-def load_comparison(config: str | Path, overrides: list[str] | None = None) -> Comparison:
+def load_comparison(config: str | Path, overrides: list[str] | None = None) -> ComparisonConfig:
     """The comparison in a YAML file with `--dotted.field value` overrides on top.
 
     Raises:
         ConfigError: a field is unknown (all of them are named), missing, or of the wrong type or range.
-        FormatError: the file is no YAML mapping; the message gives the line.
+        FormatError: the file is not a YAML mapping; the message gives the line.
     """
     overrides, where = list(overrides or []), str(config)
-    given = read_yaml(Path(config))
+    content = read_yaml(Path(config))
     flags = flag_names(overrides)
-    known = field_names(Comparison)
+    known = field_names(ComparisonConfig)
     known += [f"data.{name}" for name in field_names(ComparedData)]
-    known += [f"training.{name}" for name in field_names(arguments_class(given.get("task")))]
-    known += [f"training.{name}" for name in ("max_length",) if given.get("task") == "classification"]
+    known += [f"training.{name}" for name in field_names(arguments_class(content.get("task")))]
+    known += [f"training.{name}" for name in ("max_length",) if content.get("task") == "classification"]
     for name, cls in (("quantization", Quantization), ("rwkv", RwkvSettings), ("answers", Answers)):
         known += [f"{name}.{inner}" for inner in field_names(cls)]
-    check_names(keys(given, SECTIONS) + flags, known, where, {**OURS, **_NOT_HERE})
-    data = given.get("data")
-    missing = [name for name in ("model", "output") if given.get(name) is None and name not in flags]
+    check_names(keys(content, SECTIONS) + flags, known, where, {**OURS, **_NOT_HERE})
+    data = content.get("data")
+    missing = [name for name in ("model", "output") if content.get(name) is None and name not in flags]
     missing += [
         f"data.{name}"
         for name in ("path", "test")
@@ -162,7 +164,7 @@ def load_comparison(config: str | Path, overrides: list[str] | None = None) -> C
     ]
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    comparison = parse(Comparison, given, overrides, where, (*SECTIONS, "methods", "budget"))
+    comparison = parse(ComparisonConfig, content, overrides, where, (*SECTIONS, "methods", "budget"))
     try:
         check(comparison)
     except ConfigError as error:
@@ -170,13 +172,13 @@ def load_comparison(config: str | Path, overrides: list[str] | None = None) -> C
     return comparison
 
 
-def check(comparison: Comparison) -> None:
+def check(comparison: ComparisonConfig) -> None:
     """Refuse what contradicts itself.
 
     Raises:
         ConfigError: naming the first thing that does.
     """
-    entries(comparison)
+    listed_methods(comparison)
     section(Quantization, "quantization", comparison.quantization)
     section(RwkvSettings, "rwkv", comparison.rwkv)
     section(Answers, "answers", comparison.answers)
@@ -201,51 +203,44 @@ def check(comparison: Comparison) -> None:
     refuse_classification(Recipe(comparison.model, comparison.data, "", comparison.task, rwkv=comparison.rwkv))
 
 
-def entries(comparison: Comparison) -> list[Entry]:
-    """The methods of a comparison, with their own labels, settings and rates.
+def listed_methods(comparison: ComparisonConfig) -> list[ListedMethod]:
+    """The methods of a comparison, each with its label, settings and rates.
 
     Raises:
         ConfigError: a method is unknown, two have the same label, or one has more learning rates to try than another.
     """
     common = _rates(comparison.learning_rates, "learning_rates")
-    found: list[Entry] = []
-    for number, given in enumerate(comparison.methods):
-        where = f"methods[{number}]"
-        fields = {"method": given} if isinstance(given, str) else dict(given)
-        name = fields.get("method")
-        if name not in METHODS:
-            raise ConfigError(f"{where}: got method {name!r}, wanted one of {', '.join(METHODS)}")
-        settings = {key: value for key, value in fields.items() if key not in _ENTRY}
-        factor = METHODS[name].rate_factor
-        own = fields.get("learning_rates")
-        rates = tuple(_significant(rate * factor) for rate in common) if own is None else _rates(own, where)
-        label = str(fields.get("label") or _label(name, settings))
-        if not re.search(r"\w", label) or len(label) > 60:
-            raise ConfigError(f"{where}: label {label!r}: wanted a word of at most 60 characters")
-        found.append(Entry(label, name, settings, rates))
-    labels = [entry.label for entry in found]
+    listed = [_listed_method(line, f"methods[{number}]", common) for number, line in enumerate(comparison.methods)]
+    labels = [one.label for one in listed]
     if double := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
-        raise ConfigError(f"methods: {', '.join(double)} is there more than once; give each a label of its own")
-    if not found:
+        raise ConfigError(f"methods: {', '.join(double)} is listed more than once; give each a label of its own")
+    if not listed:
         raise ConfigError("methods: is empty; name one or more")
-    if len({len(entry.learning_rates) for entry in found}) > 1:
-        counts = ", ".join(f"{entry.label} {len(entry.learning_rates)}" for entry in found)
+    if len({len(one.learning_rates) for one in listed}) > 1:
+        counts = ", ".join(f"{one.label} {len(one.learning_rates)}" for one in listed)
         raise ConfigError(f"learning_rates: every method may try as many as any other, but got {counts}")
-    return found
+    return listed
 
 
-def _label(name: str, settings: dict[str, Any]) -> str:
-    return " ".join([name, *(f"{key}={value}" for key, value in settings.items())])[:60]
+def _listed_method(line: str | dict[str, Any], where: str, common: tuple[float, ...]) -> ListedMethod:
+    fields = {"method": line} if isinstance(line, str) else dict(line)
+    name = fields.get("method")
+    if name not in METHODS:
+        raise ConfigError(f"{where}: got method {name!r}, wanted one of {', '.join(METHODS)}")
+    settings = {key: value for key, value in fields.items() if key not in _ENTRY}
+    rates = fields.get("learning_rates")
+    if rates is None:  # rounded, so that 3e-3 times 0.1 is 3e-4
+        rates = [float(f"{rate * METHODS[name].rate_factor:.6g}") for rate in common]
+    label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])[:60]
+    label = str(fields.get("label") or label)
+    if not re.search(r"\w", label) or len(label) > 60:
+        raise ConfigError(f"{where}: label {label!r}: wanted a word of at most 60 characters")
+    return ListedMethod(label, name, settings, _rates(rates, where))
 
 
-def _rates(given: Any, where: str) -> tuple[float, ...]:
-    rates = given if isinstance(given, list) else [given]
-    good = [isinstance(r, int | float) and not isinstance(r, bool) and math.isfinite(r) and r > 0 for r in rates]
-    if not rates or not all(good) or len(set(rates)) != len(rates):
-        raise ConfigError(f"{where}: learning_rates: got {given!r}, wanted different positive numbers")
-    return tuple(sorted(float(rate) for rate in rates))
-
-
-def _significant(rate: float) -> float:
-    """Without the dust of a multiplication: 3e-3 times 0.1 is 3e-4."""
-    return float(f"{rate:.6g}")
+def _rates(rates: Any, where: str) -> tuple[float, ...]:
+    values = rates if isinstance(rates, list) else [rates]
+    good = [isinstance(r, int | float) and not isinstance(r, bool) and math.isfinite(r) and r > 0 for r in values]
+    if not values or not all(good) or len(set(values)) != len(values):
+        raise ConfigError(f"{where}: learning_rates: got {rates!r}, wanted different positive numbers")
+    return tuple(sorted(map(float, values)))

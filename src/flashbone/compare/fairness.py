@@ -1,9 +1,9 @@
-"""Whether all methods were given the same: checked on what the runs recorded, in every comparison."""
+"""Whether all methods had the same conditions: checked on what the runs recorded, in every comparison."""
 
 from collections.abc import Sequence
 
-from flashbone.compare.config import Comparison
-from flashbone.compare.results import Compared
+from flashbone.compare.config import ComparisonConfig
+from flashbone.compare.progress import MethodProgress
 
 CHECKED = (
     "same rows in the same order",
@@ -17,51 +17,44 @@ _SAME = {"digest": "learned other rows, or in another order", "tokens": "learned
          "steps": "took other numbers of steps"}  # fmt: skip
 
 
-def problems(comparison: Comparison, methods: Sequence[Compared]) -> list[str]:
+def problems(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) -> list[str]:
     """What was not the same for all, one line each; none when all was."""
-    found = [*_unlike_runs(methods), *_unlike_sizes(comparison, methods)]
-    runs = [run for one in methods for run in one.runs.values() if run["status"] == "ok"]
+    lines = [*_unlike_runs(methods), *_unlike_sizes(comparison, methods)]
+    runs = [run for one in methods for run in one.finished_runs]
     for part, did in (("learned", "learned"), ("held_out", "held out")):
-        if count := max((run["overlap"][part] for run in runs), default=0):
-            found.append(f"{count} of the test rows are also {did}, word for word")
-    for what in ("device", "hardware"):
-        if len(kinds := sorted({run["about"][what] for run in runs})) > 1:
-            found.append(f"runs were made on different {what}: {'; '.join(kinds)}")
-    versions = [set(run["about"]["versions"].items()) for run in runs]
+        if count := max((run.overlap[part] for run in runs), default=0):
+            lines.append(f"{count} of the test rows are also {did}, word for word")
+    places = [run.about for run in runs if run.about is not None]
+    for name in ("device", "hardware"):
+        if len(kinds := sorted({getattr(place, name) for place in places})) > 1:
+            lines.append(f"runs were made on different {name}: {'; '.join(kinds)}")
+    versions = [set(place.versions.items()) for place in places]
     if unlike := sorted({name for one in versions for name, _ in set.union(*versions) - one}):
-        found.append(f"runs were made with different versions of {', '.join(unlike)}")
-    return found
+        lines.append(f"runs were made with different versions of {', '.join(unlike)}")
+    return lines
 
 
-def _unlike_runs(methods: Sequence[Compared]) -> list[str]:
+def _unlike_runs(methods: Sequence[MethodProgress]) -> list[str]:
     """Runs with the same seed have to have learned the same."""
-    found = []
-    seeds = sorted({seed for one in methods for _, seed in one.runs})
-    for seed in seeds:
-        runs = [
-            (one.entry.label, run)
-            for one in methods
-            for (_, of), run in one.runs.items()
-            if of == seed and run["status"] == "ok"
-        ]
+    lines = []
+    runs = [(one.listed.label, run) for one in methods for run in one.finished_runs]
+    for seed in sorted({run.seed for _, run in runs}):
+        (first_label, first), *others = [(label, run) for label, run in runs if run.seed == seed]
         for name, words in _SAME.items():
-            values = {run[name] for _, run in runs}
-            if len(values) > 1:
-                first = runs[0][1][name]
-                others = dict.fromkeys(label for label, run in runs if run[name] != first)
-                found.append(f"seed {seed}: {', '.join(others)} {words} than {runs[0][0]}")
-    return found
+            unlike = dict.fromkeys(label for label, run in others if getattr(run, name) != getattr(first, name))
+            if unlike:
+                lines.append(f"seed {seed}: {', '.join(unlike)} {words} than {first_label}")
+    return lines
 
 
-def _unlike_sizes(comparison: Comparison, methods: Sequence[Compared]) -> list[str]:
-    sizes = {one.entry.label: one.sized.adapter_parameters for one in methods if one.sized and one.sized.matched}
-    found = []
+def _unlike_sizes(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) -> list[str]:
+    lines = []
+    matched = [(one, one.size.adapter_parameters) for one in methods if one.size and one.size.matched]
+    sizes = {one.listed.label: planned for one, planned in matched}
     if sizes and max(sizes.values()) > (1 + comparison.tolerance) * min(sizes.values()):
         small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-        found.append(f"{large} has {sizes[large]:,} parameters, {small} {sizes[small]:,}: too far apart")
-    for one in methods:
-        counts = {run["adapter_parameters"] for run in one.runs.values() if run["status"] == "ok"}
-        if one.sized and one.sized.matched and counts - {one.sized.adapter_parameters}:
-            trained, planned = max(counts), one.sized.adapter_parameters
-            found.append(f"{one.entry.label}: {trained:,} parameters trained, {planned:,} were planned")
-    return found
+        lines.append(f"{large} has {sizes[large]:,} parameters, {small} {sizes[small]:,}: too far apart")
+    for one, planned in matched:
+        for trained in {run.adapter_parameters for run in one.finished_runs} - {planned}:
+            lines.append(f"{one.listed.label}: {trained:,} parameters trained, {planned:,} were planned")
+    return lines

@@ -1,4 +1,4 @@
-"""What a run is watched for: the rows it learns and their order, the time of each step, its memory."""
+"""What is measured while a run trains: the rows that it learns and their order, the time of each step, its memory."""
 
 import contextlib
 import hashlib
@@ -58,29 +58,27 @@ class Watch(TrainerCallback):
             self.durations.append(time.perf_counter() - self._since)
             self.memory.end_step()
 
-    def step_ms(self) -> float | None:
-        """The median time of a step, in milliseconds; None where there was none."""
+    def figures(self) -> dict[str, Any]:
+        """Fields of `RunRow`: the digest and the tokens of all batches, and the median time of a step."""
+        rows = read_json_lines(self.file)
         timed = self.durations[WARM_UP:] or self.durations
-        return round(1000 * statistics.median(timed), 3) if timed else None
+        return {
+            "digest": _digest("".join(row["digest"] for row in rows).encode()),
+            "tokens": sum(row["tokens"] for row in rows),
+            "step_ms": round(1000 * statistics.median(timed), 3) if timed else None,
+        }
 
-    def digest(self) -> str:
-        """One hash of all batches in their order."""
-        return hashlib.sha256("".join(row["digest"] for row in read_json_lines(self.file)).encode()).hexdigest()[:16]
 
-    def tokens(self) -> int:
-        """How many tokens the model was given, paddings aside."""
-        return sum(row["tokens"] for row in read_json_lines(self.file))
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _about(inputs: Any) -> dict[str, Any]:
     """A batch's hash and its number of tokens."""
-    sha = hashlib.sha256()
-    for name in ("input_ids", "labels"):
-        if name in inputs:
-            sha.update(inputs[name].detach().cpu().numpy().tobytes())
+    tensors = [inputs[name].detach().cpu().numpy().tobytes() for name in ("input_ids", "labels") if name in inputs]
     mask = inputs.get("attention_mask")
     tokens = inputs["input_ids"].numel() if mask is None else int((mask != 0).sum())
-    return {"digest": sha.hexdigest()[:16], "tokens": tokens}
+    return {"digest": _digest(*tensors), "tokens": tokens}
 
 
 def synchronise() -> None:
@@ -89,10 +87,21 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+class Stopwatch:
+    """Times a block, whatever it started on a GPU included."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        synchronise()
+        self.seconds += time.perf_counter() - self._since
+
+
 class Memory:
     """Peak memory within training steps, on the GPU or resident; evaluating, testing and saving are left out.
-
-    `start` says that the model has been loaded: `above_model_mib` counts from there.
 
     Args:
         on_gpu: Whether the run uses a GPU.
@@ -104,7 +113,7 @@ class Memory:
         self._peak: float | None = None
 
     def start(self) -> None:
-        """The model has been loaded, and nothing was done to it yet."""
+        """Count from here: the model has been loaded, and nothing was done to it yet."""
         self._base = torch.cuda.memory_allocated() / 2**20 if self._on_gpu else _status_mib("VmRSS")
 
     def begin_step(self) -> None:
@@ -122,11 +131,13 @@ class Memory:
             self._peak = max(peak, self._peak or 0.0)
 
     def figures(self) -> dict[str, Any]:
-        """`peak_mib`, `peak_of` and `above_model_mib`, in MiB; None where the system does not tell."""
+        """Fields of `RunRow`; None where the system does not tell."""
         above = None if self._peak is None or self._base is None else round(self._peak - self._base, 1)
-        peak = None if self._peak is None else round(self._peak, 1)
-        what = "GPU memory allocated" if self._on_gpu else "resident memory"
-        return {"peak_mib": peak, "peak_of": what, "above_model_mib": above}
+        return {
+            "peak_mib": None if self._peak is None else round(self._peak, 1),
+            "peak_of": "GPU memory allocated" if self._on_gpu else "resident memory",
+            "above_model_mib": above,
+        }
 
 
 def _status_mib(name: str) -> float | None:

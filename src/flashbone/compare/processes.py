@@ -14,17 +14,15 @@ from typing import Any
 
 import torch
 
-from flashbone.compare import about
-from flashbone.compare.jobs import Job
+from flashbone.compare.about import device_of
+from flashbone.compare.runs import RunSpec
 
 PRELOADED = ["flashbone.compare.worker", "trl.trainer.sft_trainer", "peft"]
-
-
 _SHOWN = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Slot:
     """What a run may use: the number of a GPU, or so many threads; None for all."""
 
     gpu: str | None
@@ -33,35 +31,35 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A run whose process has ended; a `signal` that ended it is not of its own making."""
+    """A run whose process has ended, and the signal that killed it, if any."""
 
-    job: Job
+    spec: RunSpec
     seconds: float
     signal: int | None
 
 
-def run_all(jobs: Sequence[Job], folders: Path, at_once: int) -> Iterator[Ended]:
-    """Run the jobs in their order, `at_once` of them side by side, each in a process of its own; yields each that has
+def run_all(specs: Sequence[RunSpec], folders: Path, at_once: int) -> Iterator[Ended]:
+    """Run these in their order, `at_once` of them side by side, each in a process of its own; yields each that has
     ended. When the caller stops asking, those that are running are ended.
 
     Args:
-        jobs: The runs.
+        specs: The runs.
         folders: Where each has a folder of its name.
         at_once: On GPUs each has one for itself as long as there are enough; on CPUs they share the threads.
     """
-    on_gpu = bool(jobs) and about.on_gpu(jobs[0].recipe["training"])
-    context, places = _context(on_gpu), _places(at_once, on_gpu)
-    waiting, running = list(jobs), {}
+    on_gpu = bool(specs) and _uses_gpu(specs[0])
+    context, slots = _context(on_gpu), _slots(at_once, on_gpu)
+    waiting, running = list(specs), {}
     try:
         while waiting or running:
-            while waiting and places:
-                job, place = waiting.pop(0), places.pop(0)
-                running[_start(context, job, folders / job.name, place)] = (job, place, time.perf_counter())
+            while waiting and slots:
+                spec, slot = waiting.pop(0), slots.pop(0)
+                running[_start(context, spec, folders / spec.name, slot)] = (spec, slot, time.perf_counter())
             for process in _ended(running):
-                job, place, since = running.pop(process)
-                places.append(place)
+                spec, slot, since = running.pop(process)
+                slots.append(slot)
                 code = process.exitcode or 0
-                yield Ended(job, time.perf_counter() - since, -code if code < 0 else None)
+                yield Ended(spec, time.perf_counter() - since, -code if code < 0 else None)
     finally:
         for process in running:
             process.kill()
@@ -69,29 +67,33 @@ def run_all(jobs: Sequence[Job], folders: Path, at_once: int) -> Iterator[Ended]
             process.join()
 
 
-def rehearsal(job: Job) -> str:
-    """What is wrong with the arguments and the data of a job, in one line; nothing if all is well."""
+def rehearsal(spec: RunSpec) -> str:
+    """What is wrong with the arguments and the data of a run, in one line; empty if nothing is."""
     from flashbone.compare.worker import rehearse
 
-    context = _context(about.on_gpu(job.recipe["training"]))
+    context = _context(_uses_gpu(spec))
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=rehearse, args=(dataclasses.asdict(job), send))
+    process = context.Process(target=rehearse, args=(dataclasses.asdict(spec), send))
     with _without_main():
         process.start()
     send.close()
     try:
         return receive.recv()
-    except EOFError:  # its end was not of its own making, and the runs will tell
+    except EOFError:  # it was killed; the runs will show why
         return ""
     finally:
         process.join()
 
 
-def _start(context: Any, job: Job, folder: Path, place: Place) -> Any:
+def _uses_gpu(spec: RunSpec) -> bool:
+    return device_of(spec.recipe["training"]) == "cuda"
+
+
+def _start(context: Any, spec: RunSpec, folder: Path, slot: Slot) -> Any:
     from flashbone.compare.worker import work
 
-    process = context.Process(target=work, args=(dataclasses.asdict(job), folder, place.threads))
-    with _without_main(), _only_gpu(place.gpu):
+    process = context.Process(target=work, args=(dataclasses.asdict(spec), folder, slot.threads))
+    with _without_main(), _only_gpu(slot.gpu):
         process.start()
     return process
 
@@ -134,7 +136,7 @@ def _ended(running: Iterable[Any]) -> list[Any]:
 
 def _context(on_gpu: bool) -> Any:
     """On CPUs runs are forked from a process that has imported everything and computed nothing, which saves seconds in
-    each; with a GPU, or where forking is not to be had, each starts from nothing."""
+    each; with a GPU, or where forking does not exist, each starts from nothing."""
     if not sys.platform.startswith("linux") or on_gpu:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -142,11 +144,11 @@ def _context(on_gpu: bool) -> Any:
     return context
 
 
-def _places(at_once: int, on_gpu: bool) -> list[Place]:
+def _slots(at_once: int, on_gpu: bool) -> list[Slot]:
     """What each of the runs that go on at once may use."""
     if on_gpu:
         shown = os.environ.get(_SHOWN)
         gpus = shown.split(",") if shown else [str(number) for number in range(torch.cuda.device_count())]
-        return [Place(gpus[slot % len(gpus)], None) for slot in range(at_once)]
+        return [Slot(gpus[slot % len(gpus)], None) for slot in range(at_once)]
     threads = None if at_once == 1 else max(1, torch.get_num_threads() // at_once)
-    return [Place(None, threads) for _ in range(at_once)]
+    return [Slot(None, threads) for _ in range(at_once)]

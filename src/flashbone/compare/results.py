@@ -1,168 +1,220 @@
-"""What the runs left, brought together: the learning rate that each method gets, and the lines of results.jsonl."""
+"""results.jsonl: the fields of its lines, for those who write them and those who read them (`reading.py`)."""
+
+from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from flashbone.compare.config import Comparison, Entry
-from flashbone.compare.jobs import Job
-from flashbone.compare.methods import METHODS
-from flashbone.compare.sizes import Sized
-from flashbone.errors import ConfigError
 from flashbone.evaluate.results import finite
 from flashbone.files.outputs import write_text
 
-FIGURES = (
-    "steps",
-    "epochs",
-    "tokens",
-    "digest",
-    "train",
-    "held_out",
-    "test",
-    "test_scores",
-    "test_weights",
-    "step_ms",
-    "train_s",
-    "startup_s",
-    "load_s",
-    "peak_mib",
-    "peak_of",
-    "above_model_mib",
-    "adapter_bytes",
-    "grad_norm_first",
-)
+FEWEST_ROWS = 10  # of a test set that is resampled: fewer do not show how rows vary
 
 
-@dataclass
-class Compared:
-    """A method of a comparison.
+@dataclass(frozen=True)
+class LossCurve:
+    """Loss over a run; None where it was not finite. Seconds are those of making the adapter and of training steps."""
 
-    Attributes:
-        entry: as it is listed.
-        sized: its size; None where it could not be found, which `error` tells.
-        runs: those that have ended: (learning rate, seed) -> the result.
-        chosen: its learning rate, once all have been tried.
-        error: why it has no figures.
-    """
+    step: tuple[int, ...]
+    seconds: tuple[float | None, ...]
+    loss: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...] | None = None  # of a classifier's held-out rows, as the next
+    macro_f1: tuple[float | None, ...] | None = None
 
-    entry: Entry
-    sized: Sized | None = None
-    runs: dict[tuple[float, int], dict[str, Any]] = field(default_factory=dict)
+    def __post_init__(self) -> None:
+        counts = len(self.step), len(self.seconds), len(self.loss)
+        if len(set(counts)) > 1:
+            raise ValueError("got {} steps, {} seconds and {} losses; wanted as many of each".format(*counts))
+
+
+@dataclass(frozen=True)
+class FairnessRow:
+    """What was checked for fairness, and what was wrong."""
+
+    checked: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where figures were made: what decides them besides the configuration."""
+
+    device: str
+    hardware: str
+    versions: dict[str, str]
+    commit: str | None
+    date: str
+
+
+@dataclass(frozen=True)
+class HeaderRow:
+    """The first line: what was compared, on what, and how."""
+
+    kind: ClassVar = "comparison"
+    version: Literal[1]
+    name: str
+    model: str
+    task: str
+    metric: Literal["accuracy", "loss", "exact_match"]
+    higher_is_better: bool
+    data: dict[str, Any]
+    seeds: tuple[int, ...]
+    device: str
+    versions: dict[str, Any]
+    fairness: FairnessRow
+    finished: bool
+    config: str | None = None
+    budget: dict[str, Any] | None = None
+    tolerance: float | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    hardware: str | None = None
+    jobs: int | None = None
+    commit: str | None = None
+    date: str | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A method: its size, the learning rates tried, and its outcome; sizes as in `MethodSize`."""
+
+    kind: ClassVar = "method"
+    method: str
+    title: str
+    size: str
+    matched: bool
+    bound: bool
+    learning_rates: tuple[float, ...]
+    status: Literal["ok", "failed", "unfinished"]
+    fixed: bool = False
+    peft_type: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapter_parameters: int | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    off_budget: float | None = None
     chosen: float | None = None
+    at_edge: Literal["lowest", "highest"] | None = None
     error: str | None = None
+    rerun: str | None = None
+    train: str | None = None
 
     @property
-    def at_edge(self) -> str | None:
-        """Where the chosen rate is the lowest or the highest of three or more, a better one may lie beyond."""
-        rates = self.entry.learning_rates
-        if self.chosen is None or len(rates) < 3:
-            return None
-        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.chosen)
-
-    def choose(self, seed: int) -> None:
-        """Choose among the rates that were all tried with this seed, by the held-out rows after training."""
-        tried = [(rate, self.runs.get((rate, seed))) for rate in self.entry.learning_rates]
-        if any(result is None for _, result in tried):
-            return
-        good = [(_last_loss(result), rate) for rate, result in tried if result and result["status"] == "ok"]
-        if good:
-            self.chosen = min(good)[1]
-        else:
-            self.error = next(result["error"] for _, result in tried if result)
-
-    def status(self, seeds: Sequence[int]) -> str:
-        """ok, failed, or unfinished."""
-        if self.error is not None:
-            return "failed"
-        runs = [self.runs.get((self.chosen, seed)) for seed in seeds] if self.chosen is not None else [None]
-        if any(run is None for run in runs):
-            return "unfinished"
-        # A method that fails with one of its seeds has no figure: those with which it went well would flatter it.
-        return "ok" if all(run["status"] == "ok" for run in runs if run) else "failed"
+    def is_candidate(self) -> bool:
+        """Whether the method may be called best: matched in size, not a bound, not failed."""
+        return self.matched and not self.bound and self.status != "failed"
 
 
-def _last_loss(result: dict[str, Any]) -> float:
-    """The held-out loss at the end; of classifiers, too, since the accuracy on a few rows is a matter of luck."""
-    loss = result["held_out"]["loss"][-1]
-    return math.inf if loss is None else loss
+@dataclass(frozen=True)
+class RunRow:
+    """A training run with one learning rate and one seed; a failed one has an error and no figures.
+
+    Attributes:
+        counted: whether the learning rate is the one that was chosen for the method.
+        tokens: that the model was given, paddings aside.
+        digest: one hash of all batches in their order.
+        overlap: test rows that were learned or held out as well.
+        test_scores, test_weights: of single rows; the quotient of their sums is the metric.
+        startup_s: the time that making the adapter took, with whatever it computes for its start.
+        peak_mib: within training steps; above_model_mib: of that above the loaded model.
+    """
+
+    kind: ClassVar = "run"
+    method: str
+    seed: int
+    counted: bool
+    status: Literal["ok", "failed"]
+    learning_rate: float | None = None
+    error: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
+    digest: str | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    overlap: dict[str, int] = field(default_factory=dict)
+    train: LossCurve | None = None
+    held_out: LossCurve | None = None
+    test: dict[str, float | None] | None = None
+    test_scores: tuple[float | None, ...] | None = None
+    test_weights: tuple[float | None, ...] | None = None
+    step_ms: float | None = None
+    train_s: float | None = None
+    startup_s: float | None = None
+    load_s: float | None = None
+    peak_mib: float | None = None
+    peak_of: str | None = None
+    above_model_mib: float | None = None
+    adapter_bytes: float | None = None
+    grad_norm_first: float | None = None
+    adapter_parameters: int | None = None
+    trainable_parameters: int | None = None
+    about: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        scores, weights = len(self.test_scores or ()), len(self.test_weights or ())
+        if scores and scores != weights:
+            raise ValueError(f"got {scores} test_scores and {weights} test_weights; wanted one of each per row")
+
+    @property
+    def finite_scores(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Scores and weights of the test rows; None unless all of them are finite."""
+        scores = tuple(score for score in self.test_scores or () if score is not None)
+        weights = tuple(weight for weight in self.test_weights or () if weight is not None)
+        complete = len(scores) == len(weights) == len(self.test_scores or ())
+        return (scores, weights) if complete and sum(weights) > 0 else None
+
+    @property
+    def resampled_scores(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """`finite_scores` where there are enough rows to resample."""
+        return self.finite_scores if len(self.test_scores or ()) >= FEWEST_ROWS else None
+
+    def figure(self, metric: str) -> float | None:
+        """The metric on the test set: sum(test_scores) / sum(test_weights), or `test[metric]` where rows have no
+        scores; None where it is not finite."""
+        if self.finite_scores is not None:
+            scores, weights = self.finite_scores
+            return math.fsum(scores) / math.fsum(weights)
+        return None if self.test_scores else (self.test or {}).get(metric)
+
+    @property
+    def last_held_out(self) -> float | None:
+        """The held-out loss at the end of the run."""
+        return self.held_out.loss[-1] if self.held_out and self.held_out.loss else None
 
 
-def read_result(folder: Path, job: Job) -> dict[str, Any] | None:
-    """What a run left in its folder; None where it has not come to its end."""
-    file = folder / job.name / "result.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        raise ConfigError(f"{file}: is no JSON; delete it, and the run is done again") from None
+@dataclass(frozen=True)
+class ComparisonResults:
+    """A whole results.jsonl."""
+
+    header: HeaderRow
+    methods: tuple[MethodRow, ...]
+    runs: tuple[RunRow, ...]
+
+    def counted(self, method: str) -> list[RunRow]:
+        """The finished runs at the chosen learning rate, in the order of their seeds."""
+        runs = [run for run in self.runs if run.method == method and run.counted and run.status == "ok"]
+        return sorted(runs, key=lambda run: run.seed)
+
+    def method(self, key: str) -> MethodRow:
+        """The method with this key."""
+        return next(method for method in self.methods if method.method == key)
+
+    def label(self, key: str) -> str:
+        """A method's title; with its key where two methods have the same title."""
+        title = self.method(key).title
+        return title if sum(method.title == title for method in self.methods) == 1 else f"{title} [{key}]"
 
 
-def lines(
-    header: Mapping[str, Any], comparison: Comparison, methods: Sequence[Compared], commands: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """All lines of results.jsonl: the header, the methods, their runs."""
-    rows = [_method(one, comparison, commands) for one in methods]
-    rows += [_run(one, rate, seed, result) for one in methods for (rate, seed), result in sorted(one.runs.items())]
-    return [dict(header), *rows]
+def to_json(row: HeaderRow | MethodRow | RunRow) -> str:
+    """A row as one line; a number that is not finite becomes null, since JSON has none."""
+    return json.dumps(finite({"kind": row.kind, **asdict(row)}), allow_nan=False) + "\n"
 
 
-def write(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write results.jsonl whole or not at all; what is not finite becomes null, since JSON has no word for it."""
-    write_text(file, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
-
-
-def _method(one: Compared, comparison: Comparison, commands: Mapping[str, Any]) -> dict[str, Any]:
-    entry, sized, method = one.entry, one.sized, METHODS[one.entry.method]
-    size = {"size": "", "matched": False, "fixed": False, "off_budget": None}
-    if sized is not None:
-        trainable = _measured(one, "trainable_parameters") or sized.trainable_parameters  # the classes were not known
-        size = {
-            "size": sized.size,
-            "matched": sized.matched,
-            "fixed": sized.fixed,
-            "adapter_parameters": sized.adapter_parameters,
-            "trainable_parameters": trainable,
-            "total_parameters": sized.total_parameters + trainable - sized.trainable_parameters,
-            "off_budget": None if sized.off_budget is None else round(sized.off_budget, 5),
-        }
-    status = one.status(comparison.seeds)
-    counted = [one.runs.get((one.chosen, seed)) for seed in comparison.seeds] if one.chosen is not None else []
-    failed = [(seed, run) for seed, run in zip(comparison.seeds, counted, strict=False) if run and run["error"]]
-    error = one.error or "; ".join(f"seed {seed}: {run['error']}" for seed, run in failed) or None
-    return {
-        "kind": "method",
-        "method": entry.label,
-        "title": method.title if entry.label == entry.method else entry.label,
-        "peft_type": method.peft_type,
-        "settings": {**entry.settings, **(sized.settings if sized else {})},
-        "bound": method.is_bound,
-        **size,
-        "learning_rates": list(entry.learning_rates),
-        "chosen": one.chosen,
-        "at_edge": one.at_edge,
-        "status": status,
-        "error": error,
-        **commands.get(entry.label, {"rerun": None, "train": None}),
-    }
-
-
-def _measured(one: Compared, name: str) -> Any:
-    return next((run[name] for run in one.runs.values() if run["status"] == "ok"), None)
-
-
-def _run(one: Compared, rate: float, seed: int, result: Mapping[str, Any]) -> dict[str, Any]:
-    row = {
-        "kind": "run",
-        "method": one.entry.label,
-        "learning_rate": rate,
-        "seed": seed,
-        "counted": rate == one.chosen,
-        "status": result["status"],
-        "error": result.get("error"),
-    }
-    return row | {name: result[name] for name in FIGURES if name in result}
+def write_results(rows: Sequence[HeaderRow | MethodRow | RunRow], file: Path) -> None:
+    """Write results.jsonl, which appears whole."""
+    write_text(file, "".join(map(to_json, rows)))

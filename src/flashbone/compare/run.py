@@ -1,18 +1,23 @@
 """A comparison from its configuration to results.jsonl: sizes, a sweep of learning rates, repeats with other seeds."""
 
+import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from flashbone.compare import about, fairness, jobs, results
+import torch
+from torch import nn
+
+from flashbone.compare import about, fairness, runs
 from flashbone.compare.commands import Origin, commands
-from flashbone.compare.config import Comparison, check, entries
-from flashbone.compare.jobs import Job
+from flashbone.compare.config import ComparisonConfig, check, listed_methods
 from flashbone.compare.methods import METHODS
 from flashbone.compare.processes import Ended, rehearsal, run_all
-from flashbone.compare.results import Compared
+from flashbone.compare.progress import MethodProgress
+from flashbone.compare.reading import read_run
+from flashbone.compare.results import FairnessRow, HeaderRow, RunRow, write_results
+from flashbone.compare.runs import RunSpec, SizedMethods
 from flashbone.compare.sizes import Budget, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import alone, make_folder
@@ -22,30 +27,28 @@ from flashbone.tuner.model.skeleton import skeleton
 
 log = logging.getLogger(__name__)
 
-RESULTS = "results.jsonl"
 
+def compare(comparison: ComparisonConfig, origin: Origin, retry_failed: bool = False) -> Path:
+    """Run what has not been run yet, and collect all results; returns the path of results.jsonl.
 
-def compare(comparison: Comparison, origin: Origin, retry_failed: bool = False) -> Path:
-    """Run what has not been run yet, and bring all together; returns the path of results.jsonl.
-
-    A run that has ended is not done again, whatever else has changed: so a comparison that was killed goes on, and one
-    with more methods, rates or seeds does only these. results.jsonl is written after each run.
+    A run that has ended is not repeated, whatever else has changed: so a comparison that was killed resumes, and one
+    with more methods, rates or seeds runs only these. results.jsonl is written after each run.
 
     Args:
         comparison: What is compared.
         origin: Where it came from, for the commands in the results.
-        retry_failed: Do failed runs again.
+        retry_failed: Repeat failed runs.
 
     Raises:
-        FlashboneError: the configuration makes no sense, or the model cannot be read.
+        FlashboneError: the configuration is invalid, or the model cannot be read.
     """
     check(comparison)
     experiment = Experiment(comparison, origin)
     experiment.rehearse()
     with alone(experiment.folder):
         make_folder(experiment.runs)
-        experiment.do(experiment.sweep(), retry_failed)
-        experiment.do(experiment.repeats(), retry_failed)
+        experiment.run(experiment.sweep(), retry_failed)
+        experiment.run(experiment.repeats(), retry_failed)
         return experiment.write(finished=True)
 
 
@@ -57,23 +60,23 @@ class Experiment:
         origin: Where it came from.
     """
 
-    def __init__(self, comparison: Comparison, origin: Origin):
+    def __init__(self, comparison: ComparisonConfig, origin: Origin):
         self.comparison, self.origin = comparison, origin
         self.folder = Path(comparison.output)
         self.runs = self.folder / "runs"
-        self.lost: dict[tuple[str, float, int], dict[str, Any]] = {}  # runs that a signal ended, in this program
-        jobs.forget_contents()
+        self.killed: dict[str, RunRow] = {}  # by the names of runs that ended without a result in this program
+        runs.forget_contents()
         self.budget, self.methods = plan(comparison)
         self._read()
 
-    def sweep(self) -> list[Job]:
+    def sweep(self) -> list[RunSpec]:
         """Every learning rate of every method with the first seed."""
-        return jobs.sweep(self.comparison, self._sizes())
+        return runs.sweep(self.comparison, self._sized_methods())
 
-    def repeats(self) -> list[Job]:
+    def repeats(self) -> list[RunSpec]:
         """The other seeds, once the rates have been chosen."""
-        chosen = {one.entry.label: one.chosen for one in self.methods if one.chosen is not None}
-        return jobs.repeats(self.comparison, self._sizes(), chosen)
+        chosen = {one.listed.label: one.chosen for one in self.methods if one.chosen is not None}
+        return runs.repeats(self.comparison, self._sized_methods(), chosen)
 
     def rehearse(self) -> None:
         """Read the arguments and the data as all runs will, in a process of its own, before anything is written.
@@ -81,136 +84,130 @@ class Experiment:
         Raises:
             ConfigError: what would fail in each of them.
         """
-        missing = [job for job in [*self.sweep(), *self.repeats()] if results.read_result(self.runs, job) is None]
+        missing = [spec for spec in [*self.sweep(), *self.repeats()] if self._result(spec) is None]
         if missing and (problem := rehearsal(missing[0])):
             raise ConfigError(problem)
 
-    def do(self, wanted: list[Job], retry_failed: bool = False) -> None:
-        """Run those of these that have no result yet, or a failure that is to be tried again."""
-        for job in wanted if retry_failed else ():
-            if (result := results.read_result(self.runs, job)) is not None and result["status"] == "failed":
-                (self.runs / job.name / "result.json").unlink()
+    def run(self, wanted: list[RunSpec], retry_failed: bool = False) -> None:
+        """Run those of these that have no result yet, or that failed and are to be tried again."""
+        for spec in wanted if retry_failed else ():
+            if (result := self._result(spec)) is not None and result.status == "failed":
+                self._result_file(spec).unlink()
         self._read()
-        # Two entries may come to the same run, by settings that are equal: it is done once, for both.
-        wanted = list({job.name: job for job in wanted}.values())
-        missing = [job for job in wanted if results.read_result(self.runs, job) is None]
+        # Entries with equal settings share a run.
+        wanted = list({spec.name: spec for spec in wanted}.values())
+        missing = [spec for spec in wanted if self._result(spec) is None]
         if len(missing) < len(wanted):
-            log.info("%d of %d runs are there already", len(wanted) - len(missing), len(wanted))
+            log.info("%d of %d runs have results already", len(wanted) - len(missing), len(wanted))
         began = time.perf_counter()
         for number, ended in enumerate(run_all(missing, self.runs, self.comparison.jobs), 1):
-            self._note(ended)
+            outcome = self._take_up(ended)
             left = (time.perf_counter() - began) / number * (len(missing) - number)
-            log.info("%d/%d %s, about %.0f s left", number, len(missing), self._words(ended), left)
+            log.info("%d/%d %s, about %.0f s left", number, len(missing), outcome, left)
             self.write(finished=False)
 
     def write(self, finished: bool) -> Path:
         """results.jsonl as far as it goes."""
-        told = commands(self.comparison, self.methods, self.origin) if finished else {}
-        rows = results.lines(self._header(finished), self.comparison, self.methods, told)
-        results.write(rows, self.folder / RESULTS)
-        return self.folder / RESULTS
+        typed = commands(self.comparison, self.methods, self.origin) if finished else {}
+        rows = [one.method_row(self.comparison.seeds, typed.get(one.listed.label, {})) for one in self.methods]
+        file = self.folder / "results.jsonl"
+        write_results([self._header(finished), *rows, *(run for one in self.methods for run in one.run_rows())], file)
+        return file
 
-    def _sizes(self) -> jobs.Sizes:
-        return [(one.entry, one.sized.settings) for one in self.methods if one.sized is not None]
+    def _sized_methods(self) -> SizedMethods:
+        return [(one.listed, one.size.settings) for one in self.methods if one.size is not None]
+
+    def _result_file(self, spec: RunSpec) -> Path:
+        return self.runs / spec.name / "result.json"
+
+    def _result(self, spec: RunSpec) -> RunRow | None:
+        return read_run(self._result_file(spec))
 
     def _read(self) -> None:
-        """Take up what the runs left, and nothing that was thought before."""
+        """Read all results anew."""
         for one in self.methods:
-            if one.sized is None:
+            if one.size is None:
                 continue
-            rates, seeds = one.entry.learning_rates, self.comparison.seeds
-            one.chosen = one.error = None
-            one.runs = {}
-            for rate, seed in [(rate, seed) for rate in rates for seed in seeds]:
-                if lost := self.lost.get((one.entry.label, rate, seed)):
-                    one.runs[rate, seed] = lost
-                job = jobs.job(self.comparison, one.entry, one.sized.settings, rate, seed)
-                if (found := results.read_result(self.runs, job)) is not None:
-                    one.runs[rate, seed] = found
-            one.choose(seeds[0])
+            one.runs, one.chosen, one.error = {}, None, None
+            for rate in one.listed.learning_rates:
+                for seed in self.comparison.seeds:
+                    spec = runs.run_spec(self.comparison, one.listed, one.size.settings, rate, seed)
+                    result = self._result(spec) or self.killed.get(spec.name)
+                    if result is not None:
+                        one.runs[rate, seed] = result
+            one.choose(self.comparison.seeds[0])
 
-    def _note(self, ended: Ended) -> None:
-        """Take up one run; one that a signal ended has left nothing, and is done again the next time."""
-        job = ended.job
-        if results.read_result(self.runs, job) is None:
-            why = f"by signal {ended.signal}" if ended.signal else "without a result"
+    def _take_up(self, ended: Ended) -> str:
+        """Read the result of one run, and describe it. A run without a result is repeated by the next comparison."""
+        spec = ended.spec
+        result = self._result(spec)
+        if result is None:
+            cause = f"by signal {ended.signal}" if ended.signal else "without a result"
             hint = " (out of memory?)" if ended.signal == 9 else ""
-            error = f"its process ended {why}{hint}; see {self.runs / job.name / 'log.txt'}"
-            self.lost[job.label, job.learning_rate, job.seed] = {"status": "failed", "error": error}
+            error = f"its process ended {cause}{hint}; see {self.runs / spec.name / 'log.txt'}"
+            result = self.killed[spec.name] = spec.row("failed", error=error)
         self._read()
+        name = f"{spec.label}, learning rate {spec.learning_rate:g}, seed {spec.seed}"
+        if result.status == "failed" or result.held_out is None:
+            return f"{name}: failed: {result.error}"
+        losses = result.held_out.loss
+        first, last = (math.nan if loss is None else loss for loss in (losses[0], losses[-1]))
+        return f"{name}: held-out loss {first:.4g} -> {last:.4g} ({ended.seconds:.0f} s)"
 
-    def _words(self, ended: Ended) -> str:
-        job = ended.job
-        name = f"{job.label}, learning rate {job.learning_rate:g}, seed {job.seed}"
-        found = next(one.runs for one in self.methods if one.entry.label == job.label)[job.learning_rate, job.seed]
-        if found["status"] == "failed":
-            return f"{name}: failed: {found['error']}"
-        loss = found["held_out"]["loss"]
-        return f"{name}: held-out loss {loss[0]:.4g} -> {loss[-1]:.4g} ({ended.seconds:.0f} s)"
-
-    def _header(self, finished: bool) -> dict[str, Any]:
-        comparison, runs = self.comparison, [run for one in self.methods for run in one.runs.values()]
-        good = [run for run in runs if run["status"] == "ok"]
-        some = good[0] if good else {"rows": {"train": 0, "held_out": 0, "test": 0}, "steps": 0, "epochs": 0.0}
-        made = about.together([run["about"] for run in good]) if good else about.here(comparison)
-        return {
-            "kind": "comparison",
-            "version": 1,
-            "name": Path(self.origin.config).stem,
-            "config": self.origin.config,
-            "model": comparison.model,
-            "task": comparison.task,
-            "metric": comparison.test_metric,
-            "higher_is_better": comparison.test_metric != "loss",
-            "data": {"path": comparison.data.path, **{f"{name}_rows": count for name, count in some["rows"].items()}},
-            "budget": {"parameters": self.budget.parameters, "from": self.budget.origin},
-            "tolerance": comparison.tolerance,
-            "steps": some["steps"],
-            "epochs": some["epochs"],
-            "seeds": list(comparison.seeds),
-            "jobs": comparison.jobs,
-            **made,
-            "command": self.origin.command(),
-            "fairness": {
-                "checked": list(fairness.CHECKED),
-                "problems": fairness.problems(comparison, self.methods),
-            },
-            "finished": finished and all(one.status(comparison.seeds) != "unfinished" for one in self.methods),
-        }
+    def _header(self, finished: bool) -> HeaderRow:
+        comparison, good = self.comparison, [run for one in self.methods for run in one.finished_runs]
+        places = [run.about for run in good if run.about is not None]
+        made = about.combined(places or [about.this_process(about.device_of(comparison.training))])
+        rows = good[0].rows if good else {"train": 0, "held_out": 0, "test": 0}
+        is_complete = all(one.status(comparison.seeds) != "unfinished" for one in self.methods)
+        return HeaderRow(
+            version=1,
+            name=Path(self.origin.config).stem,
+            config=self.origin.config,
+            model=comparison.model,
+            task=comparison.task,
+            metric=comparison.test_metric,
+            higher_is_better=comparison.test_metric != "loss",
+            data={"path": comparison.data.path, **{f"{name}_rows": count for name, count in rows.items()}},
+            budget={"parameters": self.budget.parameters, "from": self.budget.origin},
+            tolerance=comparison.tolerance,
+            steps=good[0].steps if good else 0,
+            epochs=good[0].epochs if good else 0.0,
+            seeds=tuple(comparison.seeds),
+            jobs=comparison.jobs,
+            command=self.origin.command(),
+            fairness=FairnessRow(fairness.CHECKED, tuple(fairness.problems(comparison, self.methods))),
+            finished=finished and is_complete,
+            **dataclasses.asdict(made),
+        )
 
 
-def plan(comparison: Comparison) -> tuple[Budget, list[Compared]]:
-    """The methods with their sizes; one whose size cannot be found has an error instead.
+def plan(comparison: ComparisonConfig) -> tuple[Budget, list[MethodProgress]]:
+    """The methods with their sizes; one whose size cannot be determined has an error instead.
 
     Raises:
-        ConfigError: the budget makes no sense, or there is no such model.
+        ConfigError: the budget is invalid, or the model does not exist.
     """
-    build, task_type = model_builder(comparison), TASK_TYPES[comparison.task]
-    spec = comparison.budget
-    budget = budget_of(spec, build, comparison.target_modules, task_type)
-    around = comparison.tolerance / (
-        2 + comparison.tolerance
-    )  # of the budget, so that any two are within the tolerance
+    model, task_type = _skeleton(comparison), TASK_TYPES[comparison.task]
+    targets = comparison.target_modules
+    budget = budget_of(comparison.budget, model, targets, task_type)
+    # A share of the budget by which any two methods are within the tolerance of each other.
+    around = comparison.tolerance / (2 + comparison.tolerance)
     methods = []
-    for entry in entries(comparison):
-        one = Compared(entry)
-        targets = comparison.target_modules
+    for listed in listed_methods(comparison):
+        one = MethodProgress(listed)
         try:
-            one.sized = match(
-                METHODS[entry.method], budget.parameters, build, targets, task_type, entry.settings, around
-            )
+            method = METHODS[listed.method]
+            one.size = match(method, budget.parameters, model, targets, task_type, listed.settings, around)
         except FlashboneError as error:
             one.error = str(error)
-            log.warning("%s: left out: %s", entry.label, error)
+            log.warning("%s: left out: %s", listed.label, error)
         methods.append(one)
     return budget, methods
 
 
-def model_builder(comparison: Comparison) -> Callable[[], Any]:
-    """Makes the model without its weights, or, of files that hold no configuration, the model."""
-    import torch
-
+def _skeleton(comparison: ComparisonConfig) -> nn.Module:
+    """The model without its weights; or with them, where its file holds no configuration."""
     if is_pth(comparison.model) or comparison.model.endswith(".gguf"):
-        model = load_causal_lm(comparison.model, torch.float32)
-        return lambda: model
-    return lambda: skeleton(comparison.model, task_type=TASK_TYPES[comparison.task])
+        return load_causal_lm(comparison.model, torch.float32)
+    return skeleton(comparison.model, task_type=TASK_TYPES[comparison.task])

@@ -1,6 +1,6 @@
-"""One run of a comparison, in a process of its own: train, test, save, and write down what came of it.
+"""One run of a comparison, in a process of its own: train, test, save, and write down its figures.
 
-What a run leaves in its folder: job.json, log.txt, metrics.jsonl, batches.jsonl, adapter/, and result.json at the end.
+A run leaves in its folder: job.json, log.txt, metrics.jsonl, batches.jsonl, adapter/, and result.json at the end.
 """
 
 import contextlib
@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
-from flashbone.compare import about
+from flashbone.compare.about import this_process
+from flashbone.compare.attaching import adapter_bytes, attach, count_trained, save_adapter
 from flashbone.compare.config import test_part
-from flashbone.compare.jobs import Job
-from flashbone.compare.measuring import Memory, Watch, synchronise
-from flashbone.compare.methods import METHODS, Method, adapter_bytes, attach, save
+from flashbone.compare.measuring import Memory, Stopwatch, Watch
+from flashbone.compare.methods import METHODS
+from flashbone.compare.results import LossCurve, RunRow, to_json
+from flashbone.compare.runs import RunSpec
 from flashbone.compare.testing import check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
 from flashbone.files.outputs import read_json_lines, whole_or_absent, write_text
@@ -44,10 +46,10 @@ FAILED = 1  # exit code of a run whose error has been written down
 
 
 def work(plain: dict[str, Any], folder: Path, threads: int | None) -> None:
-    """Run a job in this process and leave its result in the folder; the process ends with its parent.
+    """Do a run in this process and leave its row in the folder; the process ends with its parent.
 
     Args:
-        plain: The job's fields.
+        plain: The fields of a `RunSpec`.
         folder: Of the run.
         threads: How many this run may use; None for all.
     """
@@ -57,87 +59,90 @@ def work(plain: dict[str, Any], folder: Path, threads: int | None) -> None:
         torch.set_num_threads(threads)
     if multiprocessing.get_start_method() == "forkserver":  # the data loader's workers end with their parent then
         multiprocessing.set_start_method("fork", force=True)
-    job = Job(**plain)
+    spec = RunSpec(**plain)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         _redirect(log)
         try:
-            result = {"status": "ok", "error": None, **execute(job, folder)}
+            row = execute(spec, folder)
         except Exception as error:  # every failure of a method is a row of the comparison; its traceback is in log.txt
             traceback.print_exc()
-            result = {"status": "failed", "error": _one_line(error)}
-    write_text(folder / "result.json", json.dumps(result) + "\n")
-    for checkpoint in folder.glob("checkpoint-*") if result["status"] == "ok" else ():  # nothing goes on from them
+            row = spec.row("failed", error=_one_line(error))
+    write_text(folder / "result.json", to_json(row))
+    for checkpoint in folder.glob("checkpoint-*") if row.status == "ok" else ():  # no run resumes from them
         shutil.rmtree(checkpoint, ignore_errors=True)
-    sys.exit(FAILED if result["status"] == "failed" else 0)
+    sys.exit(FAILED if row.status == "failed" else 0)
 
 
 def rehearse(plain: dict[str, Any], answer: Any) -> None:
-    """Read the arguments and the data of a job, and send what is wrong with them, or nothing, to `answer`."""
+    """Read the arguments and the data of a run, and send what is wrong with them, or nothing, to `answer`."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         _redirect(nowhere)
         try:
-            job = Job(**plain)
-            recipe = job.to_recipe(Path("rehearsal"))
-            check_rows(job, load_data(recipe, windows_for(trainer_arguments(recipe)), test_part(job.data)))
+            spec = RunSpec(**plain)
+            recipe = spec.to_recipe(Path("rehearsal"))
+            check_rows(spec, load_data(recipe, windows_for(trainer_arguments(recipe)), test_part(spec.data)))
             answer.send("")
         except Exception as error:  # whatever it is, each run would end with it
             answer.send(_one_line(error))
 
 
-def execute(job: Job, folder: Path) -> dict[str, Any]:
-    """Train and test; returns what is measured, see docs/comparing.md for the fields.
+def execute(spec: RunSpec, folder: Path) -> RunRow:
+    """Train, test and save.
 
     Raises:
         FlashboneError: the method, the data or the model do not allow it, or the loss diverged.
     """
     began = time.perf_counter()
-    recipe, method = job.to_recipe(folder), METHODS[job.method]
-    write_text(folder / "job.json", json.dumps(dataclasses.asdict(job), indent=2) + "\n")
+    recipe, method = spec.to_recipe(folder), METHODS[spec.method]
+    write_text(folder / "job.json", json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
     args = trainer_arguments(recipe)
-    data = load_data(recipe, windows_for(args), test_part(job.data))
-    check_rows(job, data)
-    made = about.place(args.device.type)
-    memory, startup = Memory(args.device.type == "cuda"), Startup()
+    data = load_data(recipe, windows_for(args), test_part(spec.data))
+    check_rows(spec, data)
+    made = this_process(args.device.type)
+    memory, startup = Memory(args.device.type == "cuda"), Stopwatch()
 
     def adapt(model: Any) -> Any:
         if not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
             model.to(args.device)  # as the trainer does later: what a start computes is computed there
         gc.collect()
         memory.start()
-        config = method.config(job.size, job.target_modules, TASK_TYPES[recipe.task], job.settings)
+        config = method.config(spec.size, spec.target_modules, TASK_TYPES[recipe.task], spec.settings)
         with startup:
-            adapted = attach(model, method, config, job.seed)
+            adapted = attach(model, method, config, spec.seed)
         return _in_fp32(adapted)
 
     trainer, _ = build_trainer(recipe, args, data, adapt)
-    check_prompts(job, trainer, data)
+    check_prompts(spec, trainer, data)
     loaded_s = time.perf_counter() - began - startup.seconds
     watch = Watch(trainer, folder / "batches.jsonl", memory)
     metrics, recorder = fit(trainer, RunFolder(folder), begin=functools.partial(_clear, folder))
     model = trainer.accelerator.unwrap_model(trainer.model)
     size = adapter_bytes(model)
     if not method.is_bound:
-        with whole_or_absent(folder / "adapter", replace=True) as place:
-            size = save(model, method, place)
-    return {
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0.0, 4),
-        "tokens": watch.tokens(),
-        "digest": watch.digest(),
-        "rows": {"train": len(data.train), "held_out": len(data.eval or ()), "test": len(data.test or ())},
-        "overlap": overlap(data),
-        **_curves(folder, startup.seconds),
-        **test(job, trainer, data),
-        "step_ms": watch.step_ms(),
-        "train_s": round(recorder.train_s, 3),
-        "startup_s": round(startup.seconds, 3),
-        "load_s": round(loaded_s, 3),
+        with whole_folder(folder / "adapter") as place:
+            size = save_adapter(model, place)
+    adapter_parameters, trainable_parameters = count_trained(model, method)
+    curves = read_json_lines(folder / "metrics.jsonl")
+    return spec.row(
+        "ok",
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        rows={"train": len(data.train), "held_out": len(data.eval or ()), "test": len(data.test or ())},
+        overlap=overlap(data),
+        train=_curve(curves, "", startup.seconds),
+        held_out=_curve(curves, "eval_", startup.seconds),
+        train_s=round(recorder.train_s, 3),
+        startup_s=round(startup.seconds, 3),
+        load_s=round(loaded_s, 3),
+        adapter_bytes=size,
+        grad_norm_first=next((row["grad_norm"] for row in metrics.rows if "grad_norm" in row), None),
+        adapter_parameters=adapter_parameters,
+        trainable_parameters=trainable_parameters,
+        about=made,
+        **watch.figures(),
         **memory.figures(),
-        "adapter_bytes": size,
-        "grad_norm_first": next((row["grad_norm"] for row in metrics.rows if "grad_norm" in row), None),
-        **_parameters(model, method),
-        "about": made,
-    }
+        **test(spec, trainer, data),
+    )
 
 
 def _in_fp32(model: Any) -> Any:
@@ -148,47 +153,22 @@ def _in_fp32(model: Any) -> Any:
     return model
 
 
-class Startup:
-    """Times a block: making an adapter, with whatever it computes for its start."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        synchronise()
-        self.seconds += time.perf_counter() - self._since
-
-
-def _parameters(model: Any, method: Method) -> dict[str, int]:
-    """How many parameters really trained: all, and those of the adapter."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    adapter = 0 if method.is_bound else sum(n for name, n in trained.items() if model.base_model.prefix in name)
-    return {"trainable_parameters": sum(trained.values()), "adapter_parameters": adapter}
-
-
 def _clear(folder: Path) -> None:
     (folder / "result.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
-def _curves(folder: Path, startup_s: float) -> dict[str, Any]:
-    """Losses over steps and over seconds; the seconds are those of making the adapter and of training steps."""
-    rows = read_json_lines(folder / "metrics.jsonl")
+def _curve(rows: list[dict[str, Any]], prefix: str, startup_s: float) -> LossCurve:
+    """Losses over steps and over seconds, of rows of metrics.jsonl; and for classifiers the held-out scores."""
+    points = [row for row in rows if f"{prefix}loss" in row]
 
-    def curve(prefix: str, names: tuple[str, ...]) -> dict[str, list[Any]]:
-        points = [row for row in rows if f"{prefix}loss" in row]
-        held = [name for name in names if points and prefix + name in points[0]]
-        found = {name: [_short(row[prefix + name]) for row in points] for name in held}
-        seconds = [round(startup_s + row["train_s"], 3) for row in points]
-        return {"step": [row["step"] for row in points], "seconds": seconds, **found}
+    def values(name: str) -> tuple[float | None, ...]:
+        return tuple(None if (v := row[prefix + name]) is None else float(f"{v:.7g}") for row in points)
 
-    return {"train": curve("", ("loss",)), "held_out": curve("eval_", ("loss", "accuracy", "macro_f1"))}
-
-
-def _short(value: float | None) -> float | None:
-    return value if value is None else float(f"{value:.7g}")
+    names = [name for name in ("accuracy", "macro_f1") if points and prefix and prefix + name in points[0]]
+    seconds = tuple(round(startup_s + row["train_s"], 3) for row in points)
+    steps = tuple(row["step"] for row in points)
+    return LossCurve(steps, seconds, values("loss"), **{name: values(name) for name in names})
 
 
 def _one_line(error: Exception) -> str:

@@ -7,20 +7,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from flashbone.compare.config import Comparison, Entry
+from flashbone.compare.config import ComparisonConfig, ListedMethod
 from flashbone.compare.methods import METHODS
+from flashbone.compare.results import RunRow
 from flashbone.train.recipe import DataRecipe, Recipe
 
-# What a comparison should not have to say; everything else is as in `flashbone train`.
+# Defaults of a comparison; everything else is as in `flashbone train`.
 DEFAULTS = {"eval_steps": 0.2, "save_strategy": "no"}
 # Every loss is a point of a curve, and the first gradient's norm is a figure of its own.
 FIXED = {"eval_strategy": "steps", "logging_strategy": "steps", "logging_steps": 1, "logging_first_step": True}
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """One run: a method at one learning rate with one seed. All that decides its numbers is in it.
 
     Attributes:
@@ -62,14 +63,17 @@ class Job:
         plain = json.dumps({**dataclasses.asdict(self), "label": None}, sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:10]
 
+    def row(self, status: Literal["ok", "failed"], **figures: Any) -> RunRow:
+        """The row of results that this run comes to."""
+        return RunRow(self.label, self.seed, False, status, self.learning_rate, **figures)
+
     def to_recipe(self, folder: Path) -> Recipe:
         """What is trained, as `flashbone train` takes it; the adapter aside."""
         plain = {name: value for name, value in self.data.items() if name != "test"}
-        given = self.recipe["training"]
-        training = {**DEFAULTS, **given, **FIXED, "learning_rate": self.learning_rate}
-        if "save_steps" in given and "save_strategy" not in given:
+        training = {**DEFAULTS, **self.recipe["training"], **FIXED, "learning_rate": self.learning_rate}
+        if "save_steps" in training and "save_strategy" not in self.recipe["training"]:
             training["save_strategy"] = "steps"
-        if METHODS[self.method].is_bound:  # a run goes on from adapters only
+        if METHODS[self.method].is_bound:  # only adapters resume
             training["save_strategy"] = "no"
         if self.recipe["task"] == "sft":
             training["eval_packing"] = False  # the test is scored row by row
@@ -77,15 +81,17 @@ class Job:
         return Recipe(data=DataRecipe(**plain), output=str(folder), seed=self.seed, monitor=False, **fields)
 
 
-def job(comparison: Comparison, entry: Entry, size: Mapping[str, Any], learning_rate: float, seed: int) -> Job:
+def run_spec(
+    comparison: ComparisonConfig, listed: ListedMethod, size: Mapping[str, Any], learning_rate: float, seed: int
+) -> RunSpec:
     """The run of a method at a learning rate with a seed."""
     data = dataclasses.asdict(comparison.data)
     fields = ("model", "task", "training", "quantization", "rwkv")
-    return Job(
-        label=entry.label,
-        method=entry.method,
+    return RunSpec(
+        label=listed.label,
+        method=listed.method,
         size=dict(size),
-        settings=entry.settings,
+        settings=listed.settings,
         target_modules=comparison.target_modules,
         learning_rate=learning_rate,
         seed=seed,
@@ -97,20 +103,21 @@ def job(comparison: Comparison, entry: Entry, size: Mapping[str, Any], learning_
     )
 
 
-Sizes = Sequence[tuple[Entry, Mapping[str, Any]]]
+SizedMethods = Sequence[tuple[ListedMethod, Mapping[str, Any]]]
 
 
-def sweep(comparison: Comparison, sizes: Sizes) -> list[Job]:
+def sweep(comparison: ComparisonConfig, methods: SizedMethods) -> list[RunSpec]:
     """Every learning rate of every method with the first seed. All methods have their turn before one has its second,
     so that what disturbs the machine for a while disturbs all alike."""
-    seed, count = comparison.seeds[0], len(sizes[0][0].learning_rates) if sizes else 0
-    return [job(comparison, entry, size, entry.learning_rates[i], seed) for i in range(count) for entry, size in sizes]
+    seed = comparison.seeds[0]
+    specs = [[run_spec(comparison, *one, rate, seed) for rate in one[0].learning_rates] for one in methods]
+    return [spec for turn in zip(*specs, strict=True) for spec in turn]
 
 
-def repeats(comparison: Comparison, sizes: Sizes, chosen: Mapping[str, float]) -> list[Job]:
+def repeats(comparison: ComparisonConfig, methods: SizedMethods, chosen: Mapping[str, float]) -> list[RunSpec]:
     """Every other seed of every method at its chosen learning rate, in the same order; `chosen` goes by labels."""
-    ready = [(entry, size) for entry, size in sizes if entry.label in chosen]
-    return [job(comparison, e, size, chosen[e.label], seed) for seed in comparison.seeds[1:] for e, size in ready]
+    ready = [(listed, size, chosen[listed.label]) for listed, size in methods if listed.label in chosen]
+    return [run_spec(comparison, *one, seed) for seed in comparison.seeds[1:] for one in ready]
 
 
 def _files(data: Mapping[str, Any]) -> list[str]:

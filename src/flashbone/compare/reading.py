@@ -1,0 +1,154 @@
+"""results.jsonl and the rows in runs' folders: read, and checked by the types of their dataclasses."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from flashbone.compare.results import ComparisonResults, HeaderRow, MethodRow, RunRow
+from flashbone.errors import FormatError
+
+NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+RowType = TypeVar("RowType")
+
+
+def read_results(path: Path) -> ComparisonResults:
+    """Read and check a results.jsonl, which may be unfinished and hold failed methods.
+
+    Raises:
+        FormatError: the file is missing, or a line is wrong: where, what was got, what was wanted.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: cannot be read as a results.jsonl: {error}") from error
+    if not text:
+        raise FormatError(f"{path}: the file is empty; wanted the output of `flashbone compare`")
+    header, methods, runs = None, {}, {}
+    # splitlines would also split at characters that a title may hold.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        where = f"{path}, line {number}"
+        row = _json_object(line, where)
+        kind = row.get("kind")
+        if (kind == "comparison") != (number == 1):
+            raise FormatError(f"{where}: got {_short(kind)} as kind; the comparison must be line 1 and no other line")
+        if number == 1:
+            header = _from_json(HeaderRow, row, where)
+        elif kind == "method":
+            method = _from_json(MethodRow, row, where)
+            if methods.setdefault(method.method, method) is not method:
+                raise FormatError(f"{where}: the method {_short(method.method)} appears twice")
+        elif kind == "run":
+            run = _from_json(RunRow, row, where)
+            _check_run(run, methods, runs, where)
+            runs[run.method, run.learning_rate, run.seed] = run
+        else:
+            raise FormatError(f"{where}: got {_short(kind)} as kind, wanted method or run")
+    assert header is not None
+    return ComparisonResults(header, tuple(methods.values()), tuple(runs.values()))
+
+
+def _check_run(run: RunRow, methods: dict[str, MethodRow], runs: dict[tuple, RunRow], where: str) -> None:
+    """A run belongs to a method, appears once, and scores as many test rows as the others, with which it is paired."""
+    if run.method not in methods:
+        raise FormatError(f"{where}: got a run of {_short(run.method)}, but no line above describes that method")
+    if (run.method, run.learning_rate, run.seed) in runs:
+        rate = f"learning rate {run.learning_rate} and seed {run.seed}"
+        raise FormatError(f"{where}: the run of {run.method} with {rate} appears twice")
+    others = {len(other.test_scores) for other in runs.values() if other.test_scores is not None}
+    if run.test_scores is not None and others - {len(run.test_scores)}:
+        rows = len(run.test_scores)
+        raise FormatError(
+            f"{where}: got scores of {rows} test rows, but a run above has {others.pop()}; wanted the same"
+        )
+
+
+def read_run(file: Path) -> RunRow | None:
+    """The row that a run left in its folder; None where it has not ended.
+
+    Raises:
+        FormatError: the file is broken.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return _from_json(RunRow, _json_object(text, str(file)), str(file))
+    except FormatError as error:
+        raise FormatError(f"{error}; delete the file to repeat the run") from None
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise FormatError(f"{where}: is not valid JSON ({error}); was the file cut off?") from error
+    if not isinstance(row, dict):
+        raise FormatError(f"{where}: got {_short(row)}, wanted a JSON object")
+    return row
+
+
+def _from_json(kind: type[RowType], row: dict[str, Any], where: str) -> RowType:
+    """A dataclass from a JSON object, checked by the types of its fields. Other keys are ignored: later versions may
+    write more."""
+    hints, wrong, values = get_type_hints(kind), [], {}
+    for name, default in ((f.name, (f.default, f.default_factory)) for f in fields(kind)):  # pyright: ignore
+        if name not in row:
+            wrong += [f"{name} is missing"] if default == (MISSING, MISSING) else []
+        elif _fits(row[name], hints[name]):
+            values[name] = _converted(row[name], hints[name], f"{where}, {name}")
+        else:
+            wrong.append(f"{name}: got {_short(row[name])}, wanted {_wanted(hints[name])}")
+    if wrong:
+        raise FormatError(f"{where}: {'; '.join(wrong)}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (hint is float and isinstance(value, float) and math.isfinite(value))
+    return hint is Any or isinstance(value, dict if is_dataclass(hint) else hint)
+
+
+def _wanted(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_wanted, inner))
+    if origin is Literal:
+        return " or ".join(map(json.dumps, inner))
+    if origin is tuple:
+        return f"a list, each {_wanted(inner[0])}"
+    if origin is dict and inner[1] is not Any:
+        return f"an object, each {_wanted(inner[1])}"
+    return NAMES.get(hint, "an object")
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    """A value that fits: lists as tuples, objects as the dataclass that the hint names."""
+    kind = next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
+    if kind is not None and value is not None:
+        return _from_json(kind, value, where)  # pyright: ignore
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
