@@ -7,10 +7,11 @@ import torch
 from small_models import LINEARS, albert, bert, gpt2, ids, llama, minilm, real
 
 from flashbone.compare.attaching import attach
-from flashbone.compare.methods import METHODS
+from flashbone.compare.methods import METHODS, TrainingMethod, bone_method, ranks
 from flashbone.compare.sizes import Budget, MethodSize, budget_of, match
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.skeleton import skeleton
+from flashbone.variants import VARIANTS
 from helpers.rwkv import write_rwkv
 
 pytestmark = pytest.mark.slow
@@ -231,5 +232,18 @@ def test_a_sized_method_is_a_plain_value():
 
 
 def test_wrong_settings_are_told_before_anything_is_matched():
-    with pytest.raises(ConfigError, match=r"oft: OFTConfig has no field oft_blocksize \(did you mean oft_block_size"):
+    with pytest.raises(ConfigError, match=r"oft: unknown field: oft_blocksize \(did you mean oft_block_size"):
         matched("oft", "llama", 2000, oft_blocksize=4)
+
+
+def test_a_method_is_one_entry_and_a_variant_of_bone_none(monkeypatch):
+    class Sixth(VARIANTS["bone"]):
+        name = "sixth"
+
+    monkeypatch.setitem(VARIANTS, "sixth", Sixth)
+    monkeypatch.setitem(METHODS, "sixth", bone_method(Sixth()))
+    loha = TrainingMethod("loha", "LoHa", "LoHaConfig", size_fields=("r",), sizes=ranks)
+    monkeypatch.setitem(METHODS, "loha", loha)
+    for name, size in {"sixth": "r = 8", "loha": "r = 2"}.items():
+        found, *rest = matched(name, "llama", 4032)
+        assert (found.size, found.adapter_parameters) == (size, counted(name, found, *rest)[0])

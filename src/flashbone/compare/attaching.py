@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flashbone.compare.bounds import find_classifiers
-from flashbone.compare.training_method import TrainingMethod
+from flashbone.compare.methods import TrainingMethod
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.evaluate.loading import same_compilers
 
@@ -43,10 +43,9 @@ def attach(model: Any, method: TrainingMethod, config: Any, seed: int) -> Any:
     """
     torch.manual_seed(seed)
     try:
-        if method.not_quantised and (
-            getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None)
-        ):
-            raise ConfigError(f"{method.not_quantised}; leave the method or the quantisation out")
+        is_quantized = getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None)
+        if method.needs_weights and is_quantized:
+            raise ConfigError("it cannot train on a quantised base; leave the method or the quantisation out")
         if method.train is not None:
             return method.train(model)
         if method.seed_field and not getattr(config, method.seed_field):

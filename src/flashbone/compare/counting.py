@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flashbone.compare.attaching import attach, count_trained, tuner_layers
-from flashbone.compare.training_method import Settings, TrainingMethod
+from flashbone.compare.methods import Settings, TrainingMethod
 from flashbone.tuner.model.presets import parameter_count
 
 

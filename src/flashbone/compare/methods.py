@@ -6,13 +6,144 @@ To add a method, add an entry to `METHODS`; nothing else asks for a method's nam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flashbone.compare.bounds import train_all, train_head
-from flashbone.compare.training_method import Settings, TrainingMethod
 from flashbone.errors import ConfigError
+from flashbone.train.fields import check_names, field_names
 from flashbone.variants import VARIANTS, Variant, dimensions
+
+Settings = Mapping[str, Any]
+# (the adapted layers, the user's settings) -> lists of sizes, each list by rising size. The second list is tried where
+# the first does not come near the budget.
+SizeLists = Callable[[Sequence[Any], Settings], list[list[dict[str, Any]]]]
+
+# Fields that configurations have and settings cannot change.
+_DECIDED = {
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), "the comparison decides it"),
+    **dict.fromkeys(("peft_type", "auto_mapping", "peft_version"), "PEFT writes it"),
+    **dict.fromkeys(("inference_mode", "runtime_config"), "leave it out: a comparison always trains"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """One way to fine-tune a model: everything that a comparison knows about it.
+
+    Attributes:
+        name: in configurations and results.
+        title: for people.
+        config_class: class of its configuration, BoneConfig or one of PEFT's; None: it is a bound, not an adapter.
+        train: of a bound: makes the model's own parameters train.
+        identity: fields that make the method what it is; settings cannot change them.
+        defaults: other fields that differ from the class's own defaults; settings win over them.
+        size_fields: fields that decide how many parameters it has.
+        sizes: what it can be matched to a budget with; None: it keeps the user's size, or PEFT's default.
+        size_words: its size in words, where no field decides it.
+        alpha: lora_alpha as a multiple of the rank, in every layer; None: `defaults` has it, or there is none.
+        seed_field: the field that seeds random matrices which do not follow torch's seed.
+        check_layer: raises ConfigError where it cannot be what it is: (name of a layer, the layer, its r).
+        needs_weights: whether it reads or changes the base's weights, which a quantised base does not have.
+        rate_factor: what the common grid of learning rates is multiplied by.
+    """
+
+    name: str
+    title: str
+    config_class: str | None = None
+    train: Callable[[Any], Any] | None = None
+    identity: Settings = field(default_factory=dict, hash=False)
+    defaults: Settings = field(default_factory=dict, hash=False)
+    size_fields: tuple[str, ...] = ()
+    sizes: SizeLists | None = None
+    size_words: str = "no size"
+    alpha: int | None = None
+    seed_field: str | None = None
+    check_layer: Callable[[str, Any, int], None] | None = None
+    needs_weights: bool = False
+    rate_factor: float = 1.0
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it trains the model's own parameters, and has no adapter."""
+        return self.train is not None
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether single modules can have sizes of their own (`rank_pattern`)."""
+        return self.config_class in ("BoneConfig", "LoraConfig")
+
+    @property
+    def peft_type(self) -> str | None:
+        """As PEFT calls it, such as "LORA"; None of a bound."""
+        return None if self.config_class is None else self.config_class.removesuffix("Config").upper()
+
+    def config(
+        self, size: Settings, target_modules: list[str] | str | None, task_type: str | None, settings: Settings
+    ) -> Any:
+        """A new configuration; PEFT writes into the one that it attaches, so make one for each model.
+
+        Args:
+            size: Fields of the size, see `MethodSize.settings`.
+            target_modules: Names, a regular expression or "all-linear", as PEFT takes them; settings may have others.
+            task_type: "CAUSAL_LM" or "SEQ_CLS", as PEFT calls them.
+            settings: The user's own fields of the configuration's class.
+
+        Returns:
+            The configuration; None of a bound.
+
+        Raises:
+            ConfigError: a setting is unknown (all of them are named), or has a value that the method cannot take.
+        """
+        if self.config_class is None:
+            if settings:
+                raise ConfigError(f"{self.name}: it has no settings, but got {', '.join(settings)}; leave them out")
+            return None
+        kind = _config_class(self.config_class)
+        check_names(list(settings), field_names(kind), self.name, _DECIDED)
+        fields = {**self.identity, **self.defaults, "target_modules": target_modules, "task_type": task_type}
+        fields |= {**size, **settings}
+        try:
+            if self.alpha is not None and "lora_alpha" not in settings:
+                fields |= self._alphas(fields, settings)
+            config = kind(**fields)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ConfigError(f"{self.name}: {' '.join(str(error).split())}") from error
+        for name, value in self.identity.items():  # settings may also change one through another
+            if (other := getattr(config, name)) != value:
+                raise ConfigError(f"{self.name}: {name} would be {other!r}, not {value!r}, which is another method")
+        return config
+
+    def describe(self, config: Any) -> str:
+        """The size that a configuration has: "r = 18", "r = 17 or 18", "oft_block_size = 64"."""
+        fields = {name: getattr(config, name, None) for name in (*self.size_fields, "r")}
+        values = {name: value for name, value in fields.items() if value}
+        ranks = sorted({values.get("r", 0), *(getattr(config, "rank_pattern", None) or {}).values()})
+        if len(ranks) > 1:
+            values["r"] = f"{ranks[0]} or {ranks[1]}" if len(ranks) == 2 else f"{ranks[0]} to {ranks[-1]}"
+        return ", ".join(f"{name} = {value}" for name, value in values.items()) or self.size_words
+
+    def has_fixed_size(self, settings: Settings) -> bool:
+        """Whether the user's settings decide the size, or nothing does."""
+        others = settings.keys() & {"rank_pattern", "bottleneck_size"}
+        return self.sizes is None or bool(others) or set(self.size_fields) <= set(settings)
+
+    def _alphas(self, fields: Settings, settings: Settings) -> dict[str, Any]:
+        """The same scale in all layers, also where their ranks differ."""
+        assert self.alpha is not None
+        alphas: dict[str, Any] = {"lora_alpha": self.alpha * fields.get("r", 8)}  # LoraConfig's default
+        if fields.get("rank_pattern") and "alpha_pattern" not in settings:
+            alphas["alpha_pattern"] = {name: self.alpha * r for name, r in fields["rank_pattern"].items()}
+        return alphas
+
+
+def _config_class(name: str) -> Any:
+    import peft  # first: BONE is registered when peft has been imported
+
+    from flashbone import BoneConfig
+
+    return BoneConfig if name == "BoneConfig" else getattr(peft, name)
 
 
 def ranks(layers: Sequence[Any], settings: Settings) -> list[list[dict[str, Any]]]:
@@ -69,7 +200,7 @@ def _check_olora(name: str, layer: Any, r: int) -> None:
     _check_directions(name, layer, r)
 
 
-def _bone(variant: Variant) -> TrainingMethod:
+def bone_method(variant: Variant) -> TrainingMethod:
     """The entry of a variant: how its sizes are searched follows from the shape of its block."""
     has_tiles = variant.block_shape(4, 4, 2, 1) != variant.block_shape(4, 4, 2, 2)
     return TrainingMethod(
@@ -79,58 +210,35 @@ def _bone(variant: Variant) -> TrainingMethod:
         identity={"variant": variant.name},
         size_fields=("r", "mini_r") if has_tiles else ("r",),
         sizes=tiles if has_tiles else squares if dimensions(variant) == 3 else ranks,
-        source="arXiv 2409.15371",
     )
 
 
-# PEFT's comparison of methods: one rate of 1e-4 for all but those that set another; LoRA and DoRA with alpha = 2 r.
-_PEFT_COMPARISON = "huggingface/peft, method_comparison/MetaMathQA/experiments"
 _LORA: dict[str, Any] = {"config_class": "LoraConfig", "size_fields": ("r",), "sizes": ranks}
+# A start from parts of W: alpha = r, so that B A is the part that was taken out.
+_PART: dict[str, Any] = {**_LORA, "sizes": directions, "alpha": 1, "needs_weights": True}
 
-# Where a factor is not 1, the rate with the lowest held-out loss was measured on MiniLM, query and value, 147,456
-# parameters, BBC news, 30 steps of 8 texts of 32 tokens, AdamW, no decay or dropout, one seed, rates a factor 3 apart.
-# That of LoRA, bone, bat-row, orthogonal and OFT was 0.003, HRA's 0.01, little ahead of 0.003.
+# "PEFT's comparison" is huggingface/peft, method_comparison/MetaMathQA/experiments: one rate of 1e-4 for all but those
+# that set another. Where a factor is not 1, the rate with the lowest held-out loss was measured on MiniLM, query and
+# value, 147,456 parameters, BBC news, 30 steps of 8 texts of 32 tokens, AdamW, no decay or dropout, one seed, rates a
+# factor 3 apart. That of LoRA, bone, bat-row, orthogonal and OFT was 0.003, HRA's 0.01, little ahead of 0.003.
 _ALL = (
-    *(_bone(kind()) for kind in VARIANTS.values()),
+    *(bone_method(kind()) for kind in VARIANTS.values()),  # arXiv 2409.15371
+    # alpha = 2 r in PEFT's comparison, for DoRA, too.
+    TrainingMethod("lora", "LoRA", identity={"use_dora": False, "use_rslora": False}, alpha=2, **_LORA),
+    TrainingMethod("dora", "DoRA", identity={"use_dora": True}, alpha=2, **_LORA),
+    # arXiv 2312.03732: one alpha for all ranks, divided by the root of the rank, is what the method is; 16 is theirs.
+    TrainingMethod("rslora", "rsLoRA", identity={"use_rslora": True}, defaults={"lora_alpha": 16}, **_LORA),
+    # arXiv 2404.02948. 16 iterations of the fast SVD are what its authors and PEFT's documentation advise; the full one
+    # takes minutes for a large model.
     TrainingMethod(
-        "lora", "LoRA", identity={"use_dora": False, "use_rslora": False}, alpha=2, source=_PEFT_COMPARISON, **_LORA
+        "pissa", "PiSSA", identity={"init_lora_weights": "pissa_niter_16"}, check_layer=_check_directions, **_PART
     ),
-    # One alpha for all ranks, divided by the root of the rank, is what the method is; 16 is the paper's.
-    TrainingMethod(
-        "rslora",
-        "rsLoRA",
-        identity={"use_rslora": True},
-        defaults={"lora_alpha": 16},
-        source="arXiv 2312.03732",
-        **_LORA,
-    ),
-    TrainingMethod("dora", "DoRA", identity={"use_dora": True}, alpha=2, source=_PEFT_COMPARISON, **_LORA),
-    # The paper's alpha = r, so that B A is the part of W that was taken out. 16 iterations of the fast SVD are what its
-    # authors and PEFT's documentation advise; the full one takes minutes for a large model.
-    TrainingMethod(
-        "pissa",
-        "PiSSA",
-        identity={"init_lora_weights": "pissa_niter_16"},
-        alpha=1,
-        check_layer=_check_directions,
-        not_quantised="it takes the base's weights apart, which a quantised base does not have",
-        source="arXiv 2404.02948",
-        **{**_LORA, "sizes": directions},
-    ),
-    # PEFT's example has alpha = r, too; the paper's code has no scale.
-    TrainingMethod(
-        "olora",
-        "OLoRA",
-        identity={"init_lora_weights": "olora"},
-        alpha=1,
-        check_layer=_check_olora,
-        not_quantised="it changes the base's weights, which would be quantised a second time",
-        source="arXiv 2406.01775",
-        **{**_LORA, "sizes": directions},
-    ),
-    # PEFT's own defaults otherwise: the Neumann series of five terms, which is what runs when nothing is set.
-    TrainingMethod("oft", "OFT", "OFTConfig", size_fields=("oft_block_size",), sizes=blocks, source="arXiv 2306.07280"),
-    # Measured best: 0.01, by far. Without its CUDA extension PEFT would train one factor whatever the settings are.
+    # arXiv 2406.01775. PEFT's example has alpha = r, too; the paper's code has no scale.
+    TrainingMethod("olora", "OLoRA", identity={"init_lora_weights": "olora"}, check_layer=_check_olora, **_PART),
+    # arXiv 2306.07280. PEFT's defaults otherwise: the Neumann series of five terms.
+    TrainingMethod("oft", "OFT", "OFTConfig", size_fields=("oft_block_size",), sizes=blocks),
+    TrainingMethod("miss", "MiSS", "MissConfig", size_fields=("r",), sizes=ranks),  # arXiv 2409.15371
+    # arXiv 2311.06243. Measured best: 0.01, by far. Without a CUDA extension PEFT trains one factor, whatever is set.
     TrainingMethod(
         "boft",
         "BOFT",
@@ -138,47 +246,26 @@ _ALL = (
         identity={"boft_n_butterfly_factor": 1},
         size_fields=("boft_block_size", "boft_block_num"),
         rate_factor=3.0,
-        source="arXiv 2311.06243",
     ),
+    TrainingMethod("hra", "HRA", "HRAConfig", size_fields=("r",), needs_weights=True),  # arXiv 2405.17484
+    # arXiv 2310.11454, as PEFT's default of d_initial, 0.1. Measured best: 0.03.
     TrainingMethod(
-        "hra",
-        "HRA",
-        "HRAConfig",
-        size_fields=("r",),
-        not_quantised="PEFT's HRA reads the base's weights, which a quantised base does not have",
-        source="arXiv 2405.17484",
+        "vera", "VeRA", "VeraConfig", size_fields=("r",), seed_field="projection_prng_key", rate_factor=10.0
     ),
-    # Measured best: 0.03. PEFT's default of d_initial, 0.1, is the paper's.
-    TrainingMethod(
-        "vera",
-        "VeRA",
-        "VeraConfig",
-        size_fields=("r",),
-        seed_field="projection_prng_key",
-        rate_factor=10.0,
-        source="arXiv 2310.11454",
-    ),
-    TrainingMethod("miss", "MiSS", "MissConfig", size_fields=("r",), sizes=ranks, source="arXiv 2409.15371"),
-    # Measured best: 0.03. PEFT's comparison has 50 times the others' rate, but 1e-4 is low for them.
-    TrainingMethod("ia3", "(IA)3", "IA3Config", rate_factor=10.0, source=f"arXiv 2205.05638; {_PEFT_COMPARISON}"),
-    # Measured best: 0.0003; 1e-5 in PEFT's comparison, where the others have 1e-4.
+    # arXiv 2205.05638. Measured best: 0.03. PEFT's comparison has 50 times the others' rate, but 1e-4 is low for them.
+    TrainingMethod("ia3", "(IA)3", "IA3Config", rate_factor=10.0),
+    # Measured best: 0.0003; 1e-5 in PEFT's comparison.
     TrainingMethod(
         "full",
         "Full fine-tuning",
         train=train_all,
         size_words="all parameters",
-        not_quantised="the weights of a quantised base cannot be trained",
+        needs_weights=True,
         rate_factor=0.1,
-        source=_PEFT_COMPARISON,
     ),
-    # Measured best: 0.1, nearly as good: 0.03.
+    # Measured best: 0.1, nearly as good: 0.03. Trainer takes no quantised model without an adapter.
     TrainingMethod(
-        "linear",
-        "Linear probing",
-        train=train_head,
-        size_words="the head",
-        not_quantised="Trainer takes no quantised model without an adapter",
-        rate_factor=30.0,
+        "linear", "Linear probing", train=train_head, size_words="the head", needs_weights=True, rate_factor=30.0
     ),
 )
 METHODS: dict[str, TrainingMethod] = {method.name: method for method in _ALL}

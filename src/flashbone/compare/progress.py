@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from flashbone.compare.config import ListedMethod
 from flashbone.compare.methods import METHODS
@@ -30,6 +30,11 @@ class MethodProgress:
     error: str | None = None
 
     @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that it tries."""
+        return self.listed.learning_rates
+
+    @property
     def finished_runs(self) -> list[RunRow]:
         """The runs that did not fail."""
         return [run for run in self.runs.values() if run.status == "ok"]
@@ -37,15 +42,14 @@ class MethodProgress:
     @property
     def at_edge(self) -> Literal["lowest", "highest"] | None:
         """Whether the chosen rate is the lowest or the highest of three or more: a better one may lie beyond."""
-        rates = self.listed.learning_rates
-        if self.chosen is None or len(rates) < 3 or self.chosen not in (rates[0], rates[-1]):
+        if len(self.rates) < 3 or self.chosen not in (self.rates[0], self.rates[-1]):
             return None
-        return "lowest" if self.chosen == rates[0] else "highest"
+        return "lowest" if self.chosen == self.rates[0] else "highest"
 
     def choose(self, seed: int) -> None:
         """Choose among the rates, once all were tried with this seed, by the held-out loss after training; of
         classifiers, too, since the accuracy on a few rows is a matter of luck."""
-        runs = [self.runs.get((rate, seed)) for rate in self.listed.learning_rates]
+        runs = [self.runs.get((rate, seed)) for rate in self.rates]
         tried = [run for run in runs if run is not None]
         if len(tried) < len(runs):
             return
@@ -72,38 +76,33 @@ class MethodProgress:
 
     def method_row(self, seeds: Sequence[int], commands: Mapping[str, str]) -> MethodRow:
         """The method's line of results.jsonl."""
-        listed, size, method = self.listed, self.size, METHODS[self.listed.method]
+        listed, method = self.listed, METHODS[self.listed.method]
         failed = [f"seed {run.seed}: {run.error}" for run in self._counted(seeds) if run.error]
-        row = MethodRow(
+        return MethodRow(
             method=listed.label,
             title=method.title if listed.label == listed.method else listed.label,
             peft_type=method.peft_type,
-            settings={**listed.settings, **(size.settings if size else {})},
             bound=method.is_bound,
-            size="",
-            matched=False,
-            learning_rates=listed.learning_rates,
+            learning_rates=self.rates,
             chosen=self.chosen,
             at_edge=self.at_edge,
             status=self.status(seeds),
             error=self.error or "; ".join(failed) or None,
             rerun=commands.get("rerun"),
             train=commands.get("train"),
+            **self._size_fields(),
         )
-        if size is None:
-            return row
-        # A run knows how many classes there are, the size does not.
-        trainable = next((run.trainable_parameters for run in self.finished_runs), None) or size.trainable_parameters
-        return replace(
-            row,
-            size=size.size,
-            matched=size.matched,
-            fixed=size.fixed,
-            adapter_parameters=size.adapter_parameters,
-            trainable_parameters=trainable,
-            total_parameters=size.total_parameters + trainable - size.trainable_parameters,
-            off_budget=None if size.off_budget is None else round(size.off_budget, 5),
-        )
+
+    def _size_fields(self) -> dict[str, Any]:
+        if self.size is None:
+            return {"settings": self.listed.settings, "size": "", "matched": False}
+        fields = asdict(self.size)
+        fields["settings"] = {**self.listed.settings, **self.size.settings}
+        if self.finished_runs:  # which know how many classes there are
+            trainable = self.finished_runs[0].trainable_parameters or self.size.trainable_parameters
+            fields["total_parameters"] += trainable - self.size.trainable_parameters
+            fields["trainable_parameters"] = trainable
+        return fields
 
     def run_rows(self) -> list[RunRow]:
         """The lines of its runs in results.jsonl."""

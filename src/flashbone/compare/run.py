@@ -1,6 +1,7 @@
 """A comparison from its configuration to results.jsonl: sizes, a sweep of learning rates, repeats with other seeds."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flashbone.compare import about, fairness, runs
+from flashbone.compare import about, fairness
 from flashbone.compare.commands import Origin, commands
 from flashbone.compare.config import ComparisonConfig, check, listed_methods
 from flashbone.compare.methods import METHODS
@@ -17,7 +18,7 @@ from flashbone.compare.processes import Ended, rehearsal, run_all
 from flashbone.compare.progress import MethodProgress
 from flashbone.compare.reading import read_run
 from flashbone.compare.results import FairnessRow, HeaderRow, RunRow, write_results
-from flashbone.compare.runs import RunSpec, SizedMethods
+from flashbone.compare.runs import RunSpec, forget_contents, run_spec
 from flashbone.compare.sizes import Budget, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import alone, make_folder
@@ -65,18 +66,20 @@ class Experiment:
         self.folder = Path(comparison.output)
         self.runs = self.folder / "runs"
         self.killed: dict[str, RunRow] = {}  # by the names of runs that ended without a result in this program
-        runs.forget_contents()
+        forget_contents()
         self.budget, self.methods = plan(comparison)
         self._read()
 
     def sweep(self) -> list[RunSpec]:
-        """Every learning rate of every method with the first seed."""
-        return runs.sweep(self.comparison, self._sized_methods())
+        """Every learning rate of every method with the first seed. All methods have their turn before one has its
+        second, so that what disturbs the machine for a while disturbs all alike."""
+        by_method = [[self._spec(one, rate, self.comparison.seeds[0]) for rate in one.rates] for one in self._sized()]
+        return [spec for turn in zip(*by_method, strict=True) for spec in turn]
 
     def repeats(self) -> list[RunSpec]:
-        """The other seeds, once the rates have been chosen."""
-        chosen = {one.listed.label: one.chosen for one in self.methods if one.chosen is not None}
-        return runs.repeats(self.comparison, self._sized_methods(), chosen)
+        """The other seeds at the rates that were chosen, in the same order."""
+        chosen = [(one, one.chosen) for one in self._sized() if one.chosen is not None]
+        return [self._spec(one, rate, seed) for seed in self.comparison.seeds[1:] for one, rate in chosen]
 
     def rehearse(self) -> None:
         """Read the arguments and the data as all runs will, in a process of its own, before anything is written.
@@ -114,8 +117,12 @@ class Experiment:
         write_results([self._header(finished), *rows, *(run for one in self.methods for run in one.run_rows())], file)
         return file
 
-    def _sized_methods(self) -> SizedMethods:
-        return [(one.listed, one.size.settings) for one in self.methods if one.size is not None]
+    def _sized(self) -> list[MethodProgress]:
+        return [one for one in self.methods if one.size is not None]
+
+    def _spec(self, one: MethodProgress, rate: float, seed: int) -> RunSpec:
+        assert one.size is not None
+        return run_spec(self.comparison, one.listed, one.size.settings, rate, seed)
 
     def _result_file(self, spec: RunSpec) -> Path:
         return self.runs / spec.name / "result.json"
@@ -125,16 +132,12 @@ class Experiment:
 
     def _read(self) -> None:
         """Read all results anew."""
-        for one in self.methods:
-            if one.size is None:
-                continue
+        for one in self._sized():
             one.runs, one.chosen, one.error = {}, None, None
-            for rate in one.listed.learning_rates:
-                for seed in self.comparison.seeds:
-                    spec = runs.run_spec(self.comparison, one.listed, one.size.settings, rate, seed)
-                    result = self._result(spec) or self.killed.get(spec.name)
-                    if result is not None:
-                        one.runs[rate, seed] = result
+            for rate, seed in itertools.product(one.rates, self.comparison.seeds):
+                spec = self._spec(one, rate, seed)
+                if (row := self._result(spec) or self.killed.get(spec.name)) is not None:
+                    one.runs[rate, seed] = row
             one.choose(self.comparison.seeds[0])
 
     def _take_up(self, ended: Ended) -> str:

@@ -1,10 +1,10 @@
-"""The runs of a comparison: what each needs, the folder that it has for itself, and the order in which they come."""
+"""The runs of a comparison: everything that decides each, and so the name of its folder."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,14 +54,10 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Of its folder; the hash is of everything that decides the run."""
-        return f"{self.method}-{self.learning_rate:g}-seed{self.seed}-{self.key}"
-
-    @property
-    def key(self) -> str:
-        """A hash of everything that decides the run; a label does not."""
+        """Of its folder, with a hash of everything that decides the run; the label does not."""
         plain = json.dumps({**dataclasses.asdict(self), "label": None}, sort_keys=True)
-        return hashlib.sha256(plain.encode()).hexdigest()[:10]
+        key = hashlib.sha256(plain.encode()).hexdigest()[:10]
+        return f"{self.method}-{self.learning_rate:g}-seed{self.seed}-{key}"
 
     def row(self, status: Literal["ok", "failed"], **figures: Any) -> RunRow:
         """The row of results that this run comes to."""
@@ -101,23 +97,6 @@ def run_spec(
         answers=comparison.answers if comparison.test_metric == "exact_match" else {},
         contents={path: _content(path) for path in _files(data)},
     )
-
-
-SizedMethods = Sequence[tuple[ListedMethod, Mapping[str, Any]]]
-
-
-def sweep(comparison: ComparisonConfig, methods: SizedMethods) -> list[RunSpec]:
-    """Every learning rate of every method with the first seed. All methods have their turn before one has its second,
-    so that what disturbs the machine for a while disturbs all alike."""
-    seed = comparison.seeds[0]
-    specs = [[run_spec(comparison, *one, rate, seed) for rate in one[0].learning_rates] for one in methods]
-    return [spec for turn in zip(*specs, strict=True) for spec in turn]
-
-
-def repeats(comparison: ComparisonConfig, methods: SizedMethods, chosen: Mapping[str, float]) -> list[RunSpec]:
-    """Every other seed of every method at its chosen learning rate, in the same order; `chosen` goes by labels."""
-    ready = [(listed, size, chosen[listed.label]) for listed, size in methods if listed.label in chosen]
-    return [run_spec(comparison, *one, seed) for seed in comparison.seeds[1:] for one in ready]
 
 
 def _files(data: Mapping[str, Any]) -> list[str]:

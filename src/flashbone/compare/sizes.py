@@ -15,8 +15,7 @@ from typing import Any
 from torch import nn
 
 from flashbone.compare.counting import ParameterCount, ParameterCounter
-from flashbone.compare.methods import get_method
-from flashbone.compare.training_method import Settings, TrainingMethod
+from flashbone.compare.methods import Settings, TrainingMethod, get_method
 from flashbone.errors import ConfigError
 
 # A size is taken where it is off the budget by no more than this share of the tolerance: two methods at opposite ends
@@ -119,7 +118,7 @@ def match(
     count = ParameterCounter(method, model, target_modules, task_type, settings)
     fixed = method.has_fixed_size(settings)
     nearest = count({}) if fixed else _search(count, budget, settings, tolerance * TIDY)
-    off = None if method.is_bound else (nearest.adapter - budget) / budget
+    off = None if method.is_bound else nearest.adapter / budget - 1
     return MethodSize(
         settings=nearest.settings,
         adapter_parameters=nearest.adapter,
