@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from flashbone import BoneConfig
 from flashbone.cli import main
-from flashbone.inspect.words import percent
+from flashbone.inspect.writing import percent
 from flashbone.train.models import load_causal_lm, load_classifier
 from helpers.adapter_folders import tiny_bert, tiny_llama, write_adapter
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from flashbone import BoneConfig
 from flashbone.errors import FormatError
 from flashbone.inspect.adapter import inspect_adapter
-from flashbone.inspect.adapter_tables import print_adapter
+from flashbone.inspect.tables import print_report
 from helpers.adapter_folders import blocks_for, tiny_bert, tiny_llama, write_adapter
 from helpers.blocks import VARIANT_NAMES
 
@@ -116,12 +116,12 @@ def test_values_that_are_not_finite_are_counted_and_named(tmp_path, capsys, monk
     assert groups["q_proj"].rotation_deg == alone.rotation_deg  # of the one that is finite
     assert groups["q_proj"].orthogonality_error == alone.orthogonality_error
 
-    print_adapter(report)
+    print_report(report)
     text = capsys.readouterr().out
     assert "4 values are NaN or infinite" in text
     assert re.search(r"v_proj x 2 .* \? +\? *\n", text)
     assert f"{alone.rotation_deg:.1f} deg" in text
-    print_adapter(whole)
+    print_report(whole)
     assert "?" not in capsys.readouterr().out
 
 

@@ -37,14 +37,12 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     ours, fields = _separate(argv, parser)
     options = parser.parse_args(ours)
-    # The libraries' words on what they mean to rename are no news to who asks about a model.
+    # Deprecations inside the libraries do not concern the user of this command.
     warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
-    print_report: Any
     if _is_adapter(options.target):
         if fields or options.config:
             raise ConfigError(f"{options.target}: is an adapter; --config and --adapter.* are for models")
         from flashbone.inspect.adapter import inspect_adapter
-        from flashbone.inspect.adapter_tables import print_adapter as print_report
 
         with progress_bars() as bar:
             task = bar.add_task("reading the adapter", total=None)
@@ -52,12 +50,12 @@ def run(argv: list[str]) -> int:
                 hub.folder(options.target), lambda done, total: bar.update(task, completed=done, total=total)
             )
     else:
-        from flashbone.inspect.model_tables import print_model as print_report
-
         report = _inspect_model(options, fields)
     if options.json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
+        from flashbone.inspect.tables import print_report
+
         print_report(report)
     return 0
 
@@ -82,7 +80,7 @@ def _inspect_model(options: argparse.Namespace, fields: list[str]) -> Any:
 
 
 def _is_adapter(target: str) -> bool:
-    """Whether an adapter is meant; what does not exist is left to the model's side, which says so."""
+    """Whether the target is an adapter; one that does not exist is refused as a model."""
     path = Path(target)
     if path.is_file():
         from flashbone.files import reading
@@ -99,7 +97,7 @@ def _is_adapter(target: str) -> bool:
 
 
 def _separate(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and the adapter's fields with their values, in whatever order they came."""
+    """The command's arguments, and the adapter's fields with their values; they may be mixed."""
     ours, fields = [], []
     words = iter(argv)
     for word in words:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashbone.inspect.data import AdapterReport, BlockGroup, TensorGroup
 from flashbone.inspect.engines import engines
-from flashbone.inspect.folding import fold
 from flashbone.inspect.held import Held, read_held
+from flashbone.inspect.reports import AdapterReport, BlockGroup, TensorGroup
+from flashbone.inspect.writing import group_names
 from flashbone.variants.orthogonal import Orthogonal
 
 Rotation = tuple[float, float]  # error of orthogonality, angle in degrees
@@ -83,7 +83,7 @@ def _block_groups(held: Held, rotations: Mapping[str, Rotation]) -> list[BlockGr
         return held.sizes[module], tuple((s, tuple(t.shape), t.dtype) for s, t in sorted(held.blocks[module].items()))
 
     groups = []
-    for group in fold((module, key(module)) for module in held.blocks):
+    for group in group_names((module, key(module)) for module in held.blocks):
         tensors = [t for name in group.names for t in held.blocks[name].values()]
         turned = [rotations[name] for name in group.names if name in rotations]
         groups.append(
@@ -103,7 +103,7 @@ def _block_groups(held: Held, rotations: Mapping[str, Rotation]) -> list[BlockGr
 
 def _tensor_groups(tensors: Mapping[str, Tensor]) -> list[TensorGroup]:
     groups = []
-    for group in fold((name, (tuple(t.shape), t.dtype)) for name, t in tensors.items()):
+    for group in group_names((name, (tuple(t.shape), t.dtype)) for name, t in tensors.items()):
         members = [tensors[name] for name in group.names]
         size = sum(t.numel() for t in members), sum(t.nbytes for t in members)
         groups.append(TensorGroup(group.pattern, len(members), tuple(members[0].shape), *size))

@@ -15,9 +15,9 @@ from flashbone.files import reading
 from flashbone.files.tensors import file_size
 from flashbone.inspect.attached import ROOT, Attached, Layer, attach
 from flashbone.inspect.costs import Setting
-from flashbone.inspect.data import Costs, LayerGroup, ModelReport, Recommendation, TrainedGroup
-from flashbone.inspect.folding import fold
 from flashbone.inspect.methods import Method, attached_method, lora_twin
+from flashbone.inspect.reports import Costs, LayerGroup, ModelReport, Recommendation, TrainedGroup
+from flashbone.inspect.writing import group_names
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.presets import published_preset
 
@@ -104,7 +104,7 @@ def _is_published(config: BoneConfig, published: Recommendation | None) -> bool:
 
 def _trained_groups(found: Attached) -> list[TrainedGroup]:
     groups = []
-    for group in fold((name, (tuple(p.shape), name in found.copied)) for name, p in found.others.items()):
+    for group in group_names((name, (tuple(p.shape), name in found.copied)) for name, p in found.others.items()):
         first, parameters = group.names[0], sum(found.others[name].numel() for name in group.names)
         weights = 1 if first in found.copied else 0  # a bias is the base's own
         groups.append(
@@ -172,7 +172,7 @@ def _layer_groups(found: Attached, method: Method, setting: Setting) -> list[Lay
         return layer.out_features, layer.in_features, layer.r, tuple(layer.block.shape), layer.calls, kept[layer.name]
 
     groups = []
-    for group in fold((layer.name, key(layer)) for layer in found.layers):
+    for group in group_names((layer.name, key(layer)) for layer in found.layers):
         first, n = layers[group.names[0]], len(group.names)
         parameters = n * method.parameters(first)
         arithmetic = n * method.multiply_adds(first, setting)

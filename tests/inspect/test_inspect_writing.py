@@ -1,19 +1,17 @@
-"""Module names that differ in numbers only, on one line; and how names and numbers are written."""
+"""How names and numbers are written: names that differ in numbers on one line, numbers to three digits."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashbone.inspect.folding import fold
-from flashbone.inspect.layout import broken
-from flashbone.inspect.words import number, percent, size, times
+from flashbone.inspect.writing import broken, group_names, number, percent, size, times
 
 
 def patterns(names, attribute=lambda name: None):
-    return [(group.pattern, len(group.names)) for group in fold((name, attribute(name)) for name in names)]
+    return [(group.pattern, len(group.names)) for group in group_names((name, attribute(name)) for name in names)]
 
 
-def test_layers_are_folded_in_their_order():
+def test_layers_are_grouped_in_their_order():
     names = [f"model.layers.{i}.{leaf}" for i in range(32) for leaf in ("self_attn.q_proj", "mlp.fc1")]
     assert patterns([*names, "lm_head"]) == [
         ("model.layers.{0..31}.self_attn.q_proj", 32),
@@ -39,10 +37,10 @@ def test_layers_that_differ_in_an_attribute_are_apart():
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from("ab"), st.integers(0, 4)), unique=True, min_size=1))
-def test_every_name_is_in_exactly_one_fold(points):
+def test_every_name_is_in_exactly_one_group(points):
     names = [f"layers.{i}.{leaf}.{j}.proj" for i, leaf, j in points]
-    folds = fold((name, None) for name in names)
-    assert sorted(name for group in folds for name in group.names) == sorted(names)
+    groups = group_names((name, None) for name in names)
+    assert sorted(name for group in groups for name in group.names) == sorted(names)
 
 
 @given(st.lists(st.from_regex(r"[a-z_0-9]{1,12}", fullmatch=True), min_size=1, max_size=8), st.integers(4, 60))
@@ -60,19 +58,30 @@ def test_a_broken_name_is_the_name_in_lines_that_fit(parts, room):
         (size(0), "0 bytes"),
         (size(1023), "1,023 bytes"),
         (size(1024), "1.00 KiB"),
+        (size(9.996 * 2**10), "10.0 KiB"),
+        (size(99.97 * 2**10), "100 KiB"),
+        (size(1023 * 2**10), "1,023 KiB"),
+        (size(2**20 - 1), "1.00 MiB"),
         (size(26.4 * 2**20), "26.4 MiB"),
-        (size(512 * 2**30), "512 GiB"),
+        (size(2**40 - 1), "1.00 TiB"),
         (size(2**50), "1,024 TiB"),
         (number(999_999), "999,999"),
+        (number(999_999.7), "1.00 M"),
+        (number(9_996_000), "10.0 M"),
         (number(13_107_200), "13.1 M"),
+        (number(999_499_999), "999 M"),
+        (number(999_999_999), "1.00 B"),
         (number(6_738_415_616), "6.74 B"),
-        (percent(0.12448), "0.124 %"),
+        (number(70e9), "70.0 B"),
+        (percent(0), "0.00 %"),
+        (percent(0.1235), "0.123 %"),
         (percent(1.298), "1.30 %"),
-        (percent(0.0), "0.00 %"),
+        (percent(99.94), "99.9 %"),
+        (percent(99.97), "100 %"),
         (percent(1234.5), "1,234 %"),
         (times("a.b", 1), "a.b"),
         (times("a.{0..3}.b", 4), "a.{0..3}.b x 4"),
     ],
 )
-def test_numbers_have_three_digits_and_a_unit(got, want):
+def test_numbers_have_three_digits_and_the_unit_that_rounding_reaches(got, want):
     assert got == want
