@@ -25,8 +25,8 @@ ALLOWED = {
     "merge": {"errors", "variants", "files", "rwkv"},  # RWKV's models in merge/verify alone
     "tuner": {"errors", "files", "shards", "ops", "variants"},
     "rwkv": {"errors", "files"},
-    "train": {"errors", "tuner", "files", "variants", "rwkv", "conversion", "merge"},
-    "evaluate": {"errors", "files", "rwkv", "train"},
+    "train": {"errors", "tuner", "files", "variants", "rwkv", "merge"},
+    "evaluate": {"errors", "files", "train"},
     "inspect": {"errors", "tuner", "files", "variants", "conversion", "rwkv"},
     "compare": {"errors", "files", "tuner", "variants", "train", "evaluate"},
     "cli": {"errors", "floors", "files", "train", "inspect", "merge", "conversion", "evaluate", "compare"},

@@ -12,7 +12,7 @@ from torch import nn
 from flashbone.compare.attaching import adapter_bytes, attach, save_adapter
 from flashbone.compare.methods import METHODS, get_method
 from flashbone.errors import ConfigError
-from flashbone.evaluate.loading import same_compilers
+from flashbone.train.adapters import same_compilers
 from helpers.comparison import Promise, close, same_bits
 
 pytestmark = pytest.mark.slow

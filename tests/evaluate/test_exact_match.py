@@ -123,7 +123,8 @@ def test_prompts_that_do_not_fit_are_named_before_anything_is_decoded(model, tok
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the model of `make demo`")
 def test_a_real_models_answers_are_those_of_plain_generate():
-    from flashbone.train.models import load_causal_lm, load_tokenizer
+    from flashbone.train.models import load_causal_lm
+    from flashbone.train.tokenizers import load_tokenizer
 
     model, tokenizer = load_causal_lm(str(SMOLLM2), torch.float32), load_tokenizer(str(SMOLLM2))
     questions = ["What is 2 + 3?", "Tom has 3 red and 4 blue apples. How many apples has Tom?"]

@@ -10,7 +10,7 @@ from flashbone import BoneConfig
 from flashbone.conversion import convert
 from flashbone.errors import ConfigError, FormatError, ShapeError
 from flashbone.evaluate.exact_match import exact_matches
-from flashbone.evaluate.loading import load_language_model, run_of
+from flashbone.evaluate.loading import load_language_model, trained_with
 from flashbone.evaluate.perplexity import perplexity
 from flashbone.rwkv import from_pth
 from helpers.comparison import close
@@ -145,7 +145,7 @@ def test_a_run_says_its_classes_to_adapters_and_checkpoints_in_it(tmp_path):
     (tmp_path / "recipe.json").write_text('{"training": {"max_length": 96}}')
     for name in ("adapter", "checkpoint-4"):
         (tmp_path / name).mkdir()
-        assert run_of(tmp_path / name).labels == ["b", "a"]
-        assert run_of(tmp_path / name).max_length == 96
-    assert run_of(tmp_path / "summary.json").labels == []
-    assert run_of(Path("/")).labels == run_of(None).labels == []
+        assert trained_with(tmp_path / name).labels == ["b", "a"]
+        assert trained_with(tmp_path / name).max_length == 96
+    assert trained_with(tmp_path / "summary.json").labels == []
+    assert trained_with(Path("/")).labels == trained_with(None).labels == []

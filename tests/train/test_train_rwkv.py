@@ -323,7 +323,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     refused("chunk_ctx: does not go with use_reentrant: true", rwkv={"chunk_ctx": 16}, training=reentrant)
     refused("rwkv, model: RWKV models and init_adapter are for task sft", task="classification")
-    refused("init_adapter says what the adapter is; leave adapter.variant, adapter.r out", init_adapter="x")
+    refused("init_adapter describes the adapter; leave adapter.variant, adapter.r out", init_adapter="x")
     refused("init_adapter .*: no such file or folder", adapter={}, init_adapter=str(tmp_path / "missing"))
     refused("no such file; the .pth file of an RWKV model was wanted", model=tmp_path / "missing.pth")
     if base.name == "v7.pth":

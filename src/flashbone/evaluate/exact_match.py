@@ -10,6 +10,7 @@ import torch
 from flashbone.errors import ConfigError
 from flashbone.evaluate.answers import given_answer, is_same, wanted_answer
 from flashbone.train.data.formats import ALPACA
+from flashbone.train.tokenizers import prompt_ids, stop_tokens
 
 Prompt = str | list[dict[str, str]]  # a text as it is, or a conversation for the tokenizer's chat template
 
@@ -104,9 +105,9 @@ def answer_rows(
         ConfigError: a prompt with its answer is longer than the model's positions, or is a conversation
             of which the tokenizer has no template.
     """
-    prompts = [_encoded(tokenizer, prompt) for prompt, _ in rows]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt, _ in rows]
     _check_lengths(model, prompts, max_new_tokens)
-    stops = _stops(model, tokenizer)
+    stops = stop_tokens(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda row: -len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training
@@ -156,29 +157,13 @@ def _judged(row: int, tokenizer: Any, ids: list[int], stops: list[int], referenc
     return Answered(row, text, answer, wanted, is_same(answer, wanted), len(ids))
 
 
-def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ConfigError("a prompt is a conversation, but the tokenizer has no chat template; give it as text")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
-
-
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text, by the model's generation settings and by the tokenizer."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
-
-
 def check_room(model: Any, tokenizer: Any, rows: Sequence[tuple[Prompt, str]], max_new_tokens: int) -> None:
     """Refuse rows that `answer_rows` could not answer.
 
     Raises:
         ConfigError: a prompt is empty, or is longer with its answer than the model's positions.
     """
-    _check_lengths(model, [_encoded(tokenizer, prompt) for prompt, _ in rows], max_new_tokens)
+    _check_lengths(model, [prompt_ids(tokenizer, prompt) for prompt, _ in rows], max_new_tokens)
 
 
 def _check_lengths(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -15,6 +15,7 @@ from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import row_losses
 from flashbone.train.data.formats import Example, answers
 from flashbone.train.data.windows import Windows
+from flashbone.train.tokenizers import prompt_ids, with_end
 
 MAX_LENGTH = 1024  # as in training
 
@@ -90,7 +91,7 @@ def pieces_of(row: int, example: Example, tokenizer: Any, limit: int) -> list[Pi
         ids = (
             example["input_ids"]
             if "input_ids" in example
-            else tokenizer(_ended(example["text"], tokenizer))["input_ids"]
+            else tokenizer(with_end(example["text"], tokenizer))["input_ids"]
         )
         ids = [int(token) for token in ids]
         return [Piece(row, ids[part], ids[part]) for part in Windows(limit).slices(len(ids))]
@@ -100,27 +101,13 @@ def pieces_of(row: int, example: Example, tokenizer: Any, limit: int) -> list[Pi
 
 def _answer(prompt: Any, completion: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of a prompt and its completion, and which of them are learned: from where the prompt alone differs."""
-    if isinstance(prompt, str):
-        before = tokenizer(prompt)["input_ids"]
-        whole = tokenizer(prompt + _ended(completion, tokenizer))["input_ids"]
-    else:
-        if tokenizer.chat_template is None:
-            raise ConfigError("the rows are conversations, but the tokenizer has no chat template")
-
-        def tokens(messages: Any, **kwargs: Any) -> list[int]:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        before, whole = tokens(prompt, add_generation_prompt=True), tokens(prompt + completion)
+    is_text = isinstance(prompt, str)
+    before = prompt_ids(tokenizer, prompt)
+    whole = prompt_ids(tokenizer, prompt + (with_end(completion, tokenizer) if is_text else completion), False)
     same = next(
         (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     return whole, [IGNORED] * same + whole[same:]
-
-
-def _ended(text: str, tokenizer: Any) -> str:
-    end = tokenizer.eos_token or ""
-    return text if text.endswith(end) else text + end
 
 
 def _bytes_of(example: Example, tokenizer: Any) -> int | None:

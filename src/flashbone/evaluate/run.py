@@ -18,7 +18,7 @@ from flashbone.evaluate.classification import classification
 from flashbone.evaluate.exact_match import Answered, answer_rows, make_prompt
 from flashbone.evaluate.harness import Tasks
 from flashbone.evaluate.intervals import wilson
-from flashbone.evaluate.loading import load_labelled_classifier, load_language_model, run_of
+from flashbone.evaluate.loading import load_labelled_classifier, load_language_model, trained_with
 from flashbone.evaluate.perplexity import perplexity
 from flashbone.evaluate.request import DTYPES, Request, settled
 from flashbone.evaluate.results import Evaluation, Figure, figure, write_results
@@ -111,7 +111,7 @@ def _classified(request: Request, rows: TestRows, bars: Bars) -> Evaluation:
             labels,
             of=str(request.classification),
             batch_size=request.batch_size,
-            max_length=request.max_length or run_of(request.adapter).max_length,
+            max_length=request.max_length or trained_with(request.adapter).max_length,
             progress=advance,
         )
 
@@ -136,7 +136,7 @@ def _of_language_model(request: Request, rows: TestRows, tasks: Tasks | None, ba
                     rows["perplexity"],
                     of=str(request.perplexity),
                     batch_size=request.batch_size,
-                    max_length=request.max_length or run_of(request.adapter).max_length,
+                    max_length=request.max_length or trained_with(request.adapter).max_length,
                     progress=advance,
                 )
             )

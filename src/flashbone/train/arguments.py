@@ -1,12 +1,11 @@
-"""From a recipe to what the trainer and PEFT want: defaults for a first run, BoneConfig, precision."""
+"""The trainer's arguments for a recipe: defaults for a first run, precision, what the launcher does not allow."""
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.train.recipe import TASK_TYPES, Recipe, arguments_class
+from flashbone.train.recipe import Recipe, arguments_class
 
 
 def trainer_arguments(recipe: Recipe) -> Any:
@@ -89,34 +88,3 @@ def model_dtype(args: Any) -> Any:
     if args.bf16:
         return torch.bfloat16
     return torch.float16 if args.fp16 else torch.float32
-
-
-def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = None) -> Any:
-    """The recipe's BoneConfig; all linear layers when no target is given.
-
-    Args:
-        recipe: The recipe.
-        also_trained: More entries for `modules_to_save` and `parameters_to_save`.
-    """
-    from flashbone import BoneConfig
-
-    fields = {"target_modules": "all-linear", **recipe.adapter}
-    for name, entries in (also_trained or {}).items():
-        fields[name] = list(dict.fromkeys([*(fields.get(name) or ()), *entries]))
-    try:
-        return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])
-    except TypeError as error:
-        raise ConfigError(f"adapter: {error}") from error
-
-
-def chat_template(path: str) -> str:
-    """The text of `training.chat_template_path`.
-
-    Raises:
-        ConfigError: it is no template file. TRL also takes another model's name there, which adds tokens that an
-            adapter of ours would not save.
-    """
-    file = Path(path)
-    if file.suffix not in (".jinja", ".j2") or not file.is_file():
-        raise ConfigError(f"training.chat_template_path {path}: no such file; a .jinja or .j2 file was wanted")
-    return file.read_text(encoding="utf-8")

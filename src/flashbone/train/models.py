@@ -1,6 +1,8 @@
-"""Loading the model and its tokenizer: from a folder, a hub id, a .gguf file or an RWKV model's .pth file, ready to be
-adapted and saved again."""
+"""Loading a model: from a folder, a hub id, a .gguf file or an RWKV model's .pth file, ready to adapt and save."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,58 +12,60 @@ from flashbone.files.sources import hub_problem
 from flashbone.train.recipe import Recipe, is_pth, quantization_of
 
 
-def load_tokenizer(name: str, vocabulary: str | None = None, **kwargs: Any) -> Any:
-    """The tokenizer beside the model, with a padding token; of a `.pth` file RWKV's, with the vocabulary in a file.
+def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
+    """The language model in `dtype`.
 
     Raises:
-        ConfigError: there is no such model, or it has no tokenizer.
+        ConfigError: there is no such model, or it cannot be loaded.
     """
-    if is_pth(name):
-        from flashbone.rwkv import RwkvTokenizer
-
-        return RwkvTokenizer(vocabulary and Path(vocabulary).expanduser())
-    from transformers import AutoTokenizer
-
-    place, extra = _locate(name)
-    tokenizer = _load(AutoTokenizer, name, place, **extra, **kwargs)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ConfigError(f"model {name}: its tokenizer has no padding, end or unknown token; add one and save it")
-    return tokenizer
-
-
-def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
-    """The language model in `dtype`."""
     if is_pth(name):
         from flashbone.rwkv import from_pth
 
         return from_pth(Path(name).expanduser(), **{"dtype": dtype, **kwargs})
     from transformers import AutoModelForCausalLM
 
-    place, extra = _locate(name)
-    model = _load(AutoModelForCausalLM, name, place, **{"dtype": dtype, **extra, **kwargs})
-    return _plain(model, name) if extra else model
+    place, gguf = locate(name)
+    model = load(AutoModelForCausalLM, name, place, **{"dtype": dtype, **gguf, **kwargs})
+    return _plain(model, name) if gguf else model
 
 
-def load_classifier(name: str, dtype: Any, labels: list[str], tokenizer: Any, **kwargs: Any) -> Any:
-    """The model with a classification head for `labels`; the head is new where the checkpoint has none that fits."""
+def load_classifier(
+    name: str, dtype: Any, labels: list[str], tokenizer: Any, warn_of_new_head: bool = True, **kwargs: Any
+) -> Any:
+    """The model with a classification head for `labels`; the head is new where the checkpoint has none that fits.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be loaded.
+    """
     from transformers import AutoModelForSequenceClassification
 
-    place, extra = _locate(name)
+    place, gguf = locate(name)
     head = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
         "ignore_mismatched_sizes": True,
     }
-    model = _load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **extra, **kwargs)
+    with _load_report(warn_of_new_head):
+        model = load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **gguf, **kwargs)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token before the padding
-    return _plain(model, name) if extra else model
+    return _plain(model, name) if gguf else model
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: there is no such model, or it has none.
+    """
+    from transformers import AutoConfig
+
+    place, gguf = locate(name)
+    return load(AutoConfig, name, place, **gguf)
 
 
 def quantized_loading(recipe: Recipe, dtype: Any) -> dict[str, Any]:
-    """What the loaders above are to be given so that the base is quantised as the recipe says; nothing if it does not.
+    """Arguments for the loaders above so that the base is quantised as the recipe asks; none if it does not.
 
     Raises:
         ConfigError: it cannot be.
@@ -90,8 +94,8 @@ def quantized_loading(recipe: Recipe, dtype: Any) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """What from_pretrained wants to hear: a folder and, for GGUF, the file in it."""
+def locate(name: str) -> tuple[str, dict[str, str]]:
+    """A model's name as from_pretrained takes it: a folder or hub id and, for GGUF, the file in the folder."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -108,7 +112,12 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
     return (str(path) if looks_local else name), {}
 
 
-def _load(auto: Any, name: str, place: str, **kwargs: Any) -> Any:
+def load(auto: Any, name: str, place: str, **kwargs: Any) -> Any:
+    """`auto.from_pretrained(place)`, with errors that name the model as the user did.
+
+    Raises:
+        ConfigError: it fails.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
@@ -120,6 +129,18 @@ def _load(auto: Any, name: str, place: str, **kwargs: Any) -> Any:
         raise ConfigError(f"model {name}: could not be loaded: {reason.strip()}") from error
 
 
+@contextmanager
+def _load_report(is_wanted: bool) -> Iterator[None]:
+    """transformers' report of weights that are new, if wanted."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before = log.level
+    log.setLevel(before if is_wanted else logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _plain(model: Any, name: str) -> Any:
     """A dequantised GGUF model as the plain model it is: transformers leaves a quantiser on it, and then neither
     trains nor saves it."""
@@ -129,5 +150,5 @@ def _plain(model: Any, name: str) -> Any:
     model.is_quantized = False
     if hasattr(model, "quantization_method"):
         del model.quantization_method
-    model.name_or_path = name  # goes into the adapter's file; the folder alone would not say which model it was
+    model.name_or_path = name  # goes into the adapter's file; the folder alone would not name the model
     return model

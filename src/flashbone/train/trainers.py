@@ -9,13 +9,14 @@ import transformers
 from peft import get_peft_model
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.train.arguments import adapter_config, chat_template, model_dtype
+from flashbone.train.adapters import adapter_config, start_from
+from flashbone.train.arguments import model_dtype
 from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data.loading import Data
 from flashbone.train.data.windows import largest_id
-from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer, quantized_loading
+from flashbone.train.models import load_causal_lm, load_classifier, quantized_loading
 from flashbone.train.recipe import Recipe, RwkvSettings, is_pth, rwkv_of
-from flashbone.train.start import start_from
+from flashbone.train.tokenizers import load_tokenizer, training_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,8 @@ def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt 
 
 def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> tuple[Any, Callable]:
     settings = rwkv_of(recipe)
+    tokenizer = training_tokenizer(recipe, args, settings and settings.vocabulary, data.conversational)
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
-    tokenizer = load_tokenizer(recipe.model, settings and settings.vocabulary, **trust)
-    if args.chat_template_path:
-        tokenizer.chat_template, args.chat_template_path = chat_template(args.chat_template_path), None
-    _check_tokenizer(recipe, tokenizer, data)
     init = args.model_init_kwargs or {}
     args.model_init_kwargs = None  # they are used here
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
@@ -144,19 +142,6 @@ def _accept_tokens(data: Data, args: Any, model: Any, recipe: Recipe) -> None:
             )
     if len(tokenised) == len(parts) and not (args.packing or args.eval_packing or args.shuffle_dataset):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-
-
-def _check_tokenizer(recipe: Recipe, tokenizer: Any, data: Data) -> None:
-    if data.conversational and tokenizer.chat_template is None:
-        raise ConfigError(
-            f"{recipe.data.path} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
-            "give one with training.chat_template_path: template.jinja, or use prompt and completion columns"
-        )
-    if tokenizer.eos_token is None and recipe.training.get("eos_token") is None:
-        raise ConfigError(
-            f"the tokenizer of {recipe.model} has no end-of-text token, so answers could not be learned to stop; "
-            "name one of its tokens in training.eos_token"
-        )
 
 
 def _report_dropped(given: int, kept: int, max_length: int | None) -> None:

@@ -1,0 +1,136 @@
+"""An adapter on a model: a new one as the recipe describes it, or a saved one of any format, by PEFT."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.files import peft as peft_files
+from flashbone.files import reading
+from flashbone.train.recipe import TASK_TYPES, Recipe
+
+
+def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = None) -> Any:
+    """The recipe's BoneConfig; all linear layers when no target is given.
+
+    Args:
+        recipe: The recipe.
+        also_trained: More entries for fields that are lists of names, such as `modules_to_save`.
+    """
+    from flashbone import BoneConfig
+
+    fields = {"target_modules": "all-linear", **recipe.adapter}
+    for name, entries in (also_trained or {}).items():
+        fields[name] = list(dict.fromkeys([*(fields.get(name) or ()), *entries]))
+    try:
+        return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])
+    except TypeError as error:
+        raise ConfigError(f"adapter: {error}") from error
+
+
+def start_from(model: Any, recipe: Recipe) -> Any:
+    """The model with the recipe's `init_adapter`, to be trained further.
+
+    Raises:
+        ConfigError: the recipe has a section for the adapter, too; or the adapter is of another method, or missing.
+        FormatError, ShapeError: the adapter cannot be read, or does not fit the model.
+    """
+    assert recipe.init_adapter is not None
+    if recipe.adapter:
+        names = ", ".join(f"adapter.{name}" for name in recipe.adapter)
+        raise ConfigError(f"init_adapter describes the adapter; leave {names} out")
+    path = Path(recipe.init_adapter).expanduser()
+    with tempfile.TemporaryDirectory() as folder:
+        place = recipe.init_adapter  # perhaps a hub id
+        if path.exists():
+            place = folder
+            peft_files.write(reading.read_adapter(path), Path(folder))
+        try:
+            config = peft.PeftConfig.from_pretrained(place)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"init_adapter {recipe.init_adapter}: no such file or folder, and no adapter of that hub id could be"
+                f" loaded ({' '.join(str(error).split())[:200]})"
+            ) from None
+        if config.peft_type != "BONE":
+            raise ConfigError(
+                f"init_adapter {recipe.init_adapter}: is a {config.peft_type} adapter, not a Bone one"
+            )
+        config.task_type = TASK_TYPES[recipe.task]  # pyright: ignore[reportAttributeAccessIssue]
+        config.base_model_name_or_path = model.name_or_path
+        return peft.PeftModel.from_pretrained(model, place, config=config, is_trainable=True)
+
+
+def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = False, needs_head: bool = False) -> Any:
+    """The model with an adapter to infer with, active and unmerged unless `merge` is asked for.
+
+    Args:
+        model: A plain model.
+        adapter: A folder of any of PEFT's methods, or an adapter of another format of the family.
+        task_type: PEFT's name of the task; an adapter of another one is refused.
+        merge: Put the adapter into the weights, and return the plain model.
+        needs_head: The adapter has to bring modules that were trained whole, as a classification head is.
+
+    Raises:
+        ConfigError: no such adapter, or it is for another task, or brings no head.
+        FormatError, ShapeError: it cannot be read, or does not fit the model.
+    """
+    with _peft_folder(adapter) as folder, _misfits(adapter):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        task = getattr(config.task_type, "value", config.task_type)
+        if task is not None and task != task_type:
+            remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
+            raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
+        if needs_head and not getattr(config, "modules_to_save", None):
+            raise ConfigError(f"adapter {adapter}: brings no classification head, and the model has none")
+        with same_compilers():
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
+    return adapted.merge_and_unload() if merge else adapted
+
+
+@contextmanager
+def same_compilers() -> Iterator[None]:
+    """Restore CC and CXX: PEFT's BOFT leaves both at gcc where its CUDA extension cannot be built, and what Inductor
+    compiles afterwards, here or in processes that inherit them, would not be linked to libstdc++."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _peft_folder(adapter: Path) -> Iterator[Path]:
+    """Where PEFT finds the adapter: its own folder, or one that is made of another format for the time being."""
+    if (adapter / peft_files.CONFIG).is_file():
+        yield adapter
+        return
+    if not adapter.exists():
+        raise ConfigError(f"adapter {adapter}: no such file or folder")
+    with tempfile.TemporaryDirectory() as folder:
+        peft_files.write(reading.read_adapter(adapter), Path(folder))
+        yield Path(folder)
+
+
+@contextmanager
+def _misfits(adapter: Path) -> Iterator[None]:
+    """One error for whatever PEFT raises when an adapter does not fit; of missing tensors it would only warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+        try:
+            yield
+        except FlashboneError:
+            raise
+        except (ValueError, RuntimeError, KeyError, TypeError, OSError, UserWarning) as error:
+            text = " ".join(str(error).split())[:300]
+            raise FormatError(f"adapter {adapter}: does not fit the model, or is broken: {text}") from error

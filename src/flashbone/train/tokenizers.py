@@ -1,0 +1,117 @@
+"""The tokenizer that goes with a model or an adapter: its padding, chat template and end tokens, and texts as ids."""
+
+from pathlib import Path
+from typing import Any
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.models import load, locate
+from flashbone.train.recipe import Recipe, is_pth
+
+
+def load_tokenizer(name: str, vocabulary: str | None = None, adapter: Path | None = None, **kwargs: Any) -> Any:
+    """The tokenizer of a model, with a padding token.
+
+    Args:
+        name: The model: a folder, hub id, .gguf file, or an RWKV model's .pth file.
+        vocabulary: A file of the tokens of an RWKV model; that of the package rwkv if None.
+        adapter: A folder whose own tokenizer goes first, since training may have given it a chat template.
+        kwargs: For transformers.
+
+    Raises:
+        ConfigError: there is no such model, or it has no tokenizer.
+        FormatError: the adapter's tokenizer cannot be read.
+    """
+    if vocabulary is None and adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        return _with_padding(_of_adapter(name, adapter), name)
+    if is_pth(name):
+        from flashbone.rwkv import RwkvTokenizer
+
+        return RwkvTokenizer(vocabulary and Path(vocabulary).expanduser())
+    from transformers import AutoTokenizer
+
+    place, gguf = locate(name)
+    return _with_padding(load(AutoTokenizer, name, place, **gguf, **kwargs), name)
+
+
+def _of_adapter(name: str, adapter: Path) -> Any:
+    if is_pth(name):
+        from flashbone.rwkv import RwkvTokenizer as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
+    try:
+        return Tokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{adapter}: its tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _with_padding(tokenizer: Any, name: str) -> Any:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"model {name}: its tokenizer has no padding, end or unknown token; add one and save it")
+    return tokenizer
+
+
+def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conversational: bool) -> Any:
+    """The tokenizer to train with: that of the model, with the chat template of `training.chat_template_path`.
+
+    Args:
+        recipe: The recipe.
+        args: The trainer's; the template is taken out of them, since TRL also takes another model's name there, which
+            adds tokens that an adapter of ours would not save.
+        vocabulary: As for `load_tokenizer`.
+        conversational: Whether the rows need a chat template.
+
+    Raises:
+        ConfigError: the template is not a file, or a token or template is missing.
+    """
+    trust: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
+    tokenizer = load_tokenizer(recipe.model, vocabulary, **trust)
+    if args.chat_template_path:
+        file = Path(args.chat_template_path)
+        if file.suffix not in (".jinja", ".j2") or not file.is_file():
+            raise ConfigError(f"training.chat_template_path {file}: no such file; a .jinja or .j2 file was wanted")
+        tokenizer.chat_template, args.chat_template_path = file.read_text(encoding="utf-8"), None
+    if conversational and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{recipe.data.path} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
+            "give one with training.chat_template_path: template.jinja, or use prompt and completion columns"
+        )
+    if tokenizer.eos_token is None and recipe.training.get("eos_token") is None:
+        raise ConfigError(
+            f"the tokenizer of {recipe.model} has no end-of-text token, so answers could not be learned to stop; "
+            "name one of its tokens in training.eos_token"
+        )
+    return tokenizer
+
+
+def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]], answer_follows: bool = True) -> list[int]:
+    """The tokens of a text, or of a conversation in the chat template.
+
+    Args:
+        tokenizer: The model's.
+        prompt: The text or the turns.
+        answer_follows: End a conversation where the assistant's answer begins.
+
+    Raises:
+        ConfigError: a conversation, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ConfigError("a prompt is a conversation, but the tokenizer has no chat template; give it as text")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=answer_follows)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+
+
+def with_end(text: str, tokenizer: Any) -> str:
+    """The text with the token that ends it, as TRL trains it."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text, by the model's generation settings and by the tokenizer."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
