@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import metrics_of, recipe_for
 
 from flashbone.errors import ConfigError, FlashboneError, NonFiniteError
+from flashbone.merge import merge_checkpoint
 from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
 from flashbone.train.summary import peak_memory
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.tiny_llama import word_tokenizer, write_tiny_llama
 
 pytestmark = [
@@ -48,6 +50,31 @@ def test_a_run_learns_and_writes_everything_it_promises(llama, questions_file, t
     tokens = AutoTokenizer.from_pretrained(out / "adapter")("where was the big cat ?", return_tensors="pt")
     with torch.no_grad():
         assert close(merged(**tokens).logits, adapted(**tokens).logits)
+
+
+@pytest.mark.slow
+def test_the_merged_model_is_that_of_the_merge_command(questions_file, tmp_path):
+    """Also where the base is stored in another dtype than it trains in: the files keep theirs."""
+    from transformers import AutoModelForCausalLM
+
+    model = write_tiny_llama(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    out = tmp_path / "run"
+    training = {"max_steps": 2, "save_strategy": "no"}
+    train(recipe_for(model, questions_file, out, merge=True, training=training))
+    merge_checkpoint(model, out / "adapter", tmp_path / "merged")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / "merged", tmp_path / "merged"))
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    assert all(same_bits(ours[name], tensor, Promise.SAME_PRODUCT) for name, tensor in theirs.items())
+    assert (out / "merged" / "merge.json").is_file()
+    assert not list(out.glob("*.partial"))
+
+
+def test_an_output_inside_the_models_folder_cannot_be_merged(questions_file, tmp_path):
+    model = write_tiny_llama(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"merge: output .*run lies inside the model's folder .*; choose another"):
+        train(recipe_for(model, questions_file, model / "run", merge=True))
+    assert not (model / "run").exists()
 
 
 def test_the_loss_is_on_the_response_only(llama, jsonl, tmp_path):

@@ -59,9 +59,7 @@ def start_from(model: Any, recipe: Recipe) -> Any:
                 f" loaded ({' '.join(str(error).split())[:200]})"
             ) from None
         if config.peft_type != "BONE":
-            raise ConfigError(
-                f"init_adapter {recipe.init_adapter}: is a {config.peft_type} adapter, not a Bone one"
-            )
+            raise ConfigError(f"init_adapter {recipe.init_adapter}: is a {config.peft_type} adapter, not a Bone one")
         config.task_type = TASK_TYPES[recipe.task]  # pyright: ignore[reportAttributeAccessIssue]
         config.base_model_name_or_path = model.name_or_path
         return peft.PeftModel.from_pretrained(model, place, config=config, is_trainable=True)

@@ -5,7 +5,6 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
-from flashbone.train.merged import write_merged
+from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe, refuse_classification
 from flashbone.train.summary import summarise
@@ -68,19 +67,22 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
     trainer, load_plain = build_trainer(recipe, args, data)
+    merge_base = find_merge_base(recipe, folder) if recipe.merge and args.process_index == 0 else None
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
     metrics, recorder = fit(trainer, folder, begin=functools.partial(run_folder.record, recipe))
     summary = summarise(recipe, trainer, data, metrics, recorder)
-    _save(recipe, folder, trainer, load_plain)
+    _save(folder, trainer)
+    if recipe.merge and args.process_index == 0:
+        write_merged(folder, merge_base, trainer, load_plain if recipe.quantization else None)
     if args.process_index == 0:
         write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()
     return Result(folder, summary, args.process_index == 0)
 
 
-def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable) -> None:
-    """Adapter and tokenizer, and the merged model if asked for; each folder appears whole."""
+def _save(folder: RunFolder, trainer: Any) -> None:
+    """Adapter and tokenizer, in a folder that appears whole."""
     main = trainer.accelerator.is_main_process
     if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would write no adapter, without a word
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -90,8 +92,6 @@ def _save(recipe: Recipe, folder: RunFolder, trainer: Any, load_plain: Callable)
         if main:
             trainer.processing_class.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-    if recipe.merge and main:
-        write_merged(recipe, folder, trainer, load_plain)
 
 
 def _is_main() -> bool:
