@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.evaluate.answer_file import ANSWERS, RESULTS, SETTINGS, appending, claim, claimed, read_answers, stamp
+from flashbone.evaluate.answer_file import ANSWERS, SETTINGS, appending, claim, claimed, read_answers, stamp
 from flashbone.evaluate.exact_match import Answered
-from flashbone.evaluate.run import _finished
+from flashbone.evaluate.results import RESULTS, read_results
 
 FIRST = Answered(3, "it is 4\n#### 4", "4", "4", True, 9)
 SECOND = Answered(0, "ähm", None, "5", False, 2)
@@ -41,7 +41,7 @@ def test_an_answer_is_in_the_file_before_the_next_one_is_asked_for(tmp_path):
 
 def test_a_line_that_is_no_answer_is_named(tmp_path):
     (tmp_path / ANSWERS).write_text('{"row": 1}\n')
-    with pytest.raises(FormatError, match=r"answers\.jsonl:1: is no answer"):
+    with pytest.raises(FormatError, match=r"answers\.jsonl:1: is not an answer"):
         read_answers(tmp_path)
 
 
@@ -134,9 +134,9 @@ def test_a_finished_run_whose_results_cannot_be_read_keeps_its_settings(tmp_path
 
     def start():
         with claimed(tmp_path, {"model": "m"}):
-            _finished(tmp_path)
+            read_results(tmp_path)
 
     for _ in range(2):
-        with pytest.raises(FormatError, match=r"results\.json: not valid JSON"):
+        with pytest.raises(FormatError, match=r"results\.json: not valid JSON.*; delete it to repeat the evaluation"):
             start()
         assert sorted(path.name for path in tmp_path.iterdir()) == [RESULTS, SETTINGS]

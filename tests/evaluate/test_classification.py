@@ -130,7 +130,7 @@ def test_an_adapter_of_a_run_gives_the_runs_accuracy(llama, tmp_path):
     ).summary
     asked = Request(str(llama), tmp_path / "run" / "adapter", classification=tmp_path / "h.jsonl", batch_size=4)
     for request in (asked, dataclasses.replace(asked, merge=True)):
-        _, (found,) = evaluate(request)
+        (found,) = evaluate(request).evaluations
         got = {one.name: one.value for one in found.figures}
         assert got["accuracy"] == pytest.approx(summary["eval_accuracy_after"])
         assert got["macro-F1"] == pytest.approx(summary["eval_macro_f1_after"])

@@ -80,7 +80,7 @@ def test_accuracy_is_that_of_plain_log_likelihoods_with_and_without_an_adapter(l
     shares = []
     for adapter, merge in ((None, False), (tmp_path / "a", False), (tmp_path / "a", True)):
         request = Request(str(llama), adapter, merge, tasks=("pets",), include_path=tasks, batch_size=3)
-        _, (found,) = evaluate(request)
+        (found,) = evaluate(request).evaluations
         best = best_choices(*load_language_model(str(llama), adapter, torch.float32, "cpu"))
         want = sum(choice == row["answer"] for choice, row in zip(best, QUESTIONS, strict=True)) / 4
         acc = {one.name: one for one in found.figures}["acc"]
@@ -99,7 +99,7 @@ def test_an_rwkv_model_runs_tasks_too(tasks, tmp_path):
     vocabulary = tmp_path / "bytes.txt"
     vocabulary.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
     request = Request(str(base), tasks=("pets", "pets_said"), include_path=tasks, vocabulary=str(vocabulary))
-    _, found = evaluate(request)
+    found = evaluate(request).evaluations
     best = best_choices(*load_language_model(str(base), None, torch.float32, "cpu", vocabulary=str(vocabulary)))
     acc = {one.of: one.figures[0] for one in found}["pets"]
     assert acc.name == "acc"

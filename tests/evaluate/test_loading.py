@@ -1,5 +1,6 @@
 """Adapters of every format on the model that is evaluated, against the outputs that they have elsewhere."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from flashbone import BoneConfig
 from flashbone.conversion import convert
 from flashbone.errors import ConfigError, FormatError, ShapeError
 from flashbone.evaluate.exact_match import exact_matches
-from flashbone.evaluate.loading import load_language_model, trained_with
+from flashbone.evaluate.loading import load_language_model, recorded_labels, recorded_max_length
 from flashbone.evaluate.perplexity import perplexity
+from flashbone.files.records import to_json
 from flashbone.rwkv import from_pth
+from flashbone.train.recipe import DataRecipe, Recipe
 from helpers.comparison import close
 from helpers.rwkv import write_rwkv
 
@@ -141,11 +144,19 @@ def test_the_adapters_own_tokenizer_is_taken(llama, tmp_path):
 
 
 def test_a_run_says_its_classes_to_adapters_and_checkpoints_in_it(tmp_path):
-    (tmp_path / "summary.json").write_text('{"labels": ["b", "a"]}')
-    (tmp_path / "recipe.json").write_text('{"training": {"max_length": 96}}')
+    sizes = dict.fromkeys(("train_rows", "eval_rows", "steps", "trainable_parameters", "total_parameters", "tokens"), 1)
+    seconds = dict.fromkeys(("epochs", "trainable_percent", "train_s", "peak_mib"), 1.5)
+    unknown = dict.fromkeys(("block_size", "train_loss", "rotation", "tokens_per_s"))
+    words = dict.fromkeys(("model", "task", "variant", "peak_of", "device"), "a")
+    summary = {**sizes, **seconds, **unknown, **words, "processes": 1, "versions": {}, "labels": ["b", "a"]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    recipe = Recipe("m", DataRecipe("d"), "o", training={"max_length": 96})
+    (tmp_path / "recipe.json").write_text(to_json(recipe))
     for name in ("adapter", "checkpoint-4"):
         (tmp_path / name).mkdir()
-        assert trained_with(tmp_path / name).labels == ["b", "a"]
-        assert trained_with(tmp_path / name).max_length == 96
-    assert trained_with(tmp_path / "summary.json").labels == []
-    assert trained_with(Path("/")).labels == trained_with(None).labels == []
+        assert recorded_labels(tmp_path / name) == ["b", "a"]
+        assert recorded_max_length(tmp_path / name) == 96
+    assert recorded_labels(tmp_path / "summary.json") == recorded_labels(Path("/")) == recorded_labels(None) == []
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"labels": "ab", "steps": None}))
+    with pytest.raises(FormatError, match=r"summary\.json: labels: got 'ab', wanted a list.*; steps: got None"):
+        recorded_labels(tmp_path / "adapter")

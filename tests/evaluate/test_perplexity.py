@@ -125,12 +125,13 @@ def test_the_held_out_loss_of_a_training_run_comes_out_again(llama, tmp_path):
         )
     ).summary
     for merge in (False, True):
-        about, (found,) = evaluate(
+        results = evaluate(
             Request(str(llama), Path(summary_adapter(tmp_path)), merge=merge, perplexity=tmp_path / "h.jsonl")
         )
+        (found,) = results.evaluations
         assert values(found)["loss (nats per token)"].value == pytest.approx(summary["eval_loss_after"], rel=1e-4)
-        assert about["merged"] is merge
-    _, (bare,) = evaluate(Request(str(llama), perplexity=tmp_path / "h.jsonl"))
+        assert results.merged is merge
+    (bare,) = evaluate(Request(str(llama), perplexity=tmp_path / "h.jsonl")).evaluations
     assert values(bare)["loss (nats per token)"].value == pytest.approx(summary["eval_loss_before"], rel=1e-4)
     assert summary["eval_loss_before"] - summary["eval_loss_after"] > 0.1
 

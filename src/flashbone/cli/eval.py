@@ -26,17 +26,17 @@ def run(argv: list[str]) -> int:
     _check(parser, args)
     set_up_notices()
 
-    from flashbone.evaluate.results import as_json, print_table
+    from flashbone.evaluate.results import print_table
     from flashbone.evaluate.run import Request, evaluate
+    from flashbone.files.records import to_json
 
     given = {key: value for key, value in vars(args).items() if key not in ("json", "adapter")}
     adapter = None if args.adapter is None else hub.folder(args.adapter)
-    about, evaluations = evaluate(Request(**given, adapter=adapter), _bar)
+    results = evaluate(Request(**given, adapter=adapter), _bar)
     if args.json:
-        print(as_json(about, evaluations))
+        print(to_json(results), end="")
     else:
-        with_adapter = f" with {about['adapter']}{', merged' if about['merged'] else ''}" if about["adapter"] else ""
-        print_table(f"{about['model']}{with_adapter}", evaluations)
+        print_table(results)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from flashbone.evaluate.results import finite
 from flashbone.files.outputs import write_text
+from flashbone.files.records import finite
 
 FEWEST_ROWS = 10  # of a test set that is resampled: fewer do not show how rows vary
 

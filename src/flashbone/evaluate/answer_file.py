@@ -16,10 +16,12 @@ from typing import Any, TextIO
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.evaluate.exact_match import Answered
+from flashbone.evaluate.results import RESULTS
 from flashbone.files.outputs import PARTIAL, alone, make_folder, write_text
+from flashbone.files.records import from_json
 from flashbone.files.sources import read_json
 
-SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "results.json"
+SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
 
 @contextmanager
@@ -83,13 +85,14 @@ def read_answers(folder: Path) -> list[Answered]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(file, len(whole))
-    answers = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            answers.append(Answered(**json.loads(line)))
-        except (ValueError, TypeError):
-            raise FormatError(f"{file}:{number}: is no answer of an evaluation; remove the file") from None
-    return answers
+    return [_answered(line, f"{file}:{number}") for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def _answered(line: bytes, where: str) -> Answered:
+    try:
+        return from_json(Answered, dict(json.loads(line)), where)
+    except (ValueError, TypeError) as error:  # a FormatError is a ValueError
+        raise FormatError(f"{where}: is not an answer of an evaluation ({error}); remove the file") from None
 
 
 @contextmanager

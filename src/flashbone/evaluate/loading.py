@@ -1,42 +1,43 @@
 """The model that is evaluated, with its adapter, and what the run that trained the adapter recorded."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.files.sources import read_json
+from flashbone.files.records import read_record
 from flashbone.train.adapters import attach_adapter
 from flashbone.train.models import load_causal_lm, load_classifier, load_config
-from flashbone.train.recipe import is_pth
+from flashbone.train.recipe import Recipe, is_pth
+from flashbone.train.summary import Summary
 from flashbone.train.tokenizers import load_tokenizer
 
-
-@dataclass(frozen=True)
-class TrainedWith:
-    """What `flashbone train` left beside an adapter; empty where it did not train it.
-
-    Attributes:
-        labels: the classes, in the order of the head's outputs.
-        max_length: tokens of a row that were read.
-    """
-
-    labels: list[str] = field(default_factory=list)
-    max_length: int | None = None
+REMEDY = "move the adapter elsewhere, or repair the file"
 
 
-def trained_with(adapter: Path | None) -> TrainedWith:
-    """The records of the run whose output folder holds an adapter, or a checkpoint with one.
+def recorded_labels(adapter: Path | None) -> list[str]:
+    """The classes, in the order of the head's outputs, by the run that trained the adapter; none if that is unknown.
 
     Raises:
-        FormatError: they are broken.
+        FormatError: its summary.json is broken.
     """
-    if adapter is None or not adapter.is_dir():
-        return TrainedWith()
-    folder = adapter.resolve().parent
-    files = {name: read_json(folder / name) for name in ("summary.json", "recipe.json") if (folder / name).is_file()}
-    training = files.get("recipe.json", {}).get("training") or {}
-    return TrainedWith(list(files.get("summary.json", {}).get("labels") or []), training.get("max_length"))
+    file = _beside(adapter, "summary.json")
+    return read_record(Summary, file, REMEDY).labels if file else []
+
+
+def recorded_max_length(adapter: Path | None) -> int | None:
+    """The tokens of a row that the run that trained the adapter read; None if that is unknown.
+
+    Raises:
+        FormatError: its recipe.json is broken.
+    """
+    file = _beside(adapter, "recipe.json")
+    return read_record(Recipe, file, REMEDY).training.get("max_length") if file else None
+
+
+def _beside(adapter: Path | None, name: str) -> Path | None:
+    """A file in the output folder of the run that left this adapter, or a checkpoint with it."""
+    file = adapter.resolve().parent / name if adapter is not None and adapter.is_dir() else None
+    return file if file is not None and file.is_file() else None
 
 
 def load_language_model(
@@ -85,7 +86,7 @@ def load_labelled_classifier(
     tokenizer = load_tokenizer(name, adapter=adapter)
     config = load_config(name)
     has_head = any("SequenceClassification" in architecture for architecture in config.architectures or ())
-    labels = labels or trained_with(adapter).labels or (_labels_of(config) if has_head else [])
+    labels = labels or recorded_labels(adapter) or (_labels_of(config) if has_head else [])
     if not labels:
         where = "the model's config.json has no names for them" if has_head else "the model has no classification head"
         beside = "" if adapter is None else f", and no summary.json of `flashbone train` lies beside {adapter}"

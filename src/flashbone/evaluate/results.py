@@ -1,14 +1,13 @@
-"""Figures with their intervals: as a table on stdout, as JSON, and in results.json."""
+"""Figures with their intervals: results.json, and a table on stdout."""
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flashbone.evaluate.intervals import Interval
-from flashbone.files.outputs import write_text
+from flashbone.files.records import read_record
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,14 @@ class Figure:
 
     Attributes:
         name: what it is, with its unit where it has one.
-        value: the number.
+        value: the number; None where it is not finite.
         low: lower end of its interval of 95%; None where there is no interval.
         high: upper end.
         interval: how the interval was computed: "wilson", "bootstrap" or "stderr".
     """
 
     name: str
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
     interval: str | None = None
@@ -45,7 +44,7 @@ class Evaluation:
     kind: str
     of: str
     rows: int
-    figures: Sequence[Figure]
+    figures: list[Figure]
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,47 +54,68 @@ def figure(name: str, value: float, interval: Interval | None = None, how: str |
     return Figure(name, value, low, high, how if interval is not None else None)
 
 
-def as_json(about: dict[str, Any], evaluations: Sequence[Evaluation]) -> str:
-    """All of it as one JSON object; numbers that are not finite are null."""
-    content = {**about, "evaluations": [asdict(evaluation) for evaluation in evaluations]}
-    return json.dumps(finite(content), indent=2, ensure_ascii=False)
+@dataclass(frozen=True)
+class EvalResults:
+    """The content of results.json: what was measured on which model, and the results.
+
+    Attributes:
+        merged: whether the adapter was put into the weights.
+        limit: rows of each file or task; None for all.
+        seconds: how long it took, loading included.
+    """
+
+    model: str
+    adapter: str | None
+    merged: bool
+    dtype: str | None
+    device: str | None
+    limit: int | None
+    versions: dict[str, str]
+    seconds: float
+    evaluations: list[Evaluation]
 
 
-def write_results(folder: Path, about: dict[str, Any], evaluations: Sequence[Evaluation]) -> Path:
-    """Write results.json, which appears whole; returns its path."""
-    path = folder / "results.json"
-    write_text(path, as_json(about, evaluations) + "\n")
-    return path
+def read_results(folder: Path) -> EvalResults | None:
+    """The results of an evaluation that ended; None if it has not.
+
+    Raises:
+        FormatError: results.json is broken.
+    """
+    file = folder / RESULTS
+    return read_record(EvalResults, file, "delete it to repeat the evaluation") if file.exists() else None
 
 
-def print_table(title: str, evaluations: Sequence[Evaluation]) -> None:
+def print_table(results: EvalResults) -> None:
     """Print all figures on stdout, and of classifiers the score of each class."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title))
+    adapter = f" with {results.adapter}{', merged' if results.merged else ''}" if results.adapter else ""
+    table = Table(title=Text(f"{results.model}{adapter}"))
     for name in ("of", "rows", "figure", "value", "95% interval"):
         table.add_column(name, justify="left" if name in ("of", "figure") else "right")
-    for evaluation in evaluations:
+    for evaluation in results.evaluations:
         name = evaluation.of if evaluation.kind == "task" else Path(evaluation.of).name
-        for number, one in enumerate(evaluation.figures):
+        for number, figure in enumerate(evaluation.figures):
             head = (name, f"{evaluation.rows:,}") if number == 0 else ("", "")
-            table.add_row(*(Text(cell) for cell in (*head, one.name, shown(one.value), _range(one))))
+            table.add_row(*(Text(cell) for cell in (*head, figure.name, shown(figure.value), _range(figure))))
     console = Console()
     console.print(table)
-    for evaluation in evaluations:
+    for evaluation in results.evaluations:
         if "classes" in evaluation.details:
             console.print(_classes(evaluation.details))
 
 
-def shown(value: float) -> str:
+def shown(value: float | None) -> str:
     """A number with four digits after the point, fewer where it is large."""
+    if value is None:
+        return "not finite"
     return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
-def _range(one: Figure) -> str:
-    return "" if one.low is None or one.high is None else f"{shown(one.low)} to {shown(one.high)}"
+def _range(figure: Figure) -> str:
+    return "" if figure.low is None or figure.high is None else f"{shown(figure.low)} to {shown(figure.high)}"
 
 
 def _classes(details: dict[str, Any]) -> Any:
@@ -112,12 +132,3 @@ def _classes(details: dict[str, Any]) -> Any:
         cells = (number, entry["label"], f"{entry['rows']:,}", *scores, *map(str, counts))
         table.add_row(*map(Text, cells))
     return table
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every number that is not finite, at any depth: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,24 +7,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 
-from flashbone import __version__
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.evaluate import answer_file
 from flashbone.evaluate.classification import classification
 from flashbone.evaluate.exact_match import Answered, answer_rows, make_prompt
 from flashbone.evaluate.harness import Tasks
 from flashbone.evaluate.intervals import wilson
-from flashbone.evaluate.loading import load_labelled_classifier, load_language_model, trained_with
+from flashbone.evaluate.loading import load_labelled_classifier, load_language_model, recorded_max_length
 from flashbone.evaluate.perplexity import perplexity
 from flashbone.evaluate.request import DTYPES, Request, settled
-from flashbone.evaluate.results import Evaluation, Figure, figure, write_results
-from flashbone.files.sources import read_json
+from flashbone.evaluate.results import RESULTS, EvalResults, Evaluation, figure, read_results
+from flashbone.files.outputs import write_text
+from flashbone.files.records import to_json
 from flashbone.train.data.formats import Example, column_names
 from flashbone.train.data.loading import load_test_rows
+from flashbone.train.summary import versions
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +34,8 @@ TestRows = dict[str, list[Example]]  # by the same names
 Bars = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def evaluate(
-    request: Request, bars: Bars = lambda title, total: nullcontext(lambda rows: None)
-) -> tuple[dict[str, Any], list[Evaluation]]:
-    """Measure what the request asks for: what it was measured on, and the results.
+def evaluate(request: Request, bars: Bars = lambda title, total: nullcontext(lambda rows: None)) -> EvalResults:
+    """Measure what the request asks for.
 
     Args:
         request: What to measure.
@@ -55,11 +52,13 @@ def evaluate(
     if request.output is None:
         return _measured(request, rows, tasks, bars)
     with answer_file.claimed(request.output, _settings(request)):
-        if (found := _finished(request.output)) is not None:
-            return found
-        about, evaluations = _measured(request, rows, tasks, bars)
-        write_results(request.output, about, evaluations)
-    return about, evaluations
+        results = read_results(request.output)
+        if results is not None:
+            log.info("the evaluation in %s is finished; nothing to do", request.output)
+            return results
+        results = _measured(request, rows, tasks, bars)
+        write_text(request.output / RESULTS, to_json(results))
+        return results
 
 
 def _read(request: Request) -> TestRows:
@@ -80,16 +79,24 @@ def _read(request: Request) -> TestRows:
     }
 
 
-def _measured(
-    request: Request, rows: TestRows, tasks: Tasks | None, bars: Bars
-) -> tuple[dict[str, Any], list[Evaluation]]:
+def _measured(request: Request, rows: TestRows, tasks: Tasks | None, bars: Bars) -> EvalResults:
     began = time.monotonic()
     with _out_of_memory():
         if request.classification:
             evaluations = [_classified(request, rows, bars)]
         else:
             evaluations = _of_language_model(request, rows, tasks, bars)
-    return _about(request) | {"seconds": round(time.monotonic() - began, 1)}, evaluations
+    return EvalResults(
+        model=request.model,
+        adapter=None if request.adapter is None else str(request.adapter),
+        merged=request.merge,
+        dtype=request.dtype,
+        device=request.device,
+        limit=request.limit,
+        versions=versions(),
+        seconds=round(time.monotonic() - began, 1),
+        evaluations=evaluations,
+    )
 
 
 def _classified(request: Request, rows: TestRows, bars: Bars) -> Evaluation:
@@ -111,7 +118,7 @@ def _classified(request: Request, rows: TestRows, bars: Bars) -> Evaluation:
             labels,
             of=str(request.classification),
             batch_size=request.batch_size,
-            max_length=request.max_length or trained_with(request.adapter).max_length,
+            max_length=request.max_length or recorded_max_length(request.adapter),
             progress=advance,
         )
 
@@ -136,7 +143,7 @@ def _of_language_model(request: Request, rows: TestRows, tasks: Tasks | None, ba
                     rows["perplexity"],
                     of=str(request.perplexity),
                     batch_size=request.batch_size,
-                    max_length=request.max_length or trained_with(request.adapter).max_length,
+                    max_length=request.max_length or recorded_max_length(request.adapter),
                     progress=advance,
                 )
             )
@@ -191,19 +198,6 @@ def exact_match_of(of: str, answered: list[Answered], max_new_tokens: int) -> Ev
     )
 
 
-def _about(request: Request) -> dict[str, Any]:
-    versions = {"flashbone": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "model": request.model,
-        "adapter": None if request.adapter is None else str(request.adapter),
-        "merged": request.merge,
-        "dtype": request.dtype,
-        "device": request.device,
-        "limit": request.limit,
-        "versions": versions | {"peft": peft.__version__},
-    }
-
-
 def _settings(request: Request) -> dict[str, Any]:
     """What decides the results: the request but for where they go, and stamps of the files that it names."""
     fields = {name: value for name, value in vars(request).items() if name != "output"}
@@ -211,21 +205,7 @@ def _settings(request: Request) -> dict[str, Any]:
     named = [request.model, request.adapter, request.exact_match, request.classification, request.perplexity]
     files = [Path(one).expanduser() for one in named if one is not None]
     stamps = {f"contents of {file}": answer_file.stamp(file) for file in files if file.exists()}
-    return plain | stamps | {"versions": _about(request)["versions"]}
-
-
-def _finished(output: Path) -> tuple[dict[str, Any], list[Evaluation]] | None:
-    """The results of a run that ended."""
-    path = output / answer_file.RESULTS
-    if not path.exists():
-        return None
-    about = read_json(path)
-    log.info("the evaluation in %s is finished; nothing to do", output)
-    found = [
-        Evaluation(**{**entry, "figures": [Figure(**one) for one in entry["figures"]]})
-        for entry in about.pop("evaluations")
-    ]
-    return about, found
+    return plain | stamps | {"versions": versions()}
 
 
 @contextmanager

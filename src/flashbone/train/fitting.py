@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.files.outputs import read_json_lines, write_text
+from flashbone.files.records import from_json
 from flashbone.train.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 # Wall-clock figures and counters that a resumed run would repeat differently; ours are tokens and train_s.
 DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time")
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """A line of metrics.jsonl; the figures that the trainer logs follow under their own names, as numbers or null."""
+
+    step: int
+    tokens: int = 0  # learned from so far
+    train_s: float = 0.0  # seconds in optimiser steps so far
 
 
 class MetricsLog:
@@ -31,7 +42,8 @@ class MetricsLog:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if keep_to_step is not None:
-            self.rows = [row for row in read_json_lines(path, after_kill=True) if row["step"] <= keep_to_step]
+            rows = read_json_lines(path, after_kill=True)
+            self.rows = [row for row in rows if from_json(LoggedStep, row, str(path)).step <= keep_to_step]
 
     def rewrite(self) -> None:
         """Make the file hold the kept rows and nothing else."""
@@ -90,10 +102,9 @@ class Recorder(TrainerCallback):
         _refuse_divergence(logs, state.global_step)
         if not state.is_world_process_zero:
             return
-        row: dict[str, Any] = {"step": state.global_step}
-        row |= {key: value for key, value in logs.items() if not key.endswith(DROPPED)}
-        row["tokens"] = row.pop("num_input_tokens_seen", 0)
-        row["train_s"] = round(self.train_s, 3)
+        line = LoggedStep(state.global_step, logs.get("num_input_tokens_seen", 0), round(self.train_s, 3))
+        skipped = (*DROPPED, "num_input_tokens_seen")
+        row = asdict(line) | {key: value for key, value in logs.items() if not key.endswith(skipped)}
         self.metrics.append({key: _json_number(value) for key, value in row.items()})
 
 

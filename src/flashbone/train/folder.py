@@ -5,7 +5,6 @@ summary.json (last: the run is finished)
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -15,14 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.files.outputs import PARTIAL, write_text
-from flashbone.files.sources import read_json
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.files.outputs import PARTIAL, make_folder, write_text
+from flashbone.files.records import read_record, to_json
 from flashbone.train.recipe import Recipe
+from flashbone.train.summary import Summary
 
 log = logging.getLogger(__name__)
 
 # What decides the losses: a resumed run must not change it. `training` may change (more steps), with a notice.
+REMEDY = "delete it, or choose another output"
 FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
 
 
@@ -54,12 +55,12 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
-        found = []
+        checkpoints = []
         for folder in self.path.glob("checkpoint-*"):
             match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
             if match and folder.is_dir():
-                found.append((int(match.group(1)), folder))
-        return sorted(found)
+                checkpoints.append((int(match.group(1)), folder))
+        return sorted(checkpoints)
 
 
 def claim(recipe: Recipe, resume: bool) -> None:
@@ -69,16 +70,13 @@ def claim(recipe: Recipe, resume: bool) -> None:
         ConfigError: the folder holds a run and `resume` was not asked for, or that run had another recipe.
     """
     folder = RunFolder(recipe.output)
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output {folder.path}: a file is in the way; choose another output") from None
+    make_folder(folder.path)
     if folder.holds_a_run() and not resume:
         raise ConfigError(
             f"output {folder.path} already holds a run; continue it with --resume, or choose another output"
         )
     if folder.recipe.exists():
-        _compare(recipe, _read_own(folder.recipe), folder)
+        _compare(recipe, folder)
     folder.remove_partial()
     if resume and folder.last_checkpoint() is None:
         log.info("resume: no checkpoint in %s; starting from the beginning", folder.path)
@@ -88,7 +86,7 @@ def record(recipe: Recipe) -> None:
     """Write the recipe down: from here on the folder holds a run."""
     folder = RunFolder(recipe.output)
     folder.summary.unlink(missing_ok=True)
-    write_text(folder.recipe, json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+    write_text(folder.recipe, to_json(recipe))
 
 
 def release(recipe: Recipe) -> None:
@@ -97,32 +95,32 @@ def release(recipe: Recipe) -> None:
         Path(recipe.output).rmdir()
 
 
-def finished(recipe: Recipe) -> dict[str, Any] | None:
+def finished(recipe: Recipe) -> Summary | None:
     """The summary of the run in the output folder, if it was finished with this same `training`."""
     folder = RunFolder(recipe.output)
     if not (folder.summary.exists() and folder.recipe.exists()):
         return None
-    before = _read_own(folder.recipe)
-    _compare(recipe, before, folder)
-    return _read_own(folder.summary) if before.get("training") == _plain(recipe)["training"] else None
+    before = _compare(recipe, folder)
+    return read_record(Summary, folder.summary, REMEDY) if before.training == _plain(recipe)["training"] else None
 
 
-def _compare(recipe: Recipe, before: dict[str, Any], folder: RunFolder) -> None:
-    absent = {"quantization": {}, "rwkv": {}, "init_adapter": None}  # in earlier recipes
-    now, before = _plain(recipe), {**absent, **before}
-    before["data"] = {"template": None, **(before.get("data") or {})}
-    changed = [f"{name}{_change(before.get(name), now[name])}" for name in FIXED if before.get(name) != now[name]]
+def _compare(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe of the run in the folder, if it leads to the same losses as this one."""
+    run = read_record(Recipe, folder.recipe, REMEDY)  # an earlier version may lack fields
+    now, before = _plain(recipe), _plain(run)
+    changed = [f"{name}{_change(before[name], now[name])}" for name in FIXED if before[name] != now[name]]
     if changed:
         raise ConfigError(
             f"output {folder.path} holds a run of another recipe: {'; '.join(changed)}; "
             "resume with the same one, or choose another output"
         )
-    if before.get("training") != now["training"]:
-        log.info("resume: training is now %s, was %s", now["training"], before.get("training"))
+    if before["training"] != now["training"]:
+        log.info("resume: training is now %s, was %s", now["training"], before["training"])
+    return run
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return json.loads(to_json(recipe))
 
 
 def _change(before: Any, now: Any) -> str:
@@ -139,13 +137,6 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return "global_step" in state and (checkpoint / "adapter_config.json").exists()
-
-
-def _read_own(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except FormatError as error:
-        raise FormatError(f"{error}; delete it, or choose another output") from None
 
 
 @contextlib.contextmanager

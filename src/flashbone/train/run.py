@@ -1,8 +1,8 @@
 """One training run from recipe to results on disk: prepare, train or resume, evaluate, save, sum up."""
 
 import contextlib
+import dataclasses
 import functools
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from flashbone.errors import FlashboneError
-from flashbone.files.outputs import whole_or_absent, write_text
+from flashbone.files.outputs import whole_folder, write_text
+from flashbone.files.records import finite, to_json
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.data.loading import load_data
@@ -32,7 +33,7 @@ SMALL_FILE_BYTES = 2**20
 
 @dataclass
 class Result:
-    """Where a run's files are and what `summary.json` holds; `is_main` is false in helper processes."""
+    """A run's folder and the content of its summary.json; `is_main` is false in helper processes."""
 
     folder: RunFolder
     summary: dict[str, Any]
@@ -49,7 +50,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
     summary = run_folder.finished(recipe) if resume else None
     if summary is not None:
         log.info("resume: the run in %s is finished; nothing to do", folder.path)
-        return Result(folder, summary, _is_main())
+        return Result(folder, dataclasses.asdict(summary), _is_main())
     refuse_classification(recipe)
     args = trainer_arguments(recipe)
     check_launch(recipe, args)
@@ -76,9 +77,9 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     if recipe.merge and args.process_index == 0:
         write_merged(folder, merge_base, trainer, load_plain if recipe.quantization else None)
     if args.process_index == 0:
-        write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+        write_text(folder.summary, to_json(summary))
     trainer.accelerator.wait_for_everyone()
-    return Result(folder, summary, args.process_index == 0)
+    return Result(folder, finite(dataclasses.asdict(summary)), args.process_index == 0)
 
 
 def _save(folder: RunFolder, trainer: Any) -> None:

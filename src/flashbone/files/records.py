@@ -1,0 +1,103 @@
+"""JSON on disk with one schema: a dataclass, from which it is written and by whose types it is read."""
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from flashbone.errors import FormatError
+from flashbone.files.sources import read_json
+
+T = TypeVar("T")
+NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+
+
+def read_record(kind: type[T], file: Path, remedy: str) -> T:
+    """The dataclass that a JSON file holds.
+
+    Raises:
+        FormatError: the file holds something else; the message ends with the remedy.
+    """
+    try:
+        return from_json(kind, read_json(file), str(file))
+    except FormatError as error:
+        raise FormatError(f"{error}; {remedy}") from None
+
+
+def to_json(record: Any) -> str:
+    """A dataclass as the text of a JSON file; numbers that are not finite are null."""
+    return json.dumps(finite(dataclasses.asdict(record)), indent=2, ensure_ascii=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, at any depth: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(kind: type[T], fields: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a JSON object. Other keys are ignored: a later version may write more.
+
+    Raises:
+        FormatError: fields are missing or of another type; all are named.
+    """
+    if wrong := problems(kind, fields):
+        raise FormatError(f"{where}: {'; '.join(f'{name}: {problem}' for name, problem in wrong.items())}")
+    hints = get_type_hints(kind)
+    return kind(**{name: _converted(fields[name], hint, where) for name, hint in hints.items() if name in fields})
+
+
+def problems(kind: Any, fields: Mapping[str, Any]) -> dict[str, str]:
+    """By name, the fields of a dataclass that are missing or of another type, and why."""
+    hints, wrong = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if field.name in fields:
+            if not _fits(fields[field.name], hints[field.name]):
+                wrong[field.name] = f"got {fields[field.name]!r:.60}, wanted {_wanted(hints[field.name])}"
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            wrong[field.name] = "is missing"
+    return wrong
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict) and not problems(hint, value)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_wanted, inner))
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if origin is list:
+        return f"a list, each {_wanted(inner[0])}"
+    return NAMES.get(hint, "an object")
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    """A value that fits, with its JSON objects as the dataclasses that the hint names."""
+    kinds = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
+    if not kinds or value is None:
+        return value
+    if isinstance(value, list):
+        return [from_json(kinds[0], item, where) for item in value]  # pyright: ignore[reportArgumentType]
+    return from_json(kinds[0], value, where) if isinstance(value, dict) else value  # pyright: ignore[reportArgumentType]
