@@ -117,7 +117,7 @@ def test_a_second_adapter_reaches_layers_inside_an_adapted_module(tmp_path):
             {"target_modules": ["out_proj"], "dropout": 0.1},
             "self_attn.out_proj: nn.MultiheadAttention reads the weight",
         ),
-        ({"target_parameters": ["in_proj_weight"], "dropout": 0.1}, "dropout=0.1 has no place in target_parameters"),
+        ({"target_parameters": ["in_proj_weight"], "dropout": 0.1}, "dropout=0.1 cannot be applied to target_p"),
         (
             {"target_parameters": ["in_proj_bias"]},
             "no matrix or stack of matrices 'in_proj_bias'; it has self_attn.in_p",

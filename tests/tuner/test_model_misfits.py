@@ -24,7 +24,7 @@ from helpers.mlp import MLP, fill_blocks
         ({"r": 0}, ["`r` should be a positive integer value but the value passed is 0"]),
         ({"r": 2.5}, ["`r` should be a positive integer value but the value passed is 2.5"]),
         ({"variant": "bat"}, ["variant: got 'bat', wanted one of 'bone', 'mini', 'bat-col', 'bat-row'"]),
-        ({"init_weights": "mini"}, ["init_weights: got 'mini'", "variants are chosen by `variant`"]),
+        ({"init_weights": "mini"}, ["init_weights: got 'mini'", "choose variants by `variant`"]),
         ({"init_weights": "bat", "variant": "bat-row"}, ["means variant='bat-col', but variant='bat-row'"]),
         ({"dropout": 1.0, "bias": "some"}, ["dropout: got 1.0, wanted a probability in", "bias: got 'some'"]),
         ({"rank_pattern": {"lin1": 0}}, ["rank_pattern['lin1']"]),

@@ -80,9 +80,9 @@ def test_contradictory_fields_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": "*.q_proj"}, r"target_modules: '\*.q_proj' is no regular expression \(nothing to repeat"),
-        ({"exclude_modules": "["}, r"exclude_modules: '\[' is no regular expression"),
-        ({"rank_pattern": {"[": 8}}, r"rank_pattern: '\[' is no regular expression"),
+        ({"target_modules": "*.q_proj"}, r"target_modules: '\*.q_proj' is not a regular expression \(nothing to"),
+        ({"exclude_modules": "["}, r"exclude_modules: '\[' is not a regular expression"),
+        ({"rank_pattern": {"[": 8}}, r"rank_pattern: '\[' is not a regular expression"),
         ({"target_modules": [0, 2]}, "target_modules: got .*, wanted names of modules"),
     ],
 )

@@ -95,7 +95,7 @@ def test_values_of_an_offloaded_model_are_used_and_not_trained_nor_merged():
         with model.disable_adapter():
             assert same_bits(model(inputs()), base()(inputs()), Promise.SAME_PRODUCT)
     model.set_requires_grad("default")
-    with pytest.raises(ConfigError, match="was offloaded with the model, so that it cannot be trained"):
+    with pytest.raises(ConfigError, match="was offloaded with the model and cannot be trained"):
         model.train()(inputs())
     for change in (model.merge_adapter, model.merge_and_unload, model.unload):
         with pytest.raises(ConfigError, match=r"time_decay: it (is|was) sharded or offloaded"):

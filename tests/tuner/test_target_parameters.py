@@ -186,7 +186,7 @@ def test_originals_can_be_dropped_and_are_computed_back():
             {"target_parameters": "experts.down_proj"},
             "target_parameters: got 'experts.down_proj', wanted a list of n",
         ),
-        (EXPERTS | {"dropout": 0.1}, "dropout=0.1 has no place in target_parameters"),
+        (EXPERTS | {"dropout": 0.1}, "dropout=0.1 cannot be applied to target_parameters"),
         (EXPERTS | {"layers_to_transform": [0]}, "layers_to_transform does not choose among target_parameters; write"),
         (
             {"target_parameters": ["experts.up"]},
@@ -209,7 +209,7 @@ def test_what_cannot_be_done_with_parameters_is_refused_by_name(fields, message)
 
 def test_recurrent_layers_and_vectors_are_refused_by_name():
     model = nn.ModuleDict({"rnn": nn.LSTM(4, 4)})
-    with pytest.raises(TargetError, match=r"rnn.weight_hh_l0: a LSTM holds its weights in a second place"):
+    with pytest.raises(TargetError, match=r"rnn.weight_hh_l0: a LSTM keeps a second copy of its weights"):
         get_peft_model(model, BoneConfig(r=2, target_parameters=["weight_hh_l0"]))
     with pytest.raises(TargetError, match="no matrix or stack of matrices 'bias_hh_l0'"):
         get_peft_model(model, BoneConfig(r=2, target_parameters=["bias_hh_l0"]))

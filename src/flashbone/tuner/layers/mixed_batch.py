@@ -1,4 +1,4 @@
-"""Batches in which every row has an adapter of its own: PEFT's `adapter_names=[...]`."""
+"""Batches with an adapter for each row: PEFT's `adapter_names=[...]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = "__base__"  # PEFT's name for no adapter
 
 
 class Group(NamedTuple):
-    """The rows of one adapter, side by side once the batch is sorted."""
+    """The rows of one adapter, which are adjacent after sorting."""
 
     name: str
     start: int
@@ -24,11 +24,11 @@ class Group(NamedTuple):
 
 
 class RowNames:
-    """The adapter of each row. One for a call of the model; its layers share what is computed of it.
+    """The adapter of each row. All layers share one object during a call of the model, and the orders that it computes.
 
     Args:
         names: An adapter's name, or `__base__`, for each row.
-        repeats: How often generation may repeat each row, side by side, for beams or several answers.
+        repeats: How often generation may repeat each row, for beams or several answers; the copies are adjacent.
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
@@ -37,10 +37,10 @@ class RowNames:
         self._orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def for_rows(self, rows: int) -> list[str]:
-        """The names, for an input of so many rows.
+        """The names for an input with this many rows.
 
         Raises:
-            ShapeError: there are neither as many rows as names, nor as many for each as generation makes of it.
+            ShapeError: `rows` is neither the number of names nor that number times the repeats.
         """
         if rows == len(self.names):
             return self.names
@@ -52,11 +52,11 @@ class RowNames:
         )
 
     def groups(self, rows: int) -> list[Group]:
-        """One for each adapter, in the order in which they come up first; rows of the base are in none."""
+        """A group for each adapter, in order of first use; rows of the base are in none."""
         return self._arranged(rows)[0]
 
     def sorted(self, x: Tensor) -> Tensor:
-        """x with its rows by group; x itself if they are."""
+        """x with its rows in the order of the groups; x itself where they already are."""
         return x if self._arranged(len(x))[1] is None else x.index_select(0, self._order(x)[0])
 
     def restored(self, y: Tensor) -> Tensor:
@@ -68,15 +68,15 @@ class RowNames:
             names = self.for_rows(rows)
             rank = {name: i for i, name in enumerate(dict.fromkeys(names))} | {BASE: rows}
             order = sorted(range(rows), key=lambda row: rank[names[row]])
-            found: dict[str, list[int]] = {}
+            positions: dict[str, list[int]] = {}
             for position, row in enumerate(order):
-                found.setdefault(names[row], []).append(position)
-            groups = [Group(name, at[0], len(at)) for name, at in found.items() if name != BASE]
+                positions.setdefault(names[row], []).append(position)
+            groups = [Group(name, at[0], len(at)) for name, at in positions.items() if name != BASE]
             self._sorted[rows] = groups, None if order == list(range(rows)) else order
         return self._sorted[rows]
 
     def _order(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The order and its inverse on t's device, moved there once."""
+        """The order and its inverse on t's device."""
         key = len(t), t.device
         if key not in self._orders:
             order = torch.tensor(self._arranged(len(t))[1])
@@ -85,16 +85,16 @@ class RowNames:
 
 
 def row_names(adapter_names: Sequence[str], known: Sequence[str], kwargs: dict[str, Any], model: Any) -> RowNames:
-    """`adapter_names` as given to a call of a model, checked.
+    """The checked `adapter_names` of a call of the model.
 
     Args:
         adapter_names: An adapter's name, or `__base__`, for each row.
         known: The adapters of the model.
-        kwargs: The other arguments of the call; generation's numbers of beams and answers are among them.
-        model: The base model, whose generation config has the defaults of those.
+        kwargs: The other arguments of the call; may hold generation's numbers of beams and answers.
+        model: The base model; its generation config holds the defaults of these numbers.
 
     Raises:
-        ConfigError: the names are no list of strings, or there is no adapter of some name.
+        ConfigError: the names are not a list of strings, or an adapter does not exist.
     """
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise ConfigError(f"adapter_names: got {adapter_names!r}, wanted a list with a name for each row of the batch")
@@ -111,11 +111,11 @@ def row_names(adapter_names: Sequence[str], known: Sequence[str], kwargs: dict[s
 
 @contextmanager
 def adapters_by_row(layers: Sequence[Any], wrappers: Sequence[nn.Module], rows: RowNames) -> Iterator[None]:
-    """Inside, the layers take each row's adapter from `rows`, and so do saved modules (`modules_to_save`)."""
+    """Within the block, the layers and saved modules (`modules_to_save`) take each row's adapter from `rows`."""
 
     def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        return args, kwargs if given is None else kwargs | {"adapter_names": rows.for_rows(len(given))}
+        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        return args, kwargs if batch is None else kwargs | {"adapter_names": rows.for_rows(len(batch))}
 
     hooks = [wrapper.register_forward_pre_hook(name_rows, with_kwargs=True) for wrapper in wrappers]
     before = [layer.row_names for layer in layers]
@@ -131,5 +131,5 @@ def adapters_by_row(layers: Sequence[Any], wrappers: Sequence[nn.Module], rows: 
 
 
 def saved_modules(model: nn.Module) -> list[nn.Module]:
-    """PEFT's wrappers around modules that are trained as a whole."""
+    """PEFT's wrappers around modules that are trained whole."""
     return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

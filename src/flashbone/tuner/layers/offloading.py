@@ -1,7 +1,7 @@
-"""Where hosts keep parameters between calls: in shards (FSDP2, ZeRO-3), in host memory or on disk (accelerate).
+"""Parameters that hosts take away between calls: into shards (FSDP2, ZeRO-3), host memory or files (accelerate).
 
-Their hooks bring a module's parameters for its own forward. A bat-col layer reads its base's weight, and every layer
-its blocks in a ParameterDict, outside of that: here is what brings these. docs/distributed.md.
+Their hooks bring a module's parameters back for its own forward. A bat-col layer reads its base's weight, and every
+layer reads its blocks in a ParameterDict, outside of such a forward; this module brings those. docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from flashbone.errors import ConfigError
 
 @contextmanager
 def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
-    """Within the block the module's own parameters are whole, on the device that computes; nothing for a plain module.
+    """Within the block, the module's own parameters are whole and on the computing device.
 
-    Of sharded parameters, every process has to come here. With `write`, the host then keeps what the block has made of
-    them; if it fails, what there was.
+    With sharded parameters every process must enter the block. With `write`, the host keeps what the block has written,
+    unless it fails.
     """
     with ExitStack() as stack:
         for host in (_unsharded, _gathered, _onloaded):
@@ -33,21 +33,20 @@ def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
 
 
 def is_sharded_or_offloaded(module: nn.Module) -> bool:
-    """Whether a host takes the module's parameters away between its calls. Not so under FSDP2 while the forward of
-    the unit runs that the module is a part of."""
-    return _offload_hook(module) is not None or any(map(is_sharded, _own(module).values()))
+    """Whether a host keeps the module's parameters elsewhere between calls; not during an FSDP2 unit's forward."""
+    return _offload_hook(module) is not None or any(map(is_sharded, _parameters(module).values()))
 
 
 def is_materialized(parameter: Tensor | None) -> bool:
-    """Whether autograd can use it as it is; cheap. None, a shard, and a place without numbers are not."""
+    """Whether autograd can use it as it is: not None, a shard, or empty; cheap."""
     return type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
 
 
 def for_autograd(holder: nn.Module, name: str, user: nn.Module) -> Tensor:
-    """The parameter `name` of `holder`, whole, as `user` needs it in its own forward and in backward.
+    """The parameter `name` of `holder`, whole, for the forward of the module `user` and its backward.
 
     Raises:
-        ConfigError: a host keeps it such that it could not be trained, or not be gathered.
+        ConfigError: it is sharded where it cannot be gathered, or offloaded where it cannot be trained.
     """
     parameter = getattr(holder, name)
     if _is_zero(parameter):
@@ -60,8 +59,8 @@ def for_autograd(holder: nn.Module, name: str, user: nn.Module) -> Tensor:
     elif parameter.is_meta and _offload_hook(holder) is not None:
         if parameter.requires_grad and user.training and torch.is_grad_enabled():
             raise ConfigError(
-                f"adapter {name!r} was offloaded with the model, so that it cannot be trained, its gradients would be"
-                " lost; add it after the model is dispatched, or freeze it"
+                f"adapter {name!r} was offloaded with the model and cannot be trained: its gradients would be lost; add"
+                " it after the model is dispatched, or freeze it"
             )
         with whole(holder):
             return getattr(holder, name)
@@ -69,27 +68,27 @@ def for_autograd(holder: nn.Module, name: str, user: nn.Module) -> Tensor:
 
 
 def prepare_reading(base: nn.Module, user: nn.Module) -> None:
-    """Before `user`'s forward reads a base that comes and goes, and its backward once more: ZeRO-3 brings it for both.
+    """Prepare for `user` to read a sharded or offloaded base in forward and backward: ZeRO-3 gathers it for both.
 
     Raises:
-        ConfigError: the base is trained, too: no gradient would reach it.
+        ConfigError: the base is trained, too; no gradient would reach it.
     """
-    for parameter in _own(base).values():
+    for parameter in _parameters(base).values():
         if parameter.requires_grad and torch.is_grad_enabled():
             raise ConfigError(
-                "bat-col reads a base layer that is trained along, and that its host shards or offloads; freeze it, or"
+                "bat-col reads a trained base layer that its host shards or offloads; freeze it, or"
                 " use the variant bat-row"
             )
         if _is_zero(parameter):
             _register_with_zero(user, parameter)
 
 
-def _own(module: nn.Module) -> dict[str, Any]:
+def _parameters(module: nn.Module) -> dict[str, Any]:
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Whether FSDP2 or ZeRO-3 has taken it into its shards; ZeRO-3's may be gathered now."""
+    """Whether FSDP2 or ZeRO-3 shards it; one of ZeRO-3 may be gathered now."""
     return _is_sharded(parameter) or _is_zero(parameter)
 
 
@@ -99,14 +98,14 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 @contextmanager
 def _unsharded(module: nn.Module, write: bool) -> Iterator[None]:
-    """FSDP2: whole copies in place of the shards. What is written goes into the shards' own memory: it gathers that."""
-    shards: dict[str, Any] = {name: p for name, p in _own(module).items() if _is_sharded(p)}
+    """FSDP2: whole copies in place of the shards. Written values go into the memory of the shards."""
+    shards: dict[str, Any] = {name: p for name, p in _parameters(module).items() if _is_sharded(p)}
     for name, shard in shards.items():
         module._parameters[name] = nn.Parameter(shard.detach().full_tensor(), shard.requires_grad)
     try:
         yield
         for name, shard in shards.items() if write else ():
-            _write_shard(shard, _own(module)[name].detach())
+            _write_shard(shard, _parameters(module)[name].detach())
     finally:
         module._parameters.update(shards)
 
@@ -123,7 +122,7 @@ def _is_zero(parameter: Any) -> bool:
 
 
 def _zero() -> Any:
-    return sys.modules["deepspeed"].zero  # whoever has such parameters has imported it
+    return sys.modules["deepspeed"].zero  # imported by whoever has such parameters
 
 
 def _is_partitioned(parameter: Any) -> bool:
@@ -132,8 +131,8 @@ def _is_partitioned(parameter: Any) -> bool:
 
 @contextmanager
 def _gathered(module: nn.Module, write: bool) -> Iterator[None]:
-    """ZeRO-3. What is written is the main process's."""
-    partitioned = [p for p in _own(module).values() if _is_partitioned(p)]
+    """ZeRO-3. The values that the main process writes are kept."""
+    partitioned = [p for p in _parameters(module).values() if _is_partitioned(p)]
     if not partitioned:
         yield
         return
@@ -142,7 +141,7 @@ def _gathered(module: nn.Module, write: bool) -> Iterator[None]:
 
 
 def _register_with_zero(user: nn.Module, parameter: Any) -> None:
-    """From now on ZeRO-3 brings the parameter for `user`'s forward and backward; now it comes at once."""
+    """Make ZeRO-3 gather the parameter for `user`'s forward and backward, and now."""
     if id(parameter) not in getattr(user, "_external_params", {}):
         _zero().register_external_parameter(user, parameter)
     if _is_partitioned(parameter):
@@ -151,10 +150,8 @@ def _register_with_zero(user: nn.Module, parameter: Any) -> None:
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     hook = module.__dict__.get("_hf_hook")
-    for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
-        if isinstance(one, AlignDevicesHook) and one.offload:
-            return one
-    return None
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -164,10 +161,10 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def stop_offloading(holder: nn.Module) -> None:
-    """Take the module's parameters out of offloading, to where it computes: small ones, that may be trained."""
+    """Keep the module's parameters, which are small and may be trained, on the computing device."""
     if _offload_hook(holder) is not None:
         with whole(holder):
-            parameters = _own(holder)
+            parameters = _parameters(holder)
         remove_hook_from_module(holder)
         holder._parameters.update(parameters)
 
@@ -175,7 +172,7 @@ def stop_offloading(holder: nn.Module) -> None:
 def check_onloadable(module: nn.Module) -> None:
     """
     Raises:
-        ConfigError: PEFT cannot bring the weights for a merge: they are offloaded to disk in accelerate's own files.
+        ConfigError: PEFT cannot load the weights for a merge from accelerate's own files on disk.
     """
     hook = _offload_hook(module)
     if hook is None or torch.device("meta") not in hook.original_devices.values():
@@ -190,9 +187,9 @@ def check_onloadable(module: nn.Module) -> None:
 
 @contextmanager
 def _onloaded(module: nn.Module, write: bool) -> Iterator[None]:
-    """accelerate. What is written stays in host memory."""
+    """accelerate. Written values stay in host memory."""
     hook = _offload_hook(module)
-    if hook is None or not any(p.is_meta for p in _own(module).values()):
+    if hook is None or not any(p.is_meta for p in _parameters(module).values()):
         yield
         return
     hook.pre_forward(module)

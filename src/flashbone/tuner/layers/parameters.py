@@ -40,8 +40,8 @@ class ParameterKind(BaseKind):
 class ParamWrapper(BoneLinear):
     """A module with adapters on one of its parameters, which is shifted while the module runs and when it is read.
 
-    PEFT looks for wrappers by this name. Wrappers of several parameters of one module are nested; every other
-    attribute is the module's own.
+    PEFT looks for wrappers by this class name. Wrappers of several parameters of one module are nested; all other
+    attributes come from the module.
     """
 
     converts_to_lora = False
@@ -53,9 +53,7 @@ class ParamWrapper(BoneLinear):
     def _kind_of(self, base: nn.Module) -> BaseKind:
         shape = shape_of(getattr(base, self.parameter_name))
         if len(shape) not in (2, 3):
-            raise ShapeError(
-                f"it has the shape {tuple(shape)}; a parameter (out, in) or (experts, out, in) was wanted; leave it out"
-            )
+            raise ShapeError(f"it has the shape {tuple(shape)}; wanted (out, in) or (experts, out, in); leave it out")
         self.experts = shape[0] if len(shape) == 3 else None
         return ParameterKind(self.parameter_name, len(shape) == 3 and bool(getattr(base, "is_transposed", False)))
 
@@ -89,7 +87,7 @@ class ParamWrapper(BoneLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The bare module: with every wrapper around it, and every adapted layer inside it, unloaded as well."""
+        """The bare module; nested wrappers and adapted layers inside it are unloaded, too."""
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if isinstance(self.base_layer, BoneLayer):
             return self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
@@ -105,15 +103,15 @@ class ParamWrapper(BoneLinear):
 
 
 def shape_of(parameter: Any) -> torch.Size:
-    """The shape; of a parameter that ZeRO-3 has partitioned, that of the whole."""
+    """The shape of the whole parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def why_not_parameter(module: nn.Module, name: str) -> str | None:
-    """Why this parameter of a module cannot be adapted by itself; None if it can."""
+    """Why this parameter cannot be named in `target_parameters`; None if it can."""
     kind = type(module).__name__
     if isinstance(module, nn.RNNBase):
-        return f"{with_article(kind)} holds its weights in a second place, where a shift is not seen; leave it out"
+        return f"{with_article(kind)} keeps a second copy of its weights, which a shift does not reach; leave it out"
     is_layer = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or kind == "Conv1D"
     if is_layer and name == "weight":
         return f"it is the weight of {with_article(kind)}, which target_modules adapts; name the layer there"
@@ -121,19 +119,19 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Full name, module and own name of every parameter with a matrix or a stack of matrices, adapters' apart."""
+    """Full name, module and short name of each matrix or stack of matrices among the base's parameters."""
     wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     for name, module in model.named_modules():
         if ".bone_block" in f".{name}":
             continue
-        own = without_wrappers(name, wrappers)
+        bare_name = without_wrappers(name, wrappers)
         for short, parameter in module.named_parameters(recurse=False):
-            if len(shape_of(parameter)) in (2, 3) and own:
-                yield f"{own}.{short}", module, short
+            if len(shape_of(parameter)) in (2, 3) and bare_name:
+                yield f"{bare_name}.{short}", module, short
 
 
 def without_wrappers(name: str, wrappers: list[str]) -> str:
-    """A module's name as it is in the bare model: without the `base_layer` of these wrappers."""
+    """A module's name in the bare model: without the `base_layer` of these wrappers."""
     for wrapper in sorted(wrappers, key=len, reverse=True):
         inside = f"{wrapper}.base_layer"
         if name == inside or name.startswith(f"{inside}."):
@@ -142,44 +140,41 @@ def without_wrappers(name: str, wrappers: list[str]) -> str:
 
 
 def own_name(name: str, layer: BoneLayer, wrappers: list[str]) -> str:
-    """The name in the bare model of what a layer adapts: of a module, or of a parameter."""
+    """The name in the bare model of the module or parameter that a layer adapts."""
     if isinstance(layer, ParamWrapper):
         return f"{without_wrappers(f'{name}.base_layer', wrappers)}.{layer.parameter_name}"
     return without_wrappers(name, wrappers)
 
 
 def inside_wrappers(model: nn.Module, config: Any) -> tuple[dict[str, str], bool]:
-    """The layers that a config names inside modules whose parameters are adapted already, each with its name in the
-    bare model; and whether it names any other."""
+    """The layers that a config names inside modules with adapted parameters, which PEFT skips, each with its name in
+    the bare model; and whether the config also names layers elsewhere."""
     wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     if not wrappers or not config.target_modules:
         return {}, True
     every_linear = str(config.target_modules).lower() == "all-linear"
     inside, outside = {}, False
     for name, module in model.named_modules():
-        own = without_wrappers(name, wrappers)
+        bare_name = without_wrappers(name, wrappers)
         if not name or ".bone_" in name or isinstance(module, ParamWrapper):
             continue
-        bare = module.get_base_layer() if isinstance(module, BoneLayer) else module
-        if isinstance(bare, nn.Linear) if every_linear else check_target_module_exists(config, own):
-            if own != name and own not in wrappers and not name.endswith(".base_layer"):
-                inside[name] = own
-            outside |= own == name
+        base = module.get_base_layer() if isinstance(module, BoneLayer) else module
+        if isinstance(base, nn.Linear) if every_linear else check_target_module_exists(config, bare_name):
+            if bare_name != name and bare_name not in wrappers and not name.endswith(".base_layer"):
+                inside[name] = bare_name
+            outside |= bare_name == name
     return inside, outside
 
 
-def check_targets(model: nn.Module, asked: list[str]) -> list[str]:
-    """What is wrong with `target_parameters`: entries without a match, and matches that cannot be adapted."""
-    found = list(parameters_of(model))
+def check_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
+    """The problems of `target_parameters`: entries without a match, and matches that cannot be adapted."""
+    reasons = {name: why_not_parameter(module, short) for name, module, short in parameters_of(model)}
     problems = []
-    for entry in asked:
-        matches = [(name, module, short) for name, module, short in found if f".{name}".endswith(f".{entry}")]
-        reasons = {name: why_not_parameter(module, short) for name, module, short in matches}
-        problems += [f"target_parameters: {name}: {reason}" for name, reason in reasons.items() if reason]
+    for entry in target_parameters:
+        matches = [name for name in reasons if f".{name}".endswith(f".{entry}")]
+        problems += [f"target_parameters: {name}: {reasons[name]}" for name in matches if reasons[name]]
         if not matches:
-            free = dict.fromkeys(
-                ".".join(n.split(".")[-2:]) for n, m, short in found if not why_not_parameter(m, short)
-            )
+            free = dict.fromkeys(".".join(name.split(".")[-2:]) for name, reason in reasons.items() if not reason)
             names = f"it has {', '.join(list(free)[:8])}" if free else "it has none but weights of layers"
             problems.append(f"target_parameters: the model has no matrix or stack of matrices {entry!r}; {names}")
     return problems

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -62,45 +63,23 @@ class BoneConfig(PeftConfig):
         ConfigError: a field is out of range or contradicts another.
     """
 
-    r: int = field(default=DEFAULT_R, metadata={"help": "Block size."})
-    variant: str = field(default=DEFAULT_VARIANT, metadata={"help": "bone, mini, bat-col, bat-row or orthogonal."})
-    init_weights: bool | Literal["bat"] = field(
-        default=True, metadata={"help": "True: start at zero. False: at random. 'bat': PEFT's name of bat-col."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    mini_r: int = field(default=1, metadata={"help": "Columns of the block of the variant mini."})
-    bottleneck_size: int | None = field(
-        default=None, metadata={"help": "Block size of the variant orthogonal, which it asks for."}
-    )
-    use_orthogonal: bool = field(default=True, metadata={"help": "Whether the block of orthogonal is kept a rotation."})
-    orthogonal_eps: float = field(
-        default=DEFAULT_EPS, metadata={"help": "Ridge of the Cayley map of orthogonal, in (0, 1e-2]."}
-    )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names, roles or regular expression of the modules to adapt, or 'all-linear'."}
-    )
-    target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Names of single parameters to adapt, such as fused experts."}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of the modules to leave alone."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Index or indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Block sizes of single modules, by name or regular expression."}
-    )
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'bone_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train as a whole and to save with the adapter."}
-    )
-    parameters_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Single parameters to train as a whole and to save with the adapter."}
-    )
+    r: int = DEFAULT_R
+    variant: str = DEFAULT_VARIANT
+    init_weights: bool | Literal["bat"] = True
+    dropout: float = 0.0
+    mini_r: int = 1
+    bottleneck_size: int | None = None
+    use_orthogonal: bool = True
+    orthogonal_eps: float = DEFAULT_EPS
+    target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    parameters_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,136 +95,95 @@ class BoneConfig(PeftConfig):
             self.variant = "bat-col"
         elif self.init_weights is True and self.variant == "bat-col":
             self.init_weights = "bat"
-        problems = [*contradictions, *self._problems()]
-        if problems:
+        if problems := [*contradictions, *self._problems(), *self._problems_of_targets()]:
             raise ConfigError("BoneConfig: " + "; ".join(problems))
-        self._make_plain()
-
-    def _make_plain(self) -> None:
-        """Numbers of other libraries become Python's, which a file can hold."""
+        # Numbers of other libraries become Python's, which a file can hold.
         self.r, self.mini_r = int(self.r), int(self.mini_r)
         self.bottleneck_size = None if self.bottleneck_size is None else int(self.bottleneck_size)
         self.dropout, self.orthogonal_eps = float(self.dropout), float(self.orthogonal_eps)
         self.rank_pattern = {name: int(size) for name, size in self.rank_pattern.items()}
 
     def _read_bottleneck(self) -> list[str]:
-        """Take `bottleneck_size` as what it means; returns what contradicts it. A field that has its default value
-        counts as not given."""
-        problems = []
-        if self.bottleneck_size is not None:
-            if self.variant not in (DEFAULT_VARIANT, Orthogonal.name) or self.init_weights == "bat":
-                asked = "init_weights='bat'" if self.init_weights == "bat" else f"variant={self.variant!r}"
-                problems.append(
-                    f"bottleneck_size={self.bottleneck_size} asks for the variant 'orthogonal', but {asked} was given;"
-                    " leave one out"
-                )
-            elif self.r not in (DEFAULT_R, self.bottleneck_size):
-                problems.append(f"bottleneck_size={self.bottleneck_size} and r={self.r} are one size; leave r out")
-            else:
-                self.variant, self.r = Orthogonal.name, self.bottleneck_size
-        elif self.variant != Orthogonal.name:
-            given = {"use_orthogonal": self.use_orthogonal is not True}
-            given["orthogonal_eps"] = self.orthogonal_eps != DEFAULT_EPS
-            problems += [
+        """Set the fields that `bottleneck_size` means; returns what contradicts it. A default counts as not set."""
+        if self.bottleneck_size is None:
+            if self.variant == Orthogonal.name:
+                return []
+            is_set = {"use_orthogonal": self.use_orthogonal is not True}
+            is_set["orthogonal_eps"] = self.orthogonal_eps != DEFAULT_EPS
+            return [
                 f"{name}={getattr(self, name)!r} belongs to the variant 'orthogonal', but variant={self.variant!r};"
                 " give bottleneck_size, or leave it out"
-                for name, is_given in given.items()
-                if is_given
+                for name in is_set
+                if is_set[name]
             ]
-        return problems
+        if self.variant not in (DEFAULT_VARIANT, Orthogonal.name) or self.init_weights == "bat":
+            other = "init_weights='bat'" if self.init_weights == "bat" else f"variant={self.variant!r}"
+            return [
+                f"bottleneck_size={self.bottleneck_size} asks for the variant 'orthogonal', but {other} was given;"
+                " leave one out"
+            ]
+        if self.r not in (DEFAULT_R, self.bottleneck_size):
+            return [f"bottleneck_size={self.bottleneck_size} and r={self.r} are one size; leave r out"]
+        self.variant, self.r = Orthogonal.name, self.bottleneck_size
+        return []
 
-    def _problems(self) -> list[str]:
-        problems = []
-
-        def check(ok: bool, message: str) -> None:
-            if not ok:
-                problems.append(message)
-
+    def _problems(self) -> Iterator[str]:
         sizes = {"r" if self.bottleneck_size is None else "bottleneck_size": self.r, "mini_r": self.mini_r}
         if isinstance(self.rank_pattern, dict):
             sizes |= {f"rank_pattern[{name!r}]": size for name, size in self.rank_pattern.items()}
         else:
-            problems.append(f"rank_pattern: got {self.rank_pattern!r}, wanted a dictionary of names and block sizes")
+            yield f"rank_pattern: got {self.rank_pattern!r}, wanted a dictionary of names and block sizes"
         for name, size in sizes.items():
-            check(_is_positive(size), f"`{name}` should be a positive integer value but the value passed is {size!r}")
-        known = ", ".join(map(repr, variants.VARIANTS))
-        check(self.variant in list(variants.VARIANTS), f"variant: got {self.variant!r}, wanted one of {known}")
-        check(
-            self.init_weights in (True, False, "bat"),
-            f"init_weights: got {self.init_weights!r}, wanted True, False or 'bat' (variants are chosen by `variant`)",
-        )
-        check(
-            self.init_weights != "bat" or self.variant == "bat-col",
-            f"init_weights='bat' means variant='bat-col', but variant={self.variant!r} was asked for; leave one out",
-        )
-        check(
-            isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1,
-            f"dropout: got {self.dropout!r}, wanted a probability in [0, 1)",
-        )
-        check(
-            isinstance(self.use_orthogonal, bool), f"use_orthogonal: got {self.use_orthogonal!r}, wanted True or False"
-        )
-        check(
-            isinstance(self.orthogonal_eps, Real) and 0 < self.orthogonal_eps <= MAX_EPS,
-            f"orthogonal_eps: got {self.orthogonal_eps!r}, wanted a number in (0, {MAX_EPS}]",
-        )
-        check(
-            self.bias in ("none", "all", "bone_only"), f"bias: got {self.bias!r}, wanted 'none', 'all' or 'bone_only'"
-        )
-        return problems + self._problems_of_targets()
+            if not isinstance(size, Integral) or isinstance(size, bool) or int(size) < 1:
+                yield f"`{name}` should be a positive integer value but the value passed is {size!r}"
+        if self.variant not in list(variants.VARIANTS):
+            yield f"variant: got {self.variant!r}, wanted one of {', '.join(map(repr, variants.VARIANTS))}"
+        if self.init_weights not in (True, False, "bat"):
+            yield f"init_weights: got {self.init_weights!r}, wanted True, False or 'bat'; choose variants by `variant`"
+        if self.init_weights == "bat" and self.variant != "bat-col":
+            yield f"init_weights='bat' means variant='bat-col', but variant={self.variant!r} was given; leave one out"
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            yield f"dropout: got {self.dropout!r}, wanted a probability in [0, 1)"
+        if not isinstance(self.use_orthogonal, bool):
+            yield f"use_orthogonal: got {self.use_orthogonal!r}, wanted True or False"
+        if not (isinstance(self.orthogonal_eps, Real) and 0 < self.orthogonal_eps <= MAX_EPS):
+            yield f"orthogonal_eps: got {self.orthogonal_eps!r}, wanted a number in (0, {MAX_EPS}]"
+        if self.bias not in ("none", "all", "bone_only"):
+            yield f"bias: got {self.bias!r}, wanted 'none', 'all' or 'bone_only'"
 
-    def _problems_of_targets(self) -> list[str]:
-        problems = []
+    def _problems_of_targets(self) -> Iterator[str]:
+        layer_fields = [name for name in ("layers_to_transform", "layers_pattern") if getattr(self, name) is not None]
         if isinstance(self.target_modules, str):
-            problems += [
-                f"`{name}` cannot be used when `target_modules` is a str."
-                for name in ("layers_to_transform", "layers_pattern")
-                if getattr(self, name) is not None
-            ]
-        problems += self._problems_of_parameters()
+            yield from (f"`{name}` cannot be used when `target_modules` is a str." for name in layer_fields)
+        for name in ("target_parameters", "parameters_to_save"):
+            if (names := getattr(self, name)) is not None and not _are_names(names, (list, tuple, set)):
+                yield f"{name}: got {names!r}, wanted a list of names"
+        if self.target_parameters:
+            yield from (
+                f"{name} does not choose among target_parameters; write the names in full, such as"
+                " 'layers.0.mlp.experts.x'"
+                for name in layer_fields
+            )
+            if self.dropout:
+                yield f"dropout={self.dropout!r} cannot be applied to target_parameters, whose input is unknown"
         patterns = {"rank_pattern": [*self.rank_pattern] if isinstance(self.rank_pattern, dict) else []}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
                 patterns[name] = [value]
-            elif value is not None and not all(isinstance(entry, str) and entry for entry in value):
-                problems.append(f"{name}: got {value!r}, wanted names of modules")
-        problems += [
-            f"{name}: {pattern!r} is no regular expression ({error})"
-            for name, values in patterns.items()
-            for pattern in values
-            if (error := _pattern_error(pattern)) is not None
-        ]
-        return problems
-
-    def _problems_of_parameters(self) -> list[str]:
-        given = {field: getattr(self, field) for field in ("target_parameters", "parameters_to_save")}
-        problems = [
-            f"{field}: got {names!r}, wanted a list of names"
-            for field, names in given.items()
-            if names is not None
-            and (not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) and n for n in names))
-        ]
-        if problems or not self.target_parameters:
-            return problems
-        problems = [
-            f"{name} does not choose among target_parameters; write the names in full, such as 'layers.0.mlp.experts.x'"
-            for name in ("layers_to_transform", "layers_pattern")
-            if getattr(self, name) is not None
-        ]
-        if self.dropout:
-            problems.append(
-                f"dropout={self.dropout!r} has no place in target_parameters, whose input is not seen; leave it out"
-            )
-        return problems
+            elif value is not None and not _are_names(value, object):
+                yield f"{name}: got {value!r}, wanted names of modules"
+        for name, values in patterns.items():
+            for pattern in values:
+                if (error := _pattern_error(pattern)) is not None:
+                    yield f"{name}: {pattern!r} is not a regular expression ({error})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary; bat-col is written as PEFT 0.14 to 0.18 expect it: `init_weights="bat"`, also for
-        a random start, which a file does not need any more."""
+        """The fields as a dictionary. bat-col is written as PEFT 0.14 to 0.18 expect it, as `init_weights="bat"`."""
         fields = super().to_dict()
         if self.variant == "bat-col":
             fields["init_weights"] = "bat"
-        if self.bottleneck_size is not None:  # r may have been set since
+        if self.bottleneck_size is not None:  # r may have changed since
             fields["bottleneck_size"] = self.r if self.variant == Orthogonal.name else None
         return fields
 
@@ -254,16 +192,20 @@ class BoneConfig(PeftConfig):
         """The published settings of the orthogonal variant for a model of this size (docs/adapters.md has the table).
 
         Args:
-            model: A module, a transformers config, or a model's folder or hub id, of which only the config is read.
-            **overrides: Fields that win over the published ones. `variant` other than "orthogonal" leaves nothing of
-                them: BoneConfig's defaults and the overrides are taken.
+            model: A module, a transformers config, or a model's folder or hub id; only the config is read.
+            **overrides: Fields that replace the published ones. With a `variant` other than "orthogonal", nothing was
+                published, and all other fields have their defaults.
 
         Raises:
-            ConfigError: the model has more than 13B parameters, where nothing was published; or there is no such model.
+            ConfigError: the model has more than 13B parameters, where nothing was published; or it does not exist.
         """
         from flashbone.tuner.model.presets import recommended_fields
 
         return cls(**recommended_fields(model, overrides))
+
+
+def _are_names(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and all(isinstance(name, str) and name for name in value)
 
 
 def _pattern_error(pattern: object) -> str | None:
@@ -272,7 +214,3 @@ def _pattern_error(pattern: object) -> str | None:
     except (re.error, TypeError) as error:
         return str(error)
     return None
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

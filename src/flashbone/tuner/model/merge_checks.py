@@ -1,4 +1,4 @@
-"""What would make a merge of a whole model fail, or change more than it should: found before any layer is touched."""
+"""Checks before a merge of a whole model: would it fail, or change layers without an adapter?"""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from flashbone.tuner.model import saved_parameters
 @torch.inference_mode(False)
 @torch.no_grad()
 def check_merge(tuner: BaseTuner, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
-    """Check a merge of a `BoneModel`; with `safe_merge` every weight is computed, and once more by the merge itself.
+    """Check a merge of a `BoneModel`; with `safe_merge` this computes every weight, which the merge does again.
 
     Args:
         tuner: The model.
         adapter_names: The adapters to merge; None takes the active ones.
-        safe_merge: Whether the merged weights have to be finite.
-        unload: Whether the merge is for good, so that nobody takes it back.
+        safe_merge: Whether the merged weights must be finite.
+        unload: Whether the merge is permanent.
 
     Raises:
-        ConfigError: there is no adapter of some name, or a weight is shared or computed, or two of the adapters have a
-            value of their own for one parameter.
+        ConfigError: an adapter does not exist, a weight is shared or computed, or two adapters replace one parameter.
         NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity.
-        FlashboneError: originals are not kept, and the merge could not be taken back.
+        FlashboneError: originals are not kept, and the merge could not be undone.
     """
-    if not isinstance(adapter_names, str):  # else PEFT says what was wanted
+    if not isinstance(adapter_names, str):  # PEFT raises on a string
         unknown = [name for name in adapter_names or [] if name not in tuner.peft_config]
         if unknown:
             raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(tuner.peft_config)}")
@@ -40,8 +39,8 @@ def check_merge(tuner: BaseTuner, adapter_names: list[str] | None, safe_merge: b
         first = owners.setdefault(id(layer.base_parameter()), name)
         if first != name:
             raise ConfigError(
-                f"{first} and {name} share one weight and are both adapted, so that no merged weight serves both;"
-                " untie them, or leave one out of target_modules"
+                f"{first} and {name} share one weight and are both adapted, so no merged weight fits both; untie"
+                " them, or leave one out of target_modules"
             )
         names = [*layer.merged_adapters, *(layer.active_adapters if adapter_names is None else adapter_names)]
         try:
@@ -54,7 +53,7 @@ def check_merge(tuner: BaseTuner, adapter_names: list[str] | None, safe_merge: b
 def _check_bases_are_their_own(tuner: BaseTuner) -> None:
     """
     Raises:
-        ConfigError: a base layer, or its weight, is also used where no adapter is, which a merge would change, too.
+        ConfigError: a layer without an adapter shares a base layer or its weight, so a merge would change it, too.
     """
     adapted = {layer.get_base_layer(): name for name, layer in bone_layers(tuner.model)}
     weights = {id(layer.base_parameter()): layer.get_base_layer() for _, layer in bone_layers(tuner.model)}
@@ -66,7 +65,7 @@ def _check_bases_are_their_own(tuner: BaseTuner) -> None:
             base = used if used in adapted else weights.get(id(used))
             if base is not None:
                 raise ConfigError(
-                    f"{adapted[base]} is adapted, and {path}.{key} uses the same weight without it, so that no"
-                    " merged weight serves both; untie them (tie_word_embeddings=False, and a copy of the weight),"
+                    f"{adapted[base]} is adapted, and {path}.{key} uses the same weight without it, so no merged"
+                    " weight fits both; untie them (tie_word_embeddings=False, and a copy of the weight),"
                     " or leave the adapter unmerged"
                 )
