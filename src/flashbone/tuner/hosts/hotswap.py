@@ -1,7 +1,7 @@
 """Hot swap: `peft.utils.hotswap.hotswap_adapter` for BONE, in place, so that a compiled model is not compiled again.
 
-PEFT's function looks two things up in its module, the table of methods and the function that swaps; BONE gets an entry
-in the first and a branch in the second. Other methods pass through.
+PEFT's function looks up two names in its module: the table of methods and the function that swaps. BONE gets an entry
+in the table and a branch in the function.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from flashbone.tuner.model import keys
 from flashbone.tuner.model.config import BoneConfig, BoneType
 from flashbone.tuner.model.saved_parameters import SavedParameter
 
-# What the compiled graph holds, or what an adapter leaves in the model besides its blocks. Sizes are the blocks' own.
+# Settings in the compiled graph, or of parameters besides the blocks. Shapes of blocks are compared when they load.
 _MUST_BE_EQUAL = ("variant", "use_orthogonal", "orthogonal_eps", "bias", "modules_to_save", "parameters_to_save")
 
 
 def support_bone(hotswap: ModuleType) -> None:
     """Extend the module `peft.utils.hotswap`."""
     table: dict[Any, list[str]] = hotswap.CONFIG_KEYS_TO_CHECK
-    table[BoneType.BONE] = []  # compared with the active adapter's there, with those of the one that is swapped here
+    table[BoneType.BONE] = []  # PEFT compares with the active adapter; `_check` compares with the replaced one
     hotswap.hotswap_adapter_from_state_dict = _branched(  # pyright: ignore[reportAttributeAccessIssue]
         hotswap.hotswap_adapter_from_state_dict
     )
@@ -46,24 +46,23 @@ def _branched(original: Callable) -> Callable:
 
 
 def swap(model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: BoneConfig) -> None:
-    """Replace blocks, dropout, scale (by 1) and config of an adapter, in place; if anything does not fit, nothing is
-    changed.
+    """Replace blocks, dropout and config of an adapter in place, and reset its scale to 1; changes nothing on an error.
 
     Raises:
-        ConfigError: there is no such adapter, it is merged, or a setting differs that is not swapped.
+        ConfigError: the adapter does not exist or is merged, or a setting differs that cannot be swapped.
         ShapeError: the new adapter has other layers or other sizes.
     """
     _check(model, adapter_name, config)
     ends = tuple(f".{block}.{adapter_name}" for block in (keys.BLOCK, keys.BLOCK_OF_TRANSPOSED))
-    name = f".{adapter_name}"  # PEFT has put it there
+    name = f".{adapter_name}"  # appended by PEFT
     plain = {key.removesuffix(name) if key.endswith(ends) else key: t for key, t in state_dict.items()}
     set_peft_model_state_dict(model, plain, adapter_name)
     for layer in model.modules():
         if isinstance(layer, BoneLayer) and adapter_name in layer.bone_block:
             layer.set_scale(adapter_name, 1.0)
             _set_dropout(layer, adapter_name, config.dropout)
-    own = model.peft_config[adapter_name]
-    vars(own).update(vars(config), inference_mode=own.inference_mode)  # the object stays: compiled code may hold it
+    old = model.peft_config[adapter_name]
+    vars(old).update(vars(config), inference_mode=old.inference_mode)  # compiled code may hold the object
 
 
 def _set_dropout(layer: BoneLayer, adapter_name: str, dropout: float) -> None:
@@ -73,13 +72,13 @@ def _set_dropout(layer: BoneLayer, adapter_name: str, dropout: float) -> None:
 
 
 def _check(model: Any, adapter_name: str, config: BoneConfig) -> None:
-    own = model.peft_config.get(adapter_name)
-    if own is None:
+    old = model.peft_config.get(adapter_name)
+    if old is None:
         raise ConfigError(f"hot swap: no adapter {adapter_name!r} in this model, which has {list(model.peft_config)}")
     problems = [
-        f"{field}: the model has {_plain(own, field)!r}, the new adapter {_plain(config, field)!r}"
+        f"{field}: the model has {_sorted(old, field)!r}, the new adapter {_sorted(config, field)!r}"
         for field in _MUST_BE_EQUAL
-        if _plain(own, field) != _plain(config, field)
+        if _sorted(old, field) != _sorted(config, field)
     ]
     if problems:
         raise ConfigError(
@@ -91,6 +90,6 @@ def _check(model: Any, adapter_name: str, config: BoneConfig) -> None:
         raise ConfigError(f"hot swap: adapter {adapter_name!r} is merged into the model; call unmerge_adapter() first")
 
 
-def _plain(config: BoneConfig, field: str) -> Any:
+def _sorted(config: BoneConfig, field: str) -> Any:
     value = getattr(config, field)
     return sorted(value) if isinstance(value, (list, set, tuple)) else value

@@ -1,7 +1,7 @@
-"""The adapter methods of transformers' and diffusers' models: for BONE a failure leaves no trace and is ours.
+"""The adapter methods of transformers' and diffusers' models: with BONE a failure raises and leaves no trace.
 
-Both set their flag before they add an adapter. transformers adds the adapter before it reads the weights, starts what
-the file lacks as new, and says so in its log only. Other methods' adapters pass through untouched.
+Both set a flag before they add an adapter. transformers adds the adapter before it reads the weights, and only logs
+what the file lacks. Adapters of other methods pass through.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.config import BoneConfig
-from flashbone.tuner.model.loading import adapters_in, ignoring_sizes, is_ignoring_sizes, no_trace
+from flashbone.tuner.model.loading import adapters_in, ignoring_sizes, no_trace
 
 _FLAG = "_hf_peft_config_loaded"
 _DOWNLOAD = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
@@ -34,10 +34,10 @@ def add_adapter(original: Callable, model: Any, adapter_config: Any, *args: Any,
 def save_lora_adapter(
     original: Callable, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
 ) -> Any:
-    """diffusers' `save_lora_adapter`, which would write a file that nothing can load again.
+    """diffusers' `save_lora_adapter`, which would write a BONE adapter to a file that nothing can load.
 
     Raises:
-        ConfigError: the adapter is a BONE one.
+        ConfigError: it is a BONE adapter.
     """
     if adapter_name in adapters_in(model):
         raise ConfigError(
@@ -55,7 +55,7 @@ def load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`PreTrainedModel.load_adapter`; a BONE adapter that does not fit, or is broken, is refused as PeftModel does.
+    """`PreTrainedModel.load_adapter`; a BONE adapter that does not fit, or is broken, raises as with PeftModel.
 
     Raises:
         ShapeError: a block is missing, or a tensor has another shape or belongs to nothing; all of them are named.
@@ -69,12 +69,15 @@ def load_adapter(
 
     def load_as_peft_does() -> None:
         if is_new and name in adapters_in(model):
-            _load(model, name, _read(source, load_config, kwargs) if state is None else state)
+            tensors = _read(source, load_config, kwargs) if state is None else state
+            plain = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+            # Compares every tensor with the model's before it loads any, and raises on a misfit.
+            set_peft_model_state_dict(model, plain, name, ignore_mismatched_sizes=bool(ignores))
 
     with no_trace(model, name, source), ignoring_sizes(bool(ignores)):
         try:
             info = original(model, peft_model_id, adapter_name, *args, **kwargs)
-        except RuntimeError:  # which names no tensor
+        except RuntimeError:  # names no tensor
             load_as_peft_does()
             raise
         if info is None or info.missing_keys or info.unexpected_keys:  # older transformers return nothing
@@ -86,12 +89,6 @@ def load_adapter(
 
 
 def _read(source: Any, load_config: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    given = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
-    wanted = {key: given[key] for key in _DOWNLOAD if given.get(key) is not None}
-    return load_peft_weights(str(source), device="cpu", **wanted)
-
-
-def _load(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Every tensor is compared with the model's before any is loaded, and misfits raise."""
-    plain = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
-    set_peft_model_state_dict(model, plain, name, ignore_mismatched_sizes=is_ignoring_sizes())
+    arguments = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
+    download = {key: arguments[key] for key in _DOWNLOAD if arguments.get(key) is not None}
+    return load_peft_weights(str(source), device="cpu", **download)

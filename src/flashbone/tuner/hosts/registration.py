@@ -1,4 +1,4 @@
-"""Give PEFT its BONE method back: fill its tables and its namespace, whichever of the two is imported first."""
+"""Register BONE with PEFT: its tables, its namespace, and the functions that need a branch for BONE."""
 
 import sys
 from importlib import import_module

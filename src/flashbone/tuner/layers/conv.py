@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashbone import shards
+from flashbone.ops.autocast import without_autocast
 from flashbone.ops.moves import Moves
 from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.layer import BoneLinear
@@ -20,7 +21,6 @@ from flashbone.tuner.layers.shifts import (
     check_no_dropout,
     shifted_weight,
     terms,
-    weight_delta,
 )
 from flashbone.variants import Variant
 
@@ -111,8 +111,10 @@ class BoneConv(BoneLinear):
             separate += [(x, term) for term in at_base]
             y = self.base_layer(x)
         for adapter_x, term in separate:
-            W = weight_delta(self._weight_and_bias()[0], [term])
-            y = y + base._conv_forward(adapter_x, self.base_kind.stored(W, base), None)
+            (variant, block, scale), W = term, self._weight_and_bias()[0]
+            with without_autocast(W.device.type):
+                delta = (variant.delta(W, block) * scale).to(W.dtype)
+            y = y + base._conv_forward(adapter_x, self.base_kind.stored(delta, base), None)
         for adapter_x, B in factors.values():
             y = y + self._factored(adapter_x, B).to(y.dtype)
         return y

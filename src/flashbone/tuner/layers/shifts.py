@@ -100,13 +100,6 @@ def check_no_dropout(base: nn.Module, dropout: float) -> None:
         )
 
 
-def weight_delta(W: Tensor, adapters: list[Term]) -> Tensor:
-    """`sum of scale * delta(W)` in W's dtype; a new tensor."""
-    with without_autocast(W.device.type):
-        deltas = [(variant.delta(W, block) * scale).to(W.dtype) for variant, block, scale in adapters]
-        return sum(deltas[1:], deltas[0])
-
-
 def check_not_offloaded(layer: BoneLayer) -> None:
     """
     Raises:

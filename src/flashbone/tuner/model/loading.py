@@ -117,14 +117,9 @@ def adapters_in(model: nn.Module) -> set[str]:
     return blocks.union(*(saved.bone_parameter for saved in find(model)))
 
 
-def is_ignoring_sizes() -> bool:
-    """Whether the load that goes on was asked to ignore tensors of other sizes."""
-    return _ignore_sizes.get()
-
-
 @contextmanager
 def ignoring_sizes(ignores: bool) -> Iterator[None]:
-    """Whether `ignore_mismatched_sizes` was asked for, while a load goes on."""
+    """Pass `ignore_mismatched_sizes` of a load to `check_state_dict`: PEFT does not pass it to the tuner."""
     token = _ignore_sizes.set(ignores)
     try:
         yield

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-# A layer that computes several things at once stands in the row of each.
+# Layers that compute several things at once are in the row of each.
 _QKV = "attn.c_attn attn.qkv attention.self.in_proj query_key_value qkv_proj Wqkv"
 _GATE_UP = "gate_up_proj mlp.Wi"
 
-# RWKV asks its state with the receptance; its feed-forward has one, too, which gates. flash-linear-attention wraps
-# layers of version 6 in a module that mixes their input (`.linear`).
+# RWKV reads its state with the receptance; the one in its feed-forward is a gate. flash-linear-attention wraps layers
+# of version 6 in a module that mixes their input (`.linear`).
 _RWKV_QUERY = "attention.receptance att.receptance attn.r_proj attn.r_proj.linear"
 
-# Role -> endings of layer names, whole parts only; * is a number, the place in a list of layers. The parent's name
-# stands where the last part alone says too little: `out_proj`, for one, is also a classifier's and Mamba's.
+# Role -> endings of layer names, whole parts only; * is a number, the place in a list of layers. An ending has the
+# parent's name where the last part alone is ambiguous: classifiers and Mamba have an `out_proj`, too.
 NAMES = {
     "attention.query": "q_proj q_a_proj q_b_proj query_proj q_lin attention.wq self.query attention.query attn.q"
     f" SelfAttention.q EncDecAttention.q crossattention.q_attn {_RWKV_QUERY} {_QKV}",
@@ -33,7 +33,7 @@ NAMES = {
     " feed_forward.value ffn.value",
 }
 
-# `intermediate` and `output` are what BERT calls so.
+# `intermediate` and `output` are BERT's names.
 DERIVED = {
     "intermediate": ("mlp.up", "mlp.gate"),
     "output": ("attention.output", "mlp.down"),
@@ -43,24 +43,24 @@ DERIVED = {
 
 ROLES = (*NAMES, *DERIVED)
 
-# Layers inside parts of these names hold no role: heads, embeddings, routers, indexers, what joins two towers.
-_ASIDE = {
+# Layers inside these parts have no role: heads, embeddings, routers, indexers, connectors of two towers.
+_WITHOUT_ROLE = {
     *("classification_head", "classifier", "cls", "head", "lm_head", "pooler", "predictions", "score"),
     *("embeddings", "patch_embed", "patch_embeddings", "gate", "router", "compressor", "indexer"),
     *("connector", "merger", "multi_modal_projector"),
 }
 
-_HELD = {
+_ROLES_OF_ENDING = {
     ending: [role for role, names in NAMES.items() if ending in names.split()]
     for ending in " ".join(NAMES.values()).split()
 }
-_HELD["self_attn.gate_proj"] = []  # it gates what an attention returns
+_ROLES_OF_ENDING["self_attn.gate_proj"] = []  # it gates what an attention returns
 
 
-def held_by(name: str) -> list[str]:
+def roles_of_name(name: str) -> list[str]:
     """Roles of the layer of this name, without derived ones: those of its longest ending in the table."""
     parts = ["*" if part.isdigit() else part for part in name.split(".")]
-    if not _ASIDE.isdisjoint(parts[:-1]):
+    if not _WITHOUT_ROLE.isdisjoint(parts[:-1]):
         return []
     endings = (".".join(parts[i:]) for i in range(len(parts)))
-    return next((_HELD[ending] for ending in endings if ending in _HELD), [])
+    return next((_ROLES_OF_ENDING[ending] for ending in endings if ending in _ROLES_OF_ENDING), [])

@@ -1,4 +1,4 @@
-"""Which layers an adapter goes to: roles and containers in `target_modules` become names that PEFT matches."""
+"""Which layers get an adapter, and of which class; roles and containers in `target_modules` become names for PEFT."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flashbone.tuner.layers.kinds import with_article
 from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.parameters import ParamWrapper
 from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
-from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, held_by
+from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, roles_of_name
 
 MAX_SUGGESTIONS = 8
 # How adapters of different methods in one layer add up. A LoRA inside a Bone adapter would see the shifted input.
@@ -41,7 +41,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class TargetError(ConfigError, NoMatchingPeftModuleError):
-    """No module of the model matches `target_modules`, or none holds a role that it names."""
+    """No module of the model matches `target_modules`, or none has a role that it names."""
 
 
 def layer_class(base: nn.Module) -> type[BoneLinear]:
@@ -107,7 +107,7 @@ def check_host(model: nn.Module) -> None:
         if hasattr(type(module), "_rescale_layers") and module.config.rescale_every > 0:  # transformers' RWKV-4
             raise ConfigError(
                 f"{kind} divides its weights in place in eval mode, and what an adapter adds would not be divided; load"
-                " the model with from_pretrained(..., rescale_every=0)"
+                " the model with from_pretrained(..., rescale_every=0), or set that in its config.json"
             )
         if kind == "RWKV6Attention" and isinstance(module.x_proj[2], BoneLinear):  # flash-linear-attention's
             raise ConfigError(
@@ -116,97 +116,97 @@ def check_host(model: nn.Module) -> None:
             )
 
 
-def _modules(model: nn.Module, closed: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside a model with their names, without what is inside modules of the closed kinds."""
-    inside = None
+def _modules(model: nn.Module, opaque: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model with their names, without those inside modules of the opaque types."""
+    skipped = None
     for name, module in model.named_modules():  # a module comes right before those inside it
-        if name and not (inside and name.startswith(inside)):
-            inside = f"{name}." if isinstance(module, closed) else None
+        if name and not (skipped and name.startswith(skipped)):
+            skipped = f"{name}." if isinstance(module, opaque) else None
             yield name, module
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
-    """Names of the linear layers that the family can adapt, in the model's order; adapted layers are among them, what
-    is inside an adapter or inside a module that is trained as a whole is not."""
+    """Names of the linear layers that the family can adapt or has adapted, in the model's order; without modules inside
+    adapters or inside modules that are trained whole."""
     return [
         name
         for name, module in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        if not isinstance(module, ParamWrapper) and linear_problem(_bare(module)) is None
+        if not isinstance(module, ParamWrapper) and linear_problem(_base(module)) is None
     ]
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def nearest_names(model: nn.Module, wanted: Iterable[str] | str | None) -> list[str]:
-    """The last parts of adaptable modules' names, those most like the wanted ones first."""
+    """The last parts of the names of adaptable modules, the most similar to the wanted ones first."""
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in adaptable_modules(model)))
-    asked = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
+    names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
     near = [
         match
-        for name in asked
+        for name in names
         for match in difflib.get_close_matches(name.rpartition(".")[2], endings, n=3, cutoff=0.5)
     ]
     return list(dict.fromkeys([*near, *endings]))[:MAX_SUGGESTIONS]
 
 
 def roles_of(model: nn.Module) -> dict[str, list[str]]:
-    """The roles that this model has, derived ones last, each with the names of the layers that hold it."""
-    held = {name: held_by(name) for name in adaptable_modules(model)}
-    parts = {role: (role,) for role in NAMES} | DERIVED
-    found = {role: [name for name, own in held.items() if set(own) & set(parts[role])] for role in parts}
-    return {role: names for role, names in found.items() if names}
+    """The roles in this model, derived ones last, each with the names of its layers."""
+    roles_by_layer = {name: set(roles_of_name(name)) for name in adaptable_modules(model)}
+    parts = {role: {role} for role in NAMES} | {role: set(parts) for role, parts in DERIVED.items()}
+    layers = {role: [name for name, roles in roles_by_layer.items() if roles & parts[role]] for role in parts}
+    return {role: names for role, names in layers.items() if names}
 
 
 def default_targets(model_type: str) -> set[str] | str:
-    """What `target_modules=None` means: PEFT's table and, for models that it does not know, "all-linear"."""
+    """What `target_modules=None` means: PEFT's table, and "all-linear" for models that it does not know."""
     known = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING.get(model_type)
     return set(known) if isinstance(known, list) else known or "all-linear"
 
 
 def resolve(model: nn.Module, config: Any) -> set[str] | str:
-    """`target_modules` of a config in PEFT's terms: containers and roles become names, the rest stays as it is written.
+    """`target_modules` with roles and containers replaced by names of layers.
 
     An entry is, in this order: the ending of a layer's name, the ending of the name of a module with layers inside, a
-    role; else PEFT makes of it what it can.
+    role; PEFT interprets all others. The caller writes the result into the config: PEFT matches modules by this field,
+    and saves it, so that a file names layers, which older PEFT can read, too.
 
     Raises:
-        TargetError: the model has no layer with a role that is asked for, or a role stands in another field; all such
-            roles are named.
+        TargetError: the model has no layer with a role, or another field names a role; all of these are named.
     """
-    asked, layers, roles = config.target_modules, adaptable_modules(model), roles_of(model)
-    attentions = [name for name, module in model.named_modules() if isinstance(_bare(module), nn.MultiheadAttention)]
+    wanted, layers, roles = config.target_modules, adaptable_modules(model), roles_of(model)
+    attentions = [name for name, module in model.named_modules() if isinstance(_base(module), nn.MultiheadAttention)]
     _refuse_roles_elsewhere(config, layers, roles)
-    if isinstance(asked, str):
-        if asked.lower() == "all-linear" and (hidden := _linear_of_no_known_class(model)):
-            known: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-            return known.target_modules | hidden
-        if asked not in ROLES or any(match_target_against_key(asked, name) for name, _ in model.named_modules()):
-            return asked
-        asked = {asked}
-    kept, literal, found, missing = set(), set(), set(), []
-    for entry in sorted(asked or ()):
+    if isinstance(wanted, str):
+        if wanted.lower() == "all-linear" and (hidden := _linear_of_other_classes(model)):
+            by_peft: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+            return by_peft.target_modules | hidden
+        if wanted not in ROLES or any(match_target_against_key(wanted, name) for name, _ in model.named_modules()):
+            return wanted
+        wanted = {wanted}
+    for_peft, named, expanded, missing = set(), set(), set(), []
+    for entry in sorted(wanted or ()):
         if matches := [name for name in layers if f".{name}".endswith(f".{entry}")]:
-            kept.add(entry)
-            literal.update(matches)
+            for_peft.add(entry)
+            named.update(matches)
         elif any(f".{name}".endswith(f".{entry}") for name in attentions):
-            kept.add(entry)  # which is refused: it would mean its out_proj alone
+            for_peft.add(entry)  # refused later: it would mean its out_proj alone
         elif inside := [name for name in layers if f".{entry}." in f".{name}"]:
-            found.update(inside)
+            expanded.update(inside)
         elif entry in roles:
-            found.update(roles[entry])
+            expanded.update(roles[entry])
         elif entry in ROLES:
             missing.append(entry)
         else:
-            kept.add(entry)
+            for_peft.add(entry)
     if missing:
         raise TargetError(_missing_roles(model, missing, [role for role in roles if role in NAMES]))
-    return kept | exact_names(model, config, found - literal, literal) if found else kept
+    return for_peft | exact_names(model, config, expanded - named, named) if expanded else for_peft
 
 
-def _linear_of_no_known_class(model: nn.Module) -> set[str]:
-    """Names of quantised linear layers that are no `torch.nn.Linear` (HQQ, GPTQ, ...), which PEFT would pass over."""
+def _linear_of_other_classes(model: nn.Module) -> set[str]:
+    """Names of quantised linear layers that are not a `torch.nn.Linear` (HQQ, GPTQ, ...); PEFT would skip them."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {
         name
@@ -216,7 +216,7 @@ def _linear_of_no_known_class(model: nn.Module) -> set[str]:
 
 
 def _refuse_roles_elsewhere(config: Any, layers: list[str], roles: dict[str, list[str]]) -> None:
-    """Roles are for `target_modules`: PEFT looks the names of these fields up in the model, and would find nothing."""
+    """Refuse roles in other fields than `target_modules`, where PEFT would look for modules of that name."""
     fields = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
     problems = []
     for field, entries in fields.items():
@@ -237,18 +237,18 @@ def _missing_roles(model: nn.Module, missing: list[str], present: list[str]) -> 
     return f"target_modules: this model has no layer with the {roles}; {names}"
 
 
-def exact_names(model: nn.Module, config: Any, layers: set[str], literal: set[str]) -> set[str]:
-    """For each layer the shortest ending of its name by which PEFT finds no module but these and the literal ones."""
+def exact_names(model: nn.Module, config: Any, layers: set[str], named: set[str]) -> set[str]:
+    """For each layer the shortest ending of its name that matches no module but these and the `named` ones."""
     names = {name for name, _ in model.named_modules() if name}
     open_names = {name for name in names if _is_open(config, name)}
-    layers = layers & open_names or layers  # where nothing is left, PEFT says why
-    others = names - layers - literal
+    layers = layers & open_names or layers  # if none is left, PEFT raises
+    others = names - layers - named
     taken = others | {ending for name in others & open_names for ending in _endings(name)}
     return {next((ending for ending in _endings(name) if ending not in taken), name) for name in layers}
 
 
 def _is_open(config: Any, name: str) -> bool:
-    """Whether the config's other fields (exclude_modules, modules_to_save, layers_to_transform) allow an adapter."""
+    """Whether the config's other fields (exclude_modules, modules_to_save, layers_to_transform) allow this module."""
     probe = copy.copy(config)
     probe.target_modules = {name.rpartition(".")[2]}
     return bool(check_target_module_exists(probe, name))
@@ -261,12 +261,12 @@ def _endings(name: str) -> Iterator[str]:
 
 
 def resolved(model: nn.Module, config: Any) -> list[str]:
-    """Names of the modules that a config would adapt, in the model's order; neither is changed, and the model may be
-    on the meta device.
+    """Names of the modules that a config would adapt, in the model's order. Changes neither; the model may be on the
+    meta device.
 
     Raises:
         ConfigError: the config matches modules that cannot be adapted.
-        TargetError: the model has no layer with a role that is asked for.
+        TargetError: see `resolve`.
     """
     probe = copy.copy(config)
     if probe.target_modules is None and not probe.target_parameters:
@@ -276,7 +276,7 @@ def resolved(model: nn.Module, config: Any) -> list[str]:
     matched = {
         name: module for name, module in _modules(model, BaseTunerLayer) if check_target_module_exists(probe, name)
     }
-    if unfit := {name: reason for name, module in matched.items() if (reason := why_not(_bare(module)))}:
+    if unfit := {name: reason for name, module in matched.items() if (reason := why_not(_base(module)))}:
         problems = "; ".join(f"{name}: target module cannot be adapted, {reason}" for name, reason in unfit.items())
         raise ConfigError(problems)
     return list(matched)
