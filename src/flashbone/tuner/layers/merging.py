@@ -81,25 +81,6 @@ class MergeableLayer(BaseTunerLayer):
         return self.base_kind.stored(delta, self.get_base_layer())
 
     @_on_whole_weights()
-    def merged_weight(self, adapter_names: list[str], must_be_finite: bool = False) -> Tensor:
-        """The base weight, in its own layout and dtype, with exactly the named adapters in it; nothing is changed.
-
-        Adapters that are merged count as they were merged, the others as they are now.
-
-        Raises:
-            NonFiniteError: `must_be_finite`, and it would hold NaN or infinity.
-            ConfigError: a parametrisation computes the weight.
-        """
-        return self.base_kind.stored(self._merged_W(adapter_names, must_be_finite), self.get_base_layer()).contiguous()
-
-    def _merged_W(self, adapter_names: list[str], must_be_finite: bool) -> Tensor:
-        self.base_kind.check_writable(self.get_base_layer())
-        names = [n for n in dict.fromkeys(adapter_names) if n in self.bone_block]
-        terms = self._as_now(names) | {n: self._merged_as[n] for n in names if n in self._merged_as}
-        where = f"adapter {', '.join(map(repr, names))}"
-        return variants.merged_weight(self.pristine_weight(), terms.values(), where, must_be_finite)
-
-    @_on_whole_weights()
     def check_merge(self, adapter_names: list[str], must_be_finite: bool, undoable: bool) -> None:
         """Check, without changing anything, that these adapters can be merged: to finite values, and so that the
         pristine weight can be recomputed.
@@ -109,7 +90,7 @@ class MergeableLayer(BaseTunerLayer):
         """
         names = self._to_merge(adapter_names)
         if names and (must_be_finite or undoable):
-            self._prepare_merge(names, must_be_finite, undoable)
+            self._merged_weight(names, must_be_finite, undoable)
         elif names:
             self.base_kind.check_writable(self.get_base_layer())
 
@@ -117,11 +98,14 @@ class MergeableLayer(BaseTunerLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         return [n for n in dict.fromkeys(names) if n in self.bone_block and n not in self._merged_as]
 
-    def _prepare_merge(self, names: list[str], must_be_finite: bool, undoable: bool) -> Tensor:
-        """The merged W, checked."""
-        merged = self._merged_W([*self.merged_adapters, *names], must_be_finite)
+    def _merged_weight(self, names: list[str], must_be_finite: bool, undoable: bool = False) -> Tensor:
+        """W with these adapters and those that are merged, each as it was merged; checked."""
+        self.base_kind.check_writable(self.get_base_layer())
+        terms = self._merged_as | self._as_now(names)
+        pristine, where = self.pristine_weight(), f"adapter {', '.join(map(repr, terms))}"
+        merged = variants.merged_weight(pristine, terms.values(), where, must_be_finite)
         if undoable:
-            check_undoable(self.pristine_weight(), merged, (self._as_now(names) | self._merged_as).values())
+            check_undoable(pristine, merged, terms.values())
         return merged
 
     @_on_whole_weights(write=True)
@@ -143,7 +127,7 @@ class MergeableLayer(BaseTunerLayer):
         names = self._to_merge(adapter_names)
         if not names:
             return
-        merged = self._prepare_merge(names, must_be_finite=safe_merge, undoable=not self.keeps_original)
+        merged = self._merged_weight(names, safe_merge, undoable=not self.keeps_original)
         base = self.get_base_layer()
         is_first_kept = self.keeps_original and self._original_weight is None
         if is_first_kept:
@@ -183,8 +167,7 @@ class MergeableLayer(BaseTunerLayer):
         if merge:
             check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
             if names := self._to_merge(adapter_names):
-                merged = self._merged_W([*self.merged_adapters, *names], must_be_finite=safe_merge)
-                self.base_kind.write(self.get_base_layer(), merged)
+                self.base_kind.write(self.get_base_layer(), self._merged_weight(names, safe_merge))
         return self.get_base_layer()
 
     def pristine_weight(self) -> Tensor:

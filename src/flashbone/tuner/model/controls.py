@@ -1,4 +1,4 @@
-"""What users call on an adapted model besides PEFT's own methods: scales, sums, backends, what is kept, LoRAs."""
+"""What users call on an adapted model besides PEFT's methods: scales, sums, backends, caches, LoRAs."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ class Controls(BaseTuner):
     _backend = "torch"
 
     def keep_originals(self, keep: bool) -> None:
-        """Whether merging keeps the pristine weights in host memory (the default), for an unmerge that is bit-exact."""
+        """Set whether merging keeps the pristine weights in host memory (the default), for a bit-exact unmerge."""
         self._keeps_originals = keep
         for _, layer in bone_layers(self.model):
             layer.keep_original = keep
 
     def cache_in_inference(self, keep: bool) -> None:
-        """Whether eval mode without grad keeps what it builds from blocks and weights between calls (the default).
+        """Set whether eval mode without grad keeps what it builds from blocks and weights between calls (the default).
 
         Sums of several adapters' blocks are small. bat-col's shifted weight, kept from the first call with few tokens
-        on, is as large as the layer's own weight: where memory is short, merge the adapter, or switch this off. Call it
-        also after writing to `parameter.data` in place, which torch does not count: it drops what is kept.
+        on, is as large as the layer's weight: where memory is short, merge the adapter, or switch this off. Call this
+        also after writing to `parameter.data` in place, which torch does not track: it drops what is kept.
         """
         self._caches = keep
         for _, layer in bone_layers(self.model):
             layer.set_caches(keep)
 
     def set_backend(self, name: str) -> None:
-        """Who computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused kernels.
-
-        The kernels need a GPU: docs/triton.md.
+        """Choose what computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused
+        kernels, which need a GPU (docs/triton.md).
 
         Raises:
-            ConfigError: there is no backend of that name.
+            ConfigError: no backend has that name.
             BackendError: the package triton cannot be imported; nothing is changed.
         """
         backend.get(name)
@@ -84,22 +83,21 @@ class Controls(BaseTuner):
     def to_lora(
         self, adapter_name: str = "default", rank: int | None = None, error: float | None = None
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """The adapter as a LoRA of PEFT, with its scale multiplied in: exact for `bone` and `mini`, which read no
-        weight; for the others the best of a rank on this base. Nothing is changed; merges may stand, but those of an
-        embedding.
+        """The adapter as a LoRA of PEFT, with its scale multiplied in: exact for `bone` and `mini`; for the others the
+        best of a rank on this base. Changes nothing; adapters may be merged, except into an embedding.
 
         Args:
             adapter_name: Its name.
-            rank: Of the LoRA. None: that of the largest block, for `bone` and `mini`.
+            rank: Rank of the LoRA. None takes that of the largest block, for `bone` and `mini`.
             error: The largest relative error of a layer's delta, in Frobenius norm, instead of a rank.
 
         Returns:
-            The configuration, and the tensors under the names of PEFT's files: biases and modules to save, too.
+            The configuration, and the tensors under the names of PEFT's files, with biases and modules to save.
 
         Raises:
             ConfigError: rank and error contradict each other, or one is needed; a layer cannot have a LoRA (a
-                convolution, a parameter, out_proj of nn.MultiheadAttention), or the adapter keeps single parameters
-                whole; a weight cannot be read, or an embedding stands merged.
+                convolution, a parameter, out_proj of nn.MultiheadAttention); the adapter trains single parameters
+                whole; a weight cannot be read, or an embedding is merged.
             NonFiniteError: a delta holds NaN or infinity.
         """
         return lora.to_lora(self, adapter_name, rank, error)

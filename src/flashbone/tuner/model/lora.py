@@ -53,18 +53,18 @@ def to_lora(
             f"to_lora: a plain LoRA has no place for {names} (parameters_to_save); merge the adapter instead"
         )
     state = _kept_whole(model, adapter_name)
-    found = {name: _factored(name, layer, adapter_name, rank, error) for name, layer in layers.items()}
-    common = max([rank or 1, *(factors.used for factors in found.values())])
-    for name, factors in found.items():
-        key = f"base_model.model.{_own_name(name)}"
-        A, B = lowrank.pad(factors.A, factors.B, common)
+    factored = {name: _factored(name, layer, adapter_name, rank, error) for name, layer in layers.items()}
+    common_rank = max([rank or 1, *(factors.used for factors in factored.values())])
+    for name, factors in factored.items():
+        key = f"base_model.model.{_bare_name(name)}"
+        A, B = lowrank.pad(factors.A, factors.B, common_rank)
         parts = ("embedding_A", "embedding_B") if isinstance(layers[name], BoneEmbedding) else ("A.weight", "B.weight")
         state |= {f"{key}.lora_{parts[0]}": A, f"{key}.lora_{parts[1]}": B}
     conv1d = [name for name, layer in layers.items() if isinstance(layer.get_base_layer(), Conv1D)]
     lora = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        target_modules=[_own_name(name) for name in layers],
+        r=common_rank,
+        lora_alpha=common_rank,
+        target_modules=[_bare_name(name) for name in layers],
         fan_in_fan_out=len(conv1d) * 2 > len(layers),
         bias=_BIAS[config.bias],
         modules_to_save=config.modules_to_save,
@@ -90,12 +90,16 @@ def save_as_lora(model: BaseTuner, path: str | Path, adapter_name: str, rank: in
             (new / CARD).write_bytes((folder / CARD).read_bytes())
         cards.put(_card(model, config, state), new / CARD)
         config.save_pretrained(staging)
-        for name in (SAFETENSORS_WEIGHTS_NAME, CARD, CONFIG_NAME):  # a folder without a config is no adapter
+        for name in (
+            SAFETENSORS_WEIGHTS_NAME,
+            CARD,
+            CONFIG_NAME,
+        ):  # the config last, as it makes an adapter
             os.replace(new / name, folder / name)
 
 
-def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> cards.AdapterCard:
-    """Of a LoRA whose `target_modules` are the layers' names."""
+def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> cards.Card:
+    """The card of a LoRA whose `target_modules` are names of layers."""
     targets = config.target_modules or ()
     base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
     return cards.AdapterCard(
@@ -108,18 +112,18 @@ def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> car
     )
 
 
-def _own_name(name: str) -> str:
-    """The layer's name in the bare model, also where another method's adapter is around it."""
+def _bare_name(name: str) -> str:
+    """The layer's name in the bare model, also inside another method's adapter."""
     return re.sub(r"(\.base_layer)+$", "", name)
 
 
 def _kept_whole(model: BaseTuner, adapter_name: str) -> dict[str, Tensor]:
-    """Biases, modules to save and resized embeddings, under the names that they have in any of PEFT's files."""
-    found = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    """Biases, modules to save and resized embeddings, under their names in PEFT's files."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     blocks = (f".{BLOCK}", f".{BLOCK_OF_TRANSPOSED}")
     return {
         f"base_model.{key}" if key.startswith("model.") else key: tensor
-        for key, tensor in found.items()
+        for key, tensor in saved.items()
         if not key.endswith(blocks) and not _WRAPPED.search(key)
     }
 

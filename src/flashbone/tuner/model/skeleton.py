@@ -25,8 +25,8 @@ from flashbone.errors import ConfigError
 from flashbone.files.sources import hub_problem, is_hub_id, read_json
 
 CONFIG = "config.json"
-# What transformers raises over fields that contradict each other or have no sense.
-_UNFIT = (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, ZeroDivisionError)
+# What transformers raises when fields are contradictory or meaningless.
+_BAD_FIELDS = (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, ZeroDivisionError)
 
 
 # PEFT's task type -> the class with the head that `flashbone train` loads for it.
@@ -38,16 +38,16 @@ def skeleton(
 ) -> nn.Module:
     """The model that a configuration describes, on the meta device: names and shapes of everything, no weights.
 
-    A config that is passed stays as it is; the model has a copy.
+    A config that is passed is copied, not changed.
 
     Args:
         source: A config, a folder with a config.json, that file itself, or a hub id. No weights are read or downloaded.
-        dtype: Of the parameters; None takes the config's, or fp32.
-        task_type: "SEQ_CLS" or "CAUSAL_LM" take the type's class with that head, as training does; others the class
-            that the config names.
+        dtype: Dtype of the parameters; None takes the config's, or fp32.
+        task_type: "SEQ_CLS" and "CAUSAL_LM" take the model type's class with that head, as training does; others take
+            the class that the config names.
 
     Raises:
-        ConfigError: there is no such folder, file or model, or transformers has no class for it.
+        ConfigError: the folder, file or model does not exist, or transformers has no class for it.
     """
     if not isinstance(source, PretrainedConfig | str | Path):
         raise ConfigError(f"got {source!r}, wanted a model, its config, its folder, or a hub id")
@@ -57,7 +57,7 @@ def skeleton(
     try:
         with torch.device("meta"):
             return _build(config, dtype or stored or torch.float32, task_type)
-    except _UNFIT as error:
+    except _BAD_FIELDS as error:
         raise ConfigError(f"{_name(source)}: its modules cannot be built from the config: {_reason(error)}") from error
 
 
@@ -70,8 +70,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     """
     file = _config_file(source)
     fields = read_json(file)
-    named = fields.get("model_type")
-    kind = named if isinstance(named, str) else ""
+    model_type = fields.get("model_type")
+    kind = model_type if isinstance(model_type, str) else ""
     if kind not in CONFIG_MAPPING:
         if fields.get("auto_map"):
             why = "needs Python code of its own (auto_map), which is never run here; load the model and pass that"
@@ -80,27 +80,27 @@ def load_config(source: str | Path) -> PretrainedConfig:
         raise ConfigError(f"{file}: model_type {kind!r}: {why}" if kind else f"{file}: it names no model_type")
     try:
         config = CONFIG_MAPPING[kind].from_pretrained(str(file))  # reads this file alone
-    except (StrictDataclassError, OSError, *_UNFIT) as error:
+    except (StrictDataclassError, OSError, *_BAD_FIELDS) as error:
         raise ConfigError(f"{file}: {_reason(error)}") from error
-    config.name_or_path = ""  # PEFT looks there for a config once more
+    config.name_or_path = ""  # PEFT would look there for a config again
     return config
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, task_type: str | None) -> nn.Module:
-    """With the task's head; or by the class that the config names, where transformers has it; else as a causal language
-    model, where there is one of that type; else as the bare model."""
+    """The model with the task's head; else of the class that the config names, if transformers has it; else a causal
+    language model of that type, if one exists; else the bare model."""
     if task_type in _HEADS:
         return _HEADS[task_type].from_config(config, dtype=dtype, trust_remote_code=False)
     for name in config.architectures or []:
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return named._from_config(config, dtype=dtype)
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class._from_config(config, dtype=dtype)
     auto: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
     return auto.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
-    """Whether the type generates text. BERT and its kin have causal classes, too, and are not meant by their type."""
+    """Whether models of this type generate text. BERT and similar types have causal classes, too, but do not count."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         return False
     return getattr(config, "is_decoder", None) is not False
@@ -131,13 +131,13 @@ def _from_hub(name: str) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what another library says; with the error's type where that alone says nothing. Of a dataclass
-    that checks its fields, the first two: which field, and why."""
+    """The first line of another library's error, with the error's type where the line alone is unclear. A dataclass
+    that checks its fields needs two lines: which field, and why."""
     lines = [line for line in map(str.strip, str(error).splitlines()) if line]
-    said = " ".join(lines[: 2 if isinstance(error, StrictDataclassError) else 1])
-    if said and not isinstance(error, (KeyError, AttributeError, ZeroDivisionError)):
-        return said
-    return f"{type(error).__name__}: {said}".removesuffix(": ")
+    message = " ".join(lines[: 2 if isinstance(error, StrictDataclassError) else 1])
+    if message and not isinstance(error, (KeyError, AttributeError, ZeroDivisionError)):
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
 def _name(source: PretrainedConfig | str | Path) -> str:

@@ -104,7 +104,8 @@ def check_host(model: nn.Module) -> None:
     module: Any
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if hasattr(type(module), "_rescale_layers") and module.config.rescale_every > 0:  # transformers' RWKV-4
+        divides = hasattr(type(module), "_rescale_layers")  # transformers' RWKV-4
+        if divides and 0 < module.config.rescale_every < module.config.num_hidden_layers:
             raise ConfigError(
                 f"{kind} divides its weights in place in eval mode, and what an adapter adds would not be divided; load"
                 " the model with from_pretrained(..., rescale_every=0), or set that in its config.json"
