@@ -13,7 +13,7 @@ from torch import nn
 from flashbone.compare.bounds import find_classifiers
 from flashbone.compare.methods import TrainingMethod
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.evaluate.loading import same_compilers
+from flashbone.train.adapters import same_compilers
 
 # PEFT warns of these while it does what was asked.
 _EXPECTED = (

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from flashbone.evaluate.results import finite
 from flashbone.files.outputs import write_text
 from flashbone.files.records import finite
 

@@ -119,7 +119,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
     model = trainer.accelerator.unwrap_model(trainer.model)
     size = adapter_bytes(model)
     if not method.is_bound:
-        with whole_folder(folder / "adapter") as place:
+        with whole_or_absent(folder / "adapter", replace=True) as place:
             size = save_adapter(model, place)
     adapter_parameters, trainable_parameters = count_trained(model, method)
     curves = read_json_lines(folder / "metrics.jsonl")

@@ -128,7 +128,7 @@ def _engine_verdicts(contents: AdapterContents) -> tuple[EngineVerdict, ...]:
     return tuple(EngineVerdict(engine.title, *_judge(engine, contents)) for engine in engines.ENGINES.values())
 
 
-def _judge(engine: engines.Engine, contents: AdapterContents) -> tuple[str, str]:
+def _judge(engine: engines.ServingEngine, contents: AdapterContents) -> tuple[str, str]:
     if contents.others:
         tensors = f"{len(contents.others)} tensors besides the blocks"
         return "no", f"it holds {tensors}, which a plain LoRA has no place for; merge it"

@@ -55,8 +55,8 @@ def read_contents(path: Path) -> AdapterContents:
     """
     if path.is_file() and _MODEL_WEIGHTS.fullmatch(path.name) and (path.parent / "config.json").is_file():
         raise FormatError(f"{path}: holds a model's weights; for the model, give its folder, {path.parent}")
-    kind, path = reading.recognise(path)
-    return _READERS[kind](path)
+    form, path = reading.recognise(path)
+    return _READERS[form.name](path)
 
 
 def _read_bone(folder: Path) -> AdapterContents:
@@ -70,7 +70,7 @@ def _read_bone(folder: Path) -> AdapterContents:
 def _read_miss(folder: Path) -> AdapterContents:
     adapter = miss.read(folder)
     evidence = f"peft_type 'MISS', init_weights {adapter.config['init_weights']!r}"
-    return _of_folder(folder, adapter, "PEFT folder", evidence, miss.METHOD.block)
+    return _of_folder(folder, adapter, "PEFT folder", evidence, miss.BLOCK)
 
 
 def _of_folder(folder: Path, adapter: Adapter, layout: str, evidence: str, ending: str) -> AdapterContents:

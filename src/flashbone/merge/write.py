@@ -175,7 +175,7 @@ class HashingReader:
     def close(self) -> None:
         self._io.close()
 
-    def tensor(self, entry: tensors.Entry) -> Tensor:
+    def tensor(self, entry: tensors.TensorEntry) -> Tensor:
         """The tensor, in memory of its own."""
         self._hash_up_to(entry.start)
         self._io.seek(entry.start)
@@ -183,7 +183,7 @@ class HashingReader:
         self._add_to_hash(entry.start, tensors.as_bytes(tensor))
         return tensor
 
-    def pieces(self, entry: tensors.Entry) -> Iterator[bytes]:
+    def pieces(self, entry: tensors.TensorEntry) -> Iterator[bytes]:
         """The tensor's bytes."""
         self._hash_up_to(entry.start)
         yield from self._range(entry.start, entry.end)

@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from flashbone.errors import ConfigError
 from flashbone.files.base import INDEX, SINGLE, open_base
-from flashbone.files.outputs import PARTIAL, whole_folder
+from flashbone.files.outputs import PARTIAL, whole_or_absent
 from flashbone.merge import merge_checkpoint
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import Recipe, is_pth
@@ -56,7 +56,7 @@ def write_merged(folder: RunFolder, base: Path | None, trainer: Any, load_plain:
         if load_plain is not None:  # merging into quantised weights would lose much of the adapter
             adapted = peft.PeftModel.from_pretrained(load_plain(), folder.adapter)
         merged_model = adapted.merge_and_unload()
-        with whole_folder(folder.merged) as partial:
+        with whole_or_absent(folder.merged, replace=True) as partial:
             merged_model.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
         return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flashbone.errors import FlashboneError
-from flashbone.files.outputs import whole_folder, write_text
+from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.files.records import finite, to_json
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import check_launch, trainer_arguments

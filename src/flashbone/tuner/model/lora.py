@@ -98,7 +98,7 @@ def save_as_lora(model: BaseTuner, path: str | Path, adapter_name: str, rank: in
             os.replace(new / name, folder / name)
 
 
-def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> cards.Card:
+def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> cards.AdapterCard:
     """The card of a LoRA whose `target_modules` are names of layers."""
     targets = config.target_modules or ()
     base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
