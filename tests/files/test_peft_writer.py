@@ -116,16 +116,6 @@ def test_only_listed_parameters_are_read(tmp_path):
         peft.read(tmp_path)
 
 
-def test_a_live_model_takes_single_parameters(tmp_path):
-    model, x = MLP((12, 8, 6)), torch.randn(3, 12, dtype=torch.float64)
-    value, bias = torch.randn(6, 8), model.lin1.bias.detach().clone()
-    blocks = {"lin0": torch.zeros(4, 8)}
-    fields = {"target_modules": ["lin0"], "parameters_to_save": ["lin1.weight"]}
-    write_adapter(tmp_path, "bone", blocks, others={"lin1.weight": value}, **fields)
-    want = torch.tanh(model.lin0(x)) @ value.double().T + bias
-    assert close(PeftModel.from_pretrained(model, tmp_path)(x), want)
-
-
 @pytest.mark.parametrize("name", [name for name in CASES if name != "bone-random-start"])
 def test_a_live_model_does_the_same_with_a_golden_adapter_written_again(tmp_path, name):
     """In test_peft_018.py, PEFT 0.18.1 does, too."""

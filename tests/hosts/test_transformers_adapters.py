@@ -202,43 +202,6 @@ def test_saved_modules_travel_with_the_adapter_and_their_lack_is_refused(llama, 
     assert snapshot(again) == before
 
 
-def test_single_parameters_travel_with_the_adapter_and_their_lack_is_refused(llama, tmp_path):
-    fields = {"parameters_to_save": ["input_layernorm.weight", "model.norm.weight"]}
-    model = base(llama)
-    plain = logits(model)
-    model.add_adapter(config(**fields), "one")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bone_parameter.one"):
-                parameter.mul_(2)
-    want = logits(model)
-    assert not torch.allclose(want, plain)
-    model.save_pretrained(tmp_path)
-    again = base(llama)
-    info = again.load_adapter(str(tmp_path))
-    assert not info.missing_keys
-    assert not info.unexpected_keys
-    assert close(logits(again), want)
-    again.disable_adapters()
-    assert same_bits(logits(again), plain, Promise.SAME_PRODUCT)
-    again.enable_adapters()
-    before = snapshot(again)
-    for wrong in (["typo"], ["q_proj.weight"]):
-        with pytest.raises(ConfigError, match="parameters_to_save"):
-            again.add_adapter(config(parameters_to_save=wrong), "second")
-        assert snapshot(again) == before
-    again.delete_adapter("default")
-    assert same_bits(logits(again), plain, Promise.SAME_PRODUCT)
-
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({key: tensor for key, tensor in load_file(file).items() if "model.norm" not in key}, file)
-    again = base(llama)
-    before = snapshot(again)
-    with pytest.raises(ShapeError, match=r"model\.norm\.weight: the checkpoint has no value for it"):
-        again.load_adapter(str(tmp_path))
-    assert snapshot(again) == before
-
-
 def test_other_methods_do_what_they_did_without_flashbone(llama, tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = base(llama)

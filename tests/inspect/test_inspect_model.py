@@ -35,7 +35,6 @@ CASES = [
     (tiny_gpt2, {"r": 6, "bias": "bone_only", "target_modules": ["c_attn"]}),
     (tiny_llama, {"r": 6, "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 3}}),
     (tiny_llama, {"bottleneck_size": 8, "target_modules": ["o_proj"], "layers_to_transform": [1]}),
-    (tiny_llama, {"r": 6, "parameters_to_save": ["input_layernorm.weight", "model.norm.weight"]}),
 ]
 
 
@@ -104,8 +103,6 @@ def test_the_lora_beside_it_is_pefts_of_the_nearest_rank(tmp_path, make, fields)
     names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, BoneLayer)]
     bias = fields.get("bias", "none").replace("bone", "lora")
     same = {name: fields[name] for name in ("modules_to_save", "task_type") if name in fields}
-    if "parameters_to_save" in fields:  # of which LoRA knows none: here their modules have no other parameter
-        same["modules_to_save"] = [name.removesuffix(".weight") for name in fields["parameters_to_save"]]
 
     def twin(rank):
         config = LoraConfig(r=rank, target_modules=names, bias=bias, fan_in_fan_out=make is tiny_gpt2, **same)

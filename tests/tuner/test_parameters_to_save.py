@@ -1,159 +1,269 @@
-"""Parameters that are trained whole: values in their places, gradients, precision, merging and unloading."""
+"""Single parameters of RWKV models that are trained whole: values, gradients, precision, merging, several adapters."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from decay_models import DECAYS, Attention, Model, base, by_hand, config, fill, inputs, snapshot, trained, values
-from peft import get_peft_model
+from accelerate import cpu_offload
+from peft import get_peft_model, inject_adapter_in_model
+from saved_values import (
+    NAMES,
+    TOKENS,
+    assert_unchanged,
+    bases,
+    by_hand,
+    config,
+    fill,
+    logits,
+    snapshot,
+    trained,
+    values,
+)
+from torch import nn
 
-from flashbone.errors import NonFiniteError
+from flashbone.errors import ConfigError, NonFiniteError
+from flashbone.rwkv import from_pth
 from flashbone.tuner.model.saved_parameters import SavedParameter, find
 from helpers.comparison import Promise, close, same_bits
+from helpers.rwkv import write_rwkv
 
 
-def test_the_adapters_value_takes_the_parameters_place_and_starts_as_the_bases():
-    bare = base()
-    want = bare(inputs())
-    model = get_peft_model(base(), config("time_decay", "att.time_maa_x", "scale"))
-    assert close(model(inputs()), want)  # an adapted layer takes its tokens as the rows of one matrix
-    assert model.peft_config["default"].parameters_to_save == [
-        *("scale", "blocks.0.att.time_maa_x", "blocks.0.att.time_decay"),
-        *("blocks.1.att.time_maa_x", "blocks.1.att.time_decay"),
-    ]
+@pytest.fixture(scope="module", params=[6, 7], ids=lambda v: f"v{v}")
+def version(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def file(version, tmp_path_factory):
+    return write_rwkv(tmp_path_factory.mktemp("base") / "base.pth", version, hidden=16, layers=2)
+
+
+@pytest.fixture
+def names(version):
+    return NAMES[version]
+
+
+def test_an_adapters_value_takes_the_parameters_place_and_starts_as_the_bases(file, names):
+    want = logits(from_pth(file))
+    model = get_peft_model(from_pth(file), config(*names)).eval()
+    assert close(logits(model), want)
+    full = model.peft_config["default"].parameters_to_save
+    assert {name.rpartition(".")[2] for name in full} == {name.rpartition(".")[2] for name in names}
+    assert len(full) == 6
     fill(model)
-    assert not close(model(inputs()), want)
-    assert close(model(inputs()), by_hand(model)(inputs()))
-    attention = model.base_model.model.blocks[0].att
-    decay = torch.exp(-torch.exp(values(model)[DECAYS[0]]))
-    assert same_bits(attention.decay(), decay, Promise.SAME_PRODUCT)  # outside of forward, too
+    assert close(logits(model), logits(by_hand(file, model)))
+    assert not close(logits(model), want)
     with model.disable_adapter():
-        assert same_bits(model(inputs()), want, Promise.SAME_PRODUCT)
-    assert type(attention).__name__ == "Attention"
-    assert isinstance(attention, Attention)
+        assert same_bits(logits(model), want, Promise.SAME_PRODUCT)
 
 
-def test_gradients_are_those_of_the_parameter_and_the_base_gets_none():
-    model = trained("time_decay", "scale")
-    hand = by_hand(model)
+def test_gradients_are_those_of_the_parameter_and_the_base_gets_none(file, names):
+    model = trained(file, *names, dtype=torch.float64).train()
+    hand = by_hand(file, model).train()
     for each in (model, hand):
-        each(inputs()).square().sum().backward()
+        each(input_ids=TOKENS, labels=TOKENS).loss.backward()
     for saved in find(model):
-        assert close(saved.bone_parameter["default"].grad, hand.get_parameter(saved.name).grad)
-        assert saved.base_layer.original.grad is None
-        assert not saved.base_layer.original.requires_grad
-    trains = {name.rpartition(".bone_")[0].rpartition(".")[2] for name in snapshot(model)[1]}
-    assert trains == {"key", "output", "saved_parameter_time_decay", "saved_parameter_scale"}
+        assert close(saved.bone_value["default"].grad, hand.get_parameter(saved.name).grad)
+        assert saved.base_layer.grad is None
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trains) == 2 + 6
+    assert all(name.endswith((".bone_block.default", ".bone_value.default")) for name in trains)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = trained("time_decay")
-    model(inputs()).sum().backward()
-    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.base_model.model.checkpoints = True
-    model(inputs()).sum().backward()
-    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert got.keys() == want.keys()
-    assert all(same_bits(got[name], want[name], Promise.SAME_PRODUCT) for name in want)
-
-
-@pytest.mark.slow
-def test_what_reads_such_a_parameter_is_compiled_as_one_graph():
-    model = trained("time_decay", "time_maa_x", adapter="x1")
-    model.add_adapter("x2", config("time_decay"))
-    fill(model, "x2", 2)
-    attention = model.base_model.model.blocks[0].att
-
-    def read(x):
-        return x.roll(1, -1) * attention.time_maa_x + attention.decay()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(read, backend="aot_eager", fullgraph=True)
-    for change in (lambda: fill(model, "x1", 5), lambda: model.set_adapter("x2"), lambda: model.set_adapter("x1")):
-        assert close(compiled(inputs()), read(inputs()))
-        change()
-    compiled(inputs()).sum().backward()
-    assert all(saved.bone_parameter["x1"].grad is not None for saved in find(model)[:2])
-
-
-def test_values_are_kept_in_fp32_and_used_in_the_bases_dtype():
-    model = trained("time_decay", "scale", dtype=torch.bfloat16)
+def test_values_are_kept_in_fp32_and_used_in_the_bases_dtype(file, names):
+    model = trained(file, *names, dtype=torch.bfloat16)
     assert {value.dtype for value in values(model).values()} == {torch.float32}
-    assert model.base_model.model.scale.dtype == torch.bfloat16
-    assert same_bits(model.base_model.model.scale, values(model)["scale"].bfloat16(), Promise.EXACT)
-    model(inputs(torch.bfloat16)).sum().backward()
-    assert find(model)[0].bone_parameter["default"].grad.dtype == torch.float32
-    low = get_peft_model(base(torch.bfloat16), config("scale"), autocast_adapter_dtype=False)
-    assert values(low)["scale"].dtype == torch.bfloat16
+    for saved in find(model):
+        assert same_bits(saved(), values(model)[saved.name].bfloat16(), Promise.EXACT)
+    low = get_peft_model(from_pth(file, dtype=torch.bfloat16), config(*names), autocast_adapter_dtype=False)
+    assert {value.dtype for value in values(low).values()} == {torch.bfloat16}
 
 
-def test_merging_gives_the_value_and_unmerging_the_base_bit_for_bit():
-    model = trained("time_decay", "scale", dtype=torch.bfloat16)
-    bare, x = base(torch.bfloat16), inputs(torch.bfloat16)
-    model.base_model.keep_originals(False)  # a value that is gone could not be computed back
-    for _ in range(3):
+def test_merging_gives_the_value_and_unmerging_the_base_bit_for_bit(file, names):
+    model = trained(file, *names, dtype=torch.bfloat16)
+    before, plain = bases(model), logits(from_pth(file, dtype=torch.bfloat16))
+    model.base_model.keep_originals(False)  # nothing could compute a value back
+    for _ in range(2):
         model.merge_adapter(safe_merge=True)
-        rounded = {name: value.bfloat16() for name, value in values(model).items()}
-        assert all(same_bits(saved.base_layer.original, rounded[saved.name], Promise.EXACT) for saved in find(model))
-        with torch.no_grad():
-            merged = model(x)
+        assert all(same_bits(base, values(model)[n].bfloat16(), Promise.EXACT) for n, base in bases(model).items())
         model.unmerge_adapter()
-        originals = {saved.name: saved.base_layer.original for saved in find(model)}
-        assert all(same_bits(originals[n], bare.get_parameter(n), Promise.UNTOUCHED) for n in originals)
-    assert merged.shape == x.shape
+        assert all(same_bits(base, before[n], Promise.UNTOUCHED) for n, base in bases(model).items())
     model.merge_adapter()
-    with model.disable_adapter():  # takes the merge back, as layers do
-        model(x)
-    assert same_bits(find(model)[0].base_layer.original, bare.get_parameter(find(model)[0].name), Promise.UNTOUCHED)
+    with model.disable_adapter():  # takes the merge back, as in layers
+        assert close(logits(model), plain)
+    assert all(same_bits(base, before[n], Promise.UNTOUCHED) for n, base in bases(model).items())
 
 
-def test_merge_and_unload_leaves_the_same_plain_parameters():
-    bare = base()
-    objects = dict(bare.named_parameters())
-    order = list(bare.state_dict())
-    model = get_peft_model(bare, config("time_maa_x", "time_maa_w2", "scale"))
-    fill(model)
-    want, merged_values = by_hand(model), values(model)
+def test_unloading_leaves_plain_parameters_with_the_value_or_the_base(file, names, tmp_path):
+    model, bare = trained(file, *names), from_pth(file)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    want, merged_values = logits(model), values(model)
     merged = model.merge_and_unload(safe_merge=True)
-    assert list(merged.state_dict()) == order
-    assert all(merged.get_parameter(name) is parameter for name, parameter in objects.items())
-    assert all(same_bits(merged.get_parameter(name), value, Promise.STORED) for name, value in merged_values.items())
-    assert close(merged(inputs()), want(inputs()))
     assert not any(isinstance(module, SavedParameter) for module in merged.modules())
-    assert type(merged.blocks[0].att) is Attention
-    assert type(merged) is Model
+    assert all(same_bits(merged.get_parameter(n), value, Promise.STORED) for n, value in merged_values.items())
+    assert close(logits(merged), want)
+    merged.to_pth(tmp_path / "merged.pth")
+    assert list(torch.load(tmp_path / "merged.pth")) == list(bare.state_dict())
+    for each in (copied, pickled):
+        assert same_bits(logits(each), want, Promise.SAME_PRODUCT)
+        tensors = each.unload().state_dict()
+        assert all(same_bits(tensors[n], tensor, Promise.UNTOUCHED) for n, tensor in bare.state_dict().items())
 
 
-def test_unload_leaves_the_base():
-    model, bare = trained("time_decay", "scale"), base()
-    unloaded = model.unload()
-    assert list(unloaded.state_dict()) == list(bare.state_dict())
-    tensors = unloaded.state_dict()
-    assert all(same_bits(tensors[name], want, Promise.UNTOUCHED) for name, want in bare.state_dict().items())
-
-
-def test_an_unloaded_copy_leaves_the_original_as_it_is():
-    model = trained("time_decay", "scale")
-    want = model(inputs())
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert close(merged(inputs()), want)
-    assert same_bits(model(inputs()), want, Promise.SAME_PRODUCT)
-    again = pickle.loads(pickle.dumps(model))
-    assert same_bits(again(inputs()), want, Promise.SAME_PRODUCT)
-    assert same_bits(copy.deepcopy(again).unload()(inputs()), base()(inputs()), Promise.SAME_PRODUCT)
-
-
-def test_a_value_that_is_not_finite_is_not_merged_safely_and_nothing_changes():
-    model = trained("time_decay")
+def test_a_value_that_is_not_finite_is_not_merged_safely_and_nothing_changes(file, names):
+    model = trained(file, *names)
     with torch.no_grad():
-        find(model)[1].bone_parameter["default"][..., 0] = float("nan")
+        find(model)[1].bone_value["default"].view(-1)[0] = float("inf")
     before = snapshot(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NonFiniteError, match=r"blocks.1.att.time_decay: adapter 'default': its value holds NaN"):
+        with pytest.raises(NonFiniteError, match=r"blocks\..*: adapter 'default': its value holds NaN or infinity"):
             merge(safe_merge=True)
-        tensors, *rest = snapshot(model)
-        assert rest == list(before[1:])
-        assert tensors.keys() == before[0].keys()
-    assert same_bits(find(model)[0].base_layer.original, base().blocks[0].att.time_decay, Promise.UNTOUCHED)
+        assert_unchanged(model, before)
+
+
+def test_adapters_switch_their_values_and_others_see_the_base(file, names):
+    model = trained(file, *names[:2], adapter="x1")
+    model.add_adapter("plain", config())
+    model.add_adapter("x3", config(*names[1:]))
+    for seed, name in enumerate(("plain", "x3"), 2):
+        fill(model, name, seed)
+    for name in ("x1", "plain", "x3"):
+        model.set_adapter(name)
+        assert close(logits(model), logits(by_hand(file, model, name)))
+    model.base_model.set_adapter(["x3", "plain"])  # only one of them has values: both act
+    assert not close(logits(model), logits(by_hand(file, model, "x3")))
+    model.set_adapter("x1")
+    with pytest.warns(UserWarning, match="Setting active adapter to plain"):
+        model.delete_adapter("x1")  # whose next one is the same in all layers
+    assert close(logits(model), logits(by_hand(file, model, "plain")))
+    assert len(find(model)) == 4
+    model.set_adapter("x3")
+    with pytest.warns(UserWarning, match="Setting active adapter to plain"):
+        model.delete_adapter("x3")
+    assert not find(model)
+
+
+def test_two_adapters_with_a_value_for_one_parameter_are_not_active_together(file, names):
+    model = trained(file, names[0], adapter="x1")
+    model.add_adapter("x2", config(names[0]))
+    line = r"adapters 'x1' and 'x2' each have a value of their own for blocks\.0\.att\..*; use one of them at a time"
+    with pytest.raises(ConfigError, match=line):
+        model.base_model.set_adapter(["x1", "x2"])
+    assert model.base_model.active_adapters == ["x1"]
+    before = snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError, match=line):
+            merge(adapter_names=["x1", "x2"])
+    assert_unchanged(model, before)
+    for saved in find(model):
+        saved.set_adapter(["x1", "x2"])  # as hosts do, one by one
+    with pytest.raises(ConfigError, match=line):
+        logits(model)
+
+
+def test_a_batch_of_adapters_refuses_those_with_values_and_gives_others_the_base(file, names):
+    model = trained(file, *names, adapter="x1")
+    model.add_adapter("plain", config())
+    fill(model, "plain", 3)
+    mixed = model(TOKENS, adapter_names=["plain", "__base__"]).logits
+    assert close(mixed[:1], logits(by_hand(file, model, "plain"))[:1])
+    assert close(mixed[1:], logits(from_pth(file))[1:])
+    with pytest.raises(ConfigError, match=r"adapter 'x1' has a value of its own for blocks\.0.* set_adapter"):
+        model(TOKENS, adapter_names=["plain", "x1"])
+
+
+def test_there_is_no_lora_and_no_weighted_sum_of_such_an_adapter(file, names):
+    model = trained(file, names[0], adapter="x1")
+    model.add_adapter("x2", config())
+    with pytest.raises(ConfigError, match=r"a plain LoRA has no place for blocks\.0\.att\..*, blocks\.1"):
+        model.to_lora("x1")
+    with pytest.raises(ConfigError, match=r"\['x1'\] train modules, parameters or biases as a whole"):
+        model.add_weighted_adapter(["x1", "x2"], [0.5, 0.5], "sum")
+
+
+def test_trls_reference_starts_as_a_copy_of_the_values(file, names):
+    model = trained(file, *names)
+    model.add_adapter("ref", model.peft_config["default"])
+    assert all(same_bits(values(model, "ref")[n], value, Promise.STORED) for n, value in values(model).items())
+
+
+def test_values_of_an_offloaded_model_are_used_and_neither_added_nor_merged(file, names):
+    model = trained(file, *names)
+    want = logits(model)
+    cpu_offload(model, torch.device("cpu"))
+    assert close(logits(model), want)
+    for change in (model.merge_adapter, model.merge_and_unload, model.unload):
+        with pytest.raises(ConfigError, match=r"it (is|was) sharded or offloaded"):
+            change()
+    with pytest.raises(ConfigError, match="it is sharded or offloaded; add the adapter to a model that is whole"):
+        get_peft_model(cpu_offload(from_pth(file), torch.device("cpu")), config(*names))
+
+
+REFUSED = [
+    (
+        {"names": ["time_dekay"]},
+        r"no parameter 'time_dekay' of this Rwkv.ForCausalLM can be trained by itself, only att\.",
+    ),
+    ({"names": ["att.key.weight"]}, "no parameter 'att.key.weight' .* modules_to_save trains whole modules"),
+    ({"modules_to_save": ["att"], "target_modules": ["ffn.key"]}, "trained whole .modules_to_save., and so are single"),
+    ({"target_modules": None, "target_parameters": [None]}, "it is adapted .target_parameters.; leave one out"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_what_cannot_be_kept_is_one_clear_line_and_leaves_no_trace(file, version, fields, message):
+    matrix = {6: "att.time_maa_w1", 7: "att.w1"}[version]
+    fields = {"names": [matrix]} | fields
+    fields |= {"target_parameters": [matrix]} if "target_parameters" in fields else {}
+    settings = config(*fields.pop("names"), **fields)
+    for model, add in (
+        (bare := from_pth(file), lambda: get_peft_model(bare, settings)),
+        (live := trained(file, *NAMES[version], adapter="first"), lambda: live.add_adapter("second", settings)),
+    ):
+        before, want = snapshot(model), logits(model)
+        with pytest.raises(ConfigError, match=message) as raised:
+            add()
+        assert "\n" not in str(raised.value)
+        assert_unchanged(model, before)
+        assert same_bits(logits(model), want, Promise.SAME_PRODUCT)
+
+
+def test_other_models_are_told_of_modules_to_save():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with pytest.raises(ConfigError, match=r"'1.weight' of this Sequential .* RWKV models of flashbone; modules_to"):
+        get_peft_model(model, config("1.weight", target_modules=["0"]))
+
+
+def test_a_module_with_values_is_not_trained_whole_by_a_later_adapter(file, names):
+    model = trained(file, *names, adapter="first")
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"it is trained whole .modules_to_save., and so are single parameters of it"):
+        model.add_adapter("second", config(modules_to_save=["att"], target_modules=["ffn.key"]))
+    assert_unchanged(model, before)
+
+
+def test_other_parameters_of_a_module_may_be_adapted(file, version, names):
+    fields = {"target_parameters": [{6: "att.time_maa_w1", 7: "att.w1"}[version]]}
+    model = trained(file, *names, **fields)
+    want = logits(model)
+    assert not close(want, logits(trained(file, *names)))
+    assert close(logits(model.merge_and_unload()), want)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .*pth:UserWarning")  # peft looks for one
+def test_transformers_own_methods_do_the_same(file, names, tmp_path):
+    model = from_pth(file)
+    model.add_adapter(config(*names), "one")
+    fill(model, "one")
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    again = from_pth(file)
+    info = again.load_adapter(str(tmp_path))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    assert close(logits(again), want)
+    again.disable_adapters()
+    assert same_bits(logits(again), logits(from_pth(file)), Promise.SAME_PRODUCT)
+    hosted = inject_adapter_in_model(config(names[0]), from_pth(file), "x1")
+    assert len(find(hosted)) == 2

@@ -23,8 +23,8 @@ from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParamWrapper, own_name
 from flashbone.tuner.model.config import BoneConfig
+from flashbone.tuner.model.keys import VALUE, bare
 from flashbone.tuner.model.presets import KIND, parameter_count, published_preset, without_empty_kind
-from flashbone.tuner.model.saved_parameters import VALUES, bare
 from flashbone.tuner.model.skeleton import skeleton
 
 ADAPTER = "default"
@@ -113,7 +113,7 @@ def attach(
         layers=tuple(layers),
         calls=calls,
         others={_plain(name): p for name, p in trained.items()},
-        copied=frozenset(_plain(n) for n in trained if ".modules_to_save." in f".{n}" or f".{VALUES}." in n),
+        copied=frozenset(_plain(n) for n in trained if ".modules_to_save." in f".{n}" or f".{VALUE}." in n),
         saved_others={key: tensor for key, tensor in saved.items() if not key.endswith(BLOCK)},
     )
 

@@ -93,6 +93,7 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
         )
     if away := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ConfigError(f"to_pth: {len(away)} tensors are offloaded, such as {away[0]}; load it without a device_map")
+    state = {name: state[name] for name in wanted}  # in a file's order
     dtypes = {name: dtype or tensor.dtype for name, tensor in state.items()}
     if dtype is not None and dtype not in _NAMES:
         raise ConfigError(f"to_pth: got {dtype}, wanted fp64, fp32, bf16 or fp16")

@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+class RwkvHalf(nn.Module):
+    """Half of a block. It uses `read` on its parameters: an adapter may have put a module in the place of one."""
+
+
+def read(parameter: Tensor | nn.Module) -> Tensor:
+    """A parameter's value now; a module in its place returns it."""
+    return parameter if isinstance(parameter, Tensor) else parameter()
+
+
 class Norm(nn.LayerNorm):
     """A LayerNorm whose weights may be in another dtype than its input, as trained ones are."""
 

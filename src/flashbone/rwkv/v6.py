@@ -9,14 +9,14 @@ from torch.nn import functional
 
 from flashbone.rwkv.config import Rwkv6Config
 from flashbone.rwkv.kernels import run_wkv6
-from flashbone.rwkv.layers import HeadNorm, linear, matrix, ramp_, vector, without_autocast
+from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector, without_autocast
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
 _MIXES = ("w", "k", "v", "r", "g")  # in the order of time_maa_w2
 
 
-class TimeMix6(nn.Module):
+class TimeMix6(RwkvHalf):
     """What the tokens before say, by a state of each head."""
 
     time_maa_x: Tensor
@@ -40,19 +40,19 @@ class TimeMix6(nn.Module):
         """The output, `first_value` as it came, and the new memory: the last token and the state."""
         previous, last = token_shift(x, before, padding)
         step = previous - x
-        inner = torch.tanh((x + step * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
-        shares = torch.einsum("btir,irc->ibtc", inner, self.time_maa_w2)
+        inner = torch.tanh((x + step * read(self.time_maa_x)) @ read(self.time_maa_w1)).unflatten(-1, (5, -1))
+        shares = torch.einsum("btir,irc->ibtc", inner, read(self.time_maa_w2))
         x_w, x_k, x_v, x_r, x_g = (
-            x + step * (getattr(self, f"time_maa_{name}") + share)
+            x + step * (read(getattr(self, f"time_maa_{name}")) + share)
             for name, share in zip(_MIXES, shares.unbind(0), strict=True)
         )
-        decay = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        decay = read(self.time_decay) + torch.tanh(x_w @ read(self.time_decay_w1)) @ read(self.time_decay_w2)
         log_w, r, k, v = -torch.exp(decay.to(state.dtype)), self.receptance(x_r), self.key(x_k), self.value(x_v)
         if padding is not None:  # such a column leaves the state as it is
             log_w, k = log_w * padding.is_token, k * padding.is_token
         r, log_w, k, v = (y.unflatten(-1, (-1, self.config.head_size)) for y in (r, log_w, k, v))
         with without_autocast(x.device):
-            y, state = run_wkv6(r, log_w, k, v, self.time_faaaa.to(r.dtype), state, self.config.wkv_backend)
+            y, state = run_wkv6(r, log_w, k, v, read(self.time_faaaa).to(r.dtype), state, self.config.wkv_backend)
         y = self.ln_x(y.flatten(2)).to(x.dtype) * functional.silu(self.gate(x_g))
         return self.output(y), first_value, last, state
 
@@ -66,7 +66,7 @@ class TimeMix6(nn.Module):
             nn.init.normal_(getattr(self, name), std=self.config.initializer_range)
 
 
-class ChannelMix6(nn.Module):
+class ChannelMix6(RwkvHalf):
     """The block's MLP, gated by the receptance."""
 
     def __init__(self, config: Rwkv6Config, layer: int) -> None:
@@ -80,8 +80,8 @@ class ChannelMix6(nn.Module):
         """The output, and the last token."""
         previous, last = token_shift(x, before, padding)
         step = previous - x
-        mixed = self.value(torch.relu(self.key(x + step * self.time_maa_k)) ** 2)
-        return torch.sigmoid(self.receptance(x + step * self.time_maa_r)) * mixed, last
+        mixed = self.value(torch.relu(self.key(x + step * read(self.time_maa_k))) ** 2)
+        return torch.sigmoid(self.receptance(x + step * read(self.time_maa_r))) * mixed, last
 
     def init_weights(self) -> None:
         """As `TimeMix6.init_weights`."""

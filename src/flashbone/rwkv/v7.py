@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from flashbone.rwkv.config import Rwkv7Config
 from flashbone.rwkv.kernels import run_wkv7
-from flashbone.rwkv.layers import HeadNorm, linear, matrix, ramp_, vector, without_autocast
+from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector, without_autocast
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
 
 
-class TimeMix7(nn.Module):
+class TimeMix7(RwkvHalf):
     """What the tokens before say, by a state of each head."""
 
     x_r: Tensor
@@ -53,22 +53,22 @@ class TimeMix7(nn.Module):
         """The output, the first block's value, and the new memory: the last token and the state."""
         previous, last = token_shift(x, before, padding)
         step = previous - x
-        r = self.receptance(x + step * self.x_r)
-        decay = self.w0 + torch.tanh((x + step * self.x_w) @ self.w1) @ self.w2
-        k = self.key(x + step * self.x_k)
-        x_v = x + step * self.x_v
+        r = self.receptance(x + step * read(self.x_r))
+        decay = read(self.w0) + torch.tanh((x + step * read(self.x_w)) @ read(self.w1)) @ read(self.w2)
+        k = self.key(x + step * read(self.x_k))
+        x_v = x + step * read(self.x_v)
         v = self.value(x_v)
-        rate = torch.sigmoid(self.a0 + (x + step * self.x_a) @ self.a1 @ self.a2)
-        gate = torch.sigmoid((x + step * self.x_g) @ self.g1) @ self.g2
+        rate = torch.sigmoid(read(self.a0) + (x + step * read(self.x_a)) @ read(self.a1) @ read(self.a2))
+        gate = torch.sigmoid((x + step * read(self.x_g)) @ read(self.g1)) @ read(self.g2)
         if self.layer == 0:
             first_value = v
         else:
-            v = v + (first_value - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
-        direction = self._by_head(k * self.k_k)
-        k = self._by_head(k * (1 + (rate - 1) * self.k_a))
+            v = v + (first_value - v) * torch.sigmoid(read(self.v0) + x_v @ read(self.v1) @ read(self.v2))
+        direction = self._by_head(k * read(self.k_k))
+        k = self._by_head(k * (1 + (rate - 1) * read(self.k_a)))
         y, state = self._mix(r, decay, k, v, direction, rate, state, padding)
         r, v = self._by_head(r), self._by_head(v)
-        own = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        own = (r * k * read(self.r_k)).sum(-1, keepdim=True) * v
         y = self.ln_x(y.flatten(2)).to(x.dtype) + own.flatten(2).to(x.dtype)
         return self.output(y * gate), first_value, last, state
 
@@ -114,7 +114,7 @@ class TimeMix7(nn.Module):
             nn.init.normal_(getattr(self, name), std=0.1 if name == "g2" else self.config.initializer_range)
 
 
-class ChannelMix7(nn.Module):
+class ChannelMix7(RwkvHalf):
     """The block's MLP."""
 
     def __init__(self, config: Rwkv7Config, layer: int) -> None:
@@ -126,7 +126,7 @@ class ChannelMix7(nn.Module):
     def forward(self, x: Hidden, before: Tensor, padding: Padding | None) -> tuple[Hidden, Tensor]:
         """The output, and the last token."""
         previous, last = token_shift(x, before, padding)
-        return self.value(torch.relu(self.key(x + (previous - x) * self.x_k)) ** 2), last
+        return self.value(torch.relu(self.key(x + (previous - x) * read(self.x_k))) ** 2), last
 
     def init_weights(self) -> None:
         """As `TimeMix7.init_weights`."""

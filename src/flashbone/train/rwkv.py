@@ -9,8 +9,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from flashbone.errors import ConfigError
 from flashbone.rwkv.loss import wrapped
 from flashbone.rwkv.model import RwkvForCausalLM
-from flashbone.train.recipe import RwkvSettings
-from flashbone.tuner.model.saved_parameters import find
+from flashbone.train.sections import RwkvSettings
 
 TILE = 1024  # tokens whose logits are there at a time
 _NORMS = ["ln0", "ln1", "ln2", "ln_x", "ln_out"]
@@ -58,8 +57,8 @@ class RwkvTrainer(SFTTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's, with the decays in groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        saved = [own for own in find(self.model) if own.key == "time_decay"]  # pyright: ignore[reportArgumentType]
-        decays = {parameter for own in saved for parameter in own.parameters()}
+        assert self.model is not None
+        decays = {parameter for name, parameter in self.model.named_parameters() if ".time_decay." in name}
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if parameter in decays]
             if own and self._settings.time_decay_lr != 1:

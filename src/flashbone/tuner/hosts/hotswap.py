@@ -18,7 +18,6 @@ from flashbone.errors import ConfigError
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.model import keys
 from flashbone.tuner.model.config import BoneConfig, BoneType
-from flashbone.tuner.model.saved_parameters import SavedParameter
 
 # Settings in the compiled graph, or of parameters besides the blocks. Shapes of blocks are compared when they load.
 _MUST_BE_EQUAL = ("variant", "use_orthogonal", "orthogonal_eps", "bias", "modules_to_save", "parameters_to_save")
@@ -85,7 +84,7 @@ def _check(model: Any, adapter_name: str, config: BoneConfig) -> None:
             f"hot swap: adapter {adapter_name!r} cannot be replaced in place ({'; '.join(problems)}); load the new one"
             " under another name with load_adapter"
         )
-    layers = (layer for layer in model.modules() if isinstance(layer, (BoneLayer, SavedParameter)))
+    layers = (layer for layer in model.modules() if isinstance(layer, BoneLayer))
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ConfigError(f"hot swap: adapter {adapter_name!r} is merged into the model; call unmerge_adapter() first")
 

@@ -56,8 +56,8 @@ class BoneConfig(PeftConfig):
         rank_pattern: Block sizes of single modules, by name or regular expression: {"mlp.down_proj": 32}.
         bias: Which biases are trained along: "none", "all" or "bone_only" (those of adapted layers).
         modules_to_save: Modules that are trained as a whole and saved with the adapter, such as a new classifier.
-        parameters_to_save: Names (suffixes) of single parameters that are trained as a whole and saved with the
-            adapter, such as RWKV-6's "time_decay". Injection turns them into full names.
+        parameters_to_save: Names (suffixes) of single parameters of an RWKV model of flashbone that are trained as a
+            whole and saved with the adapter, such as "time_decay". Injection turns them into full names.
 
     Raises:
         ConfigError: a field is out of range or contradicts another.

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParameterKind, ParamWrapper, own_name
-from flashbone.tuner.model.saved_parameters import VALUES, SavedParameter, bare
 
 BLOCK = "bone_block"
 # The block of a weight that is stored (in, out): an embedding's table, experts with `is_transposed`. transformers'
 # Conv1D keeps the plain name, which PEFT 0.14 to 0.18 know.
 BLOCK_OF_TRANSPOSED = "bone_transposed"
 FSDP1 = "_fsdp_wrapped_module."
+VALUE = "bone_value"  # of a single parameter, whose key in a file is the parameter's own name
 _WRAPPED_BY_HOSTS = (FSDP1, "_orig_mod.")
+_WRAPPERS = re.compile(r"(?:^|\.)(?:base_layer|original_module|_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
+_VALUE = re.compile(rf"\.{VALUE}(\.[^.]+)?$")
 
 
 def file_keys(model: nn.Module) -> dict[str, str]:
-    """Key of a block, or of a single parameter's value, in the model -> key in a file, both without the adapter's name,
-    where they differ."""
+    """Key of a block in the model -> key in a file, both without the adapter's name, where they differ."""
     modules = [(plain(name), module) for name, module in model.named_modules()]
     wrappers = [name for name, module in modules if isinstance(module, ParamWrapper)]
     found = {}
     for name, layer in modules:
-        if isinstance(layer, SavedParameter):
-            found[f"{name}.{VALUES}"] = bare(name)
         if not isinstance(layer, BoneLayer):
             continue
         kind = layer.base_kind
@@ -44,12 +45,15 @@ def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> di
 
 def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """A file's state with the names of the model where those differ; they then end in the adapter's name."""
-    names, values = {}, {}
+    names = {}
     for own, key in file_keys(model).items():
-        found = values if own.endswith(f".{VALUES}") else names
-        found[key] = found[f"base_model.model.{key}"] = f"{own}.{adapter_name}"
-    # A parameter's name in a file may be that inside wrappers of others, and what wraps it may have changed.
-    return {names.get(key, values.get(bare(key), key)): tensor for key, tensor in state.items()}
+        names[key] = names[f"base_model.model.{key}"] = f"{own}.{adapter_name}"
+    return {names.get(key, key): tensor for key, tensor in state.items()}
+
+
+def bare(name: str) -> str:
+    """A name without what adapters and hosts put into it."""
+    return _VALUE.sub("", _WRAPPERS.sub("", name).removeprefix("."))
 
 
 def plain(name: str) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
-from flashbone.tuner.model.keys import FSDP1, file_keys, plain
-from flashbone.tuner.model.saved_parameters import VALUES, SavedParameter, bare, find, forget
+from flashbone.tuner.model.keys import FSDP1, VALUE, bare, file_keys, plain
+from flashbone.tuner.model.saved_parameters import SavedParameter, forget
 
 _LOADED = "_hf_peft_config_loaded"  # transformers' flag
 _ignore_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
@@ -37,11 +37,6 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         for name, module in model.named_modules()
         if isinstance(module, BoneLayer) and adapter_name in module.bone_block
     }
-    values = {
-        plain(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, SavedParameter) and adapter_name in module.bone_parameter
-    }
     in_files = file_keys(model)  # so that an error names a wrapped parameter, not its place among wrappers
     problems = [
         f"{_short(in_files.get(f'{name}.bone_block', name))}: the checkpoint has no block for it"
@@ -49,9 +44,9 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         if name + suffix not in state_dict
     ]
     problems += [
-        f"{saved.name}: the checkpoint has no value for it (parameters_to_save)"
-        for name, saved in values.items()
-        if f"{name}.{VALUES}.{adapter_name}" not in state_dict
+        f"{bare(name)}: the checkpoint has no value for it (parameters_to_save)"
+        for name, _ in model.named_parameters()
+        if name.endswith(f".{VALUE}.{adapter_name}") and plain(name) not in map(plain, state_dict)
     ]
     sharded = any(FSDP1 in name for name, _ in model.named_modules())
     tensors = {plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -113,8 +108,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapters_in(model: nn.Module) -> set[str]:
-    blocks = {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
-    return blocks.union(*(saved.bone_parameter for saved in find(model)))
+    return {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
 
 
 @contextmanager
@@ -208,9 +202,7 @@ def _clean_load_adapter(original: Callable) -> Callable:
             return original(self, model_id, adapter_name, *args, **kwargs)
         for layer in self.modules():
             if isinstance(layer, BoneLayer):
-                offloading.stop_offloading(layer.bone_block)
-            if isinstance(layer, SavedParameter):
-                offloading.stop_offloading(layer.bone_parameter)
+                offloading.keep_here(layer.bone_block)
         model, ignores = self.get_base_model(), bool(kwargs.get("ignore_mismatched_sizes", False))
         with no_trace(model, adapter_name, model_id), ignoring_sizes(ignores), _as_dispatched(model, model_id, kwargs):
             return original(self, model_id, adapter_name, *args, **kwargs)

@@ -31,8 +31,6 @@ def check_merge(tuner: BaseTuner, adapter_names: list[str] | None, safe_merge: b
         unknown = [name for name in adapter_names or [] if name not in tuner.peft_config]
         if unknown:
             raise ConfigError(f"adapters to merge: no {unknown} in this model, which has {list(tuner.peft_config)}")
-    for saved in saved_parameters.find(tuner.model):
-        saved.check_merge(adapter_names, must_be_finite=safe_merge)
     _check_bases_are_their_own(tuner)
     owners: dict[int, str] = {}
     for name, layer in bone_layers(tuner.model):

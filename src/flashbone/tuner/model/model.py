@@ -19,13 +19,15 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
-from flashbone.tuner.layers import offloading
+from flashbone.tuner.hosts import offloading
+from flashbone.tuner.hosts.neighbours import check_order, check_rwkv
+from flashbone.tuner.layers.dispatch import layer_class, why_not
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
 from flashbone.tuner.layers.mixed_batch import adapters_by_row, row_names, saved_modules
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
-from flashbone.tuner.model import keys, parameters_to_save, saved_parameters
+from flashbone.tuner.model import keys, saved_parameters
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.controls import Controls
 from flashbone.tuner.model.loading import check_state_dict, take_back, trained_names
@@ -61,7 +63,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[BoneLayer]:
             yield module
 
 
-class BoneModel(Controls):
+class BoneModel(Controls, BaseTuner):
     """A model with adapters of the Bone family (arXiv 2409.15371); made by `peft.get_peft_model`.
 
     Args:
@@ -75,7 +77,6 @@ class BoneModel(Controls):
     model: nn.Module
     prefix: str = "bone_"
     tuner_layer_cls: Any = (BoneLayer, SavedParameter)
-    _taken: tuple[tuple[nn.Module, str, str], ...] = ()  # parameters that adapters keep, while one is injected
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -83,14 +84,10 @@ class BoneModel(Controls):
         config = self.peft_config[adapter_name]
         trained, asked = trained_names(model), (config.target_modules, config.parameters_to_save)
         try:
-            with saved_parameters.put_aside(model) as standing:
-                chosen = parameters_to_save.choose(model, config, self.peft_config.values())
-                parameters_to_save.check_standing(standing, config)
-                self._taken = tuple((p.owner, p.key, p.name) for p in [*standing, *chosen])
-                self._inject_layers(model, adapter_name, *args, **kwargs)
+            self._inject_layers(model, adapter_name, *args, **kwargs)
             on_meta = bool(kwargs.get("low_cpu_mem_usage", False))
-            parameters_to_save.put_in(model, config, adapter_name, chosen, self.active_adapters, on_meta)
-            check_host(model)
+            saved_parameters.add_values(model, config, adapter_name, self.active_adapters, on_meta)
+            check_rwkv(model)
         except Exception as error:
             config.target_modules, config.parameters_to_save = asked
             take_back(model, adapter_name, trained)
@@ -99,8 +96,6 @@ class BoneModel(Controls):
                 raise
             names = ", ".join(nearest_names(model, asked[0]))
             raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
-        finally:
-            self._taken = ()
         if adapter_name == REFERENCE:
             self._start_as_a_copy(config)
 
@@ -128,7 +123,8 @@ class BoneModel(Controls):
                 layer.bone_block[REFERENCE].data = layer.bone_block[sources[0]].detach().clone()
                 layer.bone_scale[REFERENCE] = layer.bone_scale[sources[0]]
         for saved in saved_parameters.find(self.model) if sources else ():
-            saved.copy_value(sources[0], REFERENCE)
+            if sources[0] in saved.bone_value and REFERENCE in saved.bone_value:
+                saved.bone_value[REFERENCE].data = saved.bone_value[sources[0]].detach().clone()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
@@ -163,8 +159,6 @@ class BoneModel(Controls):
             "orthogonal_eps": peft_config.orthogonal_eps,
         }
         wraps = parameter_name is not None and getattr(target, "parameter_name", None) != parameter_name
-        inner = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        parameters_to_save.check_target(self._taken, current_key, inner, parameter_name)
         if isinstance(target, BoneLayer) and not wraps:
             with _naming(current_key):
                 target.update_layer(adapter_name, **fields)
@@ -210,8 +204,9 @@ class BoneModel(Controls):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The key in a file: that of a layer of its own, also where another method's adapter is around it."""
-        return _INSIDE.sub(".bone_block", super()._remove_adapter_name_from_key(key, adapter_name))
+        """The key in a file: that of the bare layer, or parameter, also where another adapter is around it."""
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return keys.bare(key) if key.endswith(f".{keys.VALUE}") else _INSIDE.sub(".bone_block", key)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -239,9 +234,7 @@ class BoneModel(Controls):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, mapped)
         for layer in _layers_of(model, adapter_name):  # what is copied to an offloaded block is lost
-            offloading.stop_offloading(layer.bone_block)
-        for saved in saved_parameters.find(model):
-            offloading.stop_offloading(saved.bone_parameter)
+            offloading.keep_here(layer.bone_block)
         return mapped
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -252,7 +245,7 @@ class BoneModel(Controls):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for saved in saved_parameters.find(self.model):
-            saved.check_alone(names)
+            saved.holder(names)
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -268,8 +261,13 @@ class BoneModel(Controls):
             NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity.
             FlashboneError: originals are not kept, and a merge could not be taken back.
         """
-        check_merge(self, adapter_names, safe_merge)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
+        check_merge(self, adapter_names, safe_merge, unload)
+        for saved in saved_parameters.find(self.model):
+            saved.check_merge(adapter_names, must_be_finite=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -279,7 +277,7 @@ class BoneModel(Controls):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            check_merge(self, adapter_names, safe_merge, unload=True)
+            self._check_merge(adapter_names, safe_merge, unload=True)
         saved_parameters.unload(self.model, merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
 
@@ -296,6 +294,8 @@ class BoneModel(Controls):
                 " names; call model.eval() first"
             )
         rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        layers = [layer for _, layer in bone_layers(self.model)]
-        with adapters_by_row([*layers, *saved_parameters.find(self.model)], saved_modules(self.model), rows):
+        layers, saved = [layer for _, layer in self._bone_layers()], saved_parameters.find(self.model)
+        for parameter in saved:
+            parameter.check_rows(rows.names)
+        with adapters_by_row([*layers, *saved], saved_modules(self.model), rows):
             yield
