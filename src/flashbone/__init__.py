@@ -68,12 +68,17 @@ def _register_rwkv_configs(auto: ModuleType) -> None:
         import_module("flashbone.rwkv.register").register_configs(auto)
 
 
+def _register_rwkv_models(config: ModuleType) -> None:
+    import_module("flashbone.rwkv.register")  # which registers them when the first configuration is made
+
+
 def _register_rwkv_tokenizer(auto: ModuleType) -> None:
     if floors.are_met():
         import_module("flashbone.rwkv.register").register_tokenizer(auto)
 
 
 when_imported("peft", _register)
+when_imported("flashbone.rwkv.config", _register_rwkv_models)
 when_imported("transformers.models.auto.configuration_auto", _register_rwkv_configs)
 when_imported("transformers.models.auto.tokenization_auto", _register_rwkv_tokenizer)
 wrap_when_imported()

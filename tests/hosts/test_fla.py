@@ -36,6 +36,7 @@ pytestmark = [
 ]
 IN_FP32 = pytest.mark.filterwarnings("ignore:ChunkDeltaRuleFunction does not support float32:RuntimeWarning")
 
+WKV = {7: wkv7, 6: wkv6}
 VARIANTS = ["bone", "mini", "bat-row", "bat-col", "orthogonal"]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 30, "fuse_norm": False}
 RANKS = {f"{name}_low_rank_dim": 8 for name in ("decay", "gate", "a", "v")}
@@ -240,15 +241,15 @@ def test_its_chunked_kernel_gives_what_its_recurrent_one_gives():
 @needs_kernels
 @pytest.mark.parametrize("version", [7, 6])
 def test_its_kernel_gives_our_outputs_states_and_gradients(version):
-    inputs = kernels._sample(version, torch.device("cpu"), torch.float32, 16)
-    assert kernels._disagreement(version, inputs) < 2e-5
+    inputs = kernels._sample(WKV[version], torch.device("cpu"), torch.float32, 16)
+    assert kernels._disagreement(WKV[version], inputs) < 2e-5
 
 
 @needs_kernels
 @pytest.mark.parametrize("version", [7, 6])
 def test_in_half_precision_its_kernel_is_taken(version):
     """In fp16: the interpreter has no bf16."""
-    assert kernels.why_not(version, torch.device("cpu"), torch.float16, 16) is None
+    assert kernels.why_not(WKV[version], torch.device("cpu"), torch.float16, 16) is None
 
 
 @needs_kernels

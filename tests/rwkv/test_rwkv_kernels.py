@@ -18,6 +18,7 @@ from flashbone.rwkv import Rwkv6Config, Rwkv7Config, kernels, wkv6, wkv7
 from helpers.comparison import close, relative_error
 
 CONFIGS = {7: Rwkv7Config, 6: Rwkv6Config}
+WKV = {7: wkv7, 6: wkv6}
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 30, (2, 50), generator=torch.Generator().manual_seed(3))
 
@@ -104,7 +105,7 @@ def like(device="cpu", dtype=torch.float32, head_size=16):
 def test_torch_and_on_a_cpu_auto_never_call_fla(version, backend, stand_in):
     model(version, backend)(TOKENS)
     assert not stand_in.calls
-    assert not kernels.chooses_fla(version, backend, like())
+    assert not kernels.chooses_fla(WKV[version], backend, like())
 
 
 @pytest.mark.parametrize("version", CONFIGS)
@@ -117,7 +118,7 @@ def test_fla_by_name_without_the_package_is_refused_in_one_line(version, without
 def test_what_fla_itself_lacks_is_named(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fla.ops.rwkv7", ModuleType("fla.ops.rwkv7"))  # an older one, say
     assert "AttributeError: module 'fla.ops.rwkv7' has no attribute 'chunk_rwkv7'" in kernels.why_not(
-        7, CPU, torch.float32, 16
+        wkv7, CPU, torch.float32, 16
     )
     assert len(caplog.records) == 1
 
@@ -154,7 +155,7 @@ def test_the_first_call_may_be_one_without_gradients(version, mode, stand_in):
     with mode():
         got = model(version, "fla")(TOKENS).logits
         assert close(got, model(version, "torch")(TOKENS).logits)
-    assert kernels.why_not(version, CPU, torch.float32, 16) is None
+    assert kernels.why_not(WKV[version], CPU, torch.float32, 16) is None
 
 
 @torch.no_grad()
@@ -182,11 +183,11 @@ def test_a_kernel_that_is_wrong_anywhere_is_refused_with_the_reason(version, fau
 @pytest.mark.parametrize("version", CONFIGS)
 @pytest.mark.parametrize("dtype", kernels.TOLERANCES)
 def test_the_comparison_lets_a_right_kernel_pass_in_every_dtype(version, dtype, stand_in):
-    assert kernels.why_not(version, CPU, dtype, 16) is None
+    assert kernels.why_not(WKV[version], CPU, dtype, 16) is None
 
 
 def test_fp64_is_not_fla_s(stand_in):
-    assert kernels.why_not(7, CPU, torch.float64, 16) == "it computes no float64"
+    assert kernels.why_not(wkv7, CPU, torch.float64, 16) == "it computes no float64"
     with pytest.raises(BackendError, match="wkv_backend 'fla': it computes no float64; use"):
         copy.deepcopy(model(7, "fla")).double()(TOKENS)
     assert not stand_in.calls
@@ -197,7 +198,7 @@ def test_each_device_dtype_and_head_size_is_compared_once(version, stand_in):
     for _ in range(3):
         for dtype in (torch.float32, torch.bfloat16):
             for head_size in (8, 16):
-                assert kernels.chooses_fla(version, "fla", like(dtype=dtype, head_size=head_size))
+                assert kernels.chooses_fla(WKV[version], "fla", like(dtype=dtype, head_size=head_size))
     assert len(stand_in.calls) == 4
 
 
@@ -205,13 +206,13 @@ def test_each_device_dtype_and_head_size_is_compared_once(version, stand_in):
 def gpu(monkeypatch):
     """A tensor as on a GPU; what the comparison would put there stays on the CPU."""
     sample = kernels._sample
-    monkeypatch.setattr(kernels, "_sample", lambda version, device, *rest: sample(version, CPU, *rest))
+    monkeypatch.setattr(kernels, "_sample", lambda wkv, device, *rest: sample(wkv, CPU, *rest))
     return like("cuda")
 
 
 @pytest.mark.parametrize("version", CONFIGS)
 def test_on_a_gpu_auto_takes_a_kernel_that_agrees(version, stand_in, gpu, caplog):
-    assert kernels.chooses_fla(version, "auto", gpu)
+    assert kernels.chooses_fla(WKV[version], "auto", gpu)
     assert not caplog.records
 
 
@@ -219,12 +220,12 @@ def test_on_a_gpu_auto_takes_a_kernel_that_agrees(version, stand_in, gpu, caplog
 @pytest.mark.parametrize("fault", FAULTS)
 def test_on_a_gpu_auto_falls_back_to_torch_with_one_warning(version, fault, monkeypatch, gpu, caplog):
     StandIn(monkeypatch, FAULTS[fault][0])
-    assert not any(kernels.chooses_fla(version, "auto", gpu) for _ in range(3))
+    assert not any(kernels.chooses_fla(WKV[version], "auto", gpu) for _ in range(3))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"flash-linear-attention's kernel of RWKV-{version} is not used: its ")
 
 
 def test_on_a_gpu_without_the_package_auto_takes_torch_and_says_nothing(without_fla, gpu, caplog):
-    assert not kernels.chooses_fla(7, "auto", gpu)
+    assert not kernels.chooses_fla(wkv7, "auto", gpu)
     assert not caplog.records

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from flashbone.rwkv.files import read_config as read_config
     from flashbone.rwkv.files import to_pth as to_pth
     from flashbone.rwkv.loss import l2_wrap as l2_wrap
-    from flashbone.rwkv.model import Rwkv6ForCausalLM as Rwkv6ForCausalLM
-    from flashbone.rwkv.model import Rwkv7ForCausalLM as Rwkv7ForCausalLM
     from flashbone.rwkv.state import RwkvState as RwkvState
     from flashbone.rwkv.tokenizer import RwkvTokenizer as RwkvTokenizer
+    from flashbone.rwkv.v6 import Rwkv6ForCausalLM as Rwkv6ForCausalLM
+    from flashbone.rwkv.v7 import Rwkv7ForCausalLM as Rwkv7ForCausalLM
 
 _PUBLIC = {
     "Rwkv6Config": "config",
     "Rwkv7Config": "config",
-    "Rwkv6ForCausalLM": "model",
-    "Rwkv7ForCausalLM": "model",
+    "Rwkv6ForCausalLM": "v6",
+    "Rwkv7ForCausalLM": "v7",
     "RwkvState": "state",
     "RwkvTokenizer": "tokenizer",
     "from_pth": "files",

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BACKENDS = ("auto", "torch", "fla")
 
 
+class Sizes:
+    """Reads sizes off shapes, with one error where there are none."""
+
+    def __init__(self, where: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.where, self.shapes = where, shapes
+
+    def __call__(self, name: str, axis: int, axes: int, default: int | None = None) -> int:
+        if name not in self.shapes and default is not None:
+            return default
+        shape = self.shapes.get(name)
+        if shape is None or len(shape) != axes or 0 in shape:
+            got = "is missing" if shape is None else f"has shape {shape}, wanted {axes} axes"
+            raise FormatError(f"{self.where}: {name} {got}; is the file whole?")
+        return shape[axis]
+
+    def common(self, head_size: int) -> dict[str, int]:
+        """What both versions have, as arguments of a configuration."""
+        hidden = self("emb.weight", 1, 2)
+        if hidden % head_size:
+            raise FormatError(f"{self.where}: heads of {head_size} do not divide the width {hidden} of emb.weight")
+        parts = [name.split(".") for name in self.shapes if name.startswith("blocks.")]
+        numbers = {int(part[1]) for part in parts if part[1].isdecimal()}  # others are unknown names
+        gap = next(i for i in range(len(numbers) + 1) if i not in numbers)
+        if gap < len(numbers):
+            raise FormatError(f"{self.where}: has blocks.{max(numbers)}, but no blocks.{gap}; is the file whole?")
+        return {
+            "vocab_size": self("emb.weight", 0, 2),
+            "hidden_size": hidden,
+            "num_hidden_layers": len(numbers),
+            "intermediate_size": self("blocks.0.ffn.key.weight", 0, 2),
+            "head_size": head_size,
+        }
+
+
 class RwkvConfig(PreTrainedConfig):
-    """What both versions share; make a `Rwkv7Config` or a `Rwkv6Config`.
+    """What all versions share; make a `Rwkv7Config` or a `Rwkv6Config`.
 
     Args:
         vocab_size: Rows of the embedding; 65536 in the world models.
@@ -32,6 +70,9 @@ class RwkvConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
+    title: ClassVar[str]  # of the version
+    mark: ClassVar[str]  # a tensor of the first block that no other version has
+    when_made: ClassVar[list[Callable[[], None]]] = []  # called for each configuration
 
     def __init__(
         self,
@@ -66,7 +107,13 @@ class RwkvConfig(PreTrainedConfig):
         # An embedding and a head of their own; the tokens of the world vocabulary.
         given = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 24, "pad_token_id": 0} | kwargs
         super().__init__(**given)
-        register_models()
+        for call in self.when_made:
+            call()
+
+    @classmethod
+    def from_shapes(cls, size: Sizes) -> Self:
+        """The configuration of the model in a file, from its tensors' shapes."""
+        raise NotImplementedError
 
     def _default_intermediate(self) -> int:
         return 4 * self.hidden_size
@@ -87,6 +134,7 @@ class Rwkv7Config(RwkvConfig):
     """
 
     model_type = "rwkv_x070"
+    title, mark = "RWKV-7", "blocks.0.att.r_k"
 
     def __init__(
         self,
@@ -102,6 +150,17 @@ class Rwkv7Config(RwkvConfig):
         self.has_first_values = has_first_values
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_shapes(cls, size: Sizes) -> Self:
+        return cls(
+            **size.common(size("blocks.0.att.r_k", 1, 2)),
+            decay_rank=size("blocks.0.att.w1", 1, 2),
+            rate_rank=size("blocks.0.att.a1", 1, 2),
+            value_rank=size("blocks.1.att.v1" if "blocks.1.att.v1" in size.shapes else "blocks.0.att.v1", 1, 2, 1),
+            gate_rank=size("blocks.0.att.g1", 1, 2),
+            has_first_values="blocks.0.att.v0" in size.shapes,
+        )
+
 
 class Rwkv6Config(RwkvConfig):
     """RWKV-6 ("Finch", x060).
@@ -113,24 +172,22 @@ class Rwkv6Config(RwkvConfig):
     """
 
     model_type = "rwkv_x060"
+    title, mark = "RWKV-6", "blocks.0.att.time_maa_x"
 
     def __init__(self, mix_rank: int = 32, decay_rank: int = 64, **kwargs: Any) -> None:
         self.mix_rank, self.decay_rank = mix_rank, decay_rank
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_shapes(cls, size: Sizes) -> Self:
+        return cls(
+            **size.common(size("blocks.0.att.time_faaaa", 1, 2)),
+            mix_rank=size("blocks.0.att.time_maa_w2", 1, 3),
+            decay_rank=size("blocks.0.att.time_decay_w1", 1, 2),
+        )
+
     def _default_intermediate(self) -> int:
         return int(3.5 * self.hidden_size) // 32 * 32
 
 
-def register_models() -> None:
-    """Tell AutoModelForCausalLM about the models.
-
-    Here, when the first configuration is made, since importing models while transformers itself is being imported
-    would run in circles; whoever asks for a model by its configuration has made one.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from flashbone.rwkv.model import Rwkv6ForCausalLM, Rwkv7ForCausalLM
-
-    for model in (Rwkv7ForCausalLM, Rwkv6ForCausalLM):
-        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+CONFIGS: tuple[type[RwkvConfig], ...] = (Rwkv7Config, Rwkv6Config)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,11 +37,6 @@ class HeadNorm(nn.GroupNorm):
         flat = input.flatten(0, 1).to(wide)
         out = functional.group_norm(flat, self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
         return out.view(input.shape)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A block of code whose products are computed in their inputs' dtype; the meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:

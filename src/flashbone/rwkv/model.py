@@ -1,4 +1,4 @@
-"""RWKV-7 and RWKV-6 as language models of transformers.
+"""What RWKV's versions share as language models of transformers.
 
 Names of parameters are those of BlinkDL's `.pth` files, with nothing before them, so that files of models and of
 adapters need no renaming; the backbone is therefore no module of its own.
@@ -18,28 +18,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from flashbone.errors import ConfigError
-from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config, RwkvConfig
+from flashbone.rwkv.config import RwkvConfig
 from flashbone.rwkv.layers import Norm, linear
 from flashbone.rwkv.shift import Padding, padding_of
 from flashbone.rwkv.state import LayerState, RwkvState, given_layers
-from flashbone.rwkv.v6 import ChannelMix6, TimeMix6
-from flashbone.rwkv.v7 import ChannelMix7, TimeMix7
-
-_HALVES = {"rwkv_x070": (TimeMix7, ChannelMix7), "rwkv_x060": (TimeMix6, ChannelMix6)}
+from flashbone.rwkv.writing import Shapes, write_pth
 
 
 class RwkvBlock(GradientCheckpointingLayer):
     """One layer: time mixing, then channel mixing, each on a normalised copy."""
 
-    def __init__(self, config: RwkvConfig, layer: int) -> None:
+    def __init__(self, config: RwkvConfig, layer: int, time_mix: Any, channel_mix: Any) -> None:
         super().__init__()
-        time_mix, channel_mix = _HALVES[config.model_type]
         if layer == 0:
             self.ln0 = Norm(config.hidden_size, config.layer_norm_eps)
         self.ln1 = Norm(config.hidden_size, config.layer_norm_eps)
         self.ln2 = Norm(config.hidden_size, config.layer_norm_eps)
-        self.att = time_mix(cast(Any, config), layer)
-        self.ffn = channel_mix(cast(Any, config), layer)
+        self.att = time_mix(config, layer)
+        self.ffn = channel_mix(config, layer)
 
     def forward(
         self, x: Tensor, first_value: Tensor, att: Tensor, wkv: Tensor, ffn: Tensor, padding: Padding | None
@@ -65,9 +61,10 @@ class _Backbone:
 
 
 class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
-    """What both versions share.
+    """What all versions share; `v7` and `v6` have the models.
 
     Attributes:
+        halves: Classes of the time mixing and the channel mixing.
         chunk_ctx: In training, sequences run through the model in pieces of so many tokens, which hand the state on,
             and only one piece's activations are in memory at a time; gradients are those of the whole sequence. None:
             in one piece.
@@ -76,6 +73,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = RwkvConfig
     config: RwkvConfig
+    halves: tuple[type, type]
     _no_split_modules = ["RwkvBlock"]
     supports_gradient_checkpointing = True
     _is_stateful = True
@@ -86,7 +84,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RwkvConfig) -> None:
         super().__init__(config)
         self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(RwkvBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(RwkvBlock(config, layer, *self.halves) for layer in range(config.num_hidden_layers))
         self.ln_out = Norm(config.hidden_size, config.layer_norm_eps)
         self.head = linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -261,11 +259,15 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    def to_pth(self, path: str | Path, dtype: Any = None) -> None:
-        """Write the model as one `.pth` file, which BlinkDL's programs read; see `flashbone.rwkv.to_pth`."""
-        from flashbone.rwkv.files import to_pth
+    @classmethod
+    def expected_shapes(cls, config: RwkvConfig) -> Shapes:
+        """Name and shape of every tensor of a model, in the order of a file."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
 
-        to_pth(self, path, dtype)
+    def to_pth(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model as one `.pth` file, which BlinkDL's programs read; see `flashbone.rwkv.to_pth`."""
+        write_pth(self.state_dict(), self.expected_shapes(self.config), Path(path), dtype)
 
 
 def refuse_packing(position_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any]) -> None:
@@ -282,15 +284,3 @@ def refuse_packing(position_ids: Tensor | None, attention_mask: Tensor | None, o
             "several sequences are packed into one row, and the state would run from one into the next; leave"
             " padding_free and packing out, or pack with packing_strategy: wrapped"
         )
-
-
-class Rwkv7ForCausalLM(RwkvForCausalLM):
-    """RWKV-7 ("Goose", x070) with its head."""
-
-    config_class = Rwkv7Config
-
-
-class Rwkv6ForCausalLM(RwkvForCausalLM):
-    """RWKV-6 ("Finch", x060) with its head."""
-
-    config_class = Rwkv6Config

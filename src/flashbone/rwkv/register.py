@@ -1,23 +1,52 @@
-"""RWKV's configurations and tokenizer in transformers' Auto classes, as soon as those exist."""
+"""RWKV's configurations, models and tokenizer in transformers' Auto classes, as soon as those exist."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from flashbone.rwkv.config import CONFIGS, RwkvConfig
+
+if TYPE_CHECKING:
+    from flashbone.rwkv.model import RwkvForCausalLM
 
 
 def register_configs(auto: ModuleType) -> None:
-    """Tell AutoConfig, in transformers.models.auto.configuration_auto; the models follow when the first configuration
-    is made (`config.register_models`)."""
-    from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config
-
-    for config in (Rwkv7Config, Rwkv6Config):
+    """Tell AutoConfig, in transformers.models.auto.configuration_auto."""
+    for config in CONFIGS:
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_tokenizer(auto: ModuleType) -> None:
     """Tell AutoTokenizer, in transformers.models.auto.tokenization_auto."""
-    from flashbone.rwkv.config import Rwkv6Config, Rwkv7Config
     from flashbone.rwkv.tokenizer import RwkvTokenizer
 
-    for config in (Rwkv7Config, Rwkv6Config):
+    for config in CONFIGS:
         auto.AutoTokenizer.register(config, slow_tokenizer_class=RwkvTokenizer, exist_ok=True)
+
+
+def register_models() -> None:
+    """Tell AutoModelForCausalLM.
+
+    When the first configuration is made: importing models while transformers itself is being imported would run in
+    circles, and whoever asks for a model by its configuration has made one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    for model in _models():
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+def model_class(config: RwkvConfig) -> type[RwkvForCausalLM]:
+    """The model of a configuration."""
+    return next(model for model in _models() if model.config_class is type(config))
+
+
+def _models() -> tuple[Any, ...]:
+    from flashbone.rwkv.v6 import Rwkv6ForCausalLM
+    from flashbone.rwkv.v7 import Rwkv7ForCausalLM
+
+    return Rwkv7ForCausalLM, Rwkv6ForCausalLM
+
+
+RwkvConfig.when_made.append(register_models)

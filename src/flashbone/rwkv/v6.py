@@ -1,4 +1,4 @@
-"""The two halves of a block of RWKV-6 (x060), under the names of BlinkDL's files."""
+"""RWKV-6 (x060): the two halves of a block, under the names of BlinkDL's files, and the model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flashbone.ops.autocast import without_autocast
+from flashbone.rwkv import kernels, wkv6
 from flashbone.rwkv.config import Rwkv6Config
-from flashbone.rwkv.kernels import run_wkv6
-from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector, without_autocast
+from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector
+from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
@@ -51,8 +53,9 @@ class TimeMix6(RwkvHalf):
         if padding is not None:  # such a column leaves the state as it is
             log_w, k = log_w * padding.is_token, k * padding.is_token
         r, log_w, k, v = (y.unflatten(-1, (-1, self.config.head_size)) for y in (r, log_w, k, v))
-        with without_autocast(x.device):
-            y, state = run_wkv6(r, log_w, k, v, read(self.time_faaaa).to(r.dtype), state, self.config.wkv_backend)
+        u = read(self.time_faaaa).to(r.dtype)
+        with without_autocast(x.device.type):
+            y, state = kernels.run(wkv6, self.config.wkv_backend, r, log_w, k, v, u, state)
         y = self.ln_x(y.flatten(2)).to(x.dtype) * functional.silu(self.gate(x_g))
         return self.output(y), first_value, last, state
 
@@ -87,3 +90,10 @@ class ChannelMix6(RwkvHalf):
         """As `TimeMix6.init_weights`."""
         nn.init.constant_(self.time_maa_k, 0.5)
         nn.init.constant_(self.time_maa_r, 0.5)
+
+
+class Rwkv6ForCausalLM(RwkvForCausalLM):
+    """RWKV-6 ("Finch", x060) with its head."""
+
+    config_class = Rwkv6Config
+    halves = TimeMix6, ChannelMix6

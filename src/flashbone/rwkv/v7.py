@@ -1,4 +1,4 @@
-"""The two halves of a block of RWKV-7 (x070), under the names of BlinkDL's files."""
+"""RWKV-7 (x070): the two halves of a block, under the names of BlinkDL's files, and the model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flashbone.ops.autocast import without_autocast
+from flashbone.rwkv import kernels, wkv7
 from flashbone.rwkv.config import Rwkv7Config
-from flashbone.rwkv.kernels import run_wkv7
-from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector, without_autocast
+from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector
+from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
@@ -91,8 +93,9 @@ class TimeMix7(RwkvHalf):
             log_w, v = log_w * padding.is_token, v * padding.is_token
             kk = kk * padding.is_token.unsqueeze(-1)
         r, log_w, v, rate = map(self._by_head, (r, log_w, v, rate))
-        with without_autocast(r.device):
-            return run_wkv7(r, log_w, k, v, (-kk).to(r.dtype), (kk * rate).to(r.dtype), state, self.config.wkv_backend)
+        a, b = (-kk).to(r.dtype), (kk * rate).to(r.dtype)
+        with without_autocast(r.device.type):
+            return kernels.run(wkv7, self.config.wkv_backend, r, log_w, k, v, a, b, state)
 
     def _by_head(self, x: Hidden) -> Float[Tensor, "batch tokens heads N"]:
         return x.unflatten(-1, (-1, self.config.head_size))
@@ -131,3 +134,10 @@ class ChannelMix7(RwkvHalf):
     def init_weights(self) -> None:
         """As `TimeMix7.init_weights`."""
         nn.init.constant_(self.x_k, 0.5)
+
+
+class Rwkv7ForCausalLM(RwkvForCausalLM):
+    """RWKV-7 ("Goose", x070) with its head."""
+
+    config_class = Rwkv7Config
+    halves = TimeMix7, ChannelMix7

@@ -8,12 +8,18 @@ over chunks of tokens (docs/maths.md, RWKV). Both compute in fp32 at least, and 
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashbone.rwkv.chunks import cut, joined, product
 
+VERSION = 6
+FLA = "fla.ops.rwkv6"  # where flash-linear-attention has its kernel
 CHUNK, PART = 32, 4  # tokens
 
 Tokens = Float[Tensor, "batch tokens heads N"]
@@ -65,6 +71,24 @@ def chunked(
     since_start = (r_start * _sums_before(parts).exp().unsqueeze(-2)).flatten(2, 3)
     y = product(since_start, starts.mT, product(scores, v.flatten(2, 3)))
     return joined(y, heads, tokens), last.unflatten(0, (batch, heads))
+
+
+def by_fla(
+    r: Tokens, log_w: Tokens, k: Tokens, v: Tokens, u: Float[Tensor, "heads N"], state: State
+) -> tuple[Tokens, State]:
+    """As `loop`, by flash-linear-attention, which keeps the state as key by value features, and wants one dtype but for
+    decays and the state."""
+    kernel: Any = importlib.import_module(FLA).chunk_rwkv6
+    k, v, u = (x.to(r.dtype) for x in (k, v, u))  # under autocast they may be wider than r
+    y, last = kernel(r, k, v, log_w, u, scale=1.0, initial_state=state.mT.contiguous(), output_final_state=True)
+    return y, last.mT.to(state.dtype)
+
+
+def sample(random: Callable[..., Tensor], tokens: int, head_size: int) -> list[Tensor]:
+    """Inputs of `loop` as a model makes them, for two sequences and heads."""
+    shape = (2, tokens, 2, head_size)
+    r, k, v, state = random(*shape), random(*shape), random(*shape), random(2, 2, head_size, head_size)
+    return [r, -random(*shape).exp(), k, v, random(2, head_size), state]
 
 
 def _sums_before(x: Float[Tensor, "*rows steps N"]) -> Float[Tensor, "*rows steps N"]:

@@ -8,12 +8,19 @@ over chunks of tokens (docs/maths.md, RWKV). Both compute in fp32 at least, and 
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashbone.rwkv.chunks import cut, joined, product
 
+VERSION = 7
+FLA = "fla.ops.rwkv7"  # where flash-linear-attention has its kernel
 CHUNK = 32  # tokens; 1 / decay over a chunk stays far inside fp32, since log_w > -0.6066
 
 Tokens = Float[Tensor, "batch tokens heads N"]
@@ -64,6 +71,26 @@ def chunked(
     y = product(r, starts.mT, product(product(r, k.mT).tril(), v))
     y = product(product(r, b.mT).tril(), U, y)
     return joined(y, heads, tokens), last.unflatten(0, (batch, heads))
+
+
+def by_fla(r: Tokens, log_w: Tokens, k: Tokens, v: Tokens, a: Tokens, b: Tokens, state: State) -> tuple[Tokens, State]:
+    """As `loop`, by flash-linear-attention, which keeps the state as key by value features, and wants one dtype but for
+    decays and the state."""
+    kernel: Any = importlib.import_module(FLA).chunk_rwkv7
+    k, v, a, b = (x.to(r.dtype) for x in (k, v, a, b))  # under autocast they may be wider than r
+    with warnings.catch_warnings():
+        # Of fp32 "on some platforms": on this one its results have been compared.
+        warnings.filterwarnings("ignore", ".*does not support float32", RuntimeWarning)
+        y, last = kernel(r, log_w, k, v, a, b, scale=1.0, initial_state=state.mT.contiguous(), output_final_state=True)
+    return y, last.mT.to(state.dtype)
+
+
+def sample(random: Callable[..., Tensor], tokens: int, head_size: int) -> list[Tensor]:
+    """Inputs of `loop` as a model makes them, for two sequences and heads."""
+    shape = (2, tokens, 2, head_size)
+    r, k, v, state = random(*shape), random(*shape), random(*shape), random(2, 2, head_size, head_size)
+    direction = torch.nn.functional.normalize(random(*shape), dim=-1)
+    return [r, -0.6 * random(*shape).sigmoid(), k, v, -direction, direction * random(*shape).sigmoid(), state]
 
 
 def _states(
