@@ -278,7 +278,6 @@ class BoneModel(Controls, BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge, unload=True)
-        saved_parameters.unload(self.model, merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
 
     @contextmanager
@@ -293,9 +292,12 @@ class BoneModel(Controls, BaseTuner):
                 "adapter_names: the model is in training mode, where checkpointing would run rows again without their"
                 " names; call model.eval() first"
             )
+        if saved := saved_parameters.find(self.model):
+            raise ConfigError(
+                f"adapter_names: an adapter of this model trains {saved[0].name} whole (parameters_to_save), and it has"
+                " one value for all rows of a batch; delete that adapter, or run one batch for each, with set_adapter"
+            )
         rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        layers, saved = [layer for _, layer in self._bone_layers()], saved_parameters.find(self.model)
-        for parameter in saved:
-            parameter.check_rows(rows.names)
-        with adapters_by_row([*layers, *saved], saved_modules(self.model), rows):
+        layers = [layer for _, layer in self._bone_layers()]
+        with adapters_by_row(layers, saved_modules(self.model), rows):
             yield
