@@ -25,7 +25,7 @@ def read_config(path: str | Path) -> RwkvConfig:
 
     Raises:
         FormatError: the file is broken, holds another version of RWKV or something else, or lacks tensors, has unknown
-            ones or ones of strange shapes, all of which are named.
+            ones or ones of strange shapes; all are named.
     """
     return _checked(_scan(Path(path)))
 
@@ -71,7 +71,7 @@ def to_pth(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
     Raises:
         ConfigError: it is another model, still has adapters or quantised weights in it, or is offloaded.
         NonFiniteError: a number is too large for `dtype`.
-        FlashboneError: something is there already, or the disk is full.
+        FlashboneError: the path exists already, or the disk is full.
     """
     if not isinstance(model, RwkvForCausalLM):
         raise ConfigError(f"to_pth: got a {type(model).__name__}, wanted an RWKV model; call merge_and_unload() first")
@@ -85,7 +85,7 @@ def _scan(path: Path) -> TensorFile:
 
 
 def _checked(file: TensorFile) -> RwkvConfig:
-    """The configuration that the file's shapes mean, of which every tensor has been compared."""
+    """The configuration that the file's shapes mean, after a comparison of every tensor."""
     shapes = {entry.name: entry.shape for entry in file.entries}
     config = _config_of(str(file.path), shapes)
     wanted = model_class(config).expected_shapes(config)
@@ -119,7 +119,7 @@ def _config_of(where: str, shapes: Shapes) -> RwkvConfig:
         raise FormatError(f"{where}: is no RWKV model, it has none of {', '.join(_MARKS.values())}{like}")
     configs = {config.title: config for config in CONFIGS}
     if versions[0] not in configs:
-        raise FormatError(f"{where}: is an {versions[0]} model; RWKV-6 and RWKV-7 can be loaded")
+        raise FormatError(f"{where}: is an {versions[0]} model; {' and '.join(sorted(configs))} can be loaded")
     if len(versions) > 1:
         names = ", ".join(_MARKS[version] for version in versions)
         raise FormatError(f"{where}: mixes {' and '.join(versions)}, it has {names}; take one model's file")

@@ -42,11 +42,11 @@ def model_class(config: RwkvConfig) -> type[RwkvForCausalLM]:
     return next(model for model in _models() if model.config_class is type(config))
 
 
-def _models() -> tuple[Any, ...]:
-    from flashbone.rwkv.v6 import Rwkv6ForCausalLM
-    from flashbone.rwkv.v7 import Rwkv7ForCausalLM
+def _models() -> list[Any]:
+    """One for each version: the public ones."""
+    from flashbone import rwkv
 
-    return Rwkv7ForCausalLM, Rwkv6ForCausalLM
+    return [getattr(rwkv, name) for name in rwkv.__all__ if name.endswith("ForCausalLM")]
 
 
 RwkvConfig.when_made.append(register_models)
