@@ -176,7 +176,7 @@ def test_a_file_for_a_tied_table_is_not_merged_into_it(tmp_path):
 def test_a_merged_table_is_not_saved_with_its_adapter(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Embedding(9, 6)), BoneConfig(r=4, target_modules=["0"], init_weights=False))
     model.merge_adapter()
-    with pytest.raises(ConfigError, match=r"an embedding stands merged.*call unmerge_adapter\(\) first"):
+    with pytest.raises(ConfigError, match=r"an embedding is merged.*call unmerge_adapter\(\) first"):
         model.save_pretrained(tmp_path)
     model.unmerge_adapter()
     model.save_pretrained(tmp_path)

@@ -104,9 +104,9 @@ class RwkvConfig(PreTrainedConfig):
             raise ConfigError(f"wkv_backend: got {wkv_backend!r}, wanted one of {', '.join(BACKENDS)}")
         if kwargs.get("tie_word_embeddings"):
             raise ConfigError("tie_word_embeddings: got True; an RWKV model has an embedding and a head of its own")
-        # An embedding and a head of their own; the tokens of the world vocabulary.
-        given = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 24, "pad_token_id": 0} | kwargs
-        super().__init__(**given)
+        # The tokens of the world vocabulary.
+        fields = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 24, "pad_token_id": 0} | kwargs
+        super().__init__(**fields)
         for call in self.when_made:
             call()
 

@@ -1,7 +1,7 @@
 """What RWKV's versions share as language models of transformers.
 
 Names of parameters are those of BlinkDL's `.pth` files, with nothing before them, so that files of models and of
-adapters need no renaming; the backbone is therefore no module of its own.
+adapters need no renaming. So the backbone is not a module.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
     def _run_in_pieces(
         self, x: Tensor, layers: list[LayerState], padding: Padding | None
     ) -> tuple[Tensor, list[LayerState]]:
-        """As `_run_blocks`, of which backward runs each piece again, the last one first."""
+        """As `_run_blocks`; backward runs each piece again, the last one first."""
         assert self.chunk_ctx is not None
         outputs = []
         for start in range(0, x.shape[1], self.chunk_ctx):

@@ -38,7 +38,7 @@ class Padding:
         return Padding(self.is_token.to(device), self.reached.to(device))
 
     def repeat_tokens(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
-        """In each column of padding what stands at the token before it; the first columns' own where there is none."""
+        """x, with each column of padding replaced by the token before it, if there was a token."""
         columns = (self.reached - 1).clamp(min=0)
         return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
@@ -65,8 +65,8 @@ def token_shift(
 ) -> tuple[Float[Tensor, "batch tokens hidden"], Float[Tensor, "batch hidden"]]:
     """For each column the token before it (`before` for the first), and the last token of each row.
 
-    What stands in columns of padding is never read, and what is returned for them means nothing. The last token is a
-    copy, since a view would keep all columns in memory for as long as the state lives.
+    Columns of padding are never read, and their results mean nothing. The last token is a copy, since a view would keep
+    all columns in memory for as long as the state lives.
     """
     longer = torch.cat([before.unsqueeze(1), x], dim=1)
     if padding is None:

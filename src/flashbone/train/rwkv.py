@@ -1,4 +1,4 @@
-"""RWKV models in training: what is trained along, sequences longer than memory, the L2-wrap, time_decay's own rate."""
+"""Training of RWKV models: parts trained beside the adapter, long sequences, the L2-wrap, the rate of time_decay."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from flashbone.rwkv.loss import wrapped
 from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.train.sections import RwkvSettings
 
-TILE = 1024  # tokens whose logits are there at a time
+TILE = 1024  # tokens whose logits are in memory at a time
 _NORMS = ["ln0", "ln1", "ln2", "ln_x", "ln_out"]
 
 
@@ -45,7 +45,7 @@ def prepare(model: RwkvForCausalLM, settings: RwkvSettings, args: Any) -> dict[s
 
 
 class RwkvTrainer(SFTTrainer):
-    """TRL's SFTTrainer with what RWKV's own training does besides."""
+    """TRL's SFTTrainer with the extras of RWKV's own training."""
 
     def __init__(self, *args: Any, settings: RwkvSettings, **kwargs: Any) -> None:
         self._settings = settings
@@ -55,16 +55,16 @@ class RwkvTrainer(SFTTrainer):
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's, with the decays in groups of their own."""
+        """The trainer's optimizer, with separate groups for the decays."""
         optimizer = super().create_optimizer(*args, **kwargs)
         assert self.model is not None
         decays = {parameter for name, parameter in self.model.named_parameters() if ".time_decay." in name}
         for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if parameter in decays]
-            if own and self._settings.time_decay_lr != 1:
+            inside = [parameter for parameter in group["params"] if parameter in decays]
+            if inside and self._settings.time_decay_lr != 1:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in decays]
                 rest = {key: value for key, value in group.items() if key != "params"}
-                optimizer.add_param_group({**rest, "params": own, "lr": group["lr"] * self._settings.time_decay_lr})
+                optimizer.add_param_group({**rest, "params": inside, "lr": group["lr"] * self._settings.time_decay_lr})
         return optimizer
 
     def compute_loss(

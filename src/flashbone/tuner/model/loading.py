@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
-from flashbone.tuner.model.keys import FSDP1, VALUE, bare, file_keys, plain
+from flashbone.tuner.model.keys import BLOCK, FSDP1, VALUE, bare, file_keys, plain
 from flashbone.tuner.model.saved_parameters import SavedParameter, forget
 
 _LOADED = "_hf_peft_config_loaded"  # transformers' flag
@@ -31,42 +31,34 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         ShapeError: a block is missing, or a tensor has another shape, is of integers or belongs to nothing; all of
             them are named.
     """
-    suffix = f".bone_block.{adapter_name}"
-    layers = {
-        plain(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, BoneLayer) and adapter_name in module.bone_block
-    }
-    in_files = file_keys(model)  # so that an error names a wrapped parameter, not its place among wrappers
-    problems = [
-        f"{_short(in_files.get(f'{name}.bone_block', name))}: the checkpoint has no block for it"
-        for name in layers
-        if name + suffix not in state_dict
-    ]
-    problems += [
-        f"{bare(name)}: the checkpoint has no value for it (parameters_to_save)"
-        for name, _ in model.named_parameters()
-        if name.endswith(f".{VALUE}.{adapter_name}") and plain(name) not in map(plain, state_dict)
-    ]
-    sharded = any(FSDP1 in name for name, _ in model.named_modules())
+    blocks, values = f".{BLOCK}.{adapter_name}", f".{VALUE}.{adapter_name}"
+    layers = {plain(name): module for name, module in model.named_modules() if isinstance(module, BoneLayer)}
     tensors = {plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    in_files = file_keys(model)  # so that an error names a wrapped parameter, not its place among wrappers
+    loaded_names, problems = set(map(plain, state_dict)), []
+    for name in tensors:
+        if name.endswith((blocks, values)) and name not in loaded_names:
+            what = "block for it" if name.endswith(blocks) else "value for it (parameters_to_save)"
+            where = in_files.get(name.removesuffix(f".{adapter_name}"), name.removesuffix(blocks))
+            problems.append(f"{_short(where)}: the checkpoint has no {what}")
+    sharded = any(FSDP1 in name for name, _ in model.named_modules())
     for key, loaded in state_dict.items():
         # With bias="all", PEFT also writes biases of saved modules, without the adapter's name; nothing reads those.
         name = plain(key).replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
-        own = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
-        if own is None:
+        present = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
+        if present is None:
             problems.append(f"{_short(key)}: the model has no such tensor")
             continue
-        if own.is_floating_point() and not loaded.is_floating_point():
+        if present.is_floating_point() and not loaded.is_floating_point():
             problems.append(f"{_short(key)}: the checkpoint holds {loaded.dtype}, wanted floating-point numbers")
             continue
-        wanted, got = tuple(getattr(own, "ds_shape", own.shape)), tuple(loaded.shape)
+        wanted, got = tuple(getattr(present, "ds_shape", present.shape)), tuple(loaded.shape)
         if wanted == got or sharded or _ignore_sizes.get():
             continue
-        layer = layers.get(key.removesuffix(suffix))
+        layer = layers.get(key.removesuffix(blocks))
         what = f"{layer.bone_variant[adapter_name].name} adapter has a block" if layer else "the model has a tensor"
         problems.append(
-            f"{_short(key.removesuffix(suffix))}: {what} of shape {wanted} but the checkpoint holds {got};"
+            f"{_short(key.removesuffix(blocks))}: {what} of shape {wanted} but the checkpoint holds {got};"
             " was r or the variant changed?"
         )
     if problems:
@@ -111,9 +103,14 @@ def adapters_in(model: nn.Module) -> set[str]:
     return {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
 
 
+def is_ignoring_sizes() -> bool:
+    """Whether the current load ignores tensors of other sizes."""
+    return _ignore_sizes.get()
+
+
 @contextmanager
 def ignoring_sizes(ignores: bool) -> Iterator[None]:
-    """Pass `ignore_mismatched_sizes` of a load to `check_state_dict`: PEFT does not pass it to the tuner."""
+    """Within the block, loads ignore tensors of other sizes (`ignore_mismatched_sizes`)."""
     token = _ignore_sizes.set(ignores)
     try:
         yield
@@ -125,7 +122,7 @@ def ignoring_sizes(ignores: bool) -> Iterator[None]:
 def no_trace(model: nn.Module, adapter_name: str, source: object) -> Iterator[None]:
     """If the block fails, `model` (the bare one, without PeftModel around it) is as it was before: without the adapter
     if that is new, merged as it was, with the same adapters active, the same parameters trained and the same modules
-    in training mode. Unreadable files get an error of ours."""
+    in training mode. Errors of unreadable files become ours."""
     is_new, trained = adapter_name not in adapters_in(model), trained_names(model)
     kept = {name: vars(model).get(name) for name in ("peft_config", _LOADED)}
     modes = {module: module.training for module in model.modules()}
@@ -181,15 +178,15 @@ def _is_bone(model_id: Any, kwargs: dict[str, Any]) -> bool:
     where = ("subfolder", "revision", "cache_dir", "token")
     try:
         return PeftConfig._get_peft_type(model_id, **{key: kwargs[key] for key in where if key in kwargs}) == "BONE"
-    except Exception:  # PEFT says in its own words that there is no adapter
+    except Exception:  # PEFT then says itself that there is no adapter
         return False
 
 
 def clean_up_after_failed_loads(peft_model: Any) -> None:
     """Wrap `PeftModel.from_pretrained` and `load_adapter` so that a BONE adapter that cannot be loaded leaves no trace.
 
-    PEFT adds the adapter first and reads its weights afterwards, and its tuners learn of neither; other methods'
-    adapters pass through untouched.
+    PEFT adds the adapter before it reads the weights, and tells its tuners of neither. Other methods' adapters pass
+    through untouched.
     """
     peft_model.load_adapter = _clean_load_adapter(peft_model.load_adapter)
     peft_model.from_pretrained = classmethod(_clean_from_pretrained(peft_model.from_pretrained.__func__))

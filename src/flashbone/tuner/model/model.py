@@ -1,6 +1,6 @@
-"""BoneModel: what PEFT calls to put adapters of the family into a model, to merge them, and to load them.
+"""BoneModel: PEFT calls it to put adapters of the family into a model, to merge them, and to load them.
 
-What users call besides is in `controls`.
+`controls` has the methods for users.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
 
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
-    """Errors of sizes and settings say which layer they are about."""
+    """Errors of sizes and settings name the layer."""
     try:
         yield
     except (ShapeError, ConfigError) as error:
@@ -111,10 +111,10 @@ class BoneModel(Controls, BaseTuner):
             self._inject_inside(inside, adapter_name, *args, **kwargs)
 
     def _start_as_a_copy(self, config: BoneConfig) -> None:
-        """Make the adapter "ref" a copy of the one whose very config it was given, if there is one.
+        """Make the adapter "ref" a copy of the adapter that has the same config object, if one has.
 
-        TRL's trainers, given a trained PeftModel, add their reference in this way and then copy the parameters that
-        have ".default." in their name. Names of blocks end in ".default", and the reference would silently be the base.
+        TRL's trainers add a reference to a trained PeftModel in this way and then copy the parameters that have
+        ".default." in their name. Names of blocks end in ".default", so the reference would silently be the base.
         """
         sources = [name for name, other in self.peft_config.items() if other is config and name != REFERENCE]
         for _, layer in bone_layers(self.model) if sources else ():
@@ -198,8 +198,8 @@ class BoneModel(Controls, BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # No more than that: blocks are where they belong. PEFT would move the whole layer once more, which fails beside
-        # blocks on the meta device, and copy `weight` onto what stands in when it unloads, which may be a container.
+        # Blocks are on their device already. PEFT would move the whole layer again, which fails beside blocks on the
+        # meta device, and would copy `weight` onto the module that it puts back, which may be a container.
         setattr(parent, child_name, new_module)
 
     @classmethod
@@ -212,18 +212,18 @@ class BoneModel(Controls, BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """What a file of this adapter holds, under the names of `keys`.
+        """The tensors of this adapter's file, under the names of `keys`.
 
         Raises:
-            ConfigError: an embedding stands merged, whose table PEFT writes along.
+            ConfigError: an embedding is merged, and PEFT would write its table, too.
         """
         if any(isinstance(layer, BoneEmbedding) and layer.merged for layer in _layers_of(model, adapter_name)):
             raise ConfigError(
-                f"adapter {adapter_name!r}: an embedding stands merged, and the merged table would be saved with the"
-                " adapter, so that it counted twice; call unmerge_adapter() first"
+                f"adapter {adapter_name!r}: an embedding is merged, and the merged table would be saved with the"
+                " adapter, which would count twice; call unmerge_adapter() first"
             )
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        return keys.to_file(model, found, adapter_name)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return keys.to_file(model, selected, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
