@@ -46,11 +46,6 @@ class RwkvAdapter:
     replacements: dict[str, Tensor]
 
 
-def is_name(name: str) -> bool:
-    """Whether this is a name in RWKV's own checkpoints."""
-    return _NAME.match(name) is not None
-
-
 def are_names(names: Iterable[str]) -> bool:
     """Whether these are names in RWKV's own checkpoints, or a wrapper's of such a model."""
     return all(RWKV_NAME.match(name.removeprefix(_LEAD)) for name in names)

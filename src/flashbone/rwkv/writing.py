@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashbone.errors import ConfigError, NonFiniteError
-from flashbone.files import pth, staging
+from flashbone.files import outputs, pth
 from flashbone.files.tensors import FLOATS, as_bytes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -38,7 +38,7 @@ def write_pth(state: Mapping[str, Tensor], wanted: Shapes, out: Path, dtype: tor
         raise ConfigError(f"to_pth: got {dtype}, wanted fp64, fp32, bf16 or fp16")
     layout = [(name, _NAMES[dtypes[name]], tuple(tensor.shape)) for name, tensor in state.items()]
     size = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in state.items())
-    staging.check(out, size, None, is_file=True)
+    outputs.check(out, size, None, is_file=True)
 
     def content(name: str) -> Iterator[memoryview]:
         tensor = state[name].detach().to("cpu", dtypes[name])
@@ -46,5 +46,5 @@ def write_pth(state: Mapping[str, Tensor], wanted: Shapes, out: Path, dtype: tor
             raise NonFiniteError(f"to_pth: {name} has numbers too large for {tensor.dtype}; choose a wider dtype")
         yield as_bytes(tensor)
 
-    with staging.whole_or_absent(out, is_file=True) as partial:
+    with outputs.whole_or_absent(out, is_file=True) as partial:
         pth.write(partial, layout, content, lambda _: None)

@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from flashbone.errors import ConfigError
 from flashbone.rwkv.loss import wrapped
 from flashbone.rwkv.model import RwkvForCausalLM
-from flashbone.train.sections import RwkvSettings
+from flashbone.train.recipe import RwkvSettings
 
 TILE = 1024  # tokens whose logits are in memory at a time
 _NORMS = ["ln0", "ln1", "ln2", "ln_x", "ln_out"]

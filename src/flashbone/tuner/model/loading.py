@@ -199,7 +199,7 @@ def _clean_load_adapter(original: Callable) -> Callable:
             return original(self, model_id, adapter_name, *args, **kwargs)
         for layer in self.modules():
             if isinstance(layer, BoneLayer):
-                offloading.keep_here(layer.bone_block)
+                offloading.stop_offloading(layer.bone_block)
         model, ignores = self.get_base_model(), bool(kwargs.get("ignore_mismatched_sizes", False))
         with no_trace(model, adapter_name, model_id), ignoring_sizes(ignores), _as_dispatched(model, model_id, kwargs):
             return original(self, model_id, adapter_name, *args, **kwargs)

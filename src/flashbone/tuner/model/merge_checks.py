@@ -8,7 +8,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import bone_layers
-from flashbone.tuner.model import saved_parameters
 
 
 @torch.inference_mode(False)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -19,9 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
-from flashbone.tuner.hosts import offloading
-from flashbone.tuner.hosts.neighbours import check_order, check_rwkv
-from flashbone.tuner.layers.dispatch import layer_class, why_not
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
 from flashbone.tuner.layers.mixed_batch import adapters_by_row, row_names, saved_modules
@@ -87,7 +85,7 @@ class BoneModel(Controls, BaseTuner):
             self._inject_layers(model, adapter_name, *args, **kwargs)
             on_meta = bool(kwargs.get("low_cpu_mem_usage", False))
             saved_parameters.add_values(model, config, adapter_name, self.active_adapters, on_meta)
-            check_rwkv(model)
+            check_host(model)
         except Exception as error:
             config.target_modules, config.parameters_to_save = asked
             take_back(model, adapter_name, trained)
@@ -234,7 +232,7 @@ class BoneModel(Controls, BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, mapped)
         for layer in _layers_of(model, adapter_name):  # what is copied to an offloaded block is lost
-            offloading.keep_here(layer.bone_block)
+            offloading.stop_offloading(layer.bone_block)
         return mapped
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -298,6 +296,6 @@ class BoneModel(Controls, BaseTuner):
                 " one value for all rows of a batch; delete that adapter, or run one batch for each, with set_adapter"
             )
         rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        layers = [layer for _, layer in self._bone_layers()]
+        layers = [layer for _, layer in bone_layers(self.model)]
         with adapters_by_row(layers, saved_modules(self.model), rows):
             yield

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.rwkv.layers import RwkvHalf
-from flashbone.tuner.hosts import offloading
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.keys import VALUE, bare
@@ -51,7 +51,7 @@ class SavedParameter(nn.Module, BaseTunerLayer):
         if name is None:
             return self.base_layer
         value: Any = self.bone_value._parameters.get(name)
-        if not offloading.is_simply_there(value):
+        if not offloading.is_materialized(value):
             value = offloading.for_autograd(self.bone_value, name, self)
         return value.to(self.base_layer.dtype)
 
@@ -79,7 +79,7 @@ class SavedParameter(nn.Module, BaseTunerLayer):
         name = self.holder([*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)])
         if name is None:
             return None
-        if offloading.comes_and_goes(self) or offloading.comes_and_goes(self.bone_value):
+        if offloading.is_sharded_or_offloaded(self) or offloading.is_sharded_or_offloaded(self.bone_value):
             raise ConfigError(
                 f"{self.name}: it is sharded or offloaded, so an adapter's value (parameters_to_save) cannot be merged"
                 " into it; merge the files with `flashbone merge`"
@@ -169,7 +169,7 @@ def _choose(model: nn.Module, entries: Collection[str]) -> dict[str, tuple[RwkvH
         )
     ends = tuple(f".{entry}" for entry in entries)
     chosen = {name: place for name, place in places.items() if f".{name}".endswith(ends)}
-    if away := [name for name, (half, _) in chosen.items() if offloading.comes_and_goes(half)]:
+    if away := [name for name, (half, _) in chosen.items() if offloading.is_sharded_or_offloaded(half)]:
         raise ConfigError(
             f"parameters_to_save: {away[0]}: it is sharded or offloaded; add the adapter to a model that is whole and"
             " in memory, or leave it out"
