@@ -1,23 +1,22 @@
-"""A skeleton with an adapter on it: which layers were adapted, what is trained, what would be saved."""
+"""A model without weights and an adapter on it: which layers are adapted, what is trained, what would be saved."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.inspect.calls import Calls, trace_calls
+from flashbone.inspect.measuring import LayerCall, trace_calls
+from flashbone.inspect.reports import BaseFacts
 from flashbone.tuner.layers.conv import BoneConv
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer
@@ -25,6 +24,7 @@ from flashbone.tuner.layers.parameters import ParamWrapper, own_name
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.keys import VALUE, bare
 from flashbone.tuner.model.presets import KIND, parameter_count, published_preset, without_empty_kind
+from flashbone.tuner.model.saved_parameters import bare
 from flashbone.tuner.model.skeleton import skeleton
 
 ADAPTER = "default"
@@ -33,96 +33,75 @@ BLOCK = ".bone_block"
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One adapted layer; `calls` is how often a forward pass calls it."""
-
-    name: str
-    out_features: int
-    in_features: int
-    r: int
-    block: Tensor
-    calls: int
-
-
-@dataclass(frozen=True)
-class Attached:
+class AttachedModel:
     """A base and an adapter on it.
 
     Attributes:
-        architecture: class of the base.
-        parameters: of the base.
-        base_bytes: of those.
-        linear_multiply_adds: of the base's linear layers for each token.
-        quantised_by: the method that the base's config names.
-        labels: of the classification head, by the base's config; None where there is none.
+        base: without the adapter.
+        calls: of the base's linear layers in a forward pass.
         config: of the adapter.
-        layers: the adapted layers, in the model's order.
-        calls: of all linear layers.
-        others: name in the base -> parameter that is trained besides: a bias, one to save, or part of a module to save.
-        copied: names of those that are copies, while the base keeps the frozen original.
-        saved_others: key -> tensor of the adapter file that is no block.
+        layers: name in the base -> adapted layer, in the model's order.
+        others: name in the base -> parameter that is trained besides: a bias, or one of a module to save.
+        copied: names of `others` that are copies, while the base keeps the frozen original.
+        saved_others: key -> tensor of the adapter file that is not a block.
     """
 
-    architecture: str
-    parameters: int
-    base_bytes: int
-    linear_multiply_adds: float
-    quantised_by: str | None
-    labels: int | None
+    base: BaseFacts
+    calls: list[LayerCall]
     config: BoneConfig
-    layers: tuple[Layer, ...]
-    calls: Calls
-    others: Mapping[str, Tensor]
+    layers: dict[str, BoneLayer]
+    others: dict[str, nn.Parameter]
     copied: frozenset[str]
-    saved_others: Mapping[str, Tensor]
+    saved_others: dict[str, Tensor]
 
 
 def attach(
     source: PretrainedConfig | str | Path, fields: dict[str, Any], *, recommend: bool, dtype: torch.dtype
-) -> Attached:
-    """Build a model's skeleton and put an adapter on it; arguments as in `inspect_model`, or the model's config.
+) -> AttachedModel:
+    """Build a model without weights and put an adapter on it; arguments as in `inspect_model`, or the model's config.
 
     Raises:
         ConfigError: there is no such model, a field is wrong, or no layer matches.
     """
     base: Any = skeleton(source, dtype, fields.get("task_type"))
+    originals = {id(p): p for p in base.parameters()}
     linears: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    calls = trace_calls(base, linears)
-    counts = Counter(call.layer for call in calls.calls)
-    facts = {
-        "architecture": type(base).__name__,
-        "parameters": parameter_count(base),
-        "base_bytes": sum(p.numel() * p.element_size() for p in base.parameters()),
-        "linear_multiply_adds": float(sum(counts[name] * layer.weight.numel() for name, layer in linears.items())),
-        "quantised_by": _quantisation(base.config),
-        "labels": base.config.num_labels if _classifies(base) else None,
-    }
+    calls, assumption = trace_calls(base, linears)
+    facts = BaseFacts(
+        architecture=type(base).__name__,
+        parameters=parameter_count(base),
+        base_bytes=sum(p.nbytes for p in originals.values()),
+        linear_multiply_adds=float(sum(linears[name].weight.numel() for name, _ in calls)),
+        quantised_by=_quantisation(base.config),
+        labels=base.config.num_labels if _has_classifier(base) else None,
+        assumption=assumption,
+    )
     config = _config(base, fields, recommend)
     model = _adapted(base, config)
-    _check_kinds(model)
-    layers = [
-        Layer(name, m.out_features, m.in_features, m.bone_r[ADAPTER], m.bone_block[ADAPTER], counts[name])
-        for name, m in model.base_model.model.named_modules()
-        if isinstance(m, BoneLayer)
-    ]
-    trained = {n.removeprefix(ROOT): p for n, p in model.named_parameters() if p.requires_grad and BLOCK not in n}
-    saved = get_peft_model_state_dict(model)
-    return Attached(
-        **facts,
-        config=config,
-        layers=tuple(layers),
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, BoneLayer)}
+    _check_kinds(layers)
+    trained = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad and BLOCK not in n}
+    return AttachedModel(
+        base=facts,
         calls=calls,
-        others={_plain(name): p for name, p in trained.items()},
-        copied=frozenset(_plain(n) for n in trained if ".modules_to_save." in f".{n}" or f".{VALUE}." in n),
-        saved_others={key: tensor for key, tensor in saved.items() if not key.endswith(BLOCK)},
+        config=config,
+        layers=layers,
+        others=trained,
+        copied=frozenset(name for name, p in trained.items() if id(p) not in originals),
+        saved_others={key: t for key, t in get_peft_model_state_dict(model).items() if not key.endswith(BLOCK)},
     )
 
 
 def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
-    """As `flashbone train` would have it; or the published setting, where no other is asked for."""
-    _check_layers(fields)
+    """As `flashbone train` would have it; or the published setting, if the fields do not choose another."""
+    layers = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is not None]
+    if layers and "target_modules" not in fields:
+        raise ConfigError(
+            f"adapter: {' and '.join(layers)} without target_modules, which is then all-linear, in every layer; name"
+            " the modules in a list, such as target_modules [q_proj, v_proj]"
+        )
     fields = {"target_modules": "all-linear", **(without_empty_kind(fields) if recommend else fields)}
-    if _classifies(base):
+    if _has_classifier(base):
         fields.setdefault("task_type", "SEQ_CLS")  # PEFT then trains the classifier, too
     try:
         if not recommend or any(name in fields for name in KIND):
@@ -134,35 +113,24 @@ def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
         raise ConfigError(f"adapter: {error}") from error
 
 
-def _check_layers(fields: dict[str, Any]) -> None:
-    """Our default of target_modules takes no choice of layers; that is said of what was given."""
-    given = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is not None]
-    if given and "target_modules" not in fields:
-        raise ConfigError(
-            f"adapter: {' and '.join(given)} without target_modules, which is then all-linear, in every layer; name the"
-            " modules in a list, such as target_modules [q_proj, v_proj]"
-        )
-
-
-def _classifies(base: Any) -> bool:
+def _has_classifier(base: nn.Module) -> bool:
     return type(base).__name__.endswith("ForSequenceClassification")
 
 
-def _adapted(base: Any, config: BoneConfig) -> Any:
+def _adapted(base: Any, config: BoneConfig) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on what happens while training or saving
-            return get_peft_model(base, config, ADAPTER)  # pyright: ignore[reportArgumentType]
+            warnings.simplefilter("ignore", UserWarning)  # about training and saving
+            return get_peft_model(base, config, ADAPTER)  # pyright: ignore[reportArgumentType, reportReturnType]
     except FlashboneError:
         raise
-    except (ValueError, TypeError, re.error) as error:  # of PEFT, over fields that BoneConfig takes as they come
+    except (ValueError, TypeError, re.error) as error:  # from PEFT, over fields that BoneConfig does not check
         raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
 
 
-def _check_kinds(model: Any) -> None:
-    """Costs are counted for layers that multiply each token with a matrix."""
-    others = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, BoneLayer)}
-    others = {n: m for n, m in others.items() if isinstance(m, (BoneConv, BoneEmbedding, ParamWrapper))}
+def _check_kinds(layers: dict[str, BoneLayer]) -> None:
+    """Only costs of layers that multiply each token with a matrix are counted."""
+    others = {n: m for n, m in layers.items() if isinstance(m, (BoneConv, BoneEmbedding, ParamWrapper))}
     if others:
         names = ", ".join(own_name(n, m, [*others]) for n, m in others.items())
         raise ConfigError(
@@ -172,13 +140,13 @@ def _check_kinds(model: Any) -> None:
 
 
 def _plain(name: str) -> str:
-    """The parameter's name in the bare model."""
-    return bare(re.sub(rf"\.modules_to_save\.{ADAPTER}(?=\.)", "", name))
+    """The name of a parameter of the adapted model in the base."""
+    return bare(re.sub(rf"\.modules_to_save\.{ADAPTER}(?=\.)", "", name.removeprefix(ROOT)))
 
 
-def _quantisation(config: Any) -> str | None:
-    found = getattr(config, "quantization_config", None)
-    if not found:
+def _quantisation(config: PretrainedConfig) -> str | None:
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     return str(getattr(method, "value", method) or "unknown")
