@@ -1,14 +1,14 @@
 """Who is best, and how sure that is: a paired bootstrap over seeds and test rows, and the ranking made from it.
 
 A run's figure is sum(scores) / sum(weights) over the rows of the test set; a method's is the mean over its seeds. Rows
-and seeds are resampled with replacement, the same ones for every method (pairs), each independently of the other
-(Owen 2007, "The pigeonhole bootstrap"), and the deviations of both are added up.
+and seeds are resampled with replacement, independently of each other (Owen 2007, "The pigeonhole bootstrap"), the same
+ones for every method (pairs), and the deviations of both are added up.
 
-A handful of seeds gives draws that are too narrow. So deviations of seeds are multiplied by sqrt(n / (n - 1)), which
-makes their variance unbiased, and all draws by t(.975; v) / z(.975), v being Satterthwaite's degrees of freedom (1946).
-Only that part of the spread between seeds counts as uncertain there which the luck of single runs with the rows, known
-from the draws of rows, does not explain: where seeds themselves decide, the interval becomes Student's t-interval;
-where rows do, it is the plain bootstrap. tests/compare/report/test_statistics.py has rates of false winners.
+With a handful of seeds such draws are too narrow. So deviations of seeds are multiplied by sqrt(n / (n - 1)), which
+makes their variance unbiased, and all draws by t(.975; v) / z(.975), where v are Satterthwaite's degrees of freedom
+(1946). In v, only the part of the spread between seeds that resampled rows do not explain counts as uncertain. Where
+seeds decide, the interval becomes Student's t-interval; where rows decide, it stays the plain bootstrap.
+tests/compare/report/test_statistics.py measures how often a false winner is named.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Bootstrap:
 
 
 def resampled_seeds(seeds: int, draws: int) -> np.ndarray:
-    """How often each seed was drawn, (seeds, draws): always the same for the same numbers."""
+    """How often each seed was drawn, (seeds, draws); equal arguments give equal counts."""
     return np.random.default_rng(SEED_SEED).multinomial(seeds, np.full(seeds, 1 / seeds), draws).T
 
 
@@ -125,7 +125,7 @@ def widened(points: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> np.ndar
     if spread <= 1e-30:
         return by_rows
     by_seeds = math.sqrt(seeds / (seeds - 1)) * ((counts - 1) / seeds * points[:, None]).sum(0)
-    explained = float((rows - by_rows).var(1).sum()) / (seeds - 1)  # of the spread: single runs' luck with the rows
+    explained = float((rows - by_rows).var(1).sum()) / (seeds - 1)  # the part of the spread that rows explain
     of_rows, of_seeds, beyond = float(by_rows.var()), spread / seeds, max(0.0, spread - explained) / seeds
     if beyond <= 1e-9 * of_seeds:
         return by_rows + by_seeds

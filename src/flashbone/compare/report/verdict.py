@@ -1,4 +1,4 @@
-"""The verdict: the best method on the test set and its cost, in two sentences, and notes. Names decide nothing."""
+"""The verdict: the best method on the test set and its cost, in two sentences, and notes. It is blind to names."""
 
 from __future__ import annotations
 
