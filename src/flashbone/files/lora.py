@@ -148,20 +148,8 @@ def read(path: str | Path) -> Lora:
     config = fields.checked(folder / folders.CONFIG, folders.read_config(folder, "LORA"), _SCHEMA, unknown)
     file = folders.weights_file(folder)
     parts, replacements, problems = folders.sort_tensors(read_state(file), config, (*_OF_LINEAR, *_OF_EMBEDDING))
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for module, tensors in parts.items():
-        rank = fields.by_pattern(module, config["rank_pattern"], config["r"])
-        alpha = fields.by_pattern(module, config["alpha_pattern"], config["lora_alpha"])
-        suffixes = _OF_EMBEDDING if _OF_EMBEDDING[0] in tensors else _OF_LINEAR
-        if tensors.keys() != set(suffixes):
-            held, wanted = (" and ".join(suffix[1:] for suffix in keys) for keys in (tensors, suffixes))
-            problems.append(f"{module}: the file holds its {held}, wanted {wanted}")
-            continue
-        A, B = (tensors[suffix] for suffix in suffixes)
-        if wrong := _misfit(A, B, rank):
-            problems.append(f"{module}: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}, {wrong}")
-        else:
-            factors[module] = A, _scaled(B, alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
+    factors, misfits = _factors(parts, config)
+    problems += misfits
     if not parts and not problems:
         problems.append("it holds no lora_A and lora_B")
     if problems:
@@ -180,6 +168,27 @@ def read(path: str | Path) -> Lora:
         modules_to_save=tuple(config["modules_to_save"]),
         task_type=config.get("task_type"),
     )
+
+
+def _factors(
+    parts: dict[str, dict[str, Tensor]], config: dict[str, Any]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """A and B of each module, with the scaling in B; and what is wrong with others."""
+    factors, problems = {}, []
+    for module, tensors in parts.items():
+        rank = fields.by_pattern(module, config["rank_pattern"], config["r"])
+        alpha = fields.by_pattern(module, config["alpha_pattern"], config["lora_alpha"])
+        suffixes = _OF_EMBEDDING if _OF_EMBEDDING[0] in tensors else _OF_LINEAR
+        if tensors.keys() != set(suffixes):
+            got, wanted = (" and ".join(suffix[1:] for suffix in keys) for keys in (tensors, suffixes))
+            problems.append(f"{module}: the file holds its {got}, wanted {wanted}")
+            continue
+        A, B = (tensors[suffix] for suffix in suffixes)
+        if wrong := _misfit(A, B, rank):
+            problems.append(f"{module}: got A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}, {wrong}")
+        else:
+            factors[module] = A, _scaled(B, alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
+    return factors, problems
 
 
 def _misfit(A: Tensor, B: Tensor, rank: int) -> str:
