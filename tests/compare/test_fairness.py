@@ -35,7 +35,7 @@ def curve(*losses, **scores) -> LossCurve:
 
 
 def method(label: str, parameters: int = 1000, runs: tuple = (run(0), run(1))) -> MethodProgress:
-    size = MethodSize({}, parameters, parameters, 10**6, (parameters - 1000) / 1000, True, False, "r = 1")
+    size = MethodSize("r = 1", {}, parameters, parameters, 10**6, parameters / 1000 - 1, True)
     listed = ListedMethod(label, label, {}, (1e-3,))
     return MethodProgress(listed, size, {(one.learning_rate, one.seed): one for one in runs})
 

@@ -8,7 +8,7 @@ from small_models import LINEARS, albert, bert, gpt2, ids, llama, minilm, real
 
 from flashbone.compare.attaching import attach
 from flashbone.compare.methods import METHODS, TrainingMethod, bone_method, ranks
-from flashbone.compare.sizes import Budget, MethodSize, budget_of, match
+from flashbone.compare.sizes import Budget, MethodSize, ParameterCounter, budget_of, match
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.skeleton import skeleton
 from flashbone.variants import VARIANTS
@@ -30,10 +30,14 @@ def setting(case):
     return source, TARGETS.get(case, ["query", "value"]), task_type
 
 
+def counter(source, targets, task_type):
+    return ParameterCounter(skeleton(source, task_type=task_type), targets, task_type)
+
+
 def matched(name, case, budget, **settings):
     source, targets, task_type = setting(case)
     settings = {**IA3.get(name, {}), **settings}
-    found = match(METHODS[name], budget, skeleton(source, task_type=task_type), targets, task_type, settings)
+    found = match(METHODS[name], settings, budget, counter(source, targets, task_type))
     return found, source, targets, task_type, settings
 
 
@@ -87,10 +91,7 @@ def test_methods_of_smollm2_s_shape_lie_close_together_or_say_that_they_do_not()
     source = llama(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     for r in (8, 16, 50):
         budget = r * 2 * (576 * 3 + 192 * 2 + 1536 * 2)
-        sizes = [
-            match(METHODS[name], budget, skeleton(source, task_type="CAUSAL_LM"), "all-linear", "CAUSAL_LM", {})
-            for name in MATCHED
-        ]
+        sizes = [match(METHODS[name], {}, budget, counter(source, "all-linear", "CAUSAL_LM")) for name in MATCHED]
         assert all(found.matched == (abs(found.off_budget) <= 0.03) for found in sizes)
         patterned = [found for name, found in zip(MATCHED, sizes, strict=True) if METHODS[name].has_patterns]
         assert all(abs(found.off_budget) <= 0.01 for found in patterned), patterned  # so that no two are 3% apart
@@ -115,7 +116,7 @@ def test_what_meets_no_budget_says_so_and_comes_as_near_as_it_can():
 def test_a_pattern_of_sizes_takes_effect_in_the_layers_that_it_names(name, layers):
     method, source = METHODS[name], llama(num_hidden_layers=layers)
     budget = {"mini": 350, "orthogonal": 594}.get(name, 900) * layers
-    found = match(method, budget, skeleton(source, task_type="CAUSAL_LM"), LINEARS, "CAUSAL_LM", {})
+    found = match(method, {}, budget, counter(source, LINEARS, "CAUSAL_LM"))
     assert found.matched
     low, patterns = found.settings["r"], found.settings["rank_pattern"]
     (high,) = set(patterns.values())
@@ -190,7 +191,9 @@ def test_a_pth_of_rwkv_is_matched_by_the_real_model(version, tmp_path):
     file = write_rwkv(tmp_path / "model.pth", version, 32, 8, 2)
     targets = ["att.receptance", "att.key", "ffn.key", "ffn.value"]
     for name in ("bone", "lora", "hra", "linear"):
-        found = match(METHODS[name], 3000, from_pth(file, dtype=torch.float32), targets, "CAUSAL_LM", {})
+        found = match(
+            METHODS[name], {}, 3000, ParameterCounter(from_pth(file, dtype=torch.float32), targets, "CAUSAL_LM")
+        )
         model, method = from_pth(file, dtype=torch.float32), METHODS[name]
         config = method.config(found.settings, targets, "CAUSAL_LM", {})
         trained = sum(p.numel() for p in attach(model, method, config, 0).parameters() if p.requires_grad)
@@ -200,7 +203,7 @@ def test_a_pth_of_rwkv_is_matched_by_the_real_model(version, tmp_path):
 
 def test_the_model_stays_as_it_is():
     model = real(llama(tie_word_embeddings=True))
-    found = match(METHODS["lora"], 3000, model, LINEARS, "CAUSAL_LM", {})
+    found = match(METHODS["lora"], {}, 3000, ParameterCounter(model, LINEARS, "CAUSAL_LM"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.device.type == "cpu"
     assert found.total_parameters == sum(p.numel() for p in model.parameters()) + found.adapter_parameters
@@ -208,7 +211,7 @@ def test_the_model_stays_as_it_is():
 
 def test_budgets_come_from_a_method_or_a_number():
     def budget(spec):
-        return budget_of(spec, skeleton(llama(), task_type="CAUSAL_LM"), LINEARS, "CAUSAL_LM")
+        return budget_of(spec, counter(llama(), LINEARS, "CAUSAL_LM"))
 
     outputs = 2 * (36 + 12 + 12 + 36 + 60 + 60 + 36)
     assert budget({"method": "bone", "r": 6}) == Budget(6 * outputs, "bone, r = 6")
@@ -228,7 +231,7 @@ def test_budgets_come_from_a_method_or_a_number():
 
 def test_a_sized_method_is_a_plain_value():
     found, *_ = matched("bone", "llama", 6 * 504)
-    assert found == MethodSize({"r": 6}, 3024, 3024, found.total_parameters, 0.0, True, False, "r = 6")
+    assert found == MethodSize("r = 6", {"r": 6}, 3024, 3024, found.total_parameters, 0.0, True, False)
 
 
 def test_wrong_settings_are_told_before_anything_is_matched():

@@ -19,7 +19,7 @@ from flashbone.compare.progress import MethodProgress
 from flashbone.compare.reading import read_run
 from flashbone.compare.results import FairnessRow, HeaderRow, RunRow, write_results
 from flashbone.compare.runs import RunSpec, forget_contents, run_spec
-from flashbone.compare.sizes import Budget, budget_of, match
+from flashbone.compare.sizes import Budget, ParameterCounter, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import alone, make_folder
 from flashbone.train.models import load_causal_lm
@@ -191,17 +191,15 @@ def plan(comparison: ComparisonConfig) -> tuple[Budget, list[MethodProgress]]:
     Raises:
         ConfigError: the budget is invalid, or the model does not exist.
     """
-    model, task_type = _skeleton(comparison), TASK_TYPES[comparison.task]
-    targets = comparison.target_modules
-    budget = budget_of(comparison.budget, model, targets, task_type)
+    counter = ParameterCounter(_skeleton(comparison), comparison.target_modules, TASK_TYPES[comparison.task])
+    budget = budget_of(comparison.budget, counter)
     # A share of the budget by which any two methods are within the tolerance of each other.
     around = comparison.tolerance / (2 + comparison.tolerance)
     methods = []
     for listed in listed_methods(comparison):
         one = MethodProgress(listed)
         try:
-            method = METHODS[listed.method]
-            one.size = match(method, budget.parameters, model, targets, task_type, listed.settings, around)
+            one.size = match(METHODS[listed.method], listed.settings, budget.parameters, counter, around)
         except FlashboneError as error:
             one.error = str(error)
             log.warning("%s: left out: %s", listed.label, error)

@@ -1,53 +1,33 @@
 """Methods of equal size: each gets the size at which it trains as many parameters as the budget allows.
 
-Sizes are counted (`counting.py`), not computed: no method needs a formula here.
+Sizes are counted, not computed: a method is attached to a copy of the model without weights, and what trains is summed.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import torch
 from torch import nn
 
-from flashbone.compare.counting import ParameterCount, ParameterCounter
+from flashbone.compare.attaching import attach, count_trained, tuner_layers
 from flashbone.compare.methods import Settings, TrainingMethod, get_method
 from flashbone.errors import ConfigError
+from flashbone.tuner.model.presets import parameter_count
 
 # A size is taken where it is off the budget by no more than this share of the tolerance: two methods at opposite ends
 # of the whole of it would be twice as far apart as it allows.
 TIDY = 1 / 3
 _GOLDEN = 0.6180339887498949
-
-
-@dataclass(frozen=True)
-class MethodSize:
-    """A method at a size.
-
-    Attributes:
-        settings: fields of the size, for `TrainingMethod.config`; empty where the user's settings or nothing decide it.
-        adapter_parameters: of the adapter that train, without heads and other modules to save; of a bound what trains
-            besides a classification head.
-        trainable_parameters: all that train.
-        total_parameters: the model's and the adapter's; frozen random matrices of the adapter are not counted.
-        off_budget: (adapter_parameters - budget) / budget; None of a bound.
-        matched: whether that is within the tolerance; False of a bound.
-        fixed: whether the size was not ours to choose: the user's settings have it, or the method has none.
-        size: for people: "r = 18", "r = 17 or 18", "no size".
-    """
-
-    settings: dict[str, Any]
-    adapter_parameters: int
-    trainable_parameters: int
-    total_parameters: int
-    off_budget: float | None
-    matched: bool
-    fixed: bool
-    size: str
 
 
 @dataclass(frozen=True)
@@ -58,9 +38,104 @@ class Budget:
     origin: str
 
 
-def budget_of(
-    spec: Mapping[str, Any] | int, model: nn.Module, target_modules: list[str] | str | None, task_type: str | None
-) -> Budget:
+@dataclass(frozen=True)
+class MethodSize:
+    """A method at a size.
+
+    Attributes:
+        size: for people: "r = 18", "r = 17 or 18", "no size".
+        settings: fields of the size, for `TrainingMethod.config`; empty where the user's settings or nothing decide it.
+        adapter_parameters: of the adapter that train, without heads and other modules to save; of a bound what trains
+            besides a classification head.
+        trainable_parameters: all that train.
+        total_parameters: the model's and the adapter's; frozen random matrices of the adapter are not counted.
+        off_budget: how far the adapter is off the budget, as a share of it; None of a bound.
+        matched: whether that is within the tolerance; False of a bound.
+        fixed: whether the size was not ours to choose: the user's settings have it, or the method has none.
+    """
+
+    size: str
+    settings: dict[str, Any]
+    adapter_parameters: int
+    trainable_parameters: int
+    total_parameters: int
+    off_budget: float | None = None
+    matched: bool = False
+    fixed: bool = False
+
+
+class LayerSize(NamedTuple):
+    """An adapted layer: its sides, and how many parameters of the adapter train there."""
+
+    in_features: int
+    out_features: int
+    parameters: int
+
+
+class ParameterCounter:
+    """Counts what methods train on one model, at any size.
+
+    Args:
+        model: Stays as it is; only names and shapes are used. Not quantised; of a classifier with as many labels as are
+            trained. The skeleton of a model will do.
+        target_modules: As PEFT takes them.
+        task_type: "CAUSAL_LM" or "SEQ_CLS".
+    """
+
+    def __init__(self, model: nn.Module, target_modules: list[str] | str | None, task_type: str | None) -> None:
+        self.model, self._targets = model, (target_modules, task_type)
+        self._counts: dict[str, tuple[MethodSize, dict[str, LayerSize]]] = {}
+
+    def count(
+        self, method: TrainingMethod, settings: Settings, size: Settings
+    ) -> tuple[MethodSize, dict[str, LayerSize]]:
+        """The numbers at a size, and the adapted layers by their names in the model.
+
+        Raises:
+            ConfigError: the method cannot be attached with these settings at this size.
+        """
+        key = json.dumps([method.name, settings, size], sort_keys=True, default=str)
+        if key not in self._counts:
+            config = method.config(size, *self._targets, settings)
+            words = method.size_words if config is None else method.describe(config)
+            model = self._attached(method, config)
+            adapter, trainable = count_trained(model, method)
+            total = parameter_count(model) + (0 if method.is_bound else adapter)
+            layers = {} if method.is_bound else _layer_sizes(model)
+            self._counts[key] = MethodSize(words, dict(size), adapter, trainable, total), layers
+        return self._counts[key]
+
+    def _attached(self, method: TrainingMethod, config: Any) -> Any:
+        """A copy of the model on the meta device with the method."""
+        from peft.tuners.boft.layer import BOFTLayer
+
+        if isinstance(getattr(config, "init_lora_weights", None), str):
+            config.init_lora_weights = True  # to decompose no weights takes as long as to decompose some
+        # BOFT writes permutations entry by entry, which the meta device cannot; only their shape is needed.
+        no_entries = patch.object(BOFTLayer, "perm2mat", lambda self, indices: torch.zeros(2 * (len(indices),)))
+        with torch.device("meta"), torch.random.fork_rng(devices=()), no_entries:
+            return attach(_meta_copy(self.model), method, config, 0)
+
+
+def _meta_copy(model: Any) -> Any:
+    """A copy of a model whose tensors are on the meta device; ties between them stay."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _layer_sizes(model: Any) -> dict[str, LayerSize]:
+    prefix, sizes = model.base_model.prefix, {}
+    for name, layer in tuner_layers(model):
+        trained = [p.numel() for key, p in layer.named_parameters() if p.requires_grad and prefix in key]
+        sizes[name] = LayerSize(int(layer.in_features), int(layer.out_features), sum(trained))
+    return sizes
+
+
+def budget_of(spec: Mapping[str, Any] | int, counter: ParameterCounter) -> Budget:
     """The budget that is meant by a number of parameters, or by a method and its size: {"method": "bone", "r": 32}.
 
     Raises:
@@ -83,91 +158,77 @@ def budget_of(
         if not method.has_fixed_size(settings):
             missing = [name for name in method.size_fields if name not in settings]
             raise ConfigError(f"{method.name}: its size is missing; set {' and '.join(missing)}")
-        count = ParameterCounter(method, model, target_modules, task_type, settings)({})
+        size, _ = counter.count(method, settings, {})
     except ConfigError as error:
         raise ConfigError(f"budget: {error}") from error
-    return Budget(count.adapter, f"{method.name}, {count.words}")
+    return Budget(size.adapter_parameters, f"{method.name}, {size.size}")
 
 
 def match(
-    method: TrainingMethod,
-    budget: int,
-    model: nn.Module,
-    target_modules: list[str] | str | None,
-    task_type: str | None,
-    settings: Settings,
-    tolerance: float = 0.03,
+    method: TrainingMethod, settings: Settings, budget: int, counter: ParameterCounter, tolerance: float = 0.03
 ) -> MethodSize:
     """Choose the size of a method so that its adapter has `budget` parameters, or as near as it can.
 
     Where no single size is within a third of the tolerance, two neighbouring ones are mixed over the layers, if the
-    method can have that (`rank_pattern`). A size that the user sets is kept.
-
-    Args:
-        method: One of `METHODS`.
-        budget: Parameters of the adapter, see `budget_of`.
-        model: As `ParameterCounter` takes it; of a classifier with as many labels as are trained.
-        target_modules: As PEFT takes them.
-        task_type: "CAUSAL_LM" or "SEQ_CLS".
-        settings: The user's fields of the configuration.
-        tolerance: How far off the budget still counts as equal, as a share of it.
+    method can have that (`rank_pattern`). A size that the user's settings decide is kept.
 
     Raises:
         ConfigError: a setting is wrong, or the method cannot be attached to this model.
     """
-    count = ParameterCounter(method, model, target_modules, task_type, settings)
+    count = partial(counter.count, method, settings)
     fixed = method.has_fixed_size(settings)
-    nearest = count({}) if fixed else _search(count, budget, settings, tolerance * TIDY)
-    off = None if method.is_bound else nearest.adapter / budget - 1
-    return MethodSize(
-        settings=nearest.settings,
-        adapter_parameters=nearest.adapter,
-        trainable_parameters=nearest.trainable,
-        total_parameters=nearest.total,
-        off_budget=off,
-        matched=off is not None and abs(off) <= tolerance,
-        fixed=fixed,
-        size=nearest.words,
-    )
+    nearest = count({})[0] if fixed else _search(method, settings, count, budget, tolerance * TIDY)
+    if method.is_bound:
+        return replace(nearest, fixed=True)
+    off = nearest.adapter_parameters / budget - 1
+    return replace(nearest, off_budget=off, matched=abs(off) <= tolerance, fixed=fixed)
 
 
-def _search(count: ParameterCounter, budget: int, settings: Settings, near: float) -> ParameterCount:
+Count = Callable[[Settings], tuple[MethodSize, dict[str, LayerSize]]]
+
+
+def _search(method: TrainingMethod, settings: Settings, count: Count, budget: int, near: float) -> MethodSize:
     """The nearest size of all lists; the search ends with one that is off by no more than `near`."""
-    method, counts = count.method, []
     assert method.sizes is not None
-    for sizes in method.sizes(count.layers(), settings):
+    _, layers = count({method.size_fields[0]: 1})  # the same at all sizes
+    counted: list[MethodSize] = []
+    for sizes in method.sizes(list(layers.values()), settings):
         around = _around(sizes, count, budget)
-        if method.has_patterns and len(around) == 2:
+        if method.has_patterns and len(around) == 2 and not _is_near(around, budget, near):
             low, high = around
-            is_near = min(budget - low.adapter, high.adapter - budget) <= near * budget
-            if not is_near and high.settings == low.settings | {"r": high.settings.get("r")}:
-                around.append(count({**low.settings, "rank_pattern": _mix(low, high, budget, near)}))
-        counts += around
-        if any(abs(one.adapter - budget) <= near * budget for one in around):
+            if high.settings == low.settings | {"r": high.settings.get("r")}:
+                pattern = _mix(count(low.settings)[1], count(high.settings)[1], high.settings["r"], budget, near)
+                around.append(count({**low.settings, "rank_pattern": pattern})[0])
+        counted += around
+        if _is_near(around, budget, near):
             break
-    if not counts:
+    if not counted:
         raise ConfigError(f"{method.name}: no size fits all layers; adapt others, or leave the method out")
-    return min(counts, key=lambda one: abs(one.adapter - budget))
+    return min(counted, key=lambda size: abs(size.adapter_parameters - budget))
 
 
-def _around(sizes: Sequence[Settings], count: ParameterCounter, budget: int) -> list[ParameterCount]:
+def _is_near(sizes: Sequence[MethodSize], budget: int, near: float) -> bool:
+    return any(abs(size.adapter_parameters - budget) <= near * budget for size in sizes)
+
+
+def _around(sizes: Sequence[Settings], count: Count, budget: int) -> list[MethodSize]:
     """The last size that stays within the budget and the first beyond it, where there are such.
 
     Parameters grow about as a power of the size: the search looks where that power meets the budget, not in the middle.
     """
-    counts: dict[int, ParameterCount] = {}
+    counts: dict[int, MethodSize] = {}
     low, high, place = -1, len(sizes), 0
     while high - low > 1:
         try:
-            counts[place] = count(sizes[place])
+            counts[place], _ = count(sizes[place])
         except ConfigError:  # too large for one of the layers
             high = place
         else:
-            low, high = (place, high) if counts[place].adapter <= budget else (low, place)
+            low, high = (place, high) if counts[place].adapter_parameters <= budget else (low, place)
         if high == len(sizes):
             place = high - 1
         elif low in counts and high in counts:
-            start, end = counts[low].adapter, counts[high].adapter
+            start, end = counts[low].adapter_parameters, counts[high].adapter_parameters
             share = math.log(budget / start) / math.log(end / start)
             place = round((low + 1) * ((high + 1) / (low + 1)) ** share) - 1
         else:
@@ -176,15 +237,16 @@ def _around(sizes: Sequence[Settings], count: ParameterCounter, budget: int) -> 
     return [counts[place] for place in (low, high) if place in counts]
 
 
-def _mix(low: ParameterCount, high: ParameterCount, budget: int, near: float) -> dict[str, int]:
+def _mix(
+    low: Mapping[str, LayerSize], high: Mapping[str, LayerSize], rank: int, budget: int, near: float
+) -> dict[str, int]:
     """Which layers get the larger of two ranks, as PEFT's rank_pattern: whole decoder layers where that comes near
     enough, else single modules; spread evenly over the model's depth."""
-    rank: int = high.settings["r"]
-    wanted, chosen = budget - low.adapter, []
+    wanted, chosen = budget - sum(layer.parameters for layer in low.values()), []
     for key_of in (_decoder_layer, re.escape):
         extras: Counter[str] = Counter()
-        for name, parameters in high.layers.items():
-            extras[key_of(name)] += parameters - low.layers[name]
+        for name, layer in high.items():
+            extras[key_of(name)] += layer.parameters - low[name].parameters
         chosen = _spread(extras, wanted)
         if abs(sum(extras[key] for key in chosen) - wanted) <= near * budget:
             break
