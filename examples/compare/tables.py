@@ -7,10 +7,11 @@ import re
 import sys
 from pathlib import Path
 
+from flashbone.compare.reading import read_results
 from flashbone.compare.report import comparison_markdown, words
-from flashbone.compare.report.results import ComparisonResults, read_results
 from flashbone.compare.report.statistics import Bootstrap, rank
 from flashbone.compare.report.verdict import judge
+from flashbone.compare.results import ComparisonResults
 
 RESULTS = Path("examples/compare/results")
 PAGE, README = Path("docs/comparing.md"), Path("README.md")

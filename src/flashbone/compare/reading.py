@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-import types
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from flashbone.compare.results import ComparisonResults, HeaderRow, MethodRow, RunRow
 from flashbone.errors import FormatError
-
-NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
-RowType = TypeVar("RowType")
+from flashbone.files.records import from_json
 
 
 def read_results(path: Path) -> ComparisonResults:
@@ -37,13 +32,13 @@ def read_results(path: Path) -> ComparisonResults:
         if (kind == "comparison") != (number == 1):
             raise FormatError(f"{where}: got {_short(kind)} as kind; the comparison must be line 1 and no other line")
         if number == 1:
-            header = _from_json(HeaderRow, row, where)
+            header = from_json(HeaderRow, row, where)
         elif kind == "method":
-            method = _from_json(MethodRow, row, where)
+            method = from_json(MethodRow, row, where)
             if methods.setdefault(method.method, method) is not method:
                 raise FormatError(f"{where}: the method {_short(method.method)} appears twice")
         elif kind == "run":
-            run = _from_json(RunRow, row, where)
+            run = from_json(RunRow, row, where)
             _check_run(run, methods, runs, where)
             runs[run.method, run.learning_rate, run.seed] = run
         else:
@@ -78,7 +73,7 @@ def read_run(file: Path) -> RunRow | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return _from_json(RunRow, _json_object(text, str(file)), str(file))
+        return from_json(RunRow, _json_object(text, str(file)), str(file))
     except FormatError as error:
         raise FormatError(f"{error}; delete the file to repeat the run") from None
 
@@ -91,62 +86,6 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise FormatError(f"{where}: got {_short(row)}, wanted a JSON object")
     return row
-
-
-def _from_json(kind: type[RowType], row: dict[str, Any], where: str) -> RowType:
-    """A dataclass from a JSON object, checked by the types of its fields. Other keys are ignored: later versions may
-    write more."""
-    hints, wrong, values = get_type_hints(kind), [], {}
-    for name, default in ((f.name, (f.default, f.default_factory)) for f in fields(kind)):  # pyright: ignore
-        if name not in row:
-            wrong += [f"{name} is missing"] if default == (MISSING, MISSING) else []
-        elif _fits(row[name], hints[name]):
-            values[name] = _converted(row[name], hints[name], f"{where}, {name}")
-        else:
-            wrong.append(f"{name}: got {_short(row[name])}, wanted {_wanted(hints[name])}")
-    if wrong:
-        raise FormatError(f"{where}: {'; '.join(wrong)}")
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
-    if hint in (int, float):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole or (hint is float and isinstance(value, float) and math.isfinite(value))
-    return hint is Any or isinstance(value, dict if is_dataclass(hint) else hint)
-
-
-def _wanted(hint: Any) -> str:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_wanted, inner))
-    if origin is Literal:
-        return " or ".join(map(json.dumps, inner))
-    if origin is tuple:
-        return f"a list, each {_wanted(inner[0])}"
-    if origin is dict and inner[1] is not Any:
-        return f"an object, each {_wanted(inner[1])}"
-    return NAMES.get(hint, "an object")
-
-
-def _converted(value: Any, hint: Any, where: str) -> Any:
-    """A value that fits: lists as tuples, objects as the dataclass that the hint names."""
-    kind = next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
-    if kind is not None and value is not None:
-        return _from_json(kind, value, where)  # pyright: ignore
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

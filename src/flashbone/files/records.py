@@ -45,12 +45,16 @@ def from_json(kind: type[T], fields: Mapping[str, Any], where: str) -> T:
     """A dataclass from a JSON object. Other keys are ignored: a later version may write more.
 
     Raises:
-        FormatError: fields are missing or of another type; all are named.
+        FormatError: fields are missing or of another type; all are named. Or the dataclass itself refuses them.
     """
+    hints, names = get_type_hints(kind), [f.name for f in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
     if wrong := problems(kind, fields):
         raise FormatError(f"{where}: {'; '.join(f'{name}: {problem}' for name, problem in wrong.items())}")
-    hints = get_type_hints(kind)
-    return kind(**{name: _converted(fields[name], hint, where) for name, hint in hints.items() if name in fields})
+    values = {name: _converted(fields[name], hints[name], f"{where}, {name}") for name in names if name in fields}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
 
 
 def problems(kind: Any, fields: Mapping[str, Any]) -> dict[str, str]:
@@ -71,14 +75,15 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in inner)
     if origin is Literal:
         return any(value == option and type(value) is type(option) for option in inner)
-    if origin is list:
+    if origin in (list, tuple):
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
     if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict) and not problems(hint, value)
+        return isinstance(value, dict)
     if hint in (int, float):
-        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+        return is_number and (isinstance(value, int) or math.isfinite(value))
     return hint is Any or isinstance(value, hint)
 
 
@@ -88,14 +93,17 @@ def _wanted(hint: Any) -> str:
         return " or ".join(map(_wanted, inner))
     if origin is Literal:
         return " or ".join(map(str, inner))
-    if origin is list:
+    if origin in (list, tuple):
         return f"a list, each {_wanted(inner[0])}"
     return NAMES.get(hint, "an object")
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
-    """A value that fits, with its JSON objects as the dataclasses that the hint names."""
+    """A value that fits: its JSON objects as the dataclasses that the hint names, a list as a tuple where that is
+    named."""
     kinds = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
+    if isinstance(value, list) and tuple in map(get_origin, (hint, *get_args(hint))):
+        return tuple(value)
     if not kinds or value is None:
         return value
     if isinstance(value, list):

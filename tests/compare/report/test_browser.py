@@ -5,8 +5,8 @@ import shutil
 import comparison_rows as made
 import pytest
 
+from flashbone.compare.reading import read_results
 from flashbone.compare.report.page import page as page_of
-from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

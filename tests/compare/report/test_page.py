@@ -10,9 +10,9 @@ import comparison_rows as made
 import numpy as np
 import pytest
 
+from flashbone.compare.reading import read_results
 from flashbone.compare.report import figures, write_report
 from flashbone.compare.report.page import page
-from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 from flashbone.errors import FormatError
 

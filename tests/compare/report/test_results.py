@@ -3,7 +3,7 @@
 import comparison_rows as made
 import pytest
 
-from flashbone.compare.report.results import read_results
+from flashbone.compare.reading import read_results
 from flashbone.errors import FormatError
 
 
@@ -68,9 +68,9 @@ def broken(change):
     [
         (lambda ls: ls.pop(0), "line 1: got \"method\" as kind; the comparison must be line 1"),
         (lambda ls: ls[0].update(version=2), "line 1: version: got 2, wanted 1"),
-        (lambda ls: ls[0].pop("metric"), "line 1: metric is missing"),
-        (lambda ls: ls[0].update(seeds="0", finished=1), "seeds: got \"0\".*; finished: got 1, wanted true or false"),
-        (lambda ls: ls[0]["fairness"].update(problems="x"), "line 1, fairness: problems: got \"x\", wanted a list"),
+        (lambda ls: ls[0].pop("metric"), "line 1: metric: is missing"),
+        (lambda ls: ls[0].update(seeds="0", finished=1), "seeds: got '0'.*; finished: got 1, wanted true or false"),
+        (lambda ls: ls[0]["fairness"].update(problems="x"), "line 1, fairness: problems: got 'x', wanted a list"),
         (lambda ls: ls[1].update(learning_rates=[True]), "line 2: learning_rates: got"),
         (lambda ls: ls.insert(2, ls[1]), "line 3: the method \"a\" appears twice"),
         (lambda ls: ls[3].update(method="b"), "line 4: got a run of \"b\", but no line above describes that method"),
@@ -78,7 +78,7 @@ def broken(change):
         (lambda ls: ls[3]["train"]["loss"].pop(), "line 4, train: got 32 steps, 32 seconds and 31 losses"),
         (lambda ls: ls[3]["test_weights"].pop(), "line 4: got 120 test_scores and 119 test_weights"),
         (lambda ls: ls[3].update(test_scores=[1], test_weights=[1]), "line 4: got scores of 1 test rows, but"),
-        (lambda ls: ls[3].update(test={"accuracy": "x"}), "line 4: test: got .*\"x\"}, wanted an object, each"),
+        (lambda ls: ls[3].update(test={"accuracy": "x"}), "line 4: test: got .*'x'}, wanted an object or null"),
         (lambda ls: ls[3].update(kind="x"), "line 4: got \"x\" as kind, wanted method or run"),
     ],
 )  # fmt: skip
@@ -114,5 +114,5 @@ def test_a_missing_file_and_a_binary_one_are_refused(tmp_path):
 def test_a_number_that_is_not_json_is_refused(tmp_path):
     path = made.write(tmp_path, made.comparison({"a": 0.0}, sweep=False))
     path.write_text(path.read_text().replace('"step_ms": 400.0', '"step_ms": NaN'))
-    with pytest.raises(FormatError, match=r"line 3: step_ms: got NaN, wanted a number or null"):
+    with pytest.raises(FormatError, match=r"line 3: step_ms: got nan, wanted a number or null"):
         read_results(path)

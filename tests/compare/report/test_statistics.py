@@ -7,7 +7,7 @@ import comparison_rows as made
 import numpy as np
 import pytest
 
-from flashbone.compare.report.results import read_results
+from flashbone.compare.reading import read_results
 from flashbone.compare.report.statistics import Bootstrap, rank, resampled_seeds, widened, widening
 from flashbone.evaluate.intervals import resampled_ratios
 

@@ -4,8 +4,8 @@ import comparison_rows as made
 import pytest
 
 from flashbone.compare import report
+from flashbone.compare.reading import read_results
 from flashbone.compare.report import costs, tables
-from flashbone.compare.report.results import read_results
 from flashbone.compare.report.statistics import rank
 
 

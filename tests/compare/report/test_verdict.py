@@ -6,7 +6,7 @@ import comparison_rows as made
 import numpy as np
 import pytest
 
-from flashbone.compare.report.results import read_results
+from flashbone.compare.reading import read_results
 from flashbone.compare.report.statistics import rank
 from flashbone.compare.report.verdict import judge
 

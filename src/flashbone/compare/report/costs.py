@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from flashbone.compare.report.results import ComparisonResults, LossCurve, RunRow
 from flashbone.compare.report.statistics import Ranking
+from flashbone.compare.results import ComparisonResults, LossCurve, RunRow
 
 
 @dataclass(frozen=True)

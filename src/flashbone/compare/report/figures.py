@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import Band, Spread, band, spread, sweep
-from flashbone.compare.report.results import ComparisonResults
 from flashbone.compare.report.statistics import Estimate, Ranking
+from flashbone.compare.results import ComparisonResults
 from flashbone.train import drawing
 
 if TYPE_CHECKING:

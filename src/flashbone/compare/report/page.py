@@ -10,10 +10,10 @@ from importlib.resources import files
 from string import Template
 
 from flashbone.compare.report import figures, words
-from flashbone.compare.report.results import ComparisonResults, HeaderRow, MethodRow
 from flashbone.compare.report.statistics import Ranking
 from flashbone.compare.report.tables import ResultsTable, TableCell, TableColumn, TableRow, results_table
 from flashbone.compare.report.verdict import judge
+from flashbone.compare.results import ComparisonResults, HeaderRow, MethodRow
 
 
 def page(ranking: Ranking) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashbone.compare.report.results import ComparisonResults
+from flashbone.compare.results import ComparisonResults
 from flashbone.evaluate.intervals import Z, percentiles, resampled_ratios
 
 DRAWS = 10_000

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import band, common_loss, seconds_to, spread
-from flashbone.compare.report.results import MethodRow
 from flashbone.compare.report.statistics import Ranking
+from flashbone.compare.results import MethodRow
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import spread
-from flashbone.compare.report.results import ComparisonResults
 from flashbone.compare.report.statistics import Ranking
+from flashbone.compare.results import ComparisonResults
 
 
 @dataclass(frozen=True)

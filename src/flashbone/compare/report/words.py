@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flashbone.compare.report.results import ComparisonResults, HeaderRow
 from flashbone.compare.report.statistics import Difference, Estimate
+from flashbone.compare.results import ComparisonResults, HeaderRow
 
 METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "loss": "loss"}
 NOTHING, MINUS = "\u2013", "\u2212"  # a dash, and a minus sign as wide as a plus
