@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from flashbone.errors import FormatError
-from flashbone.evaluate.batches import by_length, padded
 from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
 from flashbone.evaluate.results import Evaluation, figure
-from flashbone.evaluate.scoring import row_classes
+from flashbone.evaluate.scoring import by_length, padded, row_classes
 from flashbone.train.classify import MAX_LENGTH, confusion, macro_f1
 from flashbone.train.data.formats import Example
 

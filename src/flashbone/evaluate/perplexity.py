@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from flashbone.errors import ConfigError
-from flashbone.evaluate.batches import IGNORED, by_length, padded
 from flashbone.evaluate.intervals import bootstrap_ratio
 from flashbone.evaluate.results import Evaluation, figure
-from flashbone.evaluate.scoring import row_losses
+from flashbone.evaluate.scoring import IGNORED, by_length, padded, row_losses
 from flashbone.train.data.formats import Example, answers
 from flashbone.train.data.windows import Windows
 from flashbone.train.tokenizers import prompt_ids, with_end

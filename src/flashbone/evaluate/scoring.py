@@ -1,7 +1,7 @@
-"""Scores of single rows: the loss of a row's learned tokens, whether a row's class was right."""
+"""Scores of single rows, in padded batches: the loss of a row's learned tokens, the class of a row."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Batch = Mapping[str, Tensor]
+IGNORED = -100  # a label that no loss is computed of
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def row_losses(
         labels = batch["labels"][:, 1:]
         with amp():
             logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
-        learned = labels != -100
+        learned = labels != IGNORED
         # Row by row: the logits of a batch are its largest tensor, and a copy in fp32 would double them.
         for row, wanted, counted in zip(logits, labels, learned, strict=True):
             loss = functional.cross_entropy(row[counted].float(), wanted[counted], reduction="sum")
@@ -61,3 +62,36 @@ def _in_eval(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
             yield {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     finally:
         model.train(was_training)
+
+
+def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """The numbers of the rows, the longest first: what needs most memory is tried at once."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def padded(
+    ids: Sequence[Sequence[int]],
+    pad: int | None,
+    labels: Sequence[Sequence[int]] | None = None,
+    classes: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """A batch for a model: `input_ids` and `attention_mask` of shape (rows, longest), int64, and `labels`.
+
+    Args:
+        ids: The rows' tokens.
+        pad: The token that fills up; 0 where the tokenizer has none, since the mask hides it.
+        labels: As long as the rows each; they become `labels` of shape (rows, longest).
+        classes: Or one label a row, of shape (rows,).
+    """
+    longest = max(map(len, ids))
+
+    def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+    batch = {"input_ids": filled(ids, pad or 0), "attention_mask": filled([[1] * len(row) for row in ids], 0)}
+    if labels is not None:
+        batch["labels"] = filled(labels, IGNORED)
+    if classes is not None:
+        batch["labels"] = torch.tensor(classes)
+    return batch
