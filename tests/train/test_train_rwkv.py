@@ -311,7 +311,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
-    refused("rwkv.train_parts: got \\['att'\\], wanted a list of ln and time", rwkv={"train_parts": ["att"]})
+    refused("rwkv.train_parts: got \\['att'\\], wanted a list, each ln or time", rwkv={"train_parts": ["att"]})
     refused("rwkv.chunk_ctx: got 0, wanted a number of tokens", rwkv={"chunk_ctx": 0})
     refused("rwkv.time_decay_lr: got -1, wanted a positive number", rwkv={"time_decay_lr": -1})
     refused("rwkv: got .*, wanted vocabulary, chunk_ctx", rwkv={"ctx": 3})
