@@ -15,7 +15,6 @@ from flashbone.ops.moves import Moves
 from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.shifts import (
-    Term,
     by_rows,
     call_shifted,
     check_no_dropout,
@@ -23,6 +22,7 @@ from flashbone.tuner.layers.shifts import (
     terms,
 )
 from flashbone.variants import Variant
+from flashbone.variants.merged import Term
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = tuple(kind.forward for kind in CONVOLUTIONS)

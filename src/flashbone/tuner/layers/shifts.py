@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flashbone import shards, variants
+from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.ops.autocast import without_autocast
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
-
-Term = tuple[variants.Variant, Tensor, float]
+from flashbone.variants.merged import Term
 
 
 def adapters_to_apply(layer: BoneLayer) -> list[str]:
