@@ -1,6 +1,7 @@
 """Base layers with a quantised weight, through PEFT's backends: dequantised to read, requantised by a merge.
 
-To add a quantiser: a subclass of QuantizedKind and an entry in `_KINDS`, both here; its package goes into `_PACKAGES`.
+To add a quantiser, write a subclass of QuantizedKind and its entry in `KINDS`, and add its package to `PACKAGES`. Only
+this file changes (tests/tuner/test_new_quantiser.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flashbone.errors import ConfigError
 from flashbone.tuner.layers.kinds import LINEAR, TRANSPOSED, BaseKind, with_article
 
 # PEFT would import a package to find out whether a layer is from it; no layer is from one that nobody has imported.
-_PACKAGES = ("bitsandbytes", "hqq", "torchao", "aqlm", "eetq", "gptqmodel", "neural_compressor", "transformer_engine")
+PACKAGES = ("bitsandbytes", "hqq", "torchao", "aqlm", "eetq", "gptqmodel", "neural_compressor", "transformer_engine")
 _FUSED = ("LayerNormLinear", "LayerNormMLP")  # TransformerEngine's: what they multiply is not what they are given
 
 
@@ -184,7 +185,7 @@ class ForwardOnlyKind(QuantizedKind):
 
 
 # By the backend's name in PEFT.
-_KINDS = {
+KINDS = {
     "bnb 8bit": Bnb8bitKind,
     "bnb 4bit": Bnb4bitKind,
     "hqq": HqqKind,
@@ -199,11 +200,11 @@ def quantized_kind_of(module: nn.Module, get_apply_tensor_subclass: Any = None) 
         module: The layer.
         get_apply_tensor_subclass: How torchao requantises, from the model's quantisation config.
     """
-    if not any(name in sys.modules for name in _PACKAGES):
+    if not any(name in sys.modules for name in PACKAGES):
         return None
     settings = get_apply_tensor_subclass or _unknown_settings
     backend = resolve_quantization_backend(module, get_apply_tensor_subclass=settings)
-    return None if backend is None else _KINDS.get(backend.backend_name, ForwardOnlyKind)(backend)
+    return None if backend is None else KINDS.get(backend.backend_name, ForwardOnlyKind)(backend)
 
 
 def linear_kind(module: nn.Module, get_apply_tensor_subclass: Any = None) -> BaseKind:
