@@ -150,6 +150,8 @@ def _register_with_zero(user: nn.Module, parameter: Any) -> None:
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return None
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
 
