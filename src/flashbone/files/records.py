@@ -102,7 +102,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     """A value that fits: its JSON objects as the dataclasses that the hint names, a list as a tuple where that is
     named."""
     kinds = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
-    if isinstance(value, list) and tuple in map(get_origin, (hint, *get_args(hint))):
+    if isinstance(value, list) and any(get_origin(option) is tuple for option in (hint, *get_args(hint))):
         return tuple(value)
     if not kinds or value is None:
         return value

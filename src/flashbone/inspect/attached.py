@@ -22,9 +22,8 @@ from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParamWrapper, own_name
 from flashbone.tuner.model.config import BoneConfig
-from flashbone.tuner.model.keys import VALUE, bare
+from flashbone.tuner.model.keys import bare
 from flashbone.tuner.model.presets import KIND, parameter_count, published_preset, without_empty_kind
-from flashbone.tuner.model.saved_parameters import bare
 from flashbone.tuner.model.skeleton import skeleton
 
 ADAPTER = "default"

@@ -217,8 +217,8 @@ class BoneModel(Controls, BaseTuner):
         """
         if any(isinstance(layer, BoneEmbedding) and layer.merged for layer in _layers_of(model, adapter_name)):
             raise ConfigError(
-                f"adapter {adapter_name!r}: an embedding is merged, and the merged table would be saved with the adapter"
-                " and count twice; call unmerge_adapter() first"
+                f"adapter {adapter_name!r}: an embedding is merged, and the merged table would be saved with the"
+                " adapter and count twice; call unmerge_adapter() first"
             )
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         return keys.to_file(model, selected, adapter_name)
