@@ -1,4 +1,4 @@
-"""`flashbone train CONFIG.yaml [--dotted.field value ...]`: fine-tune, then print what came of it."""
+"""`flashbone train CONFIG.yaml [--dotted.field value ...]`: fine-tune, then print the results."""
 
 import argparse
 import json

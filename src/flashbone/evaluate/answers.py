@@ -1,10 +1,10 @@
-"""Answers in texts: the one that a reference wants, the one that a model gave, and whether they are the same."""
+"""Answers in texts: the reference's, the model's, and whether they are the same."""
 
 import re
 from fractions import Fraction
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-# A minus belongs to a number unless something stands before it that it could be subtracted from.
+# A minus belongs to a number unless it follows something that it could be subtracted from.
 _NUMBER = re.compile(rf"((?:(?<![\w).])[-\u2212])?)\$?\s?((?:(?<=\$)-)?)({_DIGITS})(?:/({_DIGITS}))?")
 _HASHES = "####"  # GSM8K
 _SAYS = re.compile(r"\bthe (?:final )?answer is:?", re.IGNORECASE)  # MetaMathQA
@@ -19,19 +19,19 @@ def given_answer(text: str, wanted: str) -> str | None:
     """The answer in a generated text; None where there is none.
 
     It is the number after the first `####`, or after the last "The answer is", or else the last number of the text.
-    Where no number is wanted, it is what stands after the marker, or else all of the text.
+    Where no number is wanted, it is the text after the marker, or else the whole text.
 
     Args:
         text: What the model wrote.
         wanted: Of `wanted_answer`.
     """
-    said = _after_marker(text)
+    marked = _after_marker(text)
     if _only_number(wanted) is None:
-        return said or text.strip() or None
-    if said is not None and (number := _NUMBER.search(said)):
+        return marked or text.strip() or None
+    if marked is not None and (number := _NUMBER.search(marked)):
         return number.group().strip()
-    if said is not None and _HASHES in text:
-        return said or None
+    if marked is not None and _HASHES in text:
+        return marked or None
     numbers = list(_NUMBER.finditer(text))
     return numbers[-1].group().strip() if numbers else None
 
@@ -53,8 +53,8 @@ def _after_marker(text: str) -> str | None:
     """The rest of the line behind the first `####`, else behind the last "The answer is"."""
     if _HASHES in text:
         return _line(text.split(_HASHES, 1)[1])
-    found = list(_SAYS.finditer(text))
-    return _line(text[found[-1].end() :]) if found else None
+    markers = list(_SAYS.finditer(text))
+    return _line(text[markers[-1].end() :]) if markers else None
 
 
 def _line(text: str) -> str:

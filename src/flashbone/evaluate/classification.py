@@ -33,16 +33,16 @@ def classification(
         labels: The classes in the order of the head's outputs.
         of: Where the examples are from.
         batch_size: Texts that are classified at once.
-        max_length: Tokens of a text that are read; 512 where nothing is said.
+        max_length: Tokens of a text that are read; 512 by default.
         progress: Called with the number of rows of each batch that is done.
 
     Raises:
         FormatError: a row has another label.
     """
     number = {label: index for index, label in enumerate(labels)}
-    strange = sorted({example["label"] for example in examples} - set(number))
-    if strange:
-        raise FormatError(f"{of}: has the labels {', '.join(strange)}, but the model knows {', '.join(labels)}")
+    unknown = sorted({example["label"] for example in examples} - set(number))
+    if unknown:
+        raise FormatError(f"{of}: has the labels {', '.join(unknown)}, but the model knows {', '.join(labels)}")
     ids = [
         tokenizer(example["text"], truncation=True, max_length=max_length or MAX_LENGTH)["input_ids"]
         for example in examples
@@ -80,14 +80,14 @@ def _classes(labels: Sequence[str], counts: np.ndarray) -> list[dict[str, Any]]:
     """Precision, recall and F1 of each class; None where they are not defined."""
     entries = []
     for number, label in enumerate(labels):
-        hits, there, said = int(counts[number, number]), int(counts[number].sum()), int(counts[:, number].sum())
+        hits, rows, guesses = int(counts[number, number]), int(counts[number].sum()), int(counts[:, number].sum())
         entries.append(
             {
                 "label": label,
-                "rows": there,
-                "precision": hits / said if said else None,
-                "recall": hits / there if there else None,
-                "f1": 2 * hits / (there + said) if there + said else None,
+                "rows": rows,
+                "precision": hits / guesses if guesses else None,
+                "recall": hits / rows if rows else None,
+                "f1": 2 * hits / (rows + guesses) if rows + guesses else None,
             }
         )
     return entries

@@ -34,8 +34,8 @@ class Answered:
     Attributes:
         row: its number in the rows that were given, from 0.
         text: what the model wrote, without the token that ended it.
-        answer: what was found in the text; None where there is no answer.
-        wanted: what was found in the reference.
+        answer: the answer in the text; None if there is none.
+        wanted: the answer in the reference.
         right: whether the two are the same.
         tokens: how many were generated, the one that ended the text included.
     """

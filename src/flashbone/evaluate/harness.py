@@ -73,14 +73,14 @@ class Tasks:
             chat_template: Put the questions into the tokenizer's chat template.
 
         Raises:
-            FlashboneError: a task cannot be run, such as when its data cannot be had.
+            FlashboneError: a task cannot be run, for example because its data is not available.
         """
         import lm_eval  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         try:
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=self.names,
                 num_fewshot=num_fewshot,
@@ -94,21 +94,21 @@ class Tasks:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             text = " ".join(str(error).split())[:300] or type(error).__name__
             raise FlashboneError(f"tasks {', '.join(self.names)}: the harness failed: {text}") from error
-        assert found is not None, "there is one process"
-        return evaluations_of(found)  # pyright: ignore[reportArgumentType]
+        assert results is not None, "there is one process"
+        return evaluations_of(results)  # pyright: ignore[reportArgumentType]
 
 
-def evaluations_of(found: dict[str, Any]) -> list[Evaluation]:
+def evaluations_of(results: dict[str, Any]) -> list[Evaluation]:
     """The harness's results as evaluations; a figure's filter is in brackets where it is not "none"."""
-    return [_evaluation(name, values, found) for name, values in found["results"].items() if _metrics(values)]
+    return [_evaluation(name, values, results) for name, values in results["results"].items() if _metrics(values)]
 
 
-def _evaluation(name: str, values: dict[str, Any], found: dict[str, Any]) -> Evaluation:
-    counts = found.get("n-samples", {})
-    tasks = [name] if name in counts else found.get("group_subtasks", {}).get(name, [])
+def _evaluation(name: str, values: dict[str, Any], results: dict[str, Any]) -> Evaluation:
+    counts = results.get("n-samples", {})
+    tasks = [name] if name in counts else results.get("group_subtasks", {}).get(name, [])
     rows = sum(counts[task]["effective"] for task in tasks if task in counts)
     figures = [_figure(metric, filter, value, values, rows) for metric, filter, value in _metrics(values)]
-    details = {"num_fewshot": found.get("n-shot", {}).get(name), "version": found.get("versions", {}).get(name)}
+    details = {"num_fewshot": results.get("n-shot", {}).get(name), "version": results.get("versions", {}).get(name)}
     return Evaluation("task", name, rows, figures, details)
 
 

@@ -52,7 +52,7 @@ def perplexity(
         examples: Texts, prompts with completions, conversations or token ids, as in `train.data.formats`.
         of: Where they are from.
         batch_size: Pieces that are computed at once.
-        max_length: Tokens that the model sees at once; 1024 where nothing is said, less where the model has fewer
+        max_length: Tokens that the model sees at once; 1024 by default, less where the model has fewer
             positions. Longer texts are cut into windows, longer prompts with completions are cut off.
         progress: Called with the number of rows of which the last piece is done.
 
@@ -60,8 +60,8 @@ def perplexity(
         ConfigError: no token is learned, or a token has no embedding.
     """
     limit = min(max_length or MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH**2)
-    found = [pieces_of(row, example, tokenizer, limit) for row, example in enumerate(examples)]
-    pieces = [piece for of_row in found for piece in of_row]
+    pieces_of_rows = [pieces_of(row, example, tokenizer, limit) for row, example in enumerate(examples)]
+    pieces = [piece for of_row in pieces_of_rows for piece in of_row]
     _check(pieces, model, of, limit)
     losses, tokens = np.zeros(len(examples)), np.zeros(len(examples))
     left = Counter(piece.row for piece in pieces)
@@ -75,7 +75,7 @@ def perplexity(
         left.subtract(pieces[number].row for number in batch)
         progress(sum(left[row] == 0 for row in {pieces[number].row for number in batch}))
     sizes = [_bytes_of(example, tokenizer) for example in examples]
-    dropped = sum(not of_row for of_row in found)
+    dropped = sum(not of_row for of_row in pieces_of_rows)
     return _evaluation(of, losses, tokens, np.array(sizes) if None not in sizes else None, dropped)
 
 

@@ -31,14 +31,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found.
+    """The results of one evaluation.
 
     Attributes:
         kind: "task", "exact_match", "classification" or "perplexity".
         of: the task's name, or the file.
         rows: how many rows were scored.
         figures: the results.
-        details: whatever else there is to say, such as a confusion matrix; goes into the JSON.
+        details: more results, such as a confusion matrix, for the JSON.
     """
 
     kind: str

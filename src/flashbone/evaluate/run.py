@@ -42,7 +42,7 @@ def evaluate(request: Request, bars: Bars = lambda title, total: nullcontext(lam
         bars: Makes progress bars.
 
     Raises:
-        ConfigError: the request contradicts itself, or names what is not there.
+        ConfigError: the request contradicts itself, or names something that does not exist.
         FormatError, ShapeError: a file is malformed, or the adapter does not fit the model.
         FlashboneError: memory or disk are full, or a task of the harness failed.
     """
@@ -133,10 +133,10 @@ def _of_language_model(request: Request, rows: TestRows, tasks: Tasks | None, ba
         merge=request.merge,
         vocabulary=request.vocabulary,
     )
-    found = []
+    evaluations = []
     if request.perplexity:
         with bars("predicting", len(rows["perplexity"])) as advance:
-            found.append(
+            evaluations.append(
                 perplexity(
                     model,
                     tokenizer,
@@ -148,9 +148,9 @@ def _of_language_model(request: Request, rows: TestRows, tasks: Tasks | None, ba
                 )
             )
     if request.exact_match:
-        found.append(_matched(request, model, tokenizer, rows["exact_match"], bars))
+        evaluations.append(_matched(request, model, tokenizer, rows["exact_match"], bars))
     if tasks is not None:
-        found += tasks.run(
+        evaluations += tasks.run(
             model,
             tokenizer,
             num_fewshot=request.num_fewshot,
@@ -158,40 +158,40 @@ def _of_language_model(request: Request, rows: TestRows, tasks: Tasks | None, ba
             limit=request.limit,
             chat_template=request.apply_chat_template,
         )
-    return found
+    return evaluations
 
 
 def _matched(request: Request, model: Any, tokenizer: Any, questions: list[Example], bars: Bars) -> Evaluation:
     """Exact match, with what an earlier run into the same output answered already."""
     chat = request.chat_template and request.prompt != "alpaca" and tokenizer.chat_template is not None
     asked = [(make_prompt(row["question"], request.prompt, chat), row["answer"]) for row in questions]
-    found = {one.row: one for one in (answer_file.read_answers(request.output) if request.output else ())}
-    if found:
-        log.info("%d of %d rows were answered before; going on", len(found), len(asked))
+    answers = {row.row: row for row in (answer_file.read_answers(request.output) if request.output else ())}
+    if answers:
+        log.info("%d of %d rows were answered before; going on", len(answers), len(asked))
     with bars("answering", len(asked)) as advance, answer_file.appending(request.output) as file:
-        advance(len(found))
-        for one in answer_rows(
+        advance(len(answers))
+        for answered in answer_rows(
             model,
             tokenizer,
             asked,
             max_new_tokens=request.max_new_tokens,
             batch_size=request.batch_size,
-            done=set(found),
+            done=set(answers),
         ):
-            file.add(one)
-            found[one.row] = one
+            file.add(answered)
+            answers[answered.row] = answered
             advance(1)
-    return exact_match_of(str(request.exact_match), list(found.values()), request.max_new_tokens)
+    return exact_match_of(str(request.exact_match), list(answers.values()), request.max_new_tokens)
 
 
 def exact_match_of(of: str, answered: list[Answered], max_new_tokens: int) -> Evaluation:
     """The share of right answers."""
-    hits, total = sum(one.right for one in answered), len(answered)
+    hits, total = sum(row.right for row in answered), len(answered)
     details = {
         "right": hits,
-        "without_answer": sum(one.answer is None for one in answered),
-        "cut_off": sum(one.tokens >= max_new_tokens for one in answered),
-        "tokens": sum(one.tokens for one in answered),
+        "without_answer": sum(row.answer is None for row in answered),
+        "cut_off": sum(row.tokens >= max_new_tokens for row in answered),
+        "tokens": sum(row.tokens for row in answered),
     }
     return Evaluation(
         "exact_match", of, total, [figure("exact match", hits / total, wilson(hits, total), "wilson")], details
@@ -203,7 +203,7 @@ def _settings(request: Request) -> dict[str, Any]:
     fields = {name: value for name, value in vars(request).items() if name != "output"}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     named = [request.model, request.adapter, request.exact_match, request.classification, request.perplexity]
-    files = [Path(one).expanduser() for one in named if one is not None]
+    files = [Path(name).expanduser() for name in named if name is not None]
     stamps = {f"contents of {file}": answer_file.stamp(file) for file in files if file.exists()}
     return plain | stamps | {"versions": versions()}
 

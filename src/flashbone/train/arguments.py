@@ -14,13 +14,13 @@ def trainer_arguments(recipe: Recipe) -> Any:
     Raises:
         ConfigError: a value is out of range, or contradicts another.
     """
-    given = dict(recipe.training)
+    training = dict(recipe.training)
     if recipe.task == "classification":
-        given.pop("max_length", None)
+        training.pop("max_length", None)
     # YAML 1.1 reads `no` as false; no strategy is a truth value.
-    given |= {key: "no" for key, value in given.items() if key.endswith("_strategy") and value is False}
-    given = _checkpointing(given, recipe)
-    fields = {**_defaults(recipe), **given, "output_dir": recipe.output, "seed": recipe.seed}
+    training |= {key: "no" for key, value in training.items() if key.endswith("_strategy") and value is False}
+    training = _checkpointing(training, recipe)
+    fields = {**_defaults(recipe), **training, "output_dir": recipe.output, "seed": recipe.seed}
     try:
         return arguments_class(recipe.task)(**fields)
     except (TypeError, ValueError, ImportError) as error:
@@ -28,12 +28,12 @@ def trainer_arguments(recipe: Recipe) -> Any:
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
-    """What a new user should not have to say; everything else is the trainer's own default."""
+    """Our defaults for a first run; everything else is the trainer's own default."""
     import torch
 
     on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
-    given = recipe.training
-    half = {} if "fp16" in given else {"bf16": on_gpu and torch.cuda.is_bf16_supported()}
+    training = recipe.training
+    half = {} if "fp16" in training else {"bf16": on_gpu and torch.cuda.is_bf16_supported()}
     held_out = {"eval_strategy": "steps", "eval_steps": 0.25} if recipe.data.eval else {}
     return {
         **half,
@@ -50,13 +50,13 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _checkpointing(given: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """`given` with activations kept unless it says otherwise; transformers 5.2x renamed gradient to activation."""
+def _checkpointing(training: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """`training` with activations kept unless it sets otherwise; transformers 5.2x renamed gradient to activation."""
     known = {item.name for item in dataclasses.fields(arguments_class(recipe.task))}
     new, old = "activation_checkpointing", "gradient_checkpointing"
     if new not in known:
-        return {old: False, **given}
-    renamed = {key.replace(old, new): value for key, value in given.items()}
+        return {old: False, **training}
+    renamed = {key.replace(old, new): value for key, value in training.items()}
     return {new: False, **renamed}
 
 

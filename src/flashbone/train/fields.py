@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
@@ -41,16 +41,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "malformed"
         raise FormatError(f"{path}{line}: not valid YAML: {problem}") from None
-    if not isinstance(given, dict):
-        got = "nothing" if given is None else type(given).__name__
+    if not isinstance(content, dict):
+        got = "nothing" if content is None else type(content).__name__
         raise FormatError(f"{path}: holds {got}; a mapping with model, data and output was wanted")
-    return given
+    return content
 
 
-def keys(given: dict[str, Any], sections: Collection[str]) -> list[str]:
+def keys(content: dict[str, Any], sections: Collection[str]) -> list[str]:
     """The dotted names in a YAML mapping, two levels deep: `model`, `data.path`, `training.max_steps`."""
     names = []
-    for key, value in given.items():
+    for key, value in content.items():
         nested = key in sections and isinstance(value, dict)
         names += [f"{key}.{inner}" for inner in value] if nested else [str(key)]
     return names
@@ -66,7 +66,7 @@ def check_names(names: list[str], known: list[str], where: str, ours: Mapping[st
     """Raise one ConfigError that names every field that nobody would read, with the nearest that exist.
 
     Args:
-        names: Dotted names that were given.
+        names: Dotted names in the file and on the command line.
         known: Those that exist.
         where: The file, for the message.
         ours: Names that exist but are decided elsewhere, with what to do instead.
@@ -92,12 +92,12 @@ def _hint(name: str, known: list[str]) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def parse(cls: type[T], given: dict[str, Any], overrides: list[str], where: str, sections: Collection[str]) -> T:
+def parse(cls: type[T], content: dict[str, Any], overrides: list[str], where: str, sections: Collection[str]) -> T:
     """The configuration of this dataclass: what a file gives, with the overrides on top.
 
     Args:
         cls: A dataclass.
-        given: What the file holds.
+        content: What the file holds.
         overrides: `--dotted.field value`, or with `=`.
         where: The file, for messages.
         sections: Fields that hold others; empty in the file they mean their defaults, and numbers in them that YAML
@@ -108,10 +108,10 @@ def parse(cls: type[T], given: dict[str, Any], overrides: list[str], where: str,
     """
     from jsonargparse import ArgumentParser
 
-    refuse_classes(given, overrides, where)
+    refuse_classes(content, overrides, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
-    filled = {key: value for key, value in given.items() if value is not None or key not in sections}
+    filled = {key: value for key, value in content.items() if value is not None or key not in sections}
     try:
         merged = parser.parse_args(overrides, namespace=parser.parse_object(filled))
         plain = parser.instantiate(merged)
@@ -121,7 +121,7 @@ def parse(cls: type[T], given: dict[str, Any], overrides: list[str], where: str,
     return cls(**{name: numbers(value) if name in sections else value for name, value in fields.items()})
 
 
-def refuse_classes(given: dict[str, Any], overrides: list[str], where: str) -> None:
+def refuse_classes(content: dict[str, Any], overrides: list[str], where: str) -> None:
     """Refuse `class_path`, wherever it is: jsonargparse would import what it names, and make an object of it.
 
     Raises:
@@ -129,7 +129,7 @@ def refuse_classes(given: dict[str, Any], overrides: list[str], where: str) -> N
     """
     import yaml
 
-    values: list[Any] = [given]
+    values: list[Any] = [content]
     for word in overrides:
         name, _, value = word.partition("=")
         values.append(name.split("."))

@@ -173,7 +173,7 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None]) -> tuple[Met
 
 
 def _check_engine(trainer: Any) -> None:
-    """accelerate takes processes without an accelerator for single ones, and FSDP without one for DDP, in silence."""
+    """accelerate takes processes without an accelerator for single ones, and FSDP without one for DDP, silently."""
     launched, running = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
     if launched != running:
         raise ConfigError(
@@ -223,7 +223,7 @@ def _total_steps(trainer: Any) -> int:
 
 def _prepares_once(trainer: Any) -> bool:
     """Whether a model that was evaluated first would be trained as it is then: accelerate leaves a model alone that it
-    has prepared before, for DDP without any word, so that each process would train alone; FSDP and DeepSpeed need the
+    has prepared before, for DDP silently, so that each process would train alone; FSDP and DeepSpeed need the
     optimiser for it."""
     return trainer.accelerator.use_distributed or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 

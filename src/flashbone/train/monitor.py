@@ -24,8 +24,8 @@ class RotationMonitor(TrainerCallback):
     rotation/grad_norm  Frobenius norm of the block's gradient, as the optimiser got it (after clipping)
 
     Each of them as the maximum over all modules, and followed by the name of each module. `attach` puts the callback
-    before those that report to files and services, which would not see the figures else. Sharded parameters (ZeRO-3,
-    FSDP2) are left out.
+    before those that report to files and services, which otherwise would not see the figures. Sharded parameters
+    (ZeRO-3, FSDP2) are left out.
 
     Args:
         per_module: Log the figures of single modules, not only the largest. They are kept in the trainer's state, and
@@ -75,13 +75,13 @@ class RotationMonitor(TrainerCallback):
         state.log_history[-1].update(figures)
 
     def _measure(self) -> dict[str, float]:
-        found: dict[str, dict[str, float]] = {ERROR: {}, ANGLE: {}, GRADIENT: {}}
+        by_key: dict[str, dict[str, float]] = {ERROR: {}, ANGLE: {}, GRADIENT: {}}
         for name, (variant, P) in self._blocks.items():
-            found[ERROR][name], found[ANGLE][name] = variant.orthogonality_error(P), variant.angle_deg(P)
+            by_key[ERROR][name], by_key[ANGLE][name] = variant.orthogonality_error(P), variant.angle_deg(P)
             if name in self._gradients:
-                found[GRADIENT][name] = float(self._gradients[name])
+                by_key[GRADIENT][name] = float(self._gradients[name])
         figures: dict[str, float] = {}
-        for key, values in found.items():
+        for key, values in by_key.items():
             rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
             if rounded:
                 figures[key] = math.nan if any(map(math.isnan, rounded.values())) else max(rounded.values())
@@ -93,7 +93,7 @@ class RotationMonitor(TrainerCallback):
 def trained_rotations(model: nn.Module) -> dict[str, tuple[Orthogonal, Tensor]]:
     """The trained blocks of the orthogonal variant, with their settings, by the names of their modules in the base
     model; where a module has several, each is followed by its adapter's name."""
-    found: dict[str, tuple[Orthogonal, Tensor]] = {}
+    blocks: dict[str, tuple[Orthogonal, Tensor]] = {}
     for module_name, module in model.named_modules():
         if not isinstance(module, BoneLayer):
             continue
@@ -103,8 +103,8 @@ def trained_rotations(model: nn.Module) -> dict[str, tuple[Orthogonal, Tensor]]:
             if isinstance(variant := module.bone_variant[adapter], Orthogonal) and P.requires_grad and _is_whole(P)
         }
         name = module_name.removeprefix("base_model.model.")
-        found |= {name if len(trained) == 1 else f"{name}.{adapter}": entry for adapter, entry in trained.items()}
-    return found
+        blocks |= {name if len(trained) == 1 else f"{name}.{adapter}": entry for adapter, entry in trained.items()}
+    return blocks
 
 
 def _is_whole(P: Tensor) -> bool:

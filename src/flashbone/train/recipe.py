@@ -11,11 +11,8 @@ from flashbone.train.fields import (
     field_names,
     flag_names,
     keys,
-    numbers,
-    one_line,
     parse,
     read_yaml,
-    refuse_classes,
 )
 
 Task = Literal["sft", "classification"]
@@ -48,7 +45,7 @@ class Recipe:
     data: DataRecipe  # what is learned and what is held out: fields below
     output: str  # the run's folder
     task: Task = "sft"  # sft: a language model
-    adapter: dict[str, Any] = field(default_factory=dict)  # fields of BoneConfig; all linear layers if nothing is said
+    adapter: dict[str, Any] = field(default_factory=dict)  # fields of BoneConfig; all linear layers by default
     training: dict[str, Any] = field(default_factory=dict)  # fields of SFTConfig (sft) or TrainingArguments
     init_adapter: str | None = None  # go on with this adapter: a folder, hub id, or file of RWKV-PEFT
     quantization: dict[str, Any] = field(default_factory=dict)  # the base in few bits: fields below
@@ -125,19 +122,19 @@ def section(kind: type[T], name: str, fields: dict[str, Any]) -> T | None:
 
 
 def quantization_of(recipe: Recipe) -> Quantization | None:
-    """How the base is quantised; None where nothing says so.
+    """How the base is quantised; None if it is not.
 
     Raises:
-        ConfigError: the recipe's section makes no sense.
+        ConfigError: the section has an unknown or wrong field.
     """
     return section(Quantization, "quantization", recipe.quantization)
 
 
 def rwkv_of(recipe: Recipe) -> RwkvSettings | None:
-    """What is asked of an RWKV model; None where nothing is said.
+    """The settings of an RWKV model; None if the recipe has none.
 
     Raises:
-        ConfigError: the recipe's section makes no sense.
+        ConfigError: the section has an unknown or wrong field.
     """
     return section(RwkvSettings, "rwkv", recipe.rwkv)
 
@@ -167,10 +164,17 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         FormatError: the file is no YAML mapping; the message gives the line.
     """
     overrides = list(overrides or [])
-    given = read_yaml(Path(config))
-    _refuse_unknown(keys(given, SECTIONS) + flag_names(overrides), given.get("task"), str(config))
-    _require(given, overrides, str(config))
-    return _parse(given, overrides, str(config))
+    content = read_yaml(Path(config))
+    _refuse_unknown(keys(content, SECTIONS) + flag_names(overrides), content.get("task"), str(config))
+    _require(content, overrides, str(config))
+    return _parse(content, overrides, str(config))
+
+
+@dataclass
+class AdapterSection:
+    """The part of a recipe that `load_adapter_fields` reads."""
+
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict[str, Any]:
@@ -181,10 +185,6 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
         ConfigError: a field is unknown (all of them are named), no field of the adapter, or of the wrong type.
         FormatError: the file is no YAML mapping; the message gives the line.
     """
-    import argparse
-
-    from jsonargparse import ArgumentParser
-
     where = "adapter" if config is None else str(config)
     recipe = {} if config is None else read_yaml(Path(config))
     section, task = recipe.get("adapter"), recipe.get("task")
@@ -192,18 +192,12 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
         raise ConfigError(f"{where}: task: got {task!r}, wanted one of {', '.join(TASK_TYPES)}")
     if not isinstance(section, dict | None):
         raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
-    given = {"adapter": section or {}}
-    check_names(keys(given, SECTIONS) + flag_names(overrides), ["adapter", *_adapter_names()], where, OURS)
-    refuse_classes(given, overrides, where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--adapter", type=dict[str, Any], default={})
-    try:
-        merged = parser.parse_args(overrides, namespace=parser.parse_object(given))
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{where}: {one_line(str(error))}") from None
+    content = {"adapter": section or {}}
+    check_names(keys(content, SECTIONS) + flag_names(overrides), ["adapter", *_adapter_names()], where, OURS)
+    merged = parse(AdapterSection, content, overrides, where, ("adapter",))
     inside = [f"adapter.{name}" for name in merged.adapter]  # of `--adapter {...}`, too
     check_names(inside, _adapter_names(), where, OURS)
-    return numbers(merged.adapter) | ({} if task is None else {"task_type": TASK_TYPES[task]})
+    return merged.adapter | ({} if task is None else {"task_type": TASK_TYPES[task]})
 
 
 def arguments_class(task: Any) -> type:
@@ -218,7 +212,7 @@ def arguments_class(task: Any) -> type:
 
 
 def _refuse_unknown(names: list[str], task: Any, where: str) -> None:
-    """Raise one ConfigError that names every field which nothing would read, with the nearest that exist."""
+    """Raise one ConfigError that names every field that nothing reads, with the nearest that exist."""
     known = field_names(Recipe)
     known += [f"data.{name}" for name in field_names(DataRecipe)]
     known += _adapter_names()
@@ -238,8 +232,8 @@ def _adapter_names() -> list[str]:
     return [f"adapter.{name}" for name in field_names(BoneConfig)]
 
 
-def _parse(given: dict[str, Any], overrides: list[str], where: str) -> Recipe:
-    recipe = parse(Recipe, given, overrides, where, SECTIONS)
+def _parse(content: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+    recipe = parse(Recipe, content, overrides, where, SECTIONS)
     try:
         quantization_of(recipe)
         rwkv_of(recipe)
@@ -248,10 +242,10 @@ def _parse(given: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     return recipe
 
 
-def _require(given: dict[str, Any], overrides: list[str], where: str) -> None:
+def _require(content: dict[str, Any], overrides: list[str], where: str) -> None:
     flags = flag_names(overrides)
-    data = given.get("data")
-    missing = [name for name in ("model", "output") if given.get(name) is None and name not in flags]
+    data = content.get("data")
+    missing = [name for name in ("model", "output") if content.get(name) is None and name not in flags]
     if not (isinstance(data, dict) and data.get("path") is not None) and "data.path" not in flags:
         missing.append("data.path")
     if missing:

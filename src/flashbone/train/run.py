@@ -85,7 +85,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
 def _save(folder: RunFolder, trainer: Any) -> None:
     """Adapter and tokenizer, in a folder that appears whole."""
     main = trainer.accelerator.is_main_process
-    if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would write no adapter, without a word
+    if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would silently write no adapter
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.accelerator.wait_for_everyone()
     with whole_or_absent(folder.adapter, replace=True) if main else contextlib.nullcontext(folder.adapter) as partial:

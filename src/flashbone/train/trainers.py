@@ -30,7 +30,7 @@ def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = N
         recipe: The recipe.
         args: The trainer's.
         data: The rows; test rows are made ready like held-out ones and left in `trainer.test_dataset`.
-        adapt: Makes the model that trains out of the loaded one; the recipe's adapter does where it is not given.
+        adapt: Makes the model that trains out of the loaded one; None for the recipe's adapter.
 
     Raises:
         ConfigError: the recipe does not fit the model.
@@ -41,7 +41,7 @@ def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = N
         trainer, load = build(recipe, args, data, adapt)
     except FlashboneError:
         raise
-    except (ValueError, TypeError) as error:  # PEFT's and TRL's word on a recipe that does not fit the model
+    except (ValueError, TypeError) as error:  # PEFT or TRL refuses a recipe that does not fit the model
         raise ConfigError(" ".join(str(error).split())) from error
     if data.test is not None:
         trainer.eval_dataset, trainer.test_dataset = trainer.eval_dataset["held_out"], trainer.eval_dataset["test"]
@@ -144,13 +144,13 @@ def _accept_tokens(data: Data, args: Any, model: Any, recipe: Recipe) -> None:
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
 
-def _report_dropped(given: int, kept: int, max_length: int | None) -> None:
-    """TRL drops rows whose prompt alone fills max_length, without a word."""
+def _report_dropped(rows: int, kept: int, max_length: int | None) -> None:
+    """TRL silently drops rows whose prompt alone fills max_length."""
     if kept == 0:
         raise ConfigError(
             f"no training row has a token of its answer within training.max_length {max_length}; raise it"
         )
-    if kept < given:
+    if kept < rows:
         log.info(
-            "data: %d of %d rows dropped: their prompts fill training.max_length %s", given - kept, given, max_length
+            "data: %d of %d rows dropped: their prompts fill training.max_length %s", rows - kept, rows, max_length
         )
