@@ -23,8 +23,8 @@ ALLOWED = {
     "files": {"errors", "variants"},
     "conversion": {"errors", "variants", "files"},
     "merge": {"errors", "variants", "files", "rwkv"},  # RWKV's models in merge/verify alone
-    "tuner": {"errors", "files", "shards", "ops", "variants"},
-    "rwkv": {"errors", "files"},
+    "tuner": {"errors", "files", "shards", "ops", "variants", "rwkv"},
+    "rwkv": {"errors", "files", "ops"},
     "train": {"errors", "tuner", "files", "variants", "rwkv", "merge"},
     "evaluate": {"errors", "files", "train"},
     "inspect": {"errors", "tuner", "files", "variants", "conversion", "rwkv"},
@@ -37,22 +37,6 @@ ALLOWED = {
 WITHOUT_HOSTS = {"errors", "floors", "import_hook", "host_hooks", "shards", "ops", "variants", "files"}
 WITHOUT_HOSTS |= {"merge", "conversion"}
 WITH_HOSTS = "merge/verify"  # runs models
-LIGHT = {"cli", "__main__", "__init__", "floors", "import_hook", "host_hooks"}
-HOSTS = {
-    "errors",
-    "outputs",
-    "sources",
-    "floors",
-    "import_hook",
-    "host_hooks",
-    "shards",
-    "ops",
-    "variants",
-    "checkpoint",
-    "merge",
-    "conversion",
-    "cards",
-}
 LIGHT = {"cli", "__main__", "__init__", "floors", "import_hook", "host_hooks"}
 HOSTS = {"peft", "transformers", "trl", "accelerate"}
 NAMED_HOSTS = {"host_hooks": {"peft"}}  # once it is there
@@ -181,7 +165,7 @@ def misfits(path: Path, source: Path = SOURCE) -> list[str]:
 
 def test_every_file_under_src_is_looked_at():
     assert {path for path in SOURCE.parent.rglob("*.py") if "egg-info" not in str(path)} == set(FILES)
-    assert len(FILES) > 200
+    assert len(FILES) > 150
     assert {room(path) for path in FILES} == set(ALLOWED)
 
 

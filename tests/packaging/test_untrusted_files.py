@@ -78,7 +78,8 @@ def modules_apart(tmp_path, monkeypatch):
 def use_model(folder: Path, way: str) -> None:
     from flashbone.evaluate.loading import load_labelled_classifier
     from flashbone.merge.verify.models import load
-    from flashbone.train.models import load_causal_lm, load_classifier, load_tokenizer
+    from flashbone.train.models import load_causal_lm, load_classifier
+    from flashbone.train.tokenizers import load_tokenizer
 
     if way == "language model":
         load_causal_lm(str(folder), torch.float32)

@@ -5,6 +5,7 @@ from peft import PeftModel, get_peft_model
 
 from flashbone import BoneConfig
 from flashbone.rwkv import from_pth
+from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model.saved_parameters import find
 from helpers.comparison import Promise, same_bits
 
@@ -50,7 +51,7 @@ def by_hand(file, model, adapter="default"):
     with torch.no_grad():
         for name, value in values(model, adapter).items():
             bare.get_parameter(name).copy_(value)
-        for name, layer in model.base_model._bone_layers():
+        for name, layer in bone_layers(model.base_model.model):
             if adapter in layer.bone_block:
                 bare.get_submodule(name).weight += layer.get_delta_weight(adapter)
     return bare
