@@ -166,7 +166,7 @@ def _problems(where: str, block: Tensor, variant: variants.Variant, r: int, mini
     problems = []
     if shape[-2] != r or (wanted == 3 and shape[-1] != r):
         problems.append(f"{where}: got shape {shape}, but {folders.CONFIG} says r={r}")
-    if variant.name == "mini" and shape[-1] != mini_r:
+    if variant.block_fields(block).get("mini_r", mini_r) != mini_r:
         problems.append(f"{where}: got shape {shape}, but {folders.CONFIG} says mini_r={mini_r}")
     return problems
 
@@ -179,12 +179,12 @@ def block_sizes(adapter: Adapter) -> tuple[int, dict[str, int]]:
 
 
 def mini_r(adapter: Adapter, where: str) -> int:
-    """The columns of the blocks of `mini`, 1 for other variants.
+    """The field mini_r of the blocks, 1 for variants without one.
 
     Raises:
         FormatError: they differ, and the config has one field for all.
     """
-    widths = {block.shape[-1] for block in adapter.blocks.values()} if adapter.variant.name == "mini" else {1}
+    widths = {adapter.variant.block_fields(block).get("mini_r", 1) for block in adapter.blocks.values()}
     if len(widths) > 1:
         raise FormatError(f"{where}: its blocks have {_some(sorted(widths))} columns, and mini_r is one number")
     return widths.pop()

@@ -18,15 +18,13 @@ from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.blocks import BlockFolder, block_sizes, mini_r, refuse
 from flashbone.files.fields import ConfigField
 
-_BY_INIT = {"bat": "bat-col", "mini": "mini"}
-_BY_VARIANT = {name: init for init, name in _BY_INIT.items()} | {"bone": True}
+_BY_INIT = variants.by_tool_name("miss_init_weights")
 
 
 def variant_name(init_weights: object) -> str | None:
     """The variant that a MISS config's `init_weights` chooses; None for what PEFT does not know."""
-    if isinstance(init_weights, bool):
-        return "bone"
-    return _BY_INIT.get(init_weights) if isinstance(init_weights, str) else None
+    known = isinstance(init_weights, bool | str) and (init_weights is False or init_weights in _BY_INIT)
+    return _BY_INIT[init_weights or True].name if known else None
 
 
 class MissFolder(BlockFolder):
@@ -37,9 +35,7 @@ class MissFolder(BlockFolder):
     schema = fields.SHARED | {
         "r": fields.size(64),
         "mini_r": fields.size(1),
-        "init_weights": ConfigField(
-            lambda v: variant_name(v) is not None, f"true, false, {' or '.join(map(repr, _BY_INIT))}", True
-        ),
+        "init_weights": ConfigField(lambda v: variant_name(v) is not None, "true, false, 'bat' or 'mini'", True),
         "miss_dropout": fields.PROBABILITY,
         "bias": ConfigField(
             lambda v: isinstance(v, str) and (v in ("none", "all") or v.endswith("_only")),
@@ -55,11 +51,12 @@ class MissFolder(BlockFolder):
 
     def fill(self, adapter: Adapter, config: dict[str, Any]) -> None:
         """PEFT's own limits on sizes are known only in part here; PEFT refuses such layers itself."""
-        name = adapter.variant.name
+        init = adapter.variant.miss_init_weights
         r, others = block_sizes(adapter)
-        others_only = f"MISS has bone, mini and bat-col only; keep it as BONE, or convert it to {_way_out(name)}"
+        way_out = "rwkv-peft or to a LoRA" if adapter.variant.rwkv_peft_mode else "a LoRA"
+        known = ", ".join(kind.name for kind in _BY_INIT.values())
         reasons: dict[str, Any] = {
-            others_only: name not in _BY_VARIANT,
+            f"MISS has {known} only; keep it as BONE, or convert it to {way_out}": init is None,
             "its layers are linear, embeddings are not": adapter.transposed,
             "it adapts modules, no single parameters": adapter.parameters - adapter.transposed,
             f"it has one r for all layers, here {r}, which some do not have": others,
@@ -67,13 +64,9 @@ class MissFolder(BlockFolder):
             "PEFT's sizes have to be multiples of the block's": _misfits(adapter),
         }
         refuse(adapter, reasons, "MISS")
-        config |= {"r": r, "mini_r": mini_r(adapter, "MISS"), "init_weights": _BY_VARIANT[name]}
-        if name == "bone" and adapter.config.get("init_weights") is False:
+        config |= {"r": r, "mini_r": mini_r(adapter, "MISS"), "init_weights": init}
+        if init is True and adapter.config.get("init_weights") is False:
             config["init_weights"] = False
-
-
-def _way_out(variant: str) -> str:
-    return "rwkv-peft or to a LoRA" if variant == "bat-row" else "a LoRA"
 
 
 def _misfits(adapter: Adapter) -> list[str]:
@@ -81,7 +74,7 @@ def _misfits(adapter: Adapter) -> list[str]:
     misfits = []
     for name, block in adapter.blocks.items():
         bias = adapter.replacements.get(f"{name}.bias")
-        if bias is None or bias.ndim != 1 or adapter.variant.name not in ("bat-col", "mini"):
+        if bias is None or bias.ndim != 1 or not adapter.variant.peft_size_condition:
             continue
         if len(bias) % block.shape[-1]:
             misfits.append(f"{name} has {len(bias)} outputs, a block {block.shape[-1]}")

@@ -19,7 +19,7 @@ from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.blocks import BlockFolder, block_sizes, mini_r
 from flashbone.files.fields import ConfigField
 from flashbone.files.folders import CONFIG, PICKLE, ROOT, SAFETENSORS, weights_file
-from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
+from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS
 
 __all__ = ["BLOCK", "BLOCK_OF_TRANSPOSED", "CONFIG", "PICKLE", "ROOT", "SAFETENSORS", "read", "weights_file", "write"]
 
@@ -52,23 +52,25 @@ class BoneFolder(BlockFolder):
     def variant(self, file: Path, config: dict[str, Any]) -> variants.Variant:
         """Named by `variant`; PEFT 0.14 to 0.18 have no such field and mean bat-col by `init_weights="bat"`, else bone.
         As in a BoneConfig, a `bottleneck_size` means orthogonal, and is its spelling of r."""
-        name, is_bat, bottleneck = config.get("variant"), config["init_weights"] == "bat", config.get("bottleneck_size")
+        name, bottleneck = config.get("variant"), config.get("bottleneck_size")
+        meant = variants.by_tool_name("peft_init_weights")[config["init_weights"] or True].name
         if bottleneck is not None and config["r"] == DEFAULT_R:
             config["r"] = bottleneck
         if bottleneck not in (None, config["r"]):
             raise FormatError(f"{file}: bottleneck_size: got {bottleneck!r}, wanted r, which is {config['r']!r}")
-        if name in (None, "", "bone"):
-            name = "bat-col" if is_bat else "bone" if bottleneck is None else Orthogonal.name
+        if name in (None, "", variants.DEFAULT):
+            sized = variants.of_size_field("bottleneck_size").name
+            name = sized if bottleneck is not None and meant == variants.DEFAULT else meant
         if name not in variants.VARIANTS:
             known = ", ".join(map(repr, variants.VARIANTS))
             raise FormatError(
                 f"{file}: variant: got {name!r}, wanted one of {known}; was it written by a newer flashbone?"
             )
-        if is_bat and name != "bat-col":
-            raise FormatError(f"{file}: init_weights 'bat' means the variant 'bat-col', but variant is {name!r}")
-        if name != Orthogonal.name:
-            return variants.get(name)
-        return variants.get(name, use_orthogonal=config["use_orthogonal"], eps=config["orthogonal_eps"])
+        if meant not in (variants.DEFAULT, name):
+            raise FormatError(
+                f"{file}: init_weights {config['init_weights']!r} means the variant {meant!r}, but variant is {name!r}"
+            )
+        return variants.from_fields(name, config)
 
     def fill(self, adapter: Adapter, config: dict[str, Any]) -> None:
         """BONE holds every adapter."""
@@ -78,23 +80,19 @@ class BoneFolder(BlockFolder):
             config["r"], others = block_sizes(adapter)
             config["rank_pattern"] = {f"^{re.escape(n)}": size for n, size in others.items()}  # these blocks alone
         config |= {"variant": adapter.variant.name, "mini_r": mini_r(adapter, "BONE")}
-        starts_at_zero = adapter.config.get("init_weights") is not False
-        config["init_weights"] = "bat" if adapter.variant.name == "bat-col" else starts_at_zero
+        init, starts_at_zero = adapter.variant.peft_init_weights, adapter.config.get("init_weights") is not False
+        config["init_weights"] = init if isinstance(init, str) else starts_at_zero
         named = config["target_parameters"] or []
         if any(fields.is_targeted(name, named) != (name in adapter.parameters) for name in sizes):
             named = sorted(adapter.parameters)
         config["target_parameters"] = named or None
-        if isinstance(adapter.variant, Orthogonal):
-            config |= {"use_orthogonal": adapter.variant.use_orthogonal, "orthogonal_eps": adapter.variant.eps}
-        if config["bottleneck_size"] != config["r"] or not isinstance(adapter.variant, Orthogonal):
+        config |= adapter.variant.settings
+        if config["bottleneck_size"] != config["r"] or adapter.variant.size_field != "bottleneck_size":
             del config["bottleneck_size"]
 
 
 FOLDER = BoneFolder()
 read, write = FOLDER.read, FOLDER.write
-
-# What plain PEFT asks of a layer's sizes, which flashbone does not.
-_SIZES = {"bat-col": " if r divides the sizes of its layers", "mini": " if mini_r divides the outputs of its layers"}
 
 
 def _usage(card: cards.AdapterCard) -> str:
@@ -109,19 +107,20 @@ def _ways_out(card: cards.AdapterCard) -> tuple[list[str], list[str]]:
     words, commands = [], []
     # PEFT's BONE and MISS have linear layers and one r; only flashbone's classes of RWKV have such names.
     plain = card.linear_only and len(card.r) == 1 and not card.is_rwkv
-    sizes = _SIZES.get(card.variant or "", "")
-    if plain and card.variant in ("bone", "bat-col"):
+    kind = variants.VARIANTS[card.variant or variants.DEFAULT]
+    sizes = f" if {kind.peft_size_condition}" if kind.peft_size_condition else ""  # flashbone itself takes all sizes
+    if plain and kind.peft_init_weights is not None:
         words.append(f"PEFT 0.14 to 0.18 loads it as it is{sizes}.")
-    if plain and card.variant in ("bone", "mini", "bat-col"):
+    if plain and kind.miss_init_weights is not None:
         commands.append("flashbone convert ADAPTER OUT --to miss")
         words.append(f"Plain PEFT 0.17 and newer loads it after `--to miss`{sizes}.")
     if card.fits_lora and not card.is_rwkv:
-        exact = card.variant in ("bone", "mini")
+        exact = kind.is_low_rank
         commands.append("flashbone convert ADAPTER OUT --to lora --base BASE" + ("" if exact else " --error 0.01"))
         how = "exactly" if exact else "approximately, to the error that is asked for"
         who = "Anything that serves LoRAs" if card.linear_only else "PEFT"
         words.append(f"{who} loads it, {how}, after `--to lora`.")
-    if card.fits_rwkv and card.variant in ("bone", "bat-row"):
+    if card.fits_rwkv and kind.rwkv_peft_mode is not None:
         commands.append("flashbone convert ADAPTER OUT --to rwkv-peft")
         words.append("RWKV-PEFT reads it after `--to rwkv-peft`.")
     return [*words, "Merged into its base, as below, it always is part of a plain model."], commands

@@ -24,8 +24,7 @@ from flashbone.files.names import RWKV_NAME, rwkv_lead
 from flashbone.files.states import read_state, write_pickle
 
 SUFFIXES = (".disha", ".bone")
-_VARIANTS = {"bone": "bone", "bat": "bat-row"}  # mode of RWKV-PEFT -> what it is
-_WAYS_OUT = {"bat-col": "miss (PEFT's bat) or a LoRA", "mini": "miss or a LoRA"}
+BY_MODE = variants.by_tool_name("rwkv_peft_mode")
 _LEAD = "model."  # of a wrapper, before names in RWKV's own checkpoints
 
 
@@ -99,7 +98,8 @@ def _sorted(file: Path, state: dict[str, Tensor]) -> RwkvAdapter:
         problems.append(f"it mixes keys that end in {' and '.join(suffixes)}")
     if problems:
         raise FormatError(f"{file}: {'; '.join(problems)}")
-    modes = tuple({2: "bone", 3: "bat"}[n] for n in sorted({block.ndim for block in blocks.values()}))
+    by_axes = {variants.dimensions(kind()): mode for mode, kind in BY_MODE.items()}
+    modes = tuple(by_axes[n] for n in sorted({block.ndim for block in blocks.values()}))
     return RwkvAdapter(suffixes[0], modes, blocks, replacements)
 
 
@@ -128,7 +128,7 @@ def _adapter(file: Path, raw: RwkvAdapter) -> Adapter:
     names = [*raw.blocks, *raw.replacements]
     lead = _LEAD if all(name.startswith(_LEAD) for name in names) else ""
     return Adapter(
-        variants.get(_VARIANTS[mode]),
+        BY_MODE[mode](),
         {name.removeprefix(lead): block for name, block in raw.blocks.items()},
         {name.removeprefix(lead): value for name, value in raw.replacements.items()},
         config={},
@@ -153,10 +153,10 @@ def write(adapter: Adapter, file: Path) -> None:
     """
     names = [*adapter.blocks, *adapter.replacements]
     lead = rwkv_lead(names)
-    variant = adapter.variant.name
-    others_only = "its mode bone is bone, and its bat is bat-row; keep it as BONE, or convert it to "
+    modes = ", ".join(f"{mode} is {kind.name}" for mode, kind in BY_MODE.items())
+    way_out = "miss or a LoRA" if adapter.variant.miss_init_weights is not None else "a LoRA"
     reasons = {
-        others_only + _WAYS_OUT.get(variant, "a LoRA"): variant not in _VARIANTS.values(),
+        f"its modes: {modes}; keep it as BONE, or convert it to {way_out}": adapter.variant.rwkv_peft_mode is None,
         "it adapts linear layers only": {*adapter.transposed, *adapter.parameters},
         "these are no names of an RWKV model": [n for n in names if lead is None and not RWKV_NAME.match(n)],
     }

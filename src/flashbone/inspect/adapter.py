@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,17 +14,9 @@ from flashbone.files import names, rwkv
 from flashbone.inspect.contents import AdapterContents, read_contents
 from flashbone.inspect.reports import AdapterReport, BlockGroup, EngineVerdict, TensorGroup
 from flashbone.inspect.writing import group_names
-from flashbone.variants import Variant
+from flashbone.variants.base import RotatingVariant
 
 Rotation = tuple[float, float]  # error of orthogonality, angle in degrees
-
-
-@runtime_checkable
-class RotatingVariant(Protocol):
-    """A variant whose block is a rotation."""
-
-    def orthogonality_error(self, block: Tensor) -> float: ...
-    def angle_deg(self, block: Tensor) -> float: ...
 
 
 def inspect_adapter(path: str | Path, progress: Callable[[int, int], None] | None = None) -> AdapterReport:
@@ -140,7 +131,7 @@ def _judge(engine: engines.ServingEngine, contents: AdapterContents) -> tuple[st
     limits = f", as GGUF{engine.until}" if is_gguf else ""
     if not is_gguf and any(name.rpartition(".")[2] in names.CONV1D_LAYERS for name in contents.blocks):
         limits = ", unless the base keeps these layers as (in, out), as GPT-2 does"
-    if contents.variant and type(contents.variant).factors is Variant.factors:  # there are no factors
+    if contents.variant and not contents.variant.is_low_rank:
         return "approximate", f"once converted to LoRA by a truncated SVD{limits}; exact only merged"
     ranks = sorted(set(contents.sizes.values()))
     rank = engine.rank(ranks[-1])

@@ -128,14 +128,14 @@ def _read_lora(folder: Path) -> AdapterContents:
 def _read_rwkv(file: Path) -> AdapterContents:
     adapter = rwkv.read(file)
     is_mixed = len(adapter.modes) > 1
-    name = _RWKV_VARIANTS.get((adapter.modes, adapter.suffix))
+    is_told = not is_mixed and (adapter.modes[0] == "bone" or adapter.suffix == "disha")  # see the evidence
     return AdapterContents(
         file=file,
         layout=f"RWKV-PEFT, keys end in .{adapter.suffix}",
         method="BONE",
         evidence="; ".join(_rwkv_evidence(m, adapter.suffix) for m in adapter.modes) + "; both in one file" * is_mixed,
         base_model=None,
-        variant=variants.get(name) if name else None,
+        variant=rwkv.BY_MODE[adapter.modes[0]]() if is_told else None,
         blocks={module: {f".{adapter.suffix}": block} for module, block in adapter.blocks.items()},
         sizes={m: b.shape[0] if b.ndim == 2 else b.shape[-1] for m, b in adapter.blocks.items()},
         others=adapter.replacements,
@@ -153,9 +153,4 @@ def _rwkv_evidence(mode: str, suffix: str) -> str:
     )
 
 
-_RWKV_VARIANTS: dict[tuple[tuple[str, ...], str], str] = {
-    (("bone",), "bone"): "bone",
-    (("bone",), "disha"): "bone",
-    (("bat",), "disha"): "bat-row",
-}
 _READERS = {"peft": _read_bone, "miss": _read_miss, "lora": _read_lora, "rwkv-peft": _read_rwkv}

@@ -21,8 +21,7 @@ from flashbone.inspect.measuring import LayerCost, measure
 from flashbone.inspect.reports import Costs, LayerGroup, ModelReport, Recommendation, TrainedGroup
 from flashbone.inspect.writing import group_names
 from flashbone.tuner.model.config import BoneConfig
-from flashbone.tuner.model.presets import published_preset
-from flashbone.variants.orthogonal import Orthogonal
+from flashbone.tuner.model.presets import PRESET_VARIANT, published_preset
 
 STATES = 3  # of each trained number: its gradient and AdamW's two moments
 METADATA = {"format": "pt"}  # that PEFT writes into its files
@@ -56,7 +55,7 @@ def inspect_model(
     config = model.config
     preset = published_preset(model.base.parameters)
     published = Recommendation(preset.r, preset.dropout, preset.orthogonal_eps) if preset else None
-    is_rotation = config.variant == Orthogonal.name and config.use_orthogonal and not config.rank_pattern
+    is_rotation = config.variant == PRESET_VARIANT and config.use_orthogonal and not config.rank_pattern
     layers = _bone_layers(model, tokens, dtype)
     return ModelReport(
         **vars(model.base),

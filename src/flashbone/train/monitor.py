@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flashbone.tuner.layers.layer import BoneLayer
-from flashbone.variants.orthogonal import Orthogonal
+from flashbone.variants.base import RotatingVariant
 
 # What is logged, under these names: `rotation/error/<module>`, and the largest of all modules as `rotation/error`.
 ERROR, ANGLE, GRADIENT = "rotation/error", "rotation/angle_deg", "rotation/grad_norm"
@@ -34,7 +34,7 @@ class RotationMonitor(TrainerCallback):
 
     def __init__(self, per_module: bool = True):
         self.per_module = per_module
-        self._blocks: dict[str, tuple[Orthogonal, Tensor]] = {}
+        self._blocks: dict[str, tuple[RotatingVariant, Tensor]] = {}
         self._gradients: dict[str, Tensor] = {}
 
     @classmethod
@@ -90,17 +90,17 @@ class RotationMonitor(TrainerCallback):
         return figures
 
 
-def trained_rotations(model: nn.Module) -> dict[str, tuple[Orthogonal, Tensor]]:
+def trained_rotations(model: nn.Module) -> dict[str, tuple[RotatingVariant, Tensor]]:
     """The trained blocks of the orthogonal variant, with their settings, by the names of their modules in the base
     model; where a module has several, each is followed by its adapter's name."""
-    blocks: dict[str, tuple[Orthogonal, Tensor]] = {}
+    blocks: dict[str, tuple[RotatingVariant, Tensor]] = {}
     for module_name, module in model.named_modules():
         if not isinstance(module, BoneLayer):
             continue
         trained = {
             adapter: (variant, P)
             for adapter, P in module.bone_block.items()
-            if isinstance(variant := module.bone_variant[adapter], Orthogonal) and P.requires_grad and _is_whole(P)
+            if isinstance(variant := module.bone_variant[adapter], RotatingVariant) and P.requires_grad and _is_whole(P)
         }
         name = module_name.removeprefix("base_model.model.")
         blocks |= {name if len(trained) == 1 else f"{name}.{adapter}": entry for adapter, entry in trained.items()}

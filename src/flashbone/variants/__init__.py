@@ -1,6 +1,7 @@
 """The registry of variants: for each its block, its moves and its delta. Formulas: docs/maths.md; arXiv 2409.15371."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flashbone.variants.mini import Mini
 from flashbone.variants.orthogonal import Orthogonal
 
 VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Bone, Mini, BatCol, BatRow, Orthogonal)}
+DEFAULT = Bone.name
 
 
 def get(name: str, **settings: Any) -> Variant:
@@ -27,6 +29,26 @@ def get(name: str, **settings: Any) -> Variant:
     if name not in VARIANTS:
         raise ConfigError(f"variant: got {name!r}, wanted one of {', '.join(map(repr, VARIANTS))}")
     return VARIANTS[name](**settings)
+
+
+def from_fields(name: str, fields: Mapping[str, Any]) -> Variant:
+    """The variant of that name, with its settings from the fields of a BoneConfig or an adapter_config.json.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kind = type(get(name))
+    return kind(**{setting: fields[field] for field, setting in kind.config_fields.items()})
+
+
+def by_tool_name(attribute: str) -> dict[Any, type[Variant]]:
+    """Variants by what another tool calls them: "peft_init_weights", "miss_init_weights" or "rwkv_peft_mode"."""
+    return {name: kind for kind in VARIANTS.values() if (name := getattr(kind, attribute)) is not None}
+
+
+def of_size_field(field: str) -> type[Variant]:
+    """The variant whose block size a field of BoneConfig besides r sets, such as "bottleneck_size"."""
+    return next(kind for kind in VARIANTS.values() if kind.size_field == field)
 
 
 def random_block_(block: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -103,3 +103,11 @@ class Variant(ABC):
         """A (rank, in) and B (out, rank) with `delta(W) = B A` for every W, in the block's dtype; None: the variant has
         no such. B may be a view of the block."""
         return None
+
+
+@runtime_checkable
+class RotatingVariant(Protocol):
+    """A variant whose block is a rotation, or near one."""
+
+    def orthogonality_error(self, block: Tensor) -> float: ...
+    def angle_deg(self, block: Tensor) -> float: ...

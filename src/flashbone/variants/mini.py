@@ -21,7 +21,7 @@ class Mini(Variant):
         """(r, mini_r)."""
         return r, mini_r
 
-    def block_fields(self, block: Float[Tensor, "r mini_r"]) -> dict[str, int]:
+    def block_fields(self, block: Float[Tensor, "*experts r mini_r"]) -> dict[str, int]:
         """r and mini_r."""
         return {"r": block.shape[-2], "mini_r": block.shape[-1]}
 

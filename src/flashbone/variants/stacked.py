@@ -37,7 +37,7 @@ class PerExpert(Variant):
 
     def block_fields(self, block: Float[Tensor, "experts ..."]) -> dict[str, int]:
         """Those of the inner variant."""
-        return self.inner.block_fields(block[0])
+        return self.inner.block_fields(block)
 
     def to_bone(self, block: Float[Tensor, "experts ..."], out_features: int) -> Float[Tensor, "experts r out"] | None:
         """A block of `bone` for each expert."""

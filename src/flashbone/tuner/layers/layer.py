@@ -20,7 +20,7 @@ from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
 from flashbone.tuner.layers.quantized import linear_kind
 from flashbone.variants.merged import Term
-from flashbone.variants.orthogonal import DEFAULT_EPS, Orthogonal
+from flashbone.variants.orthogonal import DEFAULT_EPS
 
 
 class BoneLayer(MergeableLayer):
@@ -94,9 +94,9 @@ class BoneLayer(MergeableLayer):
         """
         if r <= 0:
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")
-        variant = variant or ("bat-col" if init_weights == "bat" else "bone")
-        settings = {"use_orthogonal": use_orthogonal, "eps": orthogonal_eps} if variant == Orthogonal.name else {}
-        kind = self._checked_variant(variants.get(variant, **settings), dropout)
+        variant = variant or variants.by_tool_name("peft_init_weights")[init_weights or True].name
+        settings = {"use_orthogonal": use_orthogonal, "orthogonal_eps": orthogonal_eps}
+        kind = self._checked_variant(variants.from_fields(variant, settings), dropout)
         if kind.reads_weight and (problem := self.base_kind.unreadable(self.get_base_layer())) is not None:
             raise ConfigError(f"{variant} reads the base weight, and {problem}; use variant bat-row, which reads none")
         shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)

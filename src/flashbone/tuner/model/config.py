@@ -5,6 +5,7 @@ Their files name no variant: there `init_weights="bat"` is bat-col, and anything
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from peft.config import PeftConfig
 from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.roles import ROLES
-from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS, Orthogonal
+from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS
 
-DEFAULT_R, DEFAULT_VARIANT = 64, "bone"
+DEFAULT_R, DEFAULT_VARIANT = 64, variants.DEFAULT
+_BOTTLENECK = variants.of_size_field("bottleneck_size").name
+_BY_INIT = variants.by_tool_name("peft_init_weights")
 
 
 class BoneType(str, enum.Enum):
@@ -91,10 +94,10 @@ class BoneConfig(PeftConfig):
             self.target_modules = {str(self.target_modules)}
         self.rank_pattern = self.rank_pattern or {}
         contradictions = self._read_bottleneck()
-        if self.init_weights == "bat" and self.variant == "bone":
-            self.variant = "bat-col"
-        elif self.init_weights is True and self.variant == "bat-col":
-            self.init_weights = "bat"
+        if isinstance(self.init_weights, str) and self.init_weights in _BY_INIT and self.variant == DEFAULT_VARIANT:
+            self.variant = _BY_INIT[self.init_weights].name
+        elif self.init_weights is True:
+            self.init_weights = _peft_init(self.variant) or True
         if problems := [*contradictions, *self._problems(), *self._problems_of_targets()]:
             raise ConfigError("BoneConfig: " + "; ".join(problems))
         # Numbers of other libraries become Python's, which a file can hold.
@@ -106,25 +109,24 @@ class BoneConfig(PeftConfig):
     def _read_bottleneck(self) -> list[str]:
         """Set the fields that `bottleneck_size` means; returns what contradicts it. A default counts as not set."""
         if self.bottleneck_size is None:
-            if self.variant == Orthogonal.name:
-                return []
-            is_set = {"use_orthogonal": self.use_orthogonal is not True}
-            is_set["orthogonal_eps"] = self.orthogonal_eps != DEFAULT_EPS
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
             return [
-                f"{name}={getattr(self, name)!r} belongs to the variant 'orthogonal', but variant={self.variant!r};"
+                f"{name}={getattr(self, name)!r} belongs to the variant {kind.name!r}, but variant={self.variant!r};"
                 " give bottleneck_size, or leave it out"
-                for name in is_set
-                if is_set[name]
+                for kind in variants.VARIANTS.values()
+                for name in kind.config_fields
+                if kind.name != self.variant and getattr(self, name) != defaults[name]
             ]
-        if self.variant not in (DEFAULT_VARIANT, Orthogonal.name) or self.init_weights == "bat":
-            other = "init_weights='bat'" if self.init_weights == "bat" else f"variant={self.variant!r}"
+        if self.variant not in (DEFAULT_VARIANT, _BOTTLENECK) or isinstance(self.init_weights, str):
+            named = isinstance(self.init_weights, str)
+            other = f"init_weights={self.init_weights!r}" if named else f"variant={self.variant!r}"
             return [
-                f"bottleneck_size={self.bottleneck_size} asks for the variant 'orthogonal', but {other} was given;"
+                f"bottleneck_size={self.bottleneck_size} asks for the variant {_BOTTLENECK!r}, but {other} was given;"
                 " leave one out"
             ]
         if self.r not in (DEFAULT_R, self.bottleneck_size):
             return [f"bottleneck_size={self.bottleneck_size} and r={self.r} are one size; leave r out"]
-        self.variant, self.r = Orthogonal.name, self.bottleneck_size
+        self.variant, self.r = _BOTTLENECK, self.bottleneck_size
         return []
 
     def _problems(self) -> Iterator[str]:
@@ -140,8 +142,12 @@ class BoneConfig(PeftConfig):
             yield f"variant: got {self.variant!r}, wanted one of {', '.join(map(repr, variants.VARIANTS))}"
         if self.init_weights not in (True, False, "bat"):
             yield f"init_weights: got {self.init_weights!r}, wanted True, False or 'bat'; choose variants by `variant`"
-        if self.init_weights == "bat" and self.variant != "bat-col":
-            yield f"init_weights='bat' means variant='bat-col', but variant={self.variant!r} was given; leave one out"
+        meant = _BY_INIT.get(self.init_weights) if isinstance(self.init_weights, str) else None
+        if meant is not None and self.variant != meant.name:
+            yield (
+                f"init_weights={self.init_weights!r} means variant={meant.name!r}, but variant={self.variant!r} was"
+                " given; leave one out"
+            )
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             yield f"dropout: got {self.dropout!r}, wanted a probability in [0, 1)"
         if not isinstance(self.use_orthogonal, bool):
@@ -181,10 +187,10 @@ class BoneConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary. bat-col is written as PEFT 0.14 to 0.18 expect it, as `init_weights="bat"`."""
         fields = super().to_dict()
-        if self.variant == "bat-col":
-            fields["init_weights"] = "bat"
+        if isinstance(init := _peft_init(self.variant), str):
+            fields["init_weights"] = init
         if self.bottleneck_size is not None:  # r may have changed since
-            fields["bottleneck_size"] = self.r if self.variant == Orthogonal.name else None
+            fields["bottleneck_size"] = self.r if self.variant == _BOTTLENECK else None
         return fields
 
     @classmethod
@@ -206,6 +212,10 @@ class BoneConfig(PeftConfig):
 
 def _are_names(value: Any, kinds: Any) -> bool:
     return isinstance(value, kinds) and all(isinstance(name, str) and name for name in value)
+
+
+def _peft_init(variant: str) -> bool | Literal["bat"] | None:
+    return variants.VARIANTS[variant].peft_init_weights if variant in list(variants.VARIANTS) else None
 
 
 def _pattern_error(pattern: object) -> str | None:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers.quantized import weight_count
 from flashbone.tuner.model.skeleton import skeleton
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+PRESET_VARIANT = variants.of_size_field("bottleneck_size").name
 # Fields of BoneConfig that choose the kind of adapter; None chooses nothing.
 KIND = ("r", "variant", "init_weights", "bottleneck_size")
 
@@ -81,7 +83,7 @@ def _added_by_peft(base: nn.Module) -> set[int]:
 def recommended_fields(model: nn.Module | PretrainedConfig | str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Fields of BoneConfig: the published ones for this model, then the overrides; see `BoneConfig.recommended`."""
     overrides = without_empty_kind(overrides)
-    if overrides.get("variant", "orthogonal") != "orthogonal" or overrides.get("init_weights") == "bat":
+    if overrides.get("variant", PRESET_VARIANT) != PRESET_VARIANT or isinstance(overrides.get("init_weights"), str):
         return overrides  # nothing was published for other variants
     parameters = parameter_count(model)
     preset = published_preset(parameters)
@@ -90,7 +92,7 @@ def recommended_fields(model: nn.Module | PretrainedConfig | str | Path, overrid
             f"the model has {parameters / 1e9:.3g}B parameters, and the published settings of the orthogonal variant"
             ' end at 13B; use BoneConfig(r=64, variant="bone"), or choose bottleneck_size yourself'
         )
-    size = {"variant": "orthogonal"} if "r" in overrides else {"bottleneck_size": preset.r}
+    size = {"variant": PRESET_VARIANT} if "r" in overrides else {"bottleneck_size": preset.r}
     return {"dropout": preset.dropout, "orthogonal_eps": preset.orthogonal_eps, **size, **overrides}
 
 
