@@ -148,6 +148,8 @@ def test_a_file_appears_at_the_end_and_leaves_nothing_beside_it(tmp_path):
     with outputs.whole_or_absent(out, is_file=True) as file:
         file.write_bytes(b"whole")
         assert not out.exists()
+        assert file.name == out.name  # so that a reader by suffix can check it first
+        assert outputs.leftovers(out) == [file.parent]
     assert listing(tmp_path) == ["new", "new/adapter.pth"]
     assert out.read_bytes() == b"whole"
 

@@ -6,6 +6,7 @@ import torch
 from flashbone import merge_checkpoint
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import outputs
+from flashbone.files.base import open_base
 from helpers import reference
 from helpers.adapter_folders import listing, write_adapter
 from helpers.comparison import Promise, close, same_bits
@@ -77,3 +78,17 @@ def test_what_a_single_file_cannot_be_is_refused(place):
     (folder / "out.pth").unlink()
     assert listing(folder) == before
     assert outputs.leftovers(folder / "out.pth") == []
+
+
+def test_a_check_can_open_the_hidden_result_as_a_model(place):
+    """The slow tests of --verify do it with real models."""
+    folder, state = place
+    checked = []
+
+    def check(result):
+        checked.append((result.name, list(open_base(result).entries)))
+        assert not (folder / "out.pth").exists()
+
+    merge_checkpoint(folder / "base.pth", folder / "adapter", folder / "out.pth", check=check)
+    assert checked == [("out.pth", list(state))]
+    assert [path for path in listing(folder) if "out" in path] == ["out.pth"]

@@ -64,8 +64,8 @@ def whole_or_absent(out: Path, is_file: bool = False, replace: bool = False) -> 
     """Yields an empty folder beside `out` to write into, which becomes `out` at the end; an exception removes it.
 
     Args:
-        out: Absent, or an empty folder.
-        is_file: Yield the path of a file to write instead; then `out` is absent.
+        out: Absent, or an empty folder; absent if `is_file`.
+        is_file: Yield the path of a file to write instead, which has the name of `out` unless `replace`.
         replace: `out` may exist, and is replaced at the end; only one run at a time may write it.
 
     Raises:
@@ -75,20 +75,24 @@ def whole_or_absent(out: Path, is_file: bool = False, replace: bool = False) -> 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}{PARTIAL}" if replace else f".{out.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        if not is_file:
+        if not (is_file and replace):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-        yield partial
         if replace:
+            yield partial
             if not is_file and out.exists():
                 shutil.rmtree(out)
             os.replace(partial, out)
         elif is_file:
-            _rename_new(partial, out)
+            file = partial / out.name  # readers go by the suffix, and read it before it gets its place
+            yield file
+            _rename_new(file, out)
+            partial.rmdir()
         else:
+            yield partial
             os.rename(partial, out)
     except BaseException as error:
-        partial.unlink(missing_ok=True) if is_file else shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True) if is_file and replace else shutil.rmtree(partial, ignore_errors=True)
         _remove_empty_parents(out, keep)
         if isinstance(error, OSError) and error.errno in _REASONS:
             raise FlashboneError(f"{out}: {_REASONS[error.errno]}; nothing was written") from error
