@@ -171,6 +171,20 @@ def test_bad_fields_of_the_config_are_named(tmp_path, fields, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [None, [], {}, False])
+@pytest.mark.parametrize("name", ["rank_pattern", "target_parameters", "parameters_to_save", "of_a_later_version"])
+def test_unknown_fields_that_are_off_change_nothing(tmp_path, name, value):
+    saved_by_peft(pair()[0], {"target_modules": ["query"], "bias": "all"}, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+    adapter = miss.read(tmp_path / "adapter")
+    (tmp_path / "adapter" / peft.CONFIG).write_text(json.dumps(config | {name: value}))
+    again = miss.read(tmp_path / "adapter")
+    assert again.variant == adapter.variant
+    assert all(same_values(block, again.blocks[module]) for module, block in adapter.blocks.items())
+    for module, form in ((miss, "miss"), (peft, "peft")):
+        assert module.read(write(module, again, tmp_path / form)).blocks.keys() == adapter.blocks.keys()
+
+
 def test_bad_keys_are_named_at_once(tmp_path):
     saved_by_peft(pair()[0], {"target_modules": ["query"]}, tmp_path)
     others = {"q.bone_block": torch.ones(4, 8), "q.bias": torch.ones(8), "k.miss_block": torch.ones(4, 8).int()}

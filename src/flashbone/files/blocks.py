@@ -86,13 +86,13 @@ class BlockFolder(ABC):
         """The adapter that a file with these keys and this config holds."""
         suffixes = (self.block, self.transposed_block) if self.transposed_block else (self.block,)
         parts, replacements, problems = folders.sort_tensors(state, config, suffixes)
-        named: list[str] = config.get("target_parameters", [])
+        named: list[str] = config.get("target_parameters") or []
         parameters = frozenset(name for name in parts if fields.is_targeted(name, named))
         blocks = {}
         for name, (block, *others) in ((name, part.values()) for name, part in parts.items()):
             blocks[name] = block
             problems += [f"{name}: the file holds two blocks of it"] if others else []
-            r = fields.by_pattern(name, config.get("rank_pattern", {}), config["r"])
+            r = fields.by_pattern(name, config.get("rank_pattern") or {}, config["r"])
             problems += _problems(f"{name}{self.block}", block, variant, r, config["mini_r"], name in parameters)
         if not blocks and not problems:
             problems.append(f"it holds no {self.block[1:]}")

@@ -105,7 +105,7 @@ def plain_name(name: str) -> str:
 def is_replacement(parameter: str, config: Mapping[str, Any]) -> bool:
     """Whether a folder with this config may hold this parameter whole; PEFT saves embeddings without listing them."""
     module, _, leaf = parameter.rpartition(".")
-    if parameter in config.get("parameters_to_save", ()) or (leaf == "bias" and config["bias"] != "none"):
+    if parameter in (config.get("parameters_to_save") or ()) or (leaf == "bias" and config["bias"] != "none"):
         return True
     if leaf in ("weight", "bias") and module.rpartition(".")[2] in EMBEDDINGS:
         return True
