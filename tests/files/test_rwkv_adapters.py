@@ -140,6 +140,7 @@ def test_other_leading_parts_are_taken_off_if_all_names_share_them(tmp_path):
         ("orthogonal", torch.ones(4, 4), {}, "convert it to a LoRA"),
         ("bone", torch.ones(4, 8), {"names": ("blocks.0.att.key", "model.ln_out")}, r"RWKV model \(model\.ln_out\)"),
         ("bone", torch.ones(4, 8), {"names": ("model.layers.0.q",)}, r"RWKV model \(model\.layers\.0\.q\)"),
+        ("bone", torch.ones(4, 8), {"names": ("model.emb", "model.q")}, r"RWKV model \(model\.q\)"),
         (
             "bone",
             torch.ones(4, 8),

@@ -1,7 +1,7 @@
 """From the names of a live model to those of its checkpoint: base-model prefixes, tied weights, transposed layers."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 # transformers' Conv1D keeps its weight as (in, out). These are the model types that have it, and its layers in them.
@@ -14,15 +14,24 @@ OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_embeddings")
 RWKV_NAME = re.compile(r"(emb|head|ln_out|blocks\.\d+\.(att|ffn|ln\d))(\.|$)")  # in RWKV's own checkpoints
 
 
-def rwkv_lead(names: Iterable[str]) -> str | None:
+def rwkv_lead(names: Sequence[str]) -> str | None:
     """The leading part, such as `model.` or none, after which all names are those of RWKV's own checkpoints; None if
     some are others."""
-    known = list(names)
-    first = known[0].partition(".")[0] + "." if known else ""
-    fitting = (
-        lead for lead in ("", first) if all(n.startswith(lead) and RWKV_NAME.match(n[len(lead) :]) for n in known)
-    )
-    return next(fitting, None)
+    lead, others = _best_rwkv_lead(names)
+    return None if others else lead
+
+
+def not_rwkv(names: Sequence[str]) -> list[str]:
+    """The names that RWKV's own checkpoints lack, after the leading part that leaves the fewest."""
+    return _best_rwkv_lead(names)[1]
+
+
+def _best_rwkv_lead(names: Sequence[str]) -> tuple[str, list[str]]:
+    leads = dict.fromkeys(["", *(f"{name.partition('.')[0]}." for name in names[:1])])
+    others = {
+        lead: [n for n in names if not (n.startswith(lead) and RWKV_NAME.match(n[len(lead) :]))] for lead in leads
+    }
+    return min(others.items(), key=lambda item: len(item[1]))
 
 
 def locate(wanted: Iterable[str], stored: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -20,7 +20,7 @@ from flashbone.errors import FormatError
 from flashbone.files import cards
 from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.blocks import refuse
-from flashbone.files.names import RWKV_NAME, rwkv_lead
+from flashbone.files.names import RWKV_NAME, not_rwkv, rwkv_lead
 from flashbone.files.states import read_state, write_pickle
 
 SUFFIXES = (".disha", ".bone")
@@ -158,7 +158,7 @@ def write(adapter: Adapter, file: Path) -> None:
     reasons = {
         f"its modes: {modes}; keep it as BONE, or convert it to {way_out}": adapter.variant.rwkv_peft_mode is None,
         "it adapts linear layers only": {*adapter.transposed, *adapter.parameters},
-        "these are no names of an RWKV model": [n for n in names if lead is None and not RWKV_NAME.match(n)],
+        "these are no names of an RWKV model": not_rwkv(names),
     }
     refuse(adapter, reasons, "rwkv-peft")
     assert lead is not None, "other names were refused"
