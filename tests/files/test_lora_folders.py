@@ -165,18 +165,18 @@ def test_pickled_folders_read_like_safetensors(tmp_path):
         ({"peft_type": "LOHA"}, ["this is a LOHA adapter, wanted LORA"]),
         (
             {"use_dora": True, "lora_bias": True},
-            ["use_dora: got True, wanted false", "lora_bias: got True", "merge other adapters with PEFT"],
+            ["use_dora: got True, wanted false", "lora_bias: got True", "merge such an adapter with PEFT"],
         ),
         (
             {"alora_invocation_tokens": [1, 2]},
-            ["more than a plain LoRA: 'alora_invocation_tokens': [1, 2]; merge other"],
+            ["more than a plain LoRA: 'alora_invocation_tokens': [1, 2]; merge such"],
         ),
         ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
         ({"target_parameters": ["up"]}, ["'target_parameters': ['up']"]),
         ({"some_new_variant": {"x": 1}}, ["some_new_variant"]),
         (
             {"init_lora_weights": "pissa_niter_4"},
-            ["init_lora_weights: got 'pissa_niter_4', wanted a start that leaves the base as it is"],
+            ["init_lora_weights: got 'pissa_niter_4', wanted one that leaves the base unchanged"],
         ),
         ({"r": 0, "bias": "some"}, ["r: got 0", "bias: got 'some'"]),
         ({"r": True}, ["r: got True"]),

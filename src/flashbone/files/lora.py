@@ -27,7 +27,7 @@ from flashbone.variants.lowrank import pad
 
 _OF_LINEAR, _OF_EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 _MAX_ALPHA = 1e9
-_MERGE = "merge other adapters with PEFT (merge_and_unload)"
+_MERGE = "merge such an adapter with PEFT (merge_and_unload)"
 _OFF = ConfigField(lambda v: not v, f"false, as a plain LoRA has; {_MERGE}", False)
 
 
@@ -45,7 +45,7 @@ _SCHEMA = fields.SHARED | {
     "alpha_pattern": fields.patterns(_is_number, "numbers"),
     "init_lora_weights": ConfigField(
         lambda v: isinstance(v, bool) or v in ("gaussian", "eva", "orthogonal"),
-        "a start that leaves the base as it is; PiSSA, OLoRA and others change it, save it as a plain LoRA with PEFT",
+        "one that leaves the base unchanged, unlike PiSSA, OLoRA and others; save it as a plain LoRA with PEFT first",
         True,
     ),
     "lora_dropout": ConfigField(lambda v: True, "anything", 0.0),

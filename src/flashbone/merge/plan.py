@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
-from flashbone.files import names, placing, pth, reading, tensors
+from flashbone.files import names, placing, pth, reading
 from flashbone.files.adapter import Adapter, same_values
 from flashbone.files.base import BaseModel
 from flashbone.variants.merged import Term
@@ -149,11 +149,7 @@ def _paths(changes: Sequence[tuple[object, WeightedAdapter]]) -> str:
 
 
 def _is_base_value(model: BaseModel, tensor: str, value: Tensor) -> bool:
-    entry = model.entries[tensor]
-    file = next(file for file in model.files if entry in file.entries)
-    with file.path.open("rb") as stream:
-        stream.seek(entry.start)
-        stored = tensors.read(stream, entry)
+    stored = model.tensor(tensor)
     wide = torch.promote_types(stored.dtype, value.dtype)
     return stored.shape == value.shape and torch.equal(stored.to(wide), value.to(wide))
 
