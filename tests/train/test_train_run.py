@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from training_runs import metrics_of, recipe_for
 
-from flashbone.errors import ConfigError, FlashboneError, NonFiniteError
+from flashbone.errors import ConfigError, FlashboneError, FormatError, NonFiniteError
 from flashbone.merge import merge_checkpoint
 from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
 from flashbone.train.summary import peak_memory
 from helpers.comparison import Promise, close, same_bits
-from helpers.tiny_llama import word_tokenizer, write_tiny_llama
+from helpers.tiny_llama import tiny_config, tiny_tokenizer, word_tokenizer, write_tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft
@@ -75,6 +75,46 @@ def test_an_output_inside_the_models_folder_cannot_be_merged(questions_file, tmp
     with pytest.raises(ConfigError, match=r"merge: output .*run lies inside the model's folder .*; choose another"):
         train(recipe_for(model, questions_file, model / "run", merge=True))
     assert not (model / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_model_whose_files_hold_other_tensors_is_merged_as_it_was_loaded(questions_file, tmp_path):
+    """Mixtral's files hold every expert by itself, and transformers fuses them; the adapter names the fused tensor."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = tmp_path / "base"
+    MixtralForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    out = tmp_path / "run"
+    adapter = {"r": 8, "target_modules": None, "target_parameters": ["experts.gate_up_proj"]}
+    training = {"max_steps": 2, "save_strategy": "no"}
+    train(recipe_for(model, questions_file, out, adapter=adapter, training=training, merge=True))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    tokens = tokenizer("where was the big cat ?", return_tensors="pt")
+    with torch.no_grad():
+        assert close(merged(**tokens).logits, adapted(**tokens).logits)
+    assert not list(out.glob("*.partial"))
+
+
+def test_what_cannot_be_merged_into_the_files_is_refused_before_the_first_step(questions_file, tmp_path):
+    """The files hold one tensor for both embeddings, and the adapter would make them differ."""
+    from transformers import LlamaForCausalLM
+
+    tokenizer, model = tiny_tokenizer(), tmp_path / "base"
+    config = tiny_config(len(tokenizer))
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    out = tmp_path / "run"
+    recipe = recipe_for(model, questions_file, out, adapter={"r": 8, "modules_to_save": ["lm_head"]}, merge=True)
+    with pytest.raises(FormatError, match="the base ties its output embedding to the input embedding"):
+        train(recipe)
+    assert not out.exists()
 
 
 def test_the_loss_is_on_the_response_only(llama, jsonl, tmp_path):

@@ -1,5 +1,6 @@
-"""The merged model at the end of a run, by the same merge as `flashbone merge`."""
+"""The merged model at the end of a run, by the same merge as `flashbone merge` where the model's files allow it."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -11,35 +12,62 @@ import peft
 from transformers.utils.hub import cached_file
 
 from flashbone.errors import ConfigError
+from flashbone.files import names
 from flashbone.files.base import INDEX, SINGLE, open_base
 from flashbone.files.outputs import PARTIAL, whole_or_absent
 from flashbone.merge import merge_checkpoint
+from flashbone.merge.plan import plan_edits, read_adapters
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import Recipe, is_pth
 
+log = logging.getLogger(__name__)
 
-def find_merge_base(recipe: Recipe, folder: RunFolder) -> Path | None:
+
+def find_merge_base(recipe: Recipe, folder: RunFolder, trainer: Any) -> Path | None:
     """The folder or `.pth` file that the adapter will be merged into, checked before the training.
 
+    Args:
+        recipe: The recipe.
+        folder: Of the run.
+        trainer: With the adapted model, before its first step.
+
     Returns:
-        None where no file holds that model as it trains: a new classification head, GGUF, pickled weights.
+        None where no file holds that model as it trains: a new classification head, GGUF, pickled weights, tensors
+        that transformers renames or fuses when it loads them.
 
     Raises:
         ConfigError: the output lies inside the model's folder.
-        FormatError: the model's files cannot be merged into.
+        FormatError, ShapeError: the adapter cannot be merged into the model's files.
     """
+    base = _base_files(recipe)
+    if base is None:
+        return None
+    if base.is_dir() and folder.path.resolve().is_relative_to(base.resolve()):
+        raise ConfigError(f"merge: output {folder.path} lies inside the model's folder {base}; choose another output")
+    model, adapted = open_base(base), trainer.accelerator.unwrap_model(trainer.model)
+    with tempfile.TemporaryDirectory(prefix="merging", suffix=PARTIAL, dir=folder.path) as place:
+        adapted.save_pretrained(place, save_embedding_layers=False)
+        weighted = read_adapters([place], None)
+        adapter = weighted[0].adapter
+        wanted = [*map(adapter.parameter, adapter.blocks), *adapter.replacements]
+        _, lost = names.locate(wanted, model.entries)
+        embeddings = (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS)  # one file may hold both as one tensor
+        if renamed := [name for name in lost if not names.is_embedding(name, embeddings)]:
+            log.info("merge: the files of %s do not hold %s; merging the loaded model", recipe.model, renamed[0])
+            return None
+        plan_edits(model, weighted)
+    return base
+
+
+def _base_files(recipe: Recipe) -> Path | None:
+    """The model's folder, if it has safetensors, or its `.pth` file; None for other files and for classifiers."""
     if recipe.task == "classification" or recipe.model.endswith(".gguf"):
         return None
     if is_pth(recipe.model):
         return Path(recipe.model).expanduser()
     revision = (recipe.training.get("model_init_kwargs") or {}).get("revision")
     base = Path(cached_file(str(Path(recipe.model).expanduser()), "config.json", revision=revision) or "").parent
-    if not any((base / name).is_file() for name in (SINGLE, INDEX)):
-        return None
-    if folder.path.resolve().is_relative_to(base.resolve()):
-        raise ConfigError(f"merge: output {folder.path} lies inside the model's folder {base}; choose another output")
-    open_base(base)
-    return base
+    return base if any((base / name).is_file() for name in (SINGLE, INDEX)) else None
 
 
 def write_merged(folder: RunFolder, base: Path | None, trainer: Any, load_plain: Callable[[], Any] | None) -> None:

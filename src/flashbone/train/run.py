@@ -68,7 +68,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
     trainer, load_plain = build_trainer(recipe, args, data)
-    merge_base = find_merge_base(recipe, folder) if recipe.merge and args.process_index == 0 else None
+    merge_base = find_merge_base(recipe, folder, trainer) if recipe.merge and args.process_index == 0 else None
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
     metrics, recorder = fit(trainer, folder, begin=functools.partial(run_folder.record, recipe))
