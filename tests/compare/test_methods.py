@@ -160,7 +160,10 @@ def test_lora_s_scale_follows_its_conventions():
         ("bone", {"init_weights": "bat"}, ["bone: variant would be 'bat-col', not 'bone', which is another method"]),
         ("bone", {"r": -1}, ["bone: BoneConfig: `r` should be a positive integer"]),
         ("lora", {"use_dora": True}, ["lora: use_dora would be True, not False, which is another method"]),
-        ("pissa", {"init_lora_weights": True}, ["pissa: init_lora_weights would be True, not 'pissa_niter_16', which"]),
+        ("pissa", {"init_lora_weights": True}, ["pissa: init_lora_weights would be True, not 'pissa', which is"]),
+        ("lora", {"init_lora_weights": "pissa_niter_4"}, ["lora: init_lora_weights='pissa' is the method pissa; list"]),
+        ("dora", {"init_lora_weights": "olora"}, ["dora: init_lora_weights='olora' is the method olora; list that"]),
+        ("olora", {"init_lora_weights": "pissa"}, ["olora: init_lora_weights would be 'pissa', not 'olora', which is"]),
         ("boft", {"boft_n_butterfly_factor": 2}, ["boft: boft_n_butterfly_factor would be 2, not 1, which is another"]),
         ("oft", {"r": 4, "oft_block_size": 4}, ["oft: You can only specify either r (4) or oft_block_size (4)"]),
         ("full", {"r": 4}, ["full: it has no settings, but got r"]),
@@ -171,6 +174,12 @@ def test_wrong_settings_are_named_all_at_once(name, settings, messages):
         METHODS[name].config({}, LINEARS, "CAUSAL_LM", settings)
     assert "\n" not in str(error.value)
     assert all(message in str(error.value) for message in messages), str(error.value)
+
+
+def test_pissa_takes_16_iterations_unless_a_setting_has_another_number():
+    starts = ({}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"})
+    configs = [METHODS["pissa"].config({}, LINEARS, "CAUSAL_LM", settings) for settings in starts]
+    assert [config.init_lora_weights for config in configs] == ["pissa_niter_16", "pissa", "pissa_niter_4"]
 
 
 @pytest.mark.parametrize(

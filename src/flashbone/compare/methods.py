@@ -111,8 +111,12 @@ class TrainingMethod:
         except (TypeError, ValueError, ImportError) as error:
             raise ConfigError(f"{self.name}: {' '.join(str(error).split())}") from error
         for name, value in self.identity.items():  # settings may also change one through another
-            if (other := getattr(config, name)) != value:
+            if not _means(other := getattr(config, name), value):
                 raise ConfigError(f"{self.name}: {name} would be {other!r}, not {value!r}, which is another method")
+        for method in METHODS.values() if self.config_class == "LoraConfig" else ():
+            start = method.identity.get("init_lora_weights")
+            if start and "init_lora_weights" not in self.identity and _means(config.init_lora_weights, start):
+                raise ConfigError(f"{self.name}: init_lora_weights={start!r} is the method {method.name}; list that")
         return config
 
     def describe(self, config: Any) -> str:
@@ -136,6 +140,11 @@ class TrainingMethod:
         if fields.get("rank_pattern") and "alpha_pattern" not in settings:
             alphas["alpha_pattern"] = {name: self.alpha * r for name, r in fields["rank_pattern"].items()}
         return alphas
+
+
+def _means(value: Any, wanted: Any) -> bool:
+    """Whether a field has the value that makes a method what it is; PiSSA's may name a number of iterations."""
+    return value == wanted or (isinstance(wanted, str) and str(value).startswith(f"{wanted}_niter_"))
 
 
 def _config_class(name: str) -> Any:
@@ -231,7 +240,12 @@ _ALL = (
     # arXiv 2404.02948. 16 iterations of the fast SVD are what its authors and PEFT's documentation advise; the full one
     # takes minutes for a large model.
     TrainingMethod(
-        "pissa", "PiSSA", identity={"init_lora_weights": "pissa_niter_16"}, check_layer=_check_directions, **_PART
+        "pissa",
+        "PiSSA",
+        identity={"init_lora_weights": "pissa"},
+        defaults={"init_lora_weights": "pissa_niter_16"},
+        check_layer=_check_directions,
+        **_PART,
     ),
     # arXiv 2406.01775. PEFT's example has alpha = r, too; the paper's code has no scale.
     TrainingMethod("olora", "OLoRA", identity={"init_lora_weights": "olora"}, check_layer=_check_olora, **_PART),
