@@ -203,6 +203,9 @@ def test_old_signatures_still_work():
     assert isinstance(layer, BoneLayer)
     assert repr(layer).startswith("bone.BoneLinear(")
     assert layer.bone_r == {"default": 4, "other": 2}
+    layer.update_layer("third", 2, "gaussian")  # PEFT's layer asks for "bat" only
+    assert layer.bone_variant["third"].name == "bone"
+    assert not layer.bone_block["third"].any()
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ class BoneLayer(MergeableLayer):
         """
         if r <= 0:
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")
-        variant = variant or variants.by_tool_name("peft_init_weights")[init_weights or True].name
+        by_init = variants.by_tool_name("peft_init_weights")
+        variant = variant or by_init.get(init_weights, by_init[True]).name  # as in PEFT, only "bat" is bat-col
         settings = {"use_orthogonal": use_orthogonal, "orthogonal_eps": orthogonal_eps}
         kind = self._checked_variant(variants.from_fields(variant, settings), dropout)
         if kind.reads_weight and (problem := self.base_kind.unreadable(self.get_base_layer())) is not None:
