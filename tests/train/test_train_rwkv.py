@@ -325,6 +325,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
     refused("rwkv, model: RWKV models and init_adapter are for task sft", task="classification")
     refused("init_adapter describes the adapter; leave adapter.variant, adapter.r out", init_adapter="x")
     refused("init_adapter .*: no such file or folder", adapter={}, init_adapter=str(tmp_path / "missing"))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused("init_adapter .*lora: is a LORA adapter, not a Bone", adapter={}, init_adapter=str(tmp_path / "lora"))
     refused("no such file; the .pth file of an RWKV model was wanted", model=tmp_path / "missing.pth")
     if base.name == "v7.pth":
         refused("this model has no time_\\* values, which are RWKV-6's", rwkv={"train_parts": ["time"]})

@@ -13,6 +13,7 @@ import peft
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import peft as peft_files
 from flashbone.files import reading
+from flashbone.files.adapter import Adapter
 from flashbone.train.recipe import TASK_TYPES, Recipe
 
 
@@ -50,6 +51,12 @@ def start_from(model: Any, recipe: Recipe) -> Any:
         place = recipe.init_adapter  # perhaps a hub id
         if path.exists():
             place = folder
+            form, _ = reading.recognise(path)
+            if form.holds is not Adapter:
+                raise ConfigError(
+                    f"init_adapter {recipe.init_adapter}: is a {form.peft_type} adapter, not a Bone one; `flashbone"
+                    " convert --to peft` makes one of it if its A is fixed"
+                )
             peft_files.write(reading.read_adapter(path), Path(folder))
         try:
             config = peft.PeftConfig.from_pretrained(place)
