@@ -67,7 +67,8 @@ def _read(request: Request) -> TestRows:
     names = {name: column_names(TASKS[name]) for name in files}
     known = [column for columns in names.values() for column in columns]
     if unknown := [column for column in request.columns if column not in known]:
-        raise ConfigError(f"columns: {', '.join(unknown)} cannot be renamed, only {', '.join(dict.fromkeys(known))}")
+        others = f", only {', '.join(dict.fromkeys(known))}" if known else ": tasks bring their own rows"
+        raise ConfigError(f"columns: {', '.join(unknown)} cannot be renamed{others}")
     return {
         name: load_test_rows(
             path,

@@ -22,8 +22,8 @@ from flashbone.train.summary import Summary
 
 log = logging.getLogger(__name__)
 
-# What decides the losses: a resumed run must not change it. `training` may change (more steps), with a notice.
 REMEDY = "delete it, or choose another output"
+# What decides the losses: a resumed run must not change it. `training` may change (more steps), with a notice.
 FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
 
 
