@@ -69,7 +69,7 @@ def test_reading_is_a_view_of_the_file_and_not_a_copy(tmp_path):
         ({"version": 2}, r"d\.idx: version 2, 1 was wanted; write it with a Megatron or RWKV tool"),
         (
             {"code": 6},
-            r"d\.idx: dtype code 6 is no integer, one of 1, 2, 3, 4, 5, 8 was wanted; write the token",
+            r"d\.idx: dtype code 6 is not of integers, wanted one of 1, 2, 3, 4, 5, 8; write the token",
         ),
         ({"code": 0}, r"dtype code 0 is no integer"),
         (

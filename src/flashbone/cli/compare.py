@@ -86,10 +86,11 @@ def _plan(comparison, as_json: bool) -> int:
     from flashbone.compare.run import plan
 
     budget, methods = plan(comparison)
-    runs = sum(len(one.listed.learning_rates) + len(comparison.seeds) - 1 for one in methods if one.size)
+    runs = sum(len(method.listed.learning_rates) + len(comparison.seeds) - 1 for method in methods if method.size)
     if as_json:
         rows = [
-            {"method": one.listed.label, **(vars(one.size) if one.size else {"error": one.error})} for one in methods
+            {"method": method.listed.label, **(vars(method.size) if method.size else {"error": method.error})}
+            for method in methods
         ]
         print(json.dumps({"budget": budget.parameters, "runs": runs, "methods": rows}, indent=2))
         return 0
@@ -98,13 +99,13 @@ def _plan(comparison, as_json: bool) -> int:
     )
     for name in ("method", "size", "parameters", "off budget", "learning rates"):
         table.add_column(name, justify="left" if name in ("method", "size") else "right")
-    for one in methods:
-        rates = " ".join(f"{rate:g}" for rate in one.listed.learning_rates)
-        cells = [one.listed.label, one.error or "", "", "", rates]
-        if one.size is not None:
-            off = "bound" if one.size.off_budget is None else f"{100 * one.size.off_budget:+.1f} %"
-            mark = "" if one.size.matched or off == "bound" else " (unmatched)"
-            cells[1:4] = [one.size.size, f"{one.size.adapter_parameters:,}", off + mark]
+    for method in methods:
+        rates = " ".join(f"{rate:g}" for rate in method.listed.learning_rates)
+        cells = [method.listed.label, method.error or "", "", "", rates]
+        if method.size is not None:
+            off = "bound" if method.size.off_budget is None else f"{100 * method.size.off_budget:+.1f} %"
+            mark = "" if method.size.matched or off == "bound" else " (unmatched)"
+            cells[1:4] = [method.size.size, f"{method.size.adapter_parameters:,}", off + mark]
         table.add_row(*map(Text, cells))
     Console().print(table)
     return 0

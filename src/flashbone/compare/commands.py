@@ -41,11 +41,11 @@ def commands(
     Bone family; for others it is a comparison of this method alone with one seed, which leaves its adapter.
     """
     by_label, words = {}, set()
-    for one in methods:
-        if one.chosen is None or one.size is None:
+    for method in methods:
+        if method.chosen is None or method.size is None:
             continue
-        listed = one.listed
-        fields = {"method": listed.method, **listed.settings, "learning_rates": [one.chosen]}
+        listed = method.listed
+        fields = {"method": listed.method, **listed.settings, "learning_rates": [method.chosen]}
         only = f"--methods={json.dumps([fields])}"
         word = re.sub(r"\W+", "-", listed.label).strip("-")
         word += f"-{len(by_label) + 1}" if word in words else ""
@@ -54,16 +54,16 @@ def commands(
         seed = f"--seeds=[{comparison.seeds[0]}]"
         train = origin.command(only, seed, f"--output={comparison.output}-{word}-alone")
         if METHODS[listed.method].peft_type == "BONE":
-            train = shlex.join(["flashbone", "train", str(_write_recipe(comparison, one, word))])
+            train = shlex.join(["flashbone", "train", str(_write_recipe(comparison, method, word))])
         by_label[listed.label] = {"rerun": rerun, "train": train}
     return by_label
 
 
-def _write_recipe(comparison: ComparisonConfig, one: MethodProgress, word: str) -> Path:
+def _write_recipe(comparison: ComparisonConfig, method: MethodProgress, word: str) -> Path:
     """A recipe for `flashbone train` with all that the comparison decided."""
     import yaml
 
-    assert one.size is not None
+    assert method.size is not None
     data = {k: v for k, v in dataclasses.asdict(comparison.data).items() if k != "test" and v not in (None, {}, "auto")}
     training = {name: value for name, value in comparison.training.items() if name not in FIXED}
     sections = {name: value for name in ("quantization", "rwkv") if (value := getattr(comparison, name))}
@@ -73,11 +73,11 @@ def _write_recipe(comparison: ComparisonConfig, one: MethodProgress, word: str) 
         "data": data,
         "adapter": {
             "target_modules": comparison.target_modules,
-            **METHODS[one.listed.method].identity,
-            **one.listed.settings,
-            **one.size.settings,
+            **METHODS[method.listed.method].identity,
+            **method.listed.settings,
+            **method.size.settings,
         },
-        "training": {**training, "learning_rate": one.chosen},
+        "training": {**training, "learning_rate": method.chosen},
         **sections,
         "output": f"{comparison.output}-{word}-trained",
         "seed": comparison.seeds[0],

@@ -211,13 +211,13 @@ def listed_methods(comparison: ComparisonConfig) -> list[ListedMethod]:
     """
     common = _rates(comparison.learning_rates, "learning_rates")
     listed = [_listed_method(line, f"methods[{number}]", common) for number, line in enumerate(comparison.methods)]
-    labels = [one.label for one in listed]
+    labels = [entry.label for entry in listed]
     if double := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
         raise ConfigError(f"methods: {', '.join(double)} is listed more than once; give each a label of its own")
     if not listed:
         raise ConfigError("methods: is empty; name one or more")
-    if len({len(one.learning_rates) for one in listed}) > 1:
-        counts = ", ".join(f"{one.label} {len(one.learning_rates)}" for one in listed)
+    if len({len(entry.learning_rates) for entry in listed}) > 1:
+        counts = ", ".join(f"{entry.label} {len(entry.learning_rates)}" for entry in listed)
         raise ConfigError(f"learning_rates: every method may try as many as any other, but got {counts}")
     return listed
 

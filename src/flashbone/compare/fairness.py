@@ -20,7 +20,7 @@ _SAME = {"digest": "learned other rows, or in another order", "tokens": "learned
 def problems(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) -> list[str]:
     """What was not the same for all, one line each; none when all was."""
     lines = [*_unlike_runs(methods), *_unlike_sizes(comparison, methods)]
-    runs = [run for one in methods for run in one.finished_runs]
+    runs = [run for method in methods for run in method.finished_runs]
     for part, did in (("learned", "learned"), ("held_out", "held out")):
         if count := max((run.overlap[part] for run in runs), default=0):
             lines.append(f"{count} of the test rows are also {did}, word for word")
@@ -29,7 +29,7 @@ def problems(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) ->
         if len(kinds := sorted({getattr(place, name) for place in places})) > 1:
             lines.append(f"runs were made on different {name}: {'; '.join(kinds)}")
     versions = [set(place.versions.items()) for place in places]
-    if unlike := sorted({name for one in versions for name, _ in set.union(*versions) - one}):
+    if unlike := sorted({name for place in versions for name, _ in set.union(*versions) - place}):
         lines.append(f"runs were made with different versions of {', '.join(unlike)}")
     return lines
 
@@ -37,7 +37,7 @@ def problems(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) ->
 def _unlike_runs(methods: Sequence[MethodProgress]) -> list[str]:
     """Runs with the same seed have to have learned the same."""
     lines = []
-    runs = [(one.listed.label, run) for one in methods for run in one.finished_runs]
+    runs = [(method.listed.label, run) for method in methods for run in method.finished_runs]
     for seed in sorted({run.seed for _, run in runs}):
         (first_label, first), *others = [(label, run) for label, run in runs if run.seed == seed]
         for name, words in _SAME.items():
@@ -49,12 +49,12 @@ def _unlike_runs(methods: Sequence[MethodProgress]) -> list[str]:
 
 def _unlike_sizes(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) -> list[str]:
     lines = []
-    matched = [(one, one.size.adapter_parameters) for one in methods if one.size and one.size.matched]
-    sizes = {one.listed.label: planned for one, planned in matched}
+    matched = [(method, method.size.adapter_parameters) for method in methods if method.size and method.size.matched]
+    sizes = {method.listed.label: planned for method, planned in matched}
     if sizes and max(sizes.values()) > (1 + comparison.tolerance) * min(sizes.values()):
         small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
         lines.append(f"{large} has {sizes[large]:,} parameters, {small} {sizes[small]:,}: too far apart")
-    for one, planned in matched:
-        for trained in {run.adapter_parameters for run in one.finished_runs} - {planned}:
-            lines.append(f"{one.listed.label}: {trained:,} parameters trained, {planned:,} were planned")
+    for method, planned in matched:
+        for trained in {run.adapter_parameters for run in method.finished_runs} - {planned}:
+            lines.append(f"{method.listed.label}: {trained:,} parameters trained, {planned:,} were planned")
     return lines

@@ -73,13 +73,15 @@ class Experiment:
     def sweep(self) -> list[RunSpec]:
         """Every learning rate of every method with the first seed. All methods have their turn before one has its
         second, so that what disturbs the machine for a while disturbs all alike."""
-        by_method = [[self._spec(one, rate, self.comparison.seeds[0]) for rate in one.rates] for one in self._sized()]
+        by_method = [
+            [self._spec(method, rate, self.comparison.seeds[0]) for rate in method.rates] for method in self._sized()
+        ]
         return [spec for turn in zip(*by_method, strict=True) for spec in turn]
 
     def repeats(self) -> list[RunSpec]:
         """The other seeds at the rates that were chosen, in the same order."""
-        chosen = [(one, one.chosen) for one in self._sized() if one.chosen is not None]
-        return [self._spec(one, rate, seed) for seed in self.comparison.seeds[1:] for one, rate in chosen]
+        chosen = [(method, method.chosen) for method in self._sized() if method.chosen is not None]
+        return [self._spec(method, rate, seed) for seed in self.comparison.seeds[1:] for method, rate in chosen]
 
     def rehearse(self) -> None:
         """Read the arguments and the data as all runs will, in a process of its own, before anything is written.
@@ -112,17 +114,19 @@ class Experiment:
     def write(self, finished: bool) -> Path:
         """results.jsonl as far as it goes."""
         typed = commands(self.comparison, self.methods, self.origin) if finished else {}
-        rows = [one.method_row(self.comparison.seeds, typed.get(one.listed.label, {})) for one in self.methods]
+        rows = [method.method_row(self.comparison.seeds, typed.get(method.listed.label, {})) for method in self.methods]
         file = self.folder / "results.jsonl"
-        write_results([self._header(finished), *rows, *(run for one in self.methods for run in one.run_rows())], file)
+        write_results(
+            [self._header(finished), *rows, *(run for method in self.methods for run in method.run_rows())], file
+        )
         return file
 
     def _sized(self) -> list[MethodProgress]:
-        return [one for one in self.methods if one.size is not None]
+        return [method for method in self.methods if method.size is not None]
 
-    def _spec(self, one: MethodProgress, rate: float, seed: int) -> RunSpec:
-        assert one.size is not None
-        return run_spec(self.comparison, one.listed, one.size.settings, rate, seed)
+    def _spec(self, method: MethodProgress, rate: float, seed: int) -> RunSpec:
+        assert method.size is not None
+        return run_spec(self.comparison, method.listed, method.size.settings, rate, seed)
 
     def _result_file(self, spec: RunSpec) -> Path:
         return self.runs / spec.name / "result.json"
@@ -132,13 +136,13 @@ class Experiment:
 
     def _read(self) -> None:
         """Read all results anew."""
-        for one in self._sized():
-            one.runs, one.chosen, one.error = {}, None, None
-            for rate, seed in itertools.product(one.rates, self.comparison.seeds):
-                spec = self._spec(one, rate, seed)
+        for method in self._sized():
+            method.runs, method.chosen, method.error = {}, None, None
+            for rate, seed in itertools.product(method.rates, self.comparison.seeds):
+                spec = self._spec(method, rate, seed)
                 if (row := self._result(spec) or self.killed.get(spec.name)) is not None:
-                    one.runs[rate, seed] = row
-            one.choose(self.comparison.seeds[0])
+                    method.runs[rate, seed] = row
+            method.choose(self.comparison.seeds[0])
 
     def _take_up(self, ended: Ended) -> str:
         """Read the result of one run, and describe it. A run without a result is repeated by the next comparison."""
@@ -158,11 +162,11 @@ class Experiment:
         return f"{name}: held-out loss {first:.4g} -> {last:.4g} ({ended.seconds:.0f} s)"
 
     def _header(self, finished: bool) -> HeaderRow:
-        comparison, good = self.comparison, [run for one in self.methods for run in one.finished_runs]
+        comparison, good = self.comparison, [run for method in self.methods for run in method.finished_runs]
         places = [run.about for run in good if run.about is not None]
         made = about.combined(places or [about.this_process(about.device_of(comparison.training))])
         rows = good[0].rows if good else {"train": 0, "held_out": 0, "test": 0}
-        is_complete = all(one.status(comparison.seeds) != "unfinished" for one in self.methods)
+        is_complete = all(method.status(comparison.seeds) != "unfinished" for method in self.methods)
         return HeaderRow(
             version=1,
             name=Path(self.origin.config).stem,
@@ -197,13 +201,13 @@ def plan(comparison: ComparisonConfig) -> tuple[Budget, list[MethodProgress]]:
     around = comparison.tolerance / (2 + comparison.tolerance)
     methods = []
     for listed in listed_methods(comparison):
-        one = MethodProgress(listed)
+        method = MethodProgress(listed)
         try:
-            one.size = match(METHODS[listed.method], listed.settings, budget.parameters, counter, around)
+            method.size = match(METHODS[listed.method], listed.settings, budget.parameters, counter, around)
         except FlashboneError as error:
-            one.error = str(error)
+            method.error = str(error)
             log.warning("%s: left out: %s", listed.label, error)
-        methods.append(one)
+        methods.append(method)
     return budget, methods
 
 

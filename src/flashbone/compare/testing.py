@@ -69,7 +69,7 @@ def _questions(data: Data) -> list[tuple[Any, str]]:
     """Prompts and the answers that are wanted."""
     assert data.test is not None
     rows: Any = data.test
-    # A completion is a text, or turns of which the last is the answer.
+    # A completion is a text, or turns that end in the answer.
     return [(r["prompt"], c if isinstance(c := r["completion"], str) else c[-1]["content"]) for r in rows]
 
 

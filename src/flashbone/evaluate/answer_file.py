@@ -76,7 +76,7 @@ def read_answers(folder: Path) -> list[Answered]:
     """What was answered before; a last line that a kill cut short is taken off the file.
 
     Raises:
-        FormatError: a whole line is no answer.
+        FormatError: a complete line is not an answer.
     """
     file = folder / ANSWERS
     if not file.exists():

@@ -36,17 +36,17 @@ def given_answer(text: str, wanted: str) -> str | None:
     return numbers[-1].group().strip() if numbers else None
 
 
-def is_same(given: str | None, wanted: str) -> bool:
+def is_same(answer: str | None, wanted: str) -> bool:
     """Whether two answers are the same: as numbers where both are, else as texts but for white space and a last period.
 
     Commas, currency signs, percent signs and trailing zeros do not count: `$1,200.00` is `1200`.
     """
-    if given is None:
+    if answer is None:
         return False
-    numbers = _only_number(given), _only_number(wanted)
+    numbers = _only_number(answer), _only_number(wanted)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return _plain(given) == _plain(wanted)
+    return _plain(answer) == _plain(wanted)
 
 
 def _after_marker(text: str) -> str | None:
@@ -62,7 +62,7 @@ def _line(text: str) -> str:
 
 
 def _only_number(text: str) -> Fraction | None:
-    """The number that a text is, but for a unit of money or percent and a period; None if it is no number."""
+    """The number that a text is, but for a unit of money or percent and a period; None if it is not a number."""
     match = _NUMBER.fullmatch(text.strip().removesuffix(".").strip().removesuffix("%").strip())
     if match is None:
         return None

@@ -103,7 +103,7 @@ def answer_rows(
 
     Raises:
         ConfigError: a prompt with its answer is longer than the model's positions, or is a conversation
-            of which the tokenizer has no template.
+            and the tokenizer has no chat template.
     """
     prompts = [prompt_ids(tokenizer, prompt) for prompt, _ in rows]
     _check_lengths(model, prompts, max_new_tokens)

@@ -127,7 +127,7 @@ def _figure(metric: str, filter: str, value: float, values: dict[str, Any], rows
     if not isinstance(stderr, int | float) or stderr != stderr:
         return figure(name, value)
     is_share = metric.startswith(SHARES) and 0 <= value <= 1
-    if is_share and value in (0, 1) and rows:  # all rows alike: their standard error is 0, which says nothing
+    if is_share and value in (0, 1) and rows:  # all rows alike: their standard error is 0 and means nothing
         return figure(name, value, wilson(int(value) * rows, rows), "wilson")
     low, high = from_stderr(value, float(stderr))
     return figure(name, value, (max(0.0, low), min(1.0, high)) if is_share else (low, high), "stderr")

@@ -19,8 +19,8 @@ def wilson(hits: int, total: int) -> Interval:
         hits: Rows that count, at most `total`.
         total: All rows, one or more.
     """
-    assert 0 <= hits <= total, "a share is of what there is"
-    assert total > 0, "of no rows there is no share"
+    assert 0 <= hits <= total, "hits are among the rows"
+    assert total > 0, "a share needs rows"
     share = hits / total
     centre = share + Z**2 / (2 * total)
     half = Z * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
@@ -97,5 +97,5 @@ def percentiles(figures: Sequence[float] | np.ndarray) -> Interval:
 
 
 def from_stderr(value: float, stderr: float) -> Interval:
-    """The normal interval of a figure of which only the standard error is known."""
+    """The normal interval of a figure, from its standard error."""
     return value - Z * stderr, value + Z * stderr

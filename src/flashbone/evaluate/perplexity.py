@@ -54,7 +54,7 @@ def perplexity(
         batch_size: Pieces that are computed at once.
         max_length: Tokens that the model sees at once; 1024 by default, less where the model has fewer
             positions. Longer texts are cut into windows, longer prompts with completions are cut off.
-        progress: Called with the number of rows of which the last piece is done.
+        progress: Called with the number of rows whose last piece is done.
 
     Raises:
         ConfigError: no token is learned, or a token has no embedding.
@@ -80,8 +80,8 @@ def perplexity(
 
 
 def pieces_of(row: int, example: Example, tokenizer: Any, limit: int) -> list[Piece]:
-    """What a row is to the model, as in training: with the token that ends a text or an answer; none where nothing of
-    it is learned."""
+    """The pieces of a row that the model sees, as in training: with the token that ends a text or an answer; empty if
+    no token is learned."""
     if "messages" in example:
         parts = [_answer(part["prompt"], part["completion"], tokenizer) for part in answers(example["messages"], "all")]
     elif "prompt" in example:

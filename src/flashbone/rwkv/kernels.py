@@ -24,8 +24,8 @@ _TOKENS = 96  # of the comparison: more than one chunk of either
 
 
 def run(wkv: Any, backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs, in the state's dtype or r's, and the new state of `wkv`, a module such as `wkv7`, by whichever
-    backend it should be; inputs are those of its `loop`, r first."""
+    """The outputs, in the state's dtype or r's, and the new state of `wkv`, a module such as `wkv7`, by the
+    backend that `chooses_fla` picks; inputs are those of its `loop`, r first."""
     if inputs[0].shape[1] <= 1:
         return wkv.loop(*inputs)
     return (wkv.by_fla if chooses_fla(wkv, backend, inputs[0]) else wkv.chunked)(*inputs)

@@ -222,8 +222,8 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         outputs = []
         for start in range(0, x.shape[1], self.chunk_ctx):
             piece = x[:, start : start + self.chunk_ctx]
-            own = None if padding is None else padding.columns(start, start + piece.shape[1])
-            y, layers = checkpoint(self._run_blocks, piece, layers, own, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+            mask = None if padding is None else padding.columns(start, start + piece.shape[1])
+            y, layers = checkpoint(self._run_blocks, piece, layers, mask, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             if not self.carries_gradient:
                 layers = [memory.to_each(torch.Tensor.detach) for memory in layers]
             outputs.append(y)
@@ -246,8 +246,8 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         """What `generate` calls the model with.
 
         Raises:
-            ConfigError: the tokens that the given state has seen are not among those given; transformers would leave
-                out as many of them, in silence.
+            ConfigError: the tokens that the given state has seen are not among those given; transformers would
+                silently leave out as many of them.
         """
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ConfigError(

@@ -102,8 +102,8 @@ def _parsed(line: bytes) -> tuple[int, bytes]:
 
 
 def _check_complete(path: str | os.PathLike[str], ids: dict[bytes, int]) -> None:
-    given = set(ids.values())
-    missing = sorted(set(range(1, len(ids) + 1)) - given)
+    known = set(ids.values())
+    missing = sorted(set(range(1, len(ids) + 1)) - known)
     if missing:
         raise FormatError(
             f"{path}: its {len(ids)} tokens must have the ids 1 to {len(ids)}, but {missing[0]} is missing"

@@ -33,7 +33,7 @@ def pair(path: str | Path) -> tuple[Path, Path]:
 
 
 def is_binidx(path: Path) -> bool:
-    """Whether `path` means such a pair; a name without the ending does where nothing else has that name."""
+    """Whether `path` means such a pair; a name without the ending counts if no file or folder has it."""
     return path.suffix in (".bin", ".idx") or (not path.exists() and any(part.is_file() for part in pair(path)))
 
 
@@ -89,7 +89,7 @@ class BinIdx:
             raise FormatError(f"{self.index}: version {version}, 1 was wanted; write it with a Megatron or RWKV tool")
         if code not in DTYPES:
             raise FormatError(
-                f"{self.index}: dtype code {code} is no integer, one of {', '.join(map(str, DTYPES))} was wanted; "
+                f"{self.index}: dtype code {code} is not of integers, wanted one of {', '.join(map(str, DTYPES))}; "
                 "write the token ids as uint16 (8) or int32 (4)"
             )
         size = HEADER.size + 12 * sequences + 8 * entries

@@ -43,12 +43,12 @@ def _with_cards_of_others(original: Callable) -> Callable:
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        if given.arguments["is_main_process"]:
-            for name in given.arguments["selected_adapters"] or list(self.peft_config):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["is_main_process"]:
+            for name in bound.arguments["selected_adapters"] or list(self.peft_config):
                 if name != "default":
-                    _write(self, name, Path(given.arguments["save_directory"]) / name)
+                    _write(self, name, Path(bound.arguments["save_directory"]) / name)
         return result
 
     return save_pretrained

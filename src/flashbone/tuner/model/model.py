@@ -188,11 +188,11 @@ class BoneModel(Controls, BaseTuner):
         state_dict: Any = None,
     ) -> None:
         config = self.peft_config[adapter_name]
-        for name, own in names.items():
+        for name, key in names.items():
             parent, _, child = name.rpartition(".")
             target = self.model.get_submodule(name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._create_and_replace(config, adapter_name, target, child, self.model.get_submodule(parent), own)
+                self._create_and_replace(config, adapter_name, target, child, self.model.get_submodule(parent), key)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -65,7 +65,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
     """The configuration in a folder, in a config.json, or on the hub (offline: in its cache).
 
     Raises:
-        ConfigError: there is none, or it is of a model that transformers does not know.
+        ConfigError: it does not exist, or transformers does not know the model's type.
         FormatError: it is not JSON.
     """
     file = _config_file(source)

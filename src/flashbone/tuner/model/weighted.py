@@ -86,12 +86,11 @@ def combine(where: str, layer: BoneLayer, factors: dict[str, float]) -> tuple[Va
     """Variant and block of the weighted sum of a layer's adapters.
 
     Linear in the blocks at equal variant and sizes, but for rotations, whose deltas are no function of a sum of blocks.
-    `bone` of block sizes r1 and r2 is `bone` of any common multiple:
-    its delta repeats along the input with period r (a whole input is a period, too), and that of `mini` along the
-    output as well.
+    `bone` of block sizes r1 and r2 is `bone` of any common multiple: its delta repeats along the input with period r (a
+    whole input is a period, too), and that of `mini` along the output as well.
 
     Raises:
-        ConfigError: there is no such block.
+        ConfigError: no block of the family is that sum.
     """
     blocks = {name: layer.bone_block[name].detach() for name in factors}
     variants = {layer.bone_variant[name] for name in factors}
@@ -135,8 +134,6 @@ def _check_request(
     configs: dict[str, Any] = {name: model.peft_config[name] for name in adapters if name in model.peft_config}
     wholes = {n: c.modules_to_save or c.parameters_to_save or c.bias != "none" for n, c in configs.items()}
     if saved := [name for name, whole in wholes.items() if whole]:
-        problems.append(
-            f"adapters: {saved} train modules, parameters or biases as a whole, of which there is no weighted sum"
-        )
+        problems.append(f"adapters: {saved} train modules, parameters or biases whole, and these have no weighted sum")
     if problems:
         raise ConfigError("add_weighted_adapter: " + "; ".join(problems))
