@@ -18,7 +18,7 @@ _SAME = {"digest": "learned other rows, or in another order", "tokens": "learned
 
 
 def problems(comparison: ComparisonConfig, methods: Sequence[MethodProgress]) -> list[str]:
-    """What was not the same for all, one line each; none when all was."""
+    """The conditions that were not the same for all methods, one line each."""
     lines = [*_unlike_runs(methods), *_unlike_sizes(comparison, methods)]
     runs = [run for method in methods for run in method.finished_runs]
     for part, did in (("learned", "learned"), ("held_out", "held out")):

@@ -9,6 +9,7 @@ from typing import Any
 from flashbone.compare.results import ComparisonResults, HeaderRow, MethodRow, RunRow
 from flashbone.errors import FormatError
 from flashbone.files.records import from_json
+from flashbone.files.sources import json_object, read_json
 
 
 def read_results(path: Path) -> ComparisonResults:
@@ -27,7 +28,7 @@ def read_results(path: Path) -> ComparisonResults:
     # splitlines would also split at characters that a title may hold.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         where = f"{path}, line {number}"
-        row = _json_object(line, where)
+        row = json_object(line.encode(), where, "; was the file cut off?")
         kind = row.get("kind")
         if (kind == "comparison") != (number == 1):
             raise FormatError(f"{where}: got {_short(kind)} as kind; the comparison must be line 1 and no other line")
@@ -69,23 +70,11 @@ def read_run(file: Path) -> RunRow | None:
         FormatError: the file is broken.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        return from_json(RunRow, read_json(file), str(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        return from_json(RunRow, _json_object(text, str(file)), str(file))
     except FormatError as error:
         raise FormatError(f"{error}; delete the file to repeat the run") from None
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{where}: is not valid JSON ({error}); was the file cut off?") from error
-    if not isinstance(row, dict):
-        raise FormatError(f"{where}: got {_short(row)}, wanted a JSON object")
-    return row
 
 
 def _short(value: Any) -> str:

@@ -146,7 +146,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
 
 
 def _in_fp32(model: Any) -> Any:
-    """What trains is in fp32, whatever the base is, for every method: PEFT leaves the copies of heads in the base's."""
+    """Make the trained parameters fp32 for every method; PEFT leaves copies of heads in the base's dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()

@@ -11,7 +11,7 @@ _SAYS = re.compile(r"\bthe (?:final )?answer is:?", re.IGNORECASE)  # MetaMathQA
 
 
 def wanted_answer(reference: str) -> str:
-    """What a reference answer wants: what follows `####` or "The answer is:", else all of it."""
+    """The answer in a reference: the text after `####` or "The answer is:", else all of it."""
     return _after_marker(reference) or reference.strip()
 
 

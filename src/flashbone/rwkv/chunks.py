@@ -16,7 +16,7 @@ def cut(x: Float[Tensor, "batch tokens heads N"], chunk: int, dtype: torch.dtype
 
 
 def joined(x: Float[Tensor, "rows chunks c N"], heads: int, tokens: int) -> Float[Tensor, "batch tokens heads N"]:
-    """What `cut` cut, without what it filled up."""
+    """The inverse of `cut`; the padding is dropped."""
     return rearrange(x, "(batch heads) chunks c N -> batch (chunks c) heads N", heads=heads)[:, :tokens]
 
 

@@ -1,4 +1,4 @@
-"""Who runs the time mixing: plain torch, or flash-linear-attention's kernels where they are installed and agree.
+"""The backend of the time mixing: plain torch, or flash-linear-attention's kernels where they are installed and agree.
 
 flash-linear-attention (`pip install flash-linear-attention`) needs a GPU and Triton. Before it is used, its kernel is
 run once for each device, dtype and head size, forward and backward, and compared with ours: "auto" takes it only if

@@ -92,8 +92,9 @@ def test_a_broken_line_is_named(tmp_path, change, message):
     ("text", "message"),
     [
         ("", "the file is empty"),
-        ("{", "line 1: is not valid JSON"),
-        ("[1]", r"line 1: got \[1\], wanted"),
+        ("{", "line 1: not valid JSON: .*; was the file cut off"),
+        ("[1]", "line 1: wanted a JSON object, got a list"),
+        ("[" * 100_000, "line 1: not valid JSON: .*recursion"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, text, message):

@@ -1,1 +1,1 @@
-"""What hosts do: PEFT's tables, methods of transformers and diffusers, other adapters, sharded weights."""
+"""What is added to PEFT, transformers and diffusers: tables, adapter methods, hot swap."""
