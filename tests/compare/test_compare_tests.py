@@ -63,7 +63,8 @@ def test_the_bounds_train_what_they_say(albert):
     """Linear probing trains the head alone, full fine-tuning everything."""
     from flashbone.compare.attaching import attach
     from flashbone.compare.methods import METHODS
-    from flashbone.train.models import load_classifier, load_tokenizer
+    from flashbone.train.models import load_classifier
+    from flashbone.train.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(str(albert))
     trained = {}

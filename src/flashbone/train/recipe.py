@@ -63,7 +63,7 @@ class Quantization:
         ConfigError: these do not go together.
     """
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[4, 8] = 4  # of each weight of the base
     type: Literal["nf4", "fp4"] | None = None  # of 4 bits: nf4 (the default) or fp4
     double: bool = False  # of 4 bits: quantise the scales, too
 
