@@ -159,7 +159,7 @@ def test_a_torchao_layer_of_unknown_settings_trains_but_is_not_merged_into():
     layer = adapted(made._replace(settings={}), R, "bat-col")
     layer(torch.randn(2, IN)).sum().backward()
     assert layer.bone_block["bat-col"].grad.abs().max() > 0
-    with pytest.raises(FlashboneError, match=r"settings .* not known.*TorchAoConfig"):
+    with pytest.raises(FlashboneError, match=r"settings .* are unknown.*TorchAoConfig"):
         layer.merge()
     assert not layer.merged
 
