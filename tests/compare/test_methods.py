@@ -80,7 +80,8 @@ def test_the_peft_type_and_the_fields_of_a_method_are_its_own(name):
     model = attached(name)
     config = model.peft_config["default"]
     assert config.peft_type == METHODS[name].peft_type
-    assert all(getattr(config, key) == value for key, value in METHODS[name].identity.items())
+    fields = {**METHODS[name].identity, **METHODS[name].defaults}  # PiSSA's name, with its number of iterations
+    assert all(getattr(config, key) == value for key, value in fields.items())
 
 
 @pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")

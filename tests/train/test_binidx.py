@@ -71,7 +71,7 @@ def test_reading_is_a_view_of_the_file_and_not_a_copy(tmp_path):
             {"code": 6},
             r"d\.idx: dtype code 6 is not of integers, wanted one of 1, 2, 3, 4, 5, 8; write the token",
         ),
-        ({"code": 0}, r"dtype code 0 is no integer"),
+        ({"code": 0}, r"dtype code 0 is not of integers"),
         (
             {"code": 5},
             r"d\.bin: holds 20 bytes, but sequence 0 of d\.idx is 24 bytes from byte 0 on; .* copy both",

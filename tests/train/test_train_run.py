@@ -101,6 +101,7 @@ def test_a_model_whose_files_hold_other_tensors_is_merged_as_it_was_loaded(quest
     assert not list(out.glob("*.partial"))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's, of the same
 def test_what_cannot_be_merged_into_the_files_is_refused_before_the_first_step(questions_file, tmp_path):
     """The files hold one tensor for both embeddings, and the adapter would make them differ."""
     from transformers import LlamaForCausalLM

@@ -146,19 +146,14 @@ def _endings(places: Iterable[PlacedTensor], model: BaseModel) -> tuple[str, ...
     """For each module the shortest ending of its name that no other part of the base has."""
     adapted = {p.tensor.rpartition(".")[0]: p.name for p in places}
     others = {part for entry in model.entries for part in _containers(entry)} - set(adapted) - set(adapted.values())
-    taken = {ending for name in others for ending in _dotted_ends(name)}
-    ends = {next((e for e in _dotted_ends(name) if e not in taken), name) for name in adapted.values()}
+    taken = {ending for name in others for ending in names.dotted_endings(name)}
+    ends = {next((e for e in names.dotted_endings(name) if e not in taken), name) for name in adapted.values()}
     return tuple(sorted(ends))
 
 
 def _containers(entry: str) -> Iterator[str]:
     parts = entry.split(".")
     return (".".join(parts[:i]) for i in range(1, len(parts)))
-
-
-def _dotted_ends(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[i:]) for i in reversed(range(len(parts))))
 
 
 def check_finite(lora: Lora, where: Path) -> None:

@@ -80,6 +80,12 @@ def is_transposed(tensor: str, config: dict[str, Any]) -> bool | None:
     return isinstance(part, dict) and part.get("model_type") in CONV1D_TYPES
 
 
+def dotted_endings(name: str) -> Iterator[str]:
+    """The endings of a name in whole parts, the shortest first."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in reversed(range(len(parts))))
+
+
 def has_tied_embeddings(config: dict[str, Any], stored: Collection[str]) -> bool:
     """Whether loading the checkpoint makes one tensor of the input and output embeddings, as far as can be told."""
     text = config.get("text_config")

@@ -103,11 +103,6 @@ def adapters_in(model: nn.Module) -> set[str]:
     return {name for module in model.modules() if isinstance(module, BoneLayer) for name in module.bone_block}
 
 
-def is_ignoring_sizes() -> bool:
-    """Whether the current load ignores tensors of other sizes."""
-    return _ignore_sizes.get()
-
-
 @contextmanager
 def ignoring_sizes(ignores: bool) -> Iterator[None]:
     """Within the block, loads ignore tensors of other sizes (`ignore_mismatched_sizes`)."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.files.names import dotted_endings
 from flashbone.tuner.layers.attention import BoneOutProj
 from flashbone.tuner.layers.conv import CONVOLUTIONS, BoneConv
 from flashbone.tuner.layers.embedding import BoneEmbedding
@@ -244,8 +245,8 @@ def exact_names(model: nn.Module, config: Any, layers: set[str], named: set[str]
     open_names = {name for name in names if _is_open(config, name)}
     layers = layers & open_names or layers  # if none is left, PEFT raises
     others = names - layers - named
-    taken = others | {ending for name in others & open_names for ending in _endings(name)}
-    return {next((ending for ending in _endings(name) if ending not in taken), name) for name in layers}
+    taken = others | {ending for name in others & open_names for ending in dotted_endings(name)}
+    return {next((ending for ending in dotted_endings(name) if ending not in taken), name) for name in layers}
 
 
 def _is_open(config: Any, name: str) -> bool:
@@ -253,12 +254,6 @@ def _is_open(config: Any, name: str) -> bool:
     probe = copy.copy(config)
     probe.target_modules = {name.rpartition(".")[2]}
     return bool(check_target_module_exists(probe, name))
-
-
-def _endings(name: str) -> Iterator[str]:
-    """The dotted endings of a name, the shortest first."""
-    parts = name.split(".")
-    return (".".join(parts[i:]) for i in reversed(range(len(parts))))
 
 
 def resolved(model: nn.Module, config: Any) -> list[str]:
