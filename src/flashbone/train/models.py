@@ -1,10 +1,12 @@
 """Loading a model: from a folder, a hub id, a .gguf file or an RWKV model's .pth file, ready to adapt and save."""
 
 import logging
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from flashbone.errors import ConfigError
@@ -119,14 +121,23 @@ def load(auto: Any, name: str, place: str, **kwargs: Any) -> Any:
         ConfigError: it fails.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from safetensors import SafetensorError
 
     try:
         return auto.from_pretrained(place, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         if isinstance(error.__cause__, RepositoryNotFoundError | LocalEntryNotFoundError):
             raise ConfigError(f"model {hub_problem(name, error.__cause__)}") from error
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {name}: could not be loaded: {reason.strip()}") from error
+        raise ConfigError(f"model {name}: could not be loaded: {_reason(error)}") from error
+    except (SafetensorError, UnpicklingError, struct.error, EOFError, LookupError) as error:  # what damaged files raise
+        what = f"{type(error).__name__}: {_reason(error)}"
+        raise ConfigError(f"model {name}: its files cannot be read ({what}); copy or download them again") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, and the whole text where that line only introduces a list."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines)[:300] if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager
