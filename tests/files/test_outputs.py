@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
@@ -133,6 +134,26 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_notice(tmp_path, monkey
     assert [record.getMessage() for record in caplog.records] == [
         f"output {tmp_path / 'out'}: this file system has no locks; make sure that no other run writes to it"
     ]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_to_is_an_error_without_a_notice_of_locks(tmp_path, monkeypatch, caplog, code):
+    def acquire(lock, *args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        alone(tmp_path / "out").__enter__()
+    assert not caplog.records
+
+
+def test_a_place_that_takes_no_folders_is_refused(tmp_path, monkeypatch):
+    def mkdir(folder, *args, **kwargs):  # as in /proc
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(ConfigError, match="out: no folder can be made there; choose another output"):
+        alone(tmp_path / "out").__enter__()
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):

@@ -21,6 +21,7 @@ PARTIAL = ".partial"  # what the name of a file or folder ends with until it is 
 LOCK = f".lock{PARTIAL}"
 GIB = 2**30
 _FULL, _TAKEN = "no disk space left, free some or write elsewhere", "another run made it meanwhile"
+_UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 _REASONS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.ENOTEMPTY: _TAKEN, errno.EEXIST: _TAKEN}
 
 
@@ -157,12 +158,14 @@ def make_folder(folder: Path) -> None:
     """Make an output folder, unless it exists.
 
     Raises:
-        ConfigError: a file is in the way.
+        ConfigError: a file is in the way, or the place takes no folders, as /proc.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output {folder}: a file is in the way; choose another output") from None
+    except FileNotFoundError:
+        raise ConfigError(f"output {folder}: no folder can be made there; choose another output") from None
 
 
 @contextmanager
@@ -188,7 +191,9 @@ def alone(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"output {folder}: another run is writing to it; wait for it, or choose another output"
         ) from None
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise
         log.warning("output %s: this file system has no locks; make sure that no other run writes to it", folder)
     try:
         yield
