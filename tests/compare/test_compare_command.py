@@ -54,6 +54,11 @@ def test_the_plan_shows_the_sizes_and_trains_nothing(small, tmp_path, capsys):
     assert "r = 8" in capsys.readouterr().out
 
 
+def test_a_plan_and_a_report_are_not_asked_for_at_once(small, tmp_path, capsys):
+    assert main(["compare", str(small), "--plan", "--report"]) == 2
+    assert "--report: not allowed with argument --plan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

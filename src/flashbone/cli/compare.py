@@ -121,8 +121,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the comparison")
-    parser.add_argument("--plan", action="store_true", help="only print the sizes and the number of runs")
-    parser.add_argument("--report", action="store_true", help="only write the report again, from results.jsonl")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="only print the sizes and the number of runs")
+    only.add_argument("--report", action="store_true", help="only write the report again, from results.jsonl")
     parser.add_argument("--retry-failed", action="store_true", help="repeat runs that failed")
     parser.add_argument("--json", action="store_true", help="print results.jsonl as one JSON list")
     return parser

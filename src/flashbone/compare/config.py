@@ -209,7 +209,7 @@ def listed_methods(comparison: ComparisonConfig) -> list[ListedMethod]:
     Raises:
         ConfigError: a method is unknown, two have the same label, or one has more learning rates to try than another.
     """
-    common = _rates(comparison.learning_rates, "learning_rates")
+    common = _rates(comparison.learning_rates, "")
     listed = [_listed_method(line, f"methods[{number}]", common) for number, line in enumerate(comparison.methods)]
     labels = [entry.label for entry in listed]
     if double := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
@@ -235,12 +235,12 @@ def _listed_method(line: str | dict[str, Any], where: str, common: tuple[float, 
     label = str(fields.get("label") or label)
     if not re.search(r"\w", label) or len(label) > 60:
         raise ConfigError(f"{where}: label {label!r}: wanted a word of at most 60 characters")
-    return ListedMethod(label, name, settings, _rates(rates, where))
+    return ListedMethod(label, name, settings, _rates(rates, f"{where}: "))
 
 
 def _rates(rates: Any, where: str) -> tuple[float, ...]:
     values = rates if isinstance(rates, list) else [rates]
     good = [isinstance(r, int | float) and not isinstance(r, bool) and math.isfinite(r) and r > 0 for r in values]
     if not values or not all(good) or len(set(values)) != len(values):
-        raise ConfigError(f"{where}: learning_rates: got {rates!r}, wanted different positive numbers")
+        raise ConfigError(f"{where}learning_rates: got {rates!r}, wanted different positive numbers")
     return tuple(sorted(map(float, values)))
