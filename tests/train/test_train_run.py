@@ -15,7 +15,7 @@ from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
 from flashbone.train.summary import peak_memory
 from helpers.comparison import Promise, close, same_bits
-from helpers.tiny_llama import tiny_config, tiny_tokenizer, word_tokenizer, write_tiny_llama
+from helpers.tiny_llama import WORDS, tiny_config, tiny_tokenizer, word_tokenizer, write_tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft
@@ -174,6 +174,7 @@ def test_conversations_without_a_chat_template_are_refused_with_the_remedy(jsonl
         ({"adapter": {"r": 0}}, "`r` should be a positive integer value"),
         ({"adapter": {"r": 8, "target_modules": ["q_prj"]}}, "q_pr"),
         ({"training": {"lr_scheduler_type": "cosin"}}, "training: cosin is not a valid SchedulerType"),
+        ({"training": {"max_steps": [1]}}, r"adapter or training: a value of the wrong type \(.*list"),
         ({"training": {"max_length": 3}}, r"no training row has a token of its answer within training\.max_length 3"),
     ],
 )
@@ -210,6 +211,37 @@ def albert(tmp_path_factory) -> Path:
     words = (source / "vocab.txt").read_text().splitlines()
     word_tokenizer(words, "[PAD]", "[CLS]", "[SEP]", "[UNK]").save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["attention.query"]])
+def test_a_classifier_saves_whatever_its_checkpoint_lacked(jsonl, tmp_path, targets, caplog):
+    """Such as DistilBERT's pre_classifier: left out, each load of the base would draw other numbers for it."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    from flashbone.evaluate.run import Request, evaluate
+
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS.split()]
+    base = tmp_path / "base"
+    word_tokenizer(words, *words[:4]).save_pretrained(base)
+    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
+    DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(words), **sizes)).save_pretrained(base)
+    path = jsonl([{"text": f"the {animal}", "label": animal} for animal in ("cat", "dog")] * 8)
+    recipe = recipe_for(
+        base,
+        path,
+        tmp_path / "run",
+        task="classification",
+        data=DataRecipe(str(path), eval=str(path)),
+        adapter={"r": 4, "target_modules": targets},
+        training={"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"},
+    )
+    with caplog.at_level("INFO", logger="flashbone"):
+        summary = train(recipe).summary
+    assert f"model {base}: its checkpoint has no pre_classifier; trained whole" in caplog.text
+    measured = evaluate(Request(str(base), tmp_path / "run/adapter", classification=path, device="cpu"))
+    values = {figure.name: figure.value for figure in measured.evaluations[0].figures}
+    assert values["accuracy"] == summary["eval_accuracy_after"]
+    assert values["cross-entropy (nats)"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -39,6 +39,13 @@ def load_classifier(
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
+    return load_new_classifier(name, dtype, labels, tokenizer, warn_of_new_head, **kwargs)[0]
+
+
+def load_new_classifier(
+    name: str, dtype: Any, labels: list[str], tokenizer: Any, warn_of_new_head: bool = True, **kwargs: Any
+) -> tuple[Any, list[str]]:
+    """As `load_classifier`, and the names of all modules that start at random since the checkpoint lacks them."""
     from transformers import AutoModelForSequenceClassification
 
     place, gguf = locate(name)
@@ -47,11 +54,13 @@ def load_classifier(
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
         "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
     }
     with _load_report(warn_of_new_head):
-        model = load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **gguf, **kwargs)
+        model, info = load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **gguf, **kwargs)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token before the padding
-    return _plain(model, name) if gguf else model
+    new_modules = sorted({parameter.rpartition(".")[0] for parameter in info["missing_keys"]})
+    return (_plain(model, name) if gguf else model), new_modules
 
 
 def load_config(name: str) -> Any:

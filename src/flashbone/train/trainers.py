@@ -14,7 +14,7 @@ from flashbone.train.arguments import model_dtype
 from flashbone.train.classify import MAX_LENGTH, classification_trainer
 from flashbone.train.data.loading import Data
 from flashbone.train.data.windows import largest_id
-from flashbone.train.models import load_causal_lm, load_classifier, quantized_loading
+from flashbone.train.models import load_causal_lm, load_classifier, load_new_classifier, quantized_loading
 from flashbone.train.recipe import Recipe, RwkvSettings, is_pth, rwkv_of
 from flashbone.train.tokenizers import load_tokenizer, training_tokenizer
 
@@ -41,8 +41,11 @@ def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = N
         trainer, load = build(recipe, args, data, adapt)
     except FlashboneError:
         raise
-    except (ValueError, TypeError) as error:  # PEFT or TRL refuses a recipe that does not fit the model
+    except ValueError as error:  # PEFT or TRL refuses a recipe that does not fit the model
         raise ConfigError(" ".join(str(error).split())) from error
+    except TypeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"adapter or training: a value of the wrong type ({reason})") from error
     if data.test is not None:
         trainer.eval_dataset, trainer.test_dataset = trainer.eval_dataset["held_out"], trainer.eval_dataset["test"]
     return trainer, load
@@ -57,10 +60,30 @@ def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt 
     dtype = model_dtype(args)
     tokenizer = load_tokenizer(recipe.model)
     load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
-    model = load(**quantized_loading(recipe, dtype))
-    adapted = get_peft_model(model, adapter_config(recipe)) if adapt is None else adapt(model)
+    model, new_modules = load_new_classifier(
+        recipe.model, dtype, data.labels, tokenizer, **quantized_loading(recipe, dtype)
+    )
+    if adapt is None:
+        also_trained = {"modules_to_save": [] if recipe.quantization else _beside_the_head(new_modules, recipe)}
+        adapted = get_peft_model(model, adapter_config(recipe, also_trained))
+    else:
+        adapted = adapt(model)
     max_length = recipe.training.get("max_length") or MAX_LENGTH
     return classification_trainer(adapted, args, data, _held_out(data), tokenizer, max_length), load
+
+
+def _beside_the_head(new_modules: list[str], recipe: Recipe) -> list[str]:
+    """The modules that the checkpoint lacks and PEFT would not save; without them the adapter would be of no use, since
+    they start at other random numbers whenever the model is loaded."""
+    heads = {"classifier", "score", *(recipe.adapter.get("modules_to_save") or ())}  # PEFT saves the first two itself
+    unsaved = [module for module in new_modules if module and heads.isdisjoint(module.split("."))]
+    if unsaved:
+        log.info(
+            "model %s: its checkpoint has no %s; trained whole, and saved with the adapter",
+            recipe.model,
+            ", ".join(unsaved),
+        )
+    return unsaved
 
 
 def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> tuple[Any, Callable]:
