@@ -1,7 +1,7 @@
 """From the names of a live model to those of its checkpoint: base-model prefixes, tied weights, transposed layers."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 # transformers' Conv1D keeps its weight as (in, out). These are the model types that have it, and its layers in them.
