@@ -81,7 +81,7 @@ def test_an_engine_says_how_it_is_started(place, capsys):
         (["--to", "onnx"], "to: got 'onnx', wanted one of peft, miss, lora, rwkv-peft, gguf"),
         (["--for", "tensorrt"], "'tensorrt'"),
         (["--to", "miss", "--for", "vllm"], "vllm takes lora, not miss"),
-        (["--to", "miss", "--rank", "4"], "rank and error are those of a LoRA, but miss is none"),
+        (["--to", "miss", "--rank", "4"], "rank and error are for LoRAs, and miss is not one"),
         (["--to", "lora"], "a LoRA needs the sizes of the base's layers"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_refusal_is_a_line_and_leaves_nothing(adapter, tmp_path, capsys):
 def test_bad_arguments_are_refused(adapter, tmp_path):
     with pytest.raises(ConfigError, match="to: got 'misss', wanted one of peft, miss, lora, rwkv-peft, gguf"):
         convert(adapter, tmp_path / "out", "misss")
-    with pytest.raises(ConfigError, match="rank and error are those of a LoRA"):
+    with pytest.raises(ConfigError, match="rank and error are for LoRAs"):
         convert(adapter, tmp_path / "out", "miss", rank=4)
     with pytest.raises(FlashboneError, match=r"must not be .* or lie inside it"):
         convert(adapter, adapter / "inside", "miss")

@@ -97,7 +97,7 @@ def test_a_free_lora_is_refused_as_the_page_says(place):
 
     config = LoraConfig(r=4, target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config).save_pretrained("free")
-    with pytest.raises(FormatError, match="a LoRA with a free A is not of the family"):
+    with pytest.raises(FormatError, match="a LoRA with a trained A is not a Bone adapter"):
         convert("free", "out", "peft")
 
 

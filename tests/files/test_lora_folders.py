@@ -286,5 +286,5 @@ def test_a_lora_with_a_free_a_is_no_adapter_of_the_family():
         "twisted": twisted,
         "ones": (torch.ones(3, 6), free(3)[1]),
     }.items():
-        with pytest.raises(FormatError, match=rf"adapter: a LoRA with a free A is not of the family \({name}\)"):
+        with pytest.raises(FormatError, match=rf"adapter: a LoRA with a trained A is not a Bone adapter \({name}\)"):
             factors.to_adapter(Lora({"q": stacked(8, 12, 4), name: pair}), HERE)

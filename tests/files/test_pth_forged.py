@@ -44,33 +44,33 @@ def test_forged_pickles_are_refused(tmp_path, case):
 @pytest.mark.parametrize(
     ("changes", "of_storage", "words"),
     [
-        ({"offset": -1}, {}, "rebuilds a tensor"),
-        ({"offset": True}, {}, "rebuilds a tensor"),
-        ({"offset": 0.0}, {}, "rebuilds a tensor"),
-        ({"shape": (-2,), "stride": (-1,)}, {}, "rebuilds a tensor"),
-        ({"shape": (2, -1, -1), "stride": (1, 1, 1)}, {}, "rebuilds a tensor"),
-        ({"stride": (-1,)}, {}, "rebuilds a tensor"),
-        ({"stride": (1, 1)}, {}, "rebuilds a tensor"),
-        ({"shape": [2]}, {}, "rebuilds a tensor"),
-        ({"stride": [1]}, {}, "rebuilds a tensor"),
-        ({"shape": 2}, {}, "rebuilds a tensor"),
-        ({}, {"size": -2}, "names a storage"),
-        ({}, {"size": True}, "names a storage"),
-        ({}, {"size": 2.0}, "names a storage"),
-        ({}, {"key": 0}, "names a storage"),
-        ({}, {"key": None}, "names a storage"),
+        ({"offset": -1}, {}, "rebuilds an invalid tensor"),
+        ({"offset": True}, {}, "rebuilds an invalid tensor"),
+        ({"offset": 0.0}, {}, "rebuilds an invalid tensor"),
+        ({"shape": (-2,), "stride": (-1,)}, {}, "rebuilds an invalid tensor"),
+        ({"shape": (2, -1, -1), "stride": (1, 1, 1)}, {}, "rebuilds an invalid tensor"),
+        ({"stride": (-1,)}, {}, "rebuilds an invalid tensor"),
+        ({"stride": (1, 1)}, {}, "rebuilds an invalid tensor"),
+        ({"shape": [2]}, {}, "rebuilds an invalid tensor"),
+        ({"stride": [1]}, {}, "rebuilds an invalid tensor"),
+        ({"shape": 2}, {}, "rebuilds an invalid tensor"),
+        ({}, {"size": -2}, "names an invalid storage"),
+        ({}, {"size": True}, "names an invalid storage"),
+        ({}, {"size": 2.0}, "names an invalid storage"),
+        ({}, {"key": 0}, "names an invalid storage"),
+        ({}, {"key": None}, "names an invalid storage"),
     ],
 )
 def test_numbers_in_a_pickle_that_no_tensor_has_are_refused_for_what_they_are(tmp_path, changes, of_storage, words):
     tensor = pickled.whole("F32", (2,), "0")
     tensor = tensor._replace(storage=tensor.storage._replace(**of_storage), **changes)
     _zip(tmp_path / "f.pth", data_pkl=pickled.dump({"a": tensor}), data__0=bytes(8))
-    with pytest.raises(FormatError, match=rf"not a whole torch file \(its pickle {words} that is none\)"):
+    with pytest.raises(FormatError, match=rf"not a whole torch file \(its pickle {words}\)"):
         pth.scan(tmp_path / "f.pth")
 
 
 def test_a_storage_of_a_kind_that_there_is_not_is_refused_for_that():
-    with pytest.raises(ValueError, match="its pickle names a storage that is none"):
+    with pytest.raises(ValueError, match="its pickle names an invalid storage"):
         pickled.load(Path("f.pth"), b"\x80\x02" + FORGED["a storage of words"] + b".")
 
 
@@ -101,7 +101,7 @@ def test_a_tensor_that_reaches_out_of_its_storage_is_refused(tmp_path, offset, s
     ("storage", "dtype"), [(pickled.PickledStorage("F32", "0", 2), "F3"), ("F32", "F32"), (None, None)]
 )
 def test_only_a_storage_with_a_dtype_that_is_known_makes_a_tensor(storage, dtype):
-    with pytest.raises(ValueError, match="its pickle rebuilds a tensor that is none"):
+    with pytest.raises(ValueError, match="its pickle rebuilds an invalid tensor"):
         pickled._rebuild_v3(storage, 0, (2,), (1,), False, {}, dtype)
 
 

@@ -197,7 +197,7 @@ def test_a_member_that_does_not_lie_where_the_directory_says_is_refused(tmp_path
         header = archive.getinfo("f/data/1").header_offset
     data[header + (3 if where == "signature" else 30)] ^= 1
     (tmp_path / "f.pth").write_bytes(data)
-    with pytest.raises(FormatError, match="data/1 does not lie where the directory says"):
+    with pytest.raises(FormatError, match="data/1 is not where the archive's directory puts it"):
         pth.scan(tmp_path / "f.pth")
 
 

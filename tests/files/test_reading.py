@@ -42,7 +42,7 @@ def test_a_lora_is_refused_with_the_way_out(folder):
 @pytest.mark.parametrize("kind", ["OFT", 3, None, ["BONE"]])
 def test_another_method_is_refused_by_name(folder, kind):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
-    with pytest.raises(FormatError, match=r"adapter_config.json: this is a .* adapter, wanted BONE, MISS, LORA"):
+    with pytest.raises(FormatError, match=r"adapter_config.json: (this is a .* adapter|it has no peft_type), wanted"):
         reading.recognise(folder)
 
 

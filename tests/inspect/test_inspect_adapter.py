@@ -209,7 +209,7 @@ def test_which_bat_an_old_file_of_rwkv_peft_holds_is_not_guessed(tmp_path):
     save_file(_rwkv("bone", 3), tmp_path / "adapter.safetensors")
     report = inspect_adapter(tmp_path / "adapter.safetensors")
     assert report.variant is None
-    assert "the file does not say which" in report.evidence
+    assert "the file does not tell them apart" in report.evidence
     assert {group.r for group in report.blocks} == {4}
 
 
@@ -277,7 +277,7 @@ def test_a_folder_that_is_no_adapter_is_one_clear_line(tmp_path):
     with pytest.raises(FormatError, match="this adapter has no weights"):
         inspect_adapter(tmp_path)
     save_file({"w": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FormatError, match="says LORA, but no tensor is one of that method"):
+    with pytest.raises(FormatError, match="sets peft_type LORA, but no tensor is one of that method"):
         inspect_adapter(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_whether_a_merge_can_be_taken_back_does_not_depend_on_the_size_of_the_we
         block *= size
     got = merged_weight(W, [(variant, block, scale)])
     check_undoable(W, got, [(variant, block, scale)])
-    with pytest.raises(FlashboneError, match="without the original weight this merge could not be taken back"):
+    with pytest.raises(FlashboneError, match="without the original weight this merge could not be undone"):
         check_undoable(W, got + 1e-3 * got.abs().max(), [(variant, block, scale)])
 
 
@@ -124,7 +124,7 @@ def test_rounding_of_a_merge_may_be_lost_and_damage_may_not(dtype):
     merged = merged_weight(W, [term])
     assert not torch.equal(undo(merged, [term]), W)
     check_undoable(W, merged, [term])
-    with pytest.raises(FlashboneError, match="could not be taken back"):
+    with pytest.raises(FlashboneError, match="could not be undone"):
         check_undoable(W, (merged.float() + 0.1 * torch.randn(11, 13)).to(dtype), [term])
 
 

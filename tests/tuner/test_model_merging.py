@@ -89,7 +89,7 @@ def test_a_merge_that_could_not_be_taken_back_touches_no_layer():
     model.base_model.keep_originals(False)
     model.add_adapter("2", config(r=2))
     before = snapshot(model)
-    with pytest.raises(FlashboneError, match="lin1: without the original weight this merge could not be taken back"):
+    with pytest.raises(FlashboneError, match="lin1: without the original weight this merge could not be undone"):
         model.merge_adapter()
     assert_unchanged(model, before)
     assert not any(layer.keep_original for _, layer in bone_layers(model.base_model.model))

@@ -84,7 +84,7 @@ def convert(
     server = None if engine is None else engines.get(engine)
     target = _target(to, server)
     if target.holds is not Lora and (rank, error) != (None, None):
-        raise ConfigError(f"rank and error are those of a LoRA, but {target.name} is none; leave them out")
+        raise ConfigError(f"rank and error are for LoRAs, and {target.name} is not one; omit them")
     source, read = reading.read(path)
     errors: tuple[ModuleError, ...] = ()
     if target.holds is Lora:

@@ -240,7 +240,7 @@ def to_adapter(lora: Lora, where: Path) -> Adapter:
     if free := [name for name, r in sizes.items() if r == 0]:
         shown = ", ".join(free[:3]) + (f" and {len(free) - 3} more" if len(free) > 3 else "")
         raise FormatError(
-            f"{where}: a LoRA with a free A is not of the family ({shown}); use it with PEFT as it is, or merge it"
+            f"{where}: a LoRA with a trained A is not a Bone adapter ({shown}); use it with PEFT as it is, or merge it"
         )
     # Where r is not below the input features, any larger one is the same function: that of the other modules.
     known = max((r for name, r in sizes.items() if r < lora.factors[name][0].shape[1]), default=lora.rank)

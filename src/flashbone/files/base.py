@@ -174,7 +174,7 @@ def _companions(folder: Path, single: bool) -> list[Path]:
                 (kept if (folder / inside / name).is_file() else broken).append(inside / name)
     if broken:
         raise FormatError(
-            f"{folder}: no files, or links to nothing: {', '.join(map(str, broken))}; restore or remove them"
+            f"{folder}: not regular files, or broken links: {', '.join(map(str, broken))}; restore or remove them"
         )
     return kept
 

@@ -103,8 +103,8 @@ class BlockFolder(ABC):
         return Adapter(variant, blocks, replacements, config, base, transposed, parameters)
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
-        """The config to be written. The source's fields stay as far as they mean these tensors; else names are
-        written in full."""
+        """The config to be written. It keeps the source's fields where they still fit these tensors, and lists names in
+        full where they do not."""
         old = adapter.config
         shared = {name: old[name] for name in fields.SHARED if name in old}
         config: dict[str, Any] = fields.defaults(self.schema) | {"inference_mode": True} | shared

@@ -1,4 +1,4 @@
-"""Model cards: the README.md beside an adapter tells what it is, who loads it, and how it is merged and converted.
+"""Model cards: the README.md beside an adapter: what it is, who loads it, and how it is merged and converted.
 
 How it is used is in the words of its format (`AdapterFormat.usage`).
 """
@@ -20,7 +20,7 @@ _OURS = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What a card tells.
+    """The contents of a card.
 
     Attributes:
         format: of the adapter.

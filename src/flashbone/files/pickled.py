@@ -168,7 +168,7 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> PickledStorage:
         kind, dtype, key, _location, size = pid
         if kind != "storage" or dtype not in (*_STORAGES, _BYTES) or not isinstance(key, str) or not _is_size(size):
-            raise ValueError("its pickle names a storage that is none")
+            raise ValueError("its pickle names an invalid storage")
         return PickledStorage(dtype, key, size)
 
 
@@ -182,7 +182,7 @@ def _rebuild_v3(
     sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
     known = isinstance(storage, PickledStorage) and dtype in DTYPES
     if not (known and sizes and all(map(_is_size, (offset, *shape, *stride)))):
-        raise ValueError("its pickle rebuilds a tensor that is none")
+        raise ValueError("its pickle rebuilds an invalid tensor")
     return PickledTensor(storage, dtype, shape, offset, stride, metadata)
 
 

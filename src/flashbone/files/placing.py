@@ -115,7 +115,7 @@ def _shared_targets(located: dict[str, str]) -> list[str]:
     users: dict[str, list[str]] = {}
     for parameter, tensor in located.items():
         users.setdefault(tensor, []).append(parameter)
-    return [f"{tensor}: is meant by both {' and '.join(who)}" for tensor, who in users.items() if len(who) > 1]
+    return [f"{tensor}: {' and '.join(who)} both name it" for tensor, who in users.items() if len(who) > 1]
 
 
 def _misfits(placed: PlacedTensor, entry: tensors.TensorEntry, variant: variants.Variant) -> list[str]:

@@ -108,7 +108,7 @@ def _entry(
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     own_name = file.read(name_length).decode("utf-8" if info.flag_bits & 0x800 else "cp437")
     if signature != b"PK\x03\x04" or own_name != info.orig_filename:
-        raise ValueError(f"{info.filename} does not lie where the directory says")
+        raise ValueError(f"{info.filename} is not where the archive's directory puts it")
     data_start = info.header_offset + 30 + name_length + extra_length
     if data_start + info.file_size > limits[bisect.bisect_right(limits, info.header_offset)]:
         raise ValueError(f"{info.filename} overlaps what follows it")

@@ -33,7 +33,8 @@ def recognise(path: Path) -> tuple[AdapterFormat, Path]:
         return peft.FORMAT, path  # whose reader refuses it
     method = read_json(config).get("peft_type")
     if not isinstance(method, str) or method not in _OF_PEFT:
-        raise FormatError(f"{config}: this is a {fields.shown(method)} adapter, wanted {', '.join(_OF_PEFT)}")
+        kind = "it has no peft_type" if method is None else f"this is a {fields.shown(method)} adapter"
+        raise FormatError(f"{config}: {kind}, wanted {', '.join(_OF_PEFT)}")
     return _OF_PEFT[method], path
 
 

@@ -153,10 +153,11 @@ def write(adapter: Adapter, file: Path) -> None:
     """
     names = [*adapter.blocks, *adapter.replacements]
     lead = rwkv_lead(names)
-    modes = ", ".join(f"{mode} is {kind.name}" for mode, kind in BY_MODE.items())
+    modes = " and ".join(f"{kind.name} (its mode {mode})" for mode, kind in BY_MODE.items())
     way_out = "miss or a LoRA" if adapter.variant.miss_init_weights is not None else "a LoRA"
+    other_mode = f"RWKV-PEFT has {modes} only; keep it as BONE, or convert it to {way_out}"
     reasons = {
-        f"its modes: {modes}; keep it as BONE, or convert it to {way_out}": adapter.variant.rwkv_peft_mode is None,
+        other_mode: adapter.variant.rwkv_peft_mode is None,
         "it adapts linear layers only": {*adapter.transposed, *adapter.parameters},
         "these are no names of an RWKV model": not_rwkv(names),
     }

@@ -12,16 +12,16 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        FormatError: it holds none.
+        FormatError: the file is not valid JSON, or not an object.
     """
     return json_object(file.read_bytes(), str(file))
 
 
 def json_object(text: bytes, where: str, remedy: str = "") -> dict[str, Any]:
-    """The JSON object that a text spells.
+    """Parse a JSON object.
 
     Raises:
-        FormatError: it spells none; the message begins with `where` and ends with `remedy`.
+        FormatError: the text is not valid JSON, or not an object; the message begins with `where`, ends with `remedy`.
     """
     try:
         content = json.loads(text.decode("utf-8"))

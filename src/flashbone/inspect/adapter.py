@@ -20,7 +20,7 @@ Rotation = tuple[float, float]  # error of orthogonality, angle in degrees
 
 
 def inspect_adapter(path: str | Path, progress: Callable[[int, int], None] | None = None) -> AdapterReport:
-    """Read an adapter and describe it. Pickles are loaded without running any code of theirs.
+    """Read an adapter and describe it. No code in a pickle is run.
 
     Args:
         path: A folder of PEFT (BONE, MISS or LORA), or a file of RWKV-PEFT.

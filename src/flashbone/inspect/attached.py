@@ -60,7 +60,7 @@ def attach(
     """Build a model without weights and put an adapter on it; arguments as in `inspect_model`, or the model's config.
 
     Raises:
-        ConfigError: there is no such model, a field is wrong, or no layer matches.
+        ConfigError: the model does not exist, a field is wrong, or no layer matches.
     """
     base: Any = skeleton(source, dtype, fields.get("task_type"))
     originals = {id(p): p for p in base.parameters()}

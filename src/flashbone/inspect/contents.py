@@ -28,7 +28,7 @@ class AdapterContents:
 
     Attributes:
         file: that holds the tensors.
-        variant: with its settings; None if the file does not tell.
+        variant: with its settings; None if the file leaves it open.
         blocks: module -> ending of the key -> tensor.
         sizes: module -> block size or rank.
         others: name in the base -> tensor that replaces it.
@@ -110,7 +110,7 @@ def _read_lora(folder: Path) -> AdapterContents:
     without_matrix = [module for module in blocks if module not in ranks]
     if not blocks or without_matrix:
         problem = f"{', '.join(without_matrix)} have no matrix" if blocks else "no tensor is one of that method"
-        raise FormatError(f"{file}: {peft.CONFIG} says LORA, but {problem}; is the file whole?")
+        raise FormatError(f"{file}: {peft.CONFIG} sets peft_type LORA, but {problem}; is the file whole?")
     return AdapterContents(
         file=file,
         layout="PEFT folder",
@@ -148,8 +148,9 @@ def _rwkv_evidence(mode: str, suffix: str) -> str:
     if suffix == "disha":
         return "blocks of three axes (n, r, r) under .disha: RWKV-PEFT's mode bat, n = in / r"
     return (
-        "blocks of three axes (n, r, r) under .bone: a bat, and the file does not say which. RWKV-PEFT's mode bat is"
-        " bat-row, with n = in / r; its first versions wrote n = out / r. Where in = out the shapes are the same"
+        "blocks of three axes (n, r, r) under .bone: one of two bats, and the file does not tell them apart."
+        " RWKV-PEFT's mode bat is bat-row, with n = in / r; its first versions wrote n = out / r. Where in = out the"
+        " shapes are the same"
     )
 
 

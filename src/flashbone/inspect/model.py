@@ -39,15 +39,15 @@ def inspect_model(
 
     Args:
         source: A folder, a config.json, a hub id, or the `.pth` file of an RWKV-7 or RWKV-6 model.
-        fields: Of BoneConfig; all linear layers unless they say otherwise. `task_type` decides the head of the model.
+        fields: Of BoneConfig; all linear layers unless they name others. `task_type` decides the head of the model.
         recommend: Where the fields choose neither variant nor block size, take the published setting for the model's
             size, and `bone` with r = 64 above 13B; else BoneConfig's defaults.
         tokens: Batch times sequence of one training step.
         dtype: Of the base while training, under autocast where it is half precision; the adapter is in fp32.
 
     Raises:
-        ConfigError: there is no such model, a field is wrong, or no layer matches; or there are no tokens.
-        FormatError: the `.pth` file is broken, or no such model.
+        ConfigError: the model does not exist, a field is wrong, no layer matches, or tokens is not positive.
+        FormatError: the `.pth` file is broken, or not an RWKV model.
     """
     if tokens < 1:
         raise ConfigError(f"tokens: got {tokens}, wanted at least 1")
@@ -73,7 +73,7 @@ def inspect_model(
 
 
 def _config_source(source: str | Path) -> PretrainedConfig | str | Path:
-    """What describes the model: for a `.pth` file, the config that its names and shapes mean."""
+    """What the model is built from: for a `.pth` file, the config that follows from its names and shapes."""
     path = Path(source).expanduser()
     if path.suffix != ".pth" or not path.is_file():
         return source

@@ -180,7 +180,7 @@ class AdapterReport:
     Attributes:
         layout: who writes such files.
         method: "BONE", "MISS" or "LORA".
-        variant: of the Bone family; None if the file does not tell, or the method is another.
+        variant: of the Bone family; None if the file leaves it open, or the method is another.
         evidence: how method and variant were told.
         base_model: folder or hub id, if the file names one.
         dtypes: dtype -> number of tensors.

@@ -24,7 +24,7 @@ def get(name: str, **settings: Any) -> Variant:
     """The variant of that name; `settings` are its fields (`use_orthogonal` and `eps` of "orthogonal").
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no variant has that name.
     """
     if name not in VARIANTS:
         raise ConfigError(f"variant: got {name!r}, wanted one of {', '.join(map(repr, VARIANTS))}")
@@ -35,7 +35,7 @@ def from_fields(name: str, fields: Mapping[str, Any]) -> Variant:
     """The variant of that name, with its settings from the fields of a BoneConfig or an adapter_config.json.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no variant has that name.
     """
     kind = type(get(name))
     return kind(**{setting: fields[field] for field, setting in kind.config_fields.items()})

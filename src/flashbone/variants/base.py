@@ -1,4 +1,4 @@
-"""What a variant says about itself, each in its own file; nobody else asks for a variant's name.
+"""What a variant defines, each in its own file; no other code asks for a variant's name.
 
 A new variant is one file with a subclass of `Variant`, and one entry in the registry (`variants/__init__.py`).
 """
@@ -92,11 +92,11 @@ class Variant(ABC):
         Raises:
             RuntimeError: torch's LinAlgError: the factor of W is singular.
         """
-        assert not self.delta_depends_on_weight, f"{self.name} has to say how W is solved for"
+        assert not self.delta_depends_on_weight, f"{self.name} must define how W is solved for"
         return merged.sub_(self.delta(merged, block), alpha=scale)
 
     def to_bone(self, block: Tensor, out_features: int) -> Tensor | None:
-        """The block of `bone` with the same delta; None: there is none for all blocks."""
+        """The block of `bone` with the same delta; None: not every block has one."""
         return None
 
     def factors(self, block: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor] | None:

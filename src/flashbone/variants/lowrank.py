@@ -142,11 +142,11 @@ def best(
     highest = int(torch.count_nonzero(values))
     k = min(rank or highest, highest) if error is None else int(torch.count_nonzero(left_out > error))
     while True:
-        found = _nearest(D, values[:k], vectors[:, :k])
-        if error is None or found.error <= error:
-            return found
+        nearest = _nearest(D, values[:k], vectors[:, :k])
+        if error is None or nearest.error <= error:
+            return nearest
         if k == highest:
-            raise ConfigError(f"error: got {error:g}, but {D.dtype} factors of full rank miss by {found.error:.1e}")
+            raise ConfigError(f"error: got {error:g}, but {D.dtype} factors of full rank miss by {nearest.error:.1e}")
         k += 1
 
 

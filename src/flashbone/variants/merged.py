@@ -92,8 +92,8 @@ def row_chunks(W: Float[Tensor, "out in"], adapters: Sequence[Term]) -> Iterator
     rows = max(CHUNK // W.shape[1] // period, 1) * period
     for start in range(0, W.shape[0], rows):
         stop = min(start + rows, W.shape[0])
-        own = [(variant, variant.rows(block, start, stop), scale) for variant, block, scale in adapters]
-        yield W[start:stop], slice(start, stop), own
+        terms = [(variant, variant.rows(block, start, stop), scale) for variant, block, scale in adapters]
+        yield W[start:stop], slice(start, stop), terms
 
 
 def _merge(W: Tensor, result: Tensor, adapters: Sequence[Term], count_bad: bool) -> int:
@@ -134,7 +134,7 @@ def check_undoable(
         if error <= UNDO_TOLERANCE.get(pristine.dtype, UNDO_TOLERANCE_FP32) or not pristine.count_nonzero():
             return
     raise FlashboneError(
-        f"without the original weight this merge could not be taken back: {problem}; leave keep_original on"
+        f"without the original weight this merge could not be undone: {problem}; leave keep_original on"
     )
 
 
@@ -158,9 +158,9 @@ def undo(
     for W, target, terms in by_matrix(merged, result, list(adapters)):
         terms = prepared(W, terms)
         wide = dtype or shards.opmath_dtype(W, *(block for _, block, _ in terms))
-        for rows, where, own in row_chunks(W, terms):
-            own = [(variant, block.to(wide), scale) for variant, block, scale in own]
-            target[where] = _undone(rows.to(wide, copy=True), own)
+        for rows, where, row_terms in row_chunks(W, terms):
+            row_terms = [(variant, block.to(wide), scale) for variant, block, scale in row_terms]
+            target[where] = _undone(rows.to(wide, copy=True), row_terms)
     return result
 
 
