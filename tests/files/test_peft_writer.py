@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import flashbone
 from flashbone import variants
-from flashbone.errors import FormatError
+from flashbone.errors import FlashboneError, FormatError
 from flashbone.files import peft
 from flashbone.files.adapter import Adapter, same_values
 from flashbone.files.fields import by_pattern
@@ -125,6 +125,13 @@ def test_a_live_model_does_the_same_with_a_golden_adapter_written_again(tmp_path
     got = results(PeftModel.from_pretrained(MLP(sizes), tmp_path / name, is_trainable=True), sizes[0])
     assert got.keys() == want.keys()
     assert all(close(got[key], want[key]) for key in want)
+
+
+def test_a_live_model_that_cannot_take_single_parameters_points_to_the_merge(tmp_path):
+    fields = {"target_modules": ["lin0"], "parameters_to_save": ["lin1.weight"]}
+    write_adapter(tmp_path, "bone", {"lin0": torch.zeros(4, 8)}, others={"lin1.weight": torch.randn(6, 8)}, **fields)
+    with pytest.raises(FlashboneError, match=r"no parameter 'lin1.weight' of this MLP .* flashbone merge takes files"):
+        PeftModel.from_pretrained(MLP((12, 8, 6)), tmp_path)
 
 
 def test_an_adapter_with_single_parameters_is_merged_into_a_checkpoint(tmp_path):

@@ -165,7 +165,7 @@ def _choose(model: nn.Module, entries: Collection[str]) -> dict[str, tuple[RwkvH
         raise TargetError(
             f"parameters_to_save: no parameter {', '.join(map(repr, unknown))} of this {type(model).__name__} can be"
             f" trained by itself, {f'only {endings}' if endings else 'as in RWKV models of flashbone'};"
-            " modules_to_save trains whole modules"
+            " modules_to_save trains whole modules, and flashbone merge takes files that hold other parameters"
         )
     ends = tuple(f".{entry}" for entry in entries)
     chosen = {name: place for name, place in places.items() if f".{name}".endswith(ends)}
