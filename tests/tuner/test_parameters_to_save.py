@@ -177,7 +177,7 @@ def test_there_is_no_lora_and_no_weighted_sum_of_such_an_adapter(file, names):
     model.add_adapter("x2", config())
     with pytest.raises(ConfigError, match=r"a plain LoRA has no place for blocks\.0\.att\..*, blocks\.1"):
         model.to_lora("x1")
-    with pytest.raises(ConfigError, match=r"\['x1'\] train modules, parameters or biases as a whole"):
+    with pytest.raises(ConfigError, match=r"\['x1'\] train modules, parameters or biases whole"):
         model.add_weighted_adapter(["x1", "x2"], [0.5, 0.5], "sum")
 
 
