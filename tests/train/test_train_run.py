@@ -213,35 +213,43 @@ def albert(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["attention.query"]])
-def test_a_classifier_saves_whatever_its_checkpoint_lacked(jsonl, tmp_path, targets, caplog):
-    """Such as DistilBERT's pre_classifier: left out, each load of the base would draw other numbers for it."""
+def distilbert_recipe(jsonl, folder, **changes):
+    """A classifier on a masked language model, whose checkpoint has no pre_classifier."""
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-    from flashbone.evaluate.run import Request, evaluate
-
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS.split()]
-    base = tmp_path / "base"
+    base = folder / "base"
     word_tokenizer(words, *words[:4]).save_pretrained(base)
     sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
     DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(words), **sizes)).save_pretrained(base)
     path = jsonl([{"text": f"the {animal}", "label": animal} for animal in ("cat", "dog")] * 8)
-    recipe = recipe_for(
-        base,
-        path,
-        tmp_path / "run",
-        task="classification",
-        data=DataRecipe(str(path), eval=str(path)),
-        adapter={"r": 4, "target_modules": targets},
-        training={"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"},
-    )
+    training = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    data = DataRecipe(str(path), eval=str(path))
+    return recipe_for(base, path, folder / "run", task="classification", data=data, training=training, **changes)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["attention.query"]])
+def test_a_classifier_saves_whatever_its_checkpoint_lacked(jsonl, tmp_path, targets, caplog):
+    """Such as DistilBERT's pre_classifier: left out, each load of the base would draw other numbers for it."""
+    from flashbone.evaluate.run import Request, evaluate
+
+    recipe = distilbert_recipe(jsonl, tmp_path, adapter={"r": 4, "target_modules": targets})
     with caplog.at_level("INFO", logger="flashbone"):
         summary = train(recipe).summary
-    assert f"model {base}: its checkpoint has no pre_classifier; trained whole" in caplog.text
-    measured = evaluate(Request(str(base), tmp_path / "run/adapter", classification=path, device="cpu"))
+    assert f"model {recipe.model}: its checkpoint has no pre_classifier; trained whole" in caplog.text
+    rows = Path(recipe.data.path)
+    measured = evaluate(Request(recipe.model, tmp_path / "run/adapter", classification=rows, device="cpu"))
     values = {figure.name: figure.value for figure in measured.evaluations[0].figures}
     assert values["accuracy"] == summary["eval_accuracy_after"]
     assert values["cross-entropy (nats)"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
+
+
+def test_a_quantised_classifier_whose_checkpoint_lacks_more_than_the_head_is_refused(jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr("flashbone.train.trainers.quantized_loading", lambda recipe, dtype: {})  # not installed
+    recipe = distilbert_recipe(jsonl, tmp_path, adapter={"r": 4}, quantization={"bits": 4})
+    with pytest.raises(ConfigError, match=r"quantization: the checkpoint of .* has no pre_classifier, which"):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

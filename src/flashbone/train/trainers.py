@@ -64,7 +64,7 @@ def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt 
         recipe.model, dtype, data.labels, tokenizer, **quantized_loading(recipe, dtype)
     )
     if adapt is None:
-        also_trained = {"modules_to_save": [] if recipe.quantization else _beside_the_head(new_modules, recipe)}
+        also_trained = {"modules_to_save": _beside_the_head(new_modules, recipe)}
         adapted = get_peft_model(model, adapter_config(recipe, also_trained))
     else:
         adapted = adapt(model)
@@ -74,9 +74,18 @@ def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt 
 
 def _beside_the_head(new_modules: list[str], recipe: Recipe) -> list[str]:
     """The modules that the checkpoint lacks and PEFT would not save; without them the adapter would be of no use, since
-    they start at other random numbers whenever the model is loaded."""
+    they start at other random numbers whenever the model is loaded.
+
+    Raises:
+        ConfigError: the base is quantised, so that they cannot be trained.
+    """
     heads = {"classifier", "score", *(recipe.adapter.get("modules_to_save") or ())}  # PEFT saves the first two itself
     unsaved = [module for module in new_modules if module and heads.isdisjoint(module.split("."))]
+    if unsaved and recipe.quantization:
+        raise ConfigError(
+            f"quantization: the checkpoint of {recipe.model} has no {', '.join(unsaved)}, which would have to be"
+            " trained whole; leave quantization out"
+        )
     if unsaved:
         log.info(
             "model %s: its checkpoint has no %s; trained whole, and saved with the adapter",
