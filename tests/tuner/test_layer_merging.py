@@ -108,7 +108,7 @@ def test_without_the_original_two_adapters_that_need_the_weight_are_refused():
     before = base.weight.detach().clone()
     layer = adapt(base, {"a": "bat-row", "b": "bat-col"})
     layer.keep_original = False
-    with pytest.raises(FlashboneError, match="not be taken back: two of these adapters depend on the base weight"):
+    with pytest.raises(FlashboneError, match="not be undone: two of these adapters depend on the base weight"):
         layer.merge()
     assert same_bits(base.weight, before, Promise.UNTOUCHED)
     layer.keep_original = True
