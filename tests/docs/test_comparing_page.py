@@ -22,6 +22,7 @@ def tables(monkeypatch):
     return tables
 
 
+@pytest.mark.slow  # resamples every kept comparison
 def test_the_tables_are_what_the_kept_results_say(tables):
     assert tables.main(["--check"]) == 0
     assert len(list((ROOT / tables.RESULTS).glob("*/results.jsonl"))) == 2
