@@ -28,6 +28,7 @@ def test_the_tables_are_what_the_kept_results_say(tables):
     assert len(list((ROOT / tables.RESULTS).glob("*/results.jsonl"))) == 2
 
 
+@pytest.mark.slow
 def test_a_changed_result_would_show(tables, tmp_path):
     text = PAGE.read_text()
     name = re.search(r"\| Bone( \(tied\))? \|", text)

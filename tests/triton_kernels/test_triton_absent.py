@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
@@ -10,6 +12,7 @@ def run(code: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_ops_and_variants_never_import_the_kernels():
     run(
         "import importlib, pkgutil, sys, flashbone.ops, flashbone.variants\n"
