@@ -9,6 +9,7 @@ import torch
 
 from flashbone.errors import ConfigError
 from flashbone.evaluate.perplexity import MAX_LENGTH, perplexity, pieces_of
+from flashbone.train.data.formats import converter
 
 TEXTS = [
     "the cat sat on the mat .",
@@ -73,7 +74,8 @@ def test_only_the_completion_is_learned_and_bits_per_byte_are_left_out(model, to
 
 def test_each_answer_of_a_conversation_is_learned(model, tokenizer):
     turns = [("user", "where"), ("assistant", "on the mat"), ("user", "who"), ("assistant", "the cat")]
-    pieces = pieces_of(0, {"messages": [{"role": r, "content": c} for r, c in turns]}, tokenizer, 99)
+    row = converter("messages", {})({"messages": [{"role": r, "content": c} for r, c in turns]})
+    pieces = pieces_of(0, row, tokenizer, 99)
     learned = [tokenizer.decode([i for i in piece.labels if i != -100]) for piece in pieces]
     assert learned == ["on the mat </s>", "the cat </s>"]
     assert tokenizer.decode(pieces[1].ids).startswith("<|user|> where </s> <|assistant|> on the mat")

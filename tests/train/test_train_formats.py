@@ -1,5 +1,7 @@
 """Rows of every format become the examples they should, and what is wrong in a row is said."""
 
+import json
+
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
@@ -61,25 +63,34 @@ def test_alpaca_rows_become_the_prompt_of_the_paper():
     assert "### Input:\n1 and 2\n\n### Response:" in with_input["prompt"]
 
 
+def talk_of(format, row, turns="all"):
+    return json.loads(converter(format, {}, turns)(row)["conversation"])
+
+
 def test_sharegpt_rows_become_conversations():
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
-    messages = converter("sharegpt", {})({"conversations": turns})["messages"]
-    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
-    assert [m["content"] for m in messages] == ["s", "h", "g"]
+    talk = talk_of("sharegpt", {"conversations": turns})
+    assert [(m["role"], m["content"]) for m in talk["messages"]] == [("system", "s"), ("user", "h"), ("assistant", "g")]
+    assert talk["learned"] == [False, False, True]
 
 
 def test_every_answer_of_a_conversation_is_learned_once_in_its_context():
     talk = [{"role": role, "content": str(i)} for i, role in enumerate(["user", "assistant", "user", "assistant"])]
-    assert answers(talk, "all") == [
-        {"prompt": talk[:1], "completion": [talk[1]]},
-        {"prompt": talk[:3], "completion": [talk[3]]},
-    ]
-    assert answers(talk, "last") == answers(talk, "all")[1:]
+    packed = converter("messages", {})({"messages": talk})["conversation"]
+    both = [{"prompt": talk[:1], "completion": [talk[1]]}, {"prompt": talk[:3], "completion": [talk[3]]}]
+    assert answers(packed) == both
+    assert answers(converter("messages", {}, "last")({"messages": talk})["conversation"]) == both[1:]
 
 
 def test_an_opening_line_of_the_assistant_is_context_only():
     talk = [{"role": role, "content": "x"} for role in ["assistant", "user", "assistant"]]
-    assert [len(row["prompt"]) for row in answers(talk, "all")] == [2]
+    assert talk_of("messages", {"messages": talk})["learned"] == [False, False, True]
+
+
+def test_of_a_prompt_and_a_completion_that_are_turns_the_completion_alone_is_learned():
+    turns = [{"role": role, "content": "x"} for role in ["user", "assistant", "user", "assistant"]]
+    row = {"prompt": turns[:3], "completion": turns[3:]}
+    assert talk_of("prompt-completion", row) == {"messages": turns, "learned": [False, False, False, True]}
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def perplexity(
 def pieces_of(row: int, example: Example, tokenizer: Any, limit: int) -> list[Piece]:
     """The pieces of a row that the model sees, as in training: with the token that ends a text or an answer; empty if
     no token is learned."""
-    if "messages" in example:
-        parts = [_answer(part["prompt"], part["completion"], tokenizer) for part in answers(example["messages"], "all")]
+    if "conversation" in example:
+        parts = [_answer(part["prompt"], part["completion"], tokenizer) for part in answers(example["conversation"])]
     elif "prompt" in example:
         parts = [_answer(example["prompt"], example["completion"], tokenizer)]
     else:

@@ -3,13 +3,15 @@
 An example is one of
     {"text"}                    every token is learned
     {"prompt", "completion"}    the completion is learned, as in TRL's prompt-completion data
-    {"messages"}                a conversation; `answers` cuts it into prompts and completions
+    {"conversation"}            JSON text: "messages" as the chat template sees them, "learned" (a truth for each
+                                message), and "tools" and "chat_template_kwargs" where a row has them
     {"text", "label"}           classification
     {"input_ids"}               token ids: every one is learned
     {"question", "answer"}      the model's answer is compared with this one
 """
 
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -124,8 +126,14 @@ def _check_columns(row: Collection[str], columns: Columns, task: str, where: str
         raise ConfigError("data.columns: " + "; ".join(problems))
 
 
-def converter(format: str, columns: Columns) -> Callable[[Any], Example]:
-    """The function from a row of this format to an example; it raises FormatError with what is wrong in the row."""
+def converter(format: str, columns: Columns, turns: str = "all") -> Callable[[Any], Example]:
+    """The function from a row of this format to an example; it raises FormatError with what is wrong in the row.
+
+    Args:
+        format: The format's name.
+        columns: Our names of columns to the data's.
+        turns: Which answers of a conversation are learned: all, or the last.
+    """
     entry = FORMATS[format]
 
     def convert(row: Any) -> Example:
@@ -135,15 +143,21 @@ def converter(format: str, columns: Columns) -> Callable[[Any], Example]:
         missing = [columns.get(name, name) for name in entry.needed if named.get(name) is None]
         if missing:
             raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {_list(row)}")
-        return entry.convert(named)
+        return _packed(entry.convert(named), turns)
 
     return convert
 
 
 def open_examples(
-    rows: Iterator[Row | BadRow], task: str, where: str, asked: str = "auto", columns: Columns | None = None
+    rows: Iterator[Row | BadRow],
+    task: str,
+    where: str,
+    asked: str = "auto",
+    columns: Columns | None = None,
+    turns: str = "all",
 ) -> tuple[str, Columns, Iterator[Example]]:
-    """The format of the rows, their columns, and their examples; arguments and errors as in `choose_format`.
+    """The format of the rows, their columns, and their examples; arguments and errors as in `choose_format` and
+    `converter`.
 
     At their end the examples raise one FormatError that names the bad rows, or that there are none.
     """
@@ -155,7 +169,7 @@ def open_examples(
             first = row[1]
             break
     format, columns = choose_format(first, task, where, asked, columns)
-    return format, columns, _converted(itertools.chain(start, rows), converter(format, columns), where)
+    return format, columns, _converted(itertools.chain(start, rows), converter(format, columns, turns), where)
 
 
 def _converted(rows: Iterator[Row | BadRow], convert: Callable[[Any], Example], where: str) -> Iterator[Example]:
@@ -178,15 +192,17 @@ def _converted(rows: Iterator[Row | BadRow], convert: Callable[[Any], Example], 
         raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
 
 
-def answers(messages: list[dict[str, str]], turns: str) -> list[Example]:
-    """A prompt and completion for each answer of the assistant, or for the last one only.
+def answers(conversation: str) -> list[Example]:
+    """A prompt and completion for each learned answer of a conversation.
 
     Each prompt is the conversation up to that answer, which is what the model sees when it gives it; masking one
     long sequence instead would need a chat template that marks the answers, and few do.
     """
-    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-    ends = ends if turns == "all" else ends[-1:]
-    return [{"prompt": messages[:i], "completion": [messages[i]]} for i in ends]
+    talk = json.loads(conversation)
+    messages, tools = talk["messages"], talk.get("tools")
+    along = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
+    ends = [number for number, is_learned in enumerate(talk["learned"]) if is_learned]
+    return [{"prompt": messages[:i], "completion": [messages[i]], **along} for i in ends]
 
 
 def _text(row: dict[str, Any]) -> Example:
@@ -195,18 +211,16 @@ def _text(row: dict[str, Any]) -> Example:
 
 def _prompt_completion(row: dict[str, Any]) -> Example:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return {"messages": _conversation([*row["prompt"], *row["completion"]], "role", "content")}
+        return _conversation([*row["prompt"], *row["completion"]], context=len(row["prompt"]))
     return {"prompt": _string(row, "prompt"), "completion": _string(row, "completion")}
 
 
 def _messages(row: dict[str, Any]) -> Example:
-    return {"messages": _conversation(row["messages"], "role", "content")}
+    return _conversation(row["messages"])
 
 
 def _sharegpt(row: dict[str, Any]) -> Example:
-    turns = row["conversations"]
-    by_role = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
-    return {"messages": _conversation(turns, *(("role", "content") if by_role else ("from", "value")))}
+    return _conversation(row["conversations"])
 
 
 def _alpaca(row: dict[str, Any]) -> Example:
@@ -251,9 +265,12 @@ def _tokens(row: dict[str, Any]) -> Example:
     return {"input_ids": ids}
 
 
-def _conversation(turns: Any, role_key: str, content_key: str) -> list[dict[str, str]]:
+def _conversation(turns: Any, context: int = 1) -> Example:
+    """The conversation of these turns; those before the number `context` are not learned."""
     if not isinstance(turns, list) or not turns:
         raise FormatError(f"the conversation is {_kind(turns)}; a list of turns was wanted")
+    by_role = isinstance(turns[0], dict) and "from" not in turns[0]
+    role_key, content_key = ("role", "content") if by_role else ("from", "value")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not {role_key, content_key} <= set(turn):
@@ -266,7 +283,19 @@ def _conversation(turns: Any, role_key: str, content_key: str) -> list[dict[str,
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise FormatError(f"a conversation must end with the assistant's answer, not with the {messages[-1]['role']}")
-    return messages
+    learned = [message["role"] == "assistant" and i >= context for i, message in enumerate(messages)]
+    return {"conversation": {"messages": messages, "learned": learned}}
+
+
+def _packed(example: Example, turns: str) -> Example:
+    """The example with its conversation, if it has one, as text: Arrow would give all rows the same keys and types."""
+    talk = example.get("conversation")
+    if talk is None:
+        return example
+    if turns == "last":
+        last = max(i for i, message in enumerate(talk["messages"]) if message["role"] == "assistant")
+        talk["learned"] = [is_learned and i == last for i, is_learned in enumerate(talk["learned"])]
+    return {"conversation": json.dumps(talk, ensure_ascii=False)}
 
 
 def _string(row: dict[str, Any], name: str) -> str:

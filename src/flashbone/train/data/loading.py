@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 1  # counts up when the same rows become other examples, so that cached ones are not reused
+CONVERSION = 2  # counts up when the same rows become other examples, so that cached ones are not reused
 
 
 @dataclass
@@ -59,8 +59,7 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
     examples = _load(data, recipe.task, windows)
     examples, tested = _split(examples, recipe, windows, test, "test")
     examples, held_out = _split(examples, recipe, windows, data.eval, "eval")
-    train, held_out = _finished(examples, data), held_out and _finished(held_out, data)
-    tested = tested and _finished(tested, test if isinstance(test, DataRecipe) else data)
+    train, held_out, tested = _finished(examples), held_out and _finished(held_out), tested and _finished(tested)
     labels = _labels(train, [held_out, tested], data.path) if recipe.task == "classification" else []
     counts = f", {len(tested)} to test" if tested else ""
     log.info("data: %d training rows, %d held out%s", len(train), len(held_out or ()), counts)
@@ -104,7 +103,7 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
         dataset = open_dataset(data.path, data.subset, data.split)
         stamp, source = dataset._fingerprint, dataset_rows(dataset, data.path)
     with contextlib.closing(source) as rows:
-        name, columns, read = open_examples(rows, task, data.path, data.format, data.columns)
+        name, columns, read = open_examples(rows, task, data.path, data.format, data.columns, data.turns)
         log.info("data: %s is read as %s%s", data.path, name, f" with {columns}" if columns else "")
         is_tokenised = FORMATS[name].is_tokenised
         if data.template is not None:
@@ -114,7 +113,7 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
             examples = read if data.template is None else _in_template(read, data.template)
             return token_windows.cut(examples, windows, data.path) if is_tokenised else examples
 
-        parts = (CONVERSION, stamp, name, columns, astuple(windows) if is_tokenised else ())
+        parts = (CONVERSION, stamp, name, columns, data.turns, astuple(windows) if is_tokenised else ())
         key = Hasher.hash(parts if data.template is None else (*parts, data.template))
         try:
             examples = Dataset.from_generator(generate, fingerprint=key)
@@ -194,15 +193,16 @@ def _split(
     return token_windows.draw(examples, count, seed)
 
 
-def _finished(examples: "Dataset", data: DataRecipe) -> "Dataset":
+def _finished(examples: "Dataset") -> "Dataset":
     """Windows without their numbers, and conversations as prompts and completions; other rows as they are."""
     examples = token_windows.without_numbers(examples)
-    if "messages" not in examples.column_names:
+    if "conversation" not in examples.column_names:
         return examples
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = list(itertools.chain.from_iterable(answers(messages, data.turns) for messages in batch["messages"]))
-        return {name: [row[name] for row in rows] for name in ("prompt", "completion")}
+        rows = list(itertools.chain.from_iterable(map(answers, batch["conversation"])))
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
 
     return examples.map(cut, batched=True, remove_columns=examples.column_names, desc="Cutting conversations")
 
