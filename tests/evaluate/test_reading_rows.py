@@ -31,7 +31,7 @@ def test_columns_rename_and_numbers_are_answers(tmp_path):
     path.write_text("query,reply\nHow much?,12.50\n")
     columns = {"question": "query", "answer": "reply"}
     assert load_test_rows(path, "exact_match", columns) == [{"question": "How much?", "answer": "12.50"}]
-    with pytest.raises(ConfigError, match=r"'text' is not a name of task exact_match \(question, answer\)"):
+    with pytest.raises(ConfigError, match=r"'text' is not a name of task exact_match \(question, answer, context\)"):
         load_test_rows(path, "exact_match", {"text": "query"})
     with pytest.raises(FormatError, match=r"query, reply fit no format of task exact_match; .*--columns question="):
         load_test_rows(path, "exact_match", {})

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data.formats import ALPACA, FORMATS, RowFormat, answers, choose_format, converter, open_examples
+from flashbone.train.data.conversations import answers
+from flashbone.train.data.formats import choose_format, converter, open_examples
+from flashbone.train.data.layouts import ALPACA, FORMATS, RowFormat
 
 
 @pytest.mark.parametrize(
@@ -19,16 +21,17 @@ from flashbone.train.data.formats import ALPACA, FORMATS, RowFormat, answers, ch
         (["instruction", "input", "output"], "sft", "alpaca"),
         (["instruction", "output"], "sft", "alpaca"),
         (["id", "conversations"], "sft", "sharegpt"),
-        (["query", "response"], "sft", "prompt-completion"),
-        (["question", "answer"], "sft", "prompt-completion"),
+        (["query", "response"], "sft", "query-response"),
+        (["question", "answer"], "sft", "question-answer"),
     ],
 )
 def test_the_format_is_found_by_the_columns(names, task, format):
-    assert choose_format(dict.fromkeys(names, "a"), task, "d")[0] == format
+    assert choose_format(dict.fromkeys(names, "a"), task, "d") == format
 
 
 def test_mapped_columns_decide_the_format_and_fill_it():
-    format, columns = choose_format({"q": "one", "a": "two"}, "sft", "d", columns={"prompt": "q", "completion": "a"})
+    columns = {"prompt": "q", "completion": "a"}
+    format = choose_format({"q": "one", "a": "two"}, "sft", "d", columns=columns)
     assert format == "prompt-completion"
     assert converter(format, columns)({"q": "one", "a": "two"}) == {"prompt": "one", "completion": "two"}
 
@@ -48,8 +51,8 @@ def test_a_mapping_onto_a_column_that_is_not_there_is_refused():
 def test_a_format_is_one_entry_of_the_table(monkeypatch):
     reversed_text = RowFormat(lambda row: {"text": row["backwards"][::-1]}, ("backwards",))
     monkeypatch.setitem(FORMATS, "backwards", reversed_text)
-    name, _, examples = open_examples(iter([("d:1", {"backwards": "tac"})]), "sft", "d")
-    assert (name, list(examples)) == ("backwards", [{"text": "cat"}])
+    reading = open_examples(iter([("d:1", {"backwards": "tac"})]), "sft", "d")
+    assert (reading.format, list(reading.examples)) == ("backwards", [{"text": "cat"}])
     with pytest.raises(ConfigError, match=r"got 'forwards', wanted auto, messages, .*, backwards"):
         choose_format({"text": "a"}, "sft", "d", "forwards")
 
@@ -110,7 +113,7 @@ def test_of_a_prompt_and_a_completion_that_are_turns_the_completion_alone_is_lea
         ("messages", {"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant's answer"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "turn 1: 'content' is empty"),
         ("classification", {"text": "a", "label": 1.5}, "'label' is of type float"),
-        ("classification", {"text": "a"}, "no 'label'"),
+        ("classification", {"text": "a"}, "'label' is None, which marks a row without a class"),
     ],
 )
 def test_what_is_wrong_in_a_row_is_said(format, row, message):

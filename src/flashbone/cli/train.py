@@ -17,7 +17,7 @@ CONFIG.yaml:
   data:
     path: train.jsonl            # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id
     eval: 0.1                    # held out: a share, a number of rows, a file, or null
-    format: auto                 # text | prompt-completion | messages | alpaca | sharegpt | tokens | classification
+    format: auto                 # messages | sharegpt | alpaca | prompt-completion | text | ... (docs/training.md)
     columns: {prompt: query}     # our name: the data's name
     split: train[:5000]
   adapter: {variant: bone, r: 64, target_modules: all-linear}     # any field of BoneConfig

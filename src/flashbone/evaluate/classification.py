@@ -10,7 +10,7 @@ from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import by_length, padded, row_classes
 from flashbone.train.classify import MAX_LENGTH, confusion, macro_f1
-from flashbone.train.data.formats import Example
+from flashbone.train.data.layouts import Example
 
 
 def classification(

@@ -9,7 +9,7 @@ import torch
 
 from flashbone.errors import ConfigError
 from flashbone.evaluate.answers import given_answer, is_same, wanted_answer
-from flashbone.train.data.formats import ALPACA
+from flashbone.train.data.layouts import ALPACA
 from flashbone.train.tokenizers import prompt_ids, stop_tokens
 
 Prompt = str | list[dict[str, str]]  # a text as it is, or a conversation for the tokenizer's chat template

@@ -12,7 +12,8 @@ from flashbone.errors import ConfigError
 from flashbone.evaluate.intervals import bootstrap_ratio
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import IGNORED, by_length, padded, row_losses
-from flashbone.train.data.formats import Example, answers
+from flashbone.train.data.conversations import answers
+from flashbone.train.data.layouts import Example
 from flashbone.train.data.windows import Windows
 from flashbone.train.tokenizers import prompt_ids, with_end
 
@@ -49,7 +50,7 @@ def perplexity(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        examples: Texts, prompts with completions, conversations or token ids, as in `train.data.formats`.
+        examples: Texts, prompts with completions, conversations or token ids, as in `train.data.layouts`.
         of: Where they are from.
         batch_size: Pieces that are computed at once.
         max_length: Tokens that the model sees at once; 1024 by default, less where the model has fewer

@@ -21,7 +21,8 @@ from flashbone.evaluate.request import DTYPES, Request, settled
 from flashbone.evaluate.results import RESULTS, EvalResults, Evaluation, figure, read_results
 from flashbone.files.outputs import write_text
 from flashbone.files.records import to_json
-from flashbone.train.data.formats import Example, column_names
+from flashbone.train.data.formats import column_names
+from flashbone.train.data.layouts import Example
 from flashbone.train.data.loading import load_test_rows
 from flashbone.train.summary import versions
 

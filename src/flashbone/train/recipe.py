@@ -33,6 +33,7 @@ class DataRecipe:
     split: str = "train"  # also slices: train[:5000]
     subset: str | None = None  # configuration of a hub dataset
     turns: Literal["all", "last"] = "all"  # which answers of a conversation are learned
+    drop_unlabelled: bool = False  # leave out rows without a class, which are refused otherwise
     template: str | None = None  # around each prompt, which stands for {prompt} in it
     seed: int | None = None  # of the held-out draw; the run's seed when not given
 

@@ -1,92 +1,58 @@
-"""Formats of rows: the columns that each needs, and the example that a row becomes.
-
-An example is one of
-    {"text"}                    every token is learned
-    {"prompt", "completion"}    the completion is learned, as in TRL's prompt-completion data
-    {"conversation"}            JSON text: "messages" as the chat template sees them, "learned" (a truth for each
-                                message), and "tools" and "chat_template_kwargs" where a row has them
-    {"text", "label"}           classification
-    {"input_ids"}               token ids: every one is learned
-    {"question", "answer"}      the model's answer is compared with this one
-"""
+"""From rows to examples: which layout of the table rows have, and what was read, left out and not used of them."""
 
 import itertools
-import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.conversations import packed
+from flashbone.train.data.counts import RowCounts
+from flashbone.train.data.layouts import FORMATS, Example, Unlabelled
+from flashbone.train.data.marks import check_context, check_marks
 from flashbone.train.data.rows import BadRow, Row
 
-# The template of Stanford Alpaca, which the Bone paper trains and tests with.
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-
-# Other names under which `auto` finds prompts and completions.
-PAIRS = [("query", "response"), ("question", "answer"), ("prompt", "response"), ("instruction", "response")]
-
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-# Columns of tokenised data that can mark tokens as not learned.
-MASKS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
-MAX_ID = 2**31  # what datasets stores token ids in
 SHOWN_BAD_ROWS = 5
 
 Columns = dict[str, str]  # our name -> the data's name
-Example = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """A format of rows.
+@dataclass
+class Reading:
+    """Rows as they are read.
 
     Attributes:
-        convert: Makes an example of a row that has the needed columns; raises FormatError with what is wrong.
-        needed: Columns without which a row is not of this format.
-        optional: Columns that are used where they exist.
-        task: The task whose rows have this format: sft, classification or exact_match.
-        has_prompt: A template may go around the example's prompt.
-        is_tokenised: Its examples are documents of token ids, which are cut into windows.
+        format: The name of their layout.
+        columns: Our names of columns to theirs.
+        examples: Their examples; at their end one FormatError names the bad rows, or says that there are none.
+        counts: Filled while the examples are read.
     """
 
-    convert: Callable[[dict[str, Any]], Example]
-    needed: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    task: str = "sft"
-    has_prompt: bool = False
-    is_tokenised: bool = False
+    format: str
+    columns: Columns
+    examples: Iterator[Example]
+    counts: RowCounts
 
 
 def column_names(task: str) -> list[str]:
     """Our names of the columns that formats of a task read."""
     formats = [entry for entry in FORMATS.values() if entry.task == task]
-    return list(dict.fromkeys(name for entry in formats for name in (*entry.needed, *entry.optional)))
+    return list(dict.fromkeys(name for entry in formats for name in entry.columns))
 
 
-def choose_format(
-    row: Any, task: str, where: str, asked: str = "auto", columns: Columns | None = None
-) -> tuple[str, Columns]:
-    """The format of rows like this one, and the full mapping of our column names to the data's.
+def choose_format(row: Any, task: str, where: str, asked: str = "auto", columns: Columns | None = None) -> str:
+    """The format of rows like this one.
 
     Args:
         row: The first row of the data that has columns; None if there is none.
         task: sft, classification or exact_match.
         where: The data's name, for errors.
-        asked: The format, or auto: the first in the table whose columns exist.
+        asked: The format, or auto: the first in the table whose columns exist, and that reads all that `columns` names.
         columns: Our names to the data's.
 
     Raises:
         ConfigError: no such format, or one of another task; a column that no format reads, or that does not exist.
-        FormatError: no format fits.
+        FormatError: no format fits, or the first one leaves out what an answer depends on.
     """
     columns = columns or {}
     names = [name for name, entry in FORMATS.items() if entry.task == task]
@@ -95,16 +61,17 @@ def choose_format(
     if asked != "auto" and asked not in names:
         raise ConfigError(f"data.format {asked} does not go with task {task}")
     if not isinstance(row, dict) or not row:  # reading on reports what is wrong
-        return (names[0] if asked == "auto" else asked), columns
+        return names[0] if asked == "auto" else asked
     _check_columns(row, columns, task, where)
-    if asked != "auto":
-        return asked, columns
-    for name in names:
-        if {*row, *columns}.issuperset(FORMATS[name].needed):
-            return name, columns
-    for prompt, completion in PAIRS if task == "sft" and not columns else ():
-        if prompt in row and completion in row:
-            return "prompt-completion", {"prompt": prompt, "completion": completion}
+    fitting = [name for name in names if {*row, *columns}.issuperset(FORMATS[name].needed)]
+    for name in fitting if asked == "auto" else [asked]:
+        if columns.keys() <= set(FORMATS[name].columns):
+            return name
+    if fitting or asked != "auto":
+        name = fitting[0] if asked == "auto" else asked
+        unread = [ours for ours in columns if ours not in FORMATS[name].columns]
+        reads = _list(FORMATS[name].columns)
+        raise ConfigError(f"data.columns: format {name} does not read {_list(unread)}; it reads {reads}")
     remedy = {
         "sft": "data.columns: {prompt: question, completion: answer}",
         "classification": "data.columns: {text: review, label: stars}",
@@ -126,26 +93,42 @@ def _check_columns(row: Collection[str], columns: Columns, task: str, where: str
         raise ConfigError("data.columns: " + "; ".join(problems))
 
 
-def converter(format: str, columns: Columns, turns: str = "all") -> Callable[[Any], Example]:
+def converter(
+    format: str, columns: Columns, turns: str = "all", refuse_context: bool = True
+) -> Callable[[Any], Example]:
     """The function from a row of this format to an example; it raises FormatError with what is wrong in the row.
 
     Args:
         format: The format's name.
         columns: Our names of columns to the data's.
         turns: Which answers of a conversation are learned: all, or the last.
+        refuse_context: Refuse a row with a column that its answer may depend on and that the format does not read.
     """
     entry = FORMATS[format]
+    depends = refuse_context and (entry.has_prompt or entry.turns or entry.task == "exact_match")
 
     def convert(row: Any) -> Example:
         if not isinstance(row, dict):
             raise FormatError(f"holds a {type(row).__name__}; an object with named columns was wanted")
-        named = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
-        missing = [columns.get(name, name) for name in entry.needed if named.get(name) is None]
+        named = _named(row, columns)
+        missing = [columns.get(name, name) for name in entry.needed if named.get(name) is None and name != "label"]
         if missing:
             raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {_list(row)}")
-        return _packed(entry.convert(named), turns)
+        check_marks(named, entry.columns, entry.turns)
+        if depends:
+            check_context(named, entry.columns, format)
+        return packed(entry.convert(named), turns)
 
     return convert
+
+
+def _named(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """The row with our names of columns instead of the data's."""
+    if not columns:
+        return row
+    theirs = set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in theirs}
+    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
 def open_examples(
@@ -155,11 +138,22 @@ def open_examples(
     asked: str = "auto",
     columns: Columns | None = None,
     turns: str = "all",
-) -> tuple[str, Columns, Iterator[Example]]:
-    """The format of the rows, their columns, and their examples; arguments and errors as in `choose_format` and
-    `converter`.
+    drop_unlabelled: bool = False,
+) -> Reading:
+    """The format of the rows, and their examples.
 
-    At their end the examples raise one FormatError that names the bad rows, or that there are none.
+    Args:
+        rows: Rows as the readers of `rows` give them.
+        task: As for `choose_format`.
+        where: As there.
+        asked: As there.
+        columns: As there.
+        turns: Which answers of a conversation are learned: all, or the last.
+        drop_unlabelled: Leave out and count rows without a class, which are refused otherwise.
+
+    Raises:
+        ConfigError: as there.
+        FormatError: as there.
     """
     start: list[Row | BadRow] = []
     first = None
@@ -168,163 +162,57 @@ def open_examples(
         if not isinstance(row, BadRow) and isinstance(row[1], dict) and row[1]:
             first = row[1]
             break
-    format, columns = choose_format(first, task, where, asked, columns)
-    return format, columns, _converted(itertools.chain(start, rows), converter(format, columns, turns), where)
+    columns = columns or {}
+    reading = Reading(choose_format(first, task, where, asked, columns), columns, iter(()), RowCounts())
+    convert = converter(reading.format, columns, turns, refuse_context=not columns)
+    everything = itertools.chain(start, rows)
+    reading.examples = _converted(everything, convert, where, reading, drop_unlabelled)
+    return reading
 
 
-def _converted(rows: Iterator[Row | BadRow], convert: Callable[[Any], Example], where: str) -> Iterator[Example]:
+def _converted(
+    rows: Iterator[Row | BadRow],
+    convert: Callable[[Any], Example],
+    where: str,
+    reading: Reading,
+    drop_unlabelled: bool,
+) -> Iterator[Example]:
     bad: list[str] = []
-    count = 0
+    counts, entry = reading.counts, FORMATS[reading.format]
+    used = {reading.columns.get(name, name) for name in entry.columns}
+    turns = [reading.columns.get(name, name) for name in entry.turns]
     for row in rows:
-        count += 1
+        counts.read += 1
         if isinstance(row, BadRow):
             bad.append(str(row))
             continue
         place, content = row
+        if isinstance(content, dict):
+            counts.see(content, used, turns)
         try:
-            yield convert(content)
+            example = convert(content)
+        except Unlabelled as error:
+            if drop_unlabelled:
+                counts.drop("no class")
+            else:
+                bad.append(f"{place}: {error}")
+        except RecursionError:
+            bad.append(f"{place}: is nested too deeply")
         except FormatError as error:
             bad.append(f"{place}: {error}")
-    if not count:
+        else:
+            counts.kept += 1
+            yield example
+    if not counts.read:
         raise FormatError(f"{where}: no rows")
     if bad:
         more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
         raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
+    if not counts.kept:
+        raise FormatError(f"{where}: all {counts.read} rows are left out; none has a class")
+    if unseen := [theirs for theirs in reading.columns.values() if theirs not in counts.used]:
+        raise FormatError(f"{where}: no row has {_list(map(repr, unseen))}, which data.columns names")
 
 
-def answers(conversation: str) -> list[Example]:
-    """A prompt and completion for each learned answer of a conversation.
-
-    Each prompt is the conversation up to that answer, which is what the model sees when it gives it; masking one
-    long sequence instead would need a chat template that marks the answers, and few do.
-    """
-    talk = json.loads(conversation)
-    messages, tools = talk["messages"], talk.get("tools")
-    along = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
-    ends = [number for number, is_learned in enumerate(talk["learned"]) if is_learned]
-    return [{"prompt": messages[:i], "completion": [messages[i]], **along} for i in ends]
-
-
-def _text(row: dict[str, Any]) -> Example:
-    return {"text": _string(row, "text")}
-
-
-def _prompt_completion(row: dict[str, Any]) -> Example:
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _conversation([*row["prompt"], *row["completion"]], context=len(row["prompt"]))
-    return {"prompt": _string(row, "prompt"), "completion": _string(row, "completion")}
-
-
-def _messages(row: dict[str, Any]) -> Example:
-    return _conversation(row["messages"])
-
-
-def _sharegpt(row: dict[str, Any]) -> Example:
-    return _conversation(row["conversations"])
-
-
-def _alpaca(row: dict[str, Any]) -> Example:
-    instruction, output = _string(row, "instruction"), _string(row, "output")
-    extra = row.get("input")
-    if not isinstance(extra, str | None):
-        raise FormatError(f"'input' is {_kind(extra)}; text was wanted")
-    if not (extra and extra.strip()):
-        return {"prompt": ALPACA.format(instruction=instruction), "completion": output}
-    return {"prompt": ALPACA_WITH_INPUT.format(instruction=instruction, input=extra), "completion": output}
-
-
-def _classification(row: dict[str, Any]) -> Example:
-    label = row["label"]
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise FormatError(f"'label' is {_kind(label)}; a name or a whole number was wanted")
-    return {"text": _string(row, "text"), "label": str(label)}
-
-
-def _questions(row: dict[str, Any]) -> Example:
-    answer = row["answer"]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise FormatError(f"'answer' is {_kind(answer)}; text or a number was wanted")
-    return {"question": _string(row, "question"), "answer": str(answer)}
-
-
-def _tokens(row: dict[str, Any]) -> Example:
-    ids = row["input_ids"]
-    if hasattr(ids, "dtype"):  # an array of integers
-        if ids.size and not 0 <= ids.min() <= ids.max() < MAX_ID:
-            raise FormatError(f"'input_ids' go from {ids.min()} to {ids.max()}; token ids were wanted")
-        return {"input_ids": ids}
-    if not isinstance(ids, list) or not ids:
-        raise FormatError(f"'input_ids' is {_kind(ids)}; a list of token ids was wanted")
-    wrong = [id for id in ids if type(id) is not int or not 0 <= id < MAX_ID]
-    if wrong:
-        raise FormatError(f"'input_ids' holds {wrong[0]!r}; token ids were wanted")
-    for name in MASKS:
-        mask = row.get(name)
-        if mask is not None and (mask != ids if name == "labels" else not all(mask)):
-            raise FormatError(f"{name!r} leaves tokens out, but every token of 'input_ids' is learned; use prompts")
-    return {"input_ids": ids}
-
-
-def _conversation(turns: Any, context: int = 1) -> Example:
-    """The conversation of these turns; those before the number `context` are not learned."""
-    if not isinstance(turns, list) or not turns:
-        raise FormatError(f"the conversation is {_kind(turns)}; a list of turns was wanted")
-    by_role = isinstance(turns[0], dict) and "from" not in turns[0]
-    role_key, content_key = ("role", "content") if by_role else ("from", "value")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not {role_key, content_key} <= set(turn):
-            raise FormatError(f"turn {number} needs {role_key!r} and {content_key!r}")
-        role, content = ROLES.get(str(turn[role_key])), turn[content_key]
-        if role is None:
-            raise FormatError(f"turn {number}: unknown {role_key} {turn[role_key]!r}; one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
-            raise FormatError(f"turn {number}: {content_key!r} is {_kind(content)}; text was wanted")
-        messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise FormatError(f"a conversation must end with the assistant's answer, not with the {messages[-1]['role']}")
-    learned = [message["role"] == "assistant" and i >= context for i, message in enumerate(messages)]
-    return {"conversation": {"messages": messages, "learned": learned}}
-
-
-def _packed(example: Example, turns: str) -> Example:
-    """The example with its conversation, if it has one, as text: Arrow would give all rows the same keys and types."""
-    talk = example.get("conversation")
-    if talk is None:
-        return example
-    if turns == "last":
-        last = max(i for i, message in enumerate(talk["messages"]) if message["role"] == "assistant")
-        talk["learned"] = [is_learned and i == last for i, is_learned in enumerate(talk["learned"])]
-    return {"conversation": json.dumps(talk, ensure_ascii=False)}
-
-
-def _string(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    if not isinstance(value, str) or not value.strip():
-        raise FormatError(f"{name!r} is {_kind(value)}; text was wanted")
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None or (isinstance(value, str | list) and not value):
-        return "empty"
-    if isinstance(value, str) and value.isspace():
-        return "blank"
-    return f"of type {type(value).__name__} ({str(value)[:40]})"
-
-
-def _list(names: Collection[str]) -> str:
+def _list(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names)) or "none"
-
-
-# The table. The first format of a task whose columns exist is taken in `auto`.
-FORMATS = {
-    "messages": RowFormat(_messages, ("messages",)),
-    "sharegpt": RowFormat(_sharegpt, ("conversations",)),
-    "alpaca": RowFormat(_alpaca, ("instruction", "output"), ("input",), has_prompt=True),
-    "prompt-completion": RowFormat(_prompt_completion, ("prompt", "completion"), has_prompt=True),
-    "text": RowFormat(_text, ("text",)),
-    "tokens": RowFormat(_tokens, ("input_ids",), is_tokenised=True),
-    "classification": RowFormat(_classification, ("text", "label"), task="classification"),
-    "questions": RowFormat(_questions, ("question", "answer"), task="exact_match"),
-}

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data import windows as token_windows
-from flashbone.train.data.formats import FORMATS, Example, answers, open_examples
+from flashbone.train.data.conversations import answers
+from flashbone.train.data.counts import split_counts, with_counts
+from flashbone.train.data.formats import open_examples
+from flashbone.train.data.layouts import FORMATS, Example
 from flashbone.train.data.rows import dataset_rows, local_files, open_dataset, read_rows, readable
 from flashbone.train.data.windows import Windows
 from flashbone.train.recipe import DataRecipe, Recipe
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 2  # counts up when the same rows become other examples, so that cached ones are not reused
+CONVERSION = 3  # counts up when the same rows become other examples, so that cached ones are not reused
 
 
 @dataclass
@@ -86,7 +90,11 @@ def load_test_rows(path: Path, task: str, columns: dict[str, str], limit: int | 
             raise FormatError(f"{path}: no text")
         return [{"text": text}]
     with contextlib.closing(read_rows(path)) as rows:
-        return list(open_examples(itertools.islice(rows, limit), task, str(path), columns=columns)[2])
+        reading = open_examples(itertools.islice(rows, limit), task, str(path), columns=columns)
+        examples = list(reading.examples)
+    for notice in reading.counts.notices(str(path)):
+        log.warning(notice)
+    return examples
 
 
 def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
@@ -103,7 +111,10 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
         dataset = open_dataset(data.path, data.subset, data.split)
         stamp, source = dataset._fingerprint, dataset_rows(dataset, data.path)
     with contextlib.closing(source) as rows:
-        name, columns, read = open_examples(rows, task, data.path, data.format, data.columns, data.turns)
+        reading = open_examples(
+            rows, task, data.path, data.format, data.columns, data.turns, drop_unlabelled=data.drop_unlabelled
+        )
+        name, columns, read = reading.format, reading.columns, reading.examples
         log.info("data: %s is read as %s%s", data.path, name, f" with {columns}" if columns else "")
         is_tokenised = FORMATS[name].is_tokenised
         if data.template is not None:
@@ -111,9 +122,18 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
 
         def generate() -> Iterator[Example]:
             examples = read if data.template is None else _in_template(read, data.template)
-            return token_windows.cut(examples, windows, data.path) if is_tokenised else examples
+            examples = token_windows.cut(examples, windows, data.path) if is_tokenised else examples
+            return with_counts(examples, reading.counts)
 
-        parts = (CONVERSION, stamp, name, columns, data.turns, astuple(windows) if is_tokenised else ())
+        parts = (
+            CONVERSION,
+            stamp,
+            name,
+            columns,
+            data.turns,
+            data.drop_unlabelled,
+            astuple(windows) if is_tokenised else (),
+        )
         key = Hasher.hash(parts if data.template is None else (*parts, data.template))
         try:
             examples = Dataset.from_generator(generate, fingerprint=key)
@@ -123,6 +143,9 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
                 raise cause from None
             raise
     assert isinstance(examples, Dataset)
+    examples, counts = split_counts(examples)
+    for notice in counts.notices(f"data: {data.path}"):
+        log.warning(notice)
     if is_tokenised:
         about = data.path, token_windows.count(examples), len(examples), windows.length or "any number of"
         log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
@@ -210,7 +233,7 @@ def _finished(examples: "Dataset") -> "Dataset":
 def _labels(train: "Dataset", others: "list[Dataset | None]", where: str) -> list[str]:
     """The classes in the training rows, sorted, as numbers where all are numbers."""
     labels = sorted(train.unique("label"))
-    if all(label.lstrip("-").isdigit() for label in labels):
+    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
         labels.sort(key=int)
     if len(labels) < 2:
         raise FormatError(f"{where}: all training rows have the label {labels[0]!r}; two or more classes were wanted")

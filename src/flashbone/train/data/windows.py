@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data.formats import Example
+from flashbone.train.data.layouts import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,0 +1,67 @@
+"""Columns and keys that change what is learned, or what an answer depends on: refused where nothing reads them."""
+
+from collections.abc import Collection
+from typing import Any
+
+from flashbone.errors import FormatError
+from flashbone.train.data.conversations import FLAGS, is_blank, kind
+
+# Columns of tokenised data that can mark tokens as not learned.
+MASKS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
+# Columns that leave rows or tokens out of what is learned, or weigh them.
+MARKS = frozenset({
+    "weight", "weights", "sample_weight", "loss_weight", "loss_weights", "loss_scale", "mask", "masks", "loss_mask",
+    "train_mask", "label_mask", "labels_mask", "train_on_turn", "train_detail", *FLAGS, *MASKS,
+})  # fmt: skip
+TURN_MARKS = MARKS - {"weight", *FLAGS}  # `conversations` reads these two kinds
+# Columns that an answer depends on, where a row has one.
+CONTEXT = ("context", "input", "system", "history", "tools", "functions", "documents")
+
+
+def is_harmless(name: str, mark: Any) -> bool:
+    """Whether a mark leaves everything as it is: null, 1 or true, or a list of such; `labels` that are a text."""
+    if isinstance(mark, list):
+        return all(is_harmless(name, item) for item in mark)
+    return mark in (None, True, 1, "") or (name == "labels" and isinstance(mark, str))
+
+
+def check_marks(row: dict[str, Any], read: Collection[str], turns: Collection[str]) -> None:
+    """Refuse marks that nothing reads.
+
+    Args:
+        row: A row.
+        read: Its columns that are read.
+        turns: Those that may hold the turns of a conversation.
+
+    Raises:
+        FormatError: there is one.
+    """
+    for name in row.keys() & MARKS:
+        if name not in read and not is_harmless(name, row[name]):
+            raise FormatError(
+                f"{name!r} is {kind(row[name])}, which would change what is learned, but no format reads it; "
+                "leave out turns of conversations with weight: 0 or train: false, or take the column out"
+            )
+    for column in turns:
+        listed = row.get(column)
+        for number, turn in enumerate(listed if isinstance(listed, list) else (), 1):
+            for name in turn.keys() & TURN_MARKS if isinstance(turn, dict) else ():
+                if not is_harmless(name, turn[name]):
+                    raise FormatError(
+                        f"turn {number}: {name!r} is {kind(turn[name])}, which would change what is learned, but "
+                        "nothing reads it; weight: 0 or train: false leave a turn out"
+                    )
+
+
+def check_context(row: dict[str, Any], read: Collection[str], format: str) -> None:
+    """Refuse columns that are not read and that the answer may depend on.
+
+    Raises:
+        FormatError: there is one.
+    """
+    unread = [name for name in CONTEXT if name not in read and not is_blank(row.get(name))]
+    if unread:
+        raise FormatError(
+            f"format {format} does not read {', '.join(map(repr, unread))}, which the answer may depend on; give the "
+            "rows as messages, or name what is learned in data.columns, which leaves the rest out"
+        )

@@ -1,0 +1,147 @@
+"""A small row of every layout: its format, the texts that are learned of it, and those that are context."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayoutRow:
+    """A row.
+
+    Attributes:
+        row: The row as a file has it.
+        format: The format that it is read as.
+        learned: What is learned of it, in order.
+        context: Texts that are seen and not learned.
+    """
+
+    row: dict[str, Any]
+    format: str
+    learned: tuple[str, ...]
+    context: tuple[str, ...] = ()
+
+
+def talk(*turns: tuple[str, str], **more: Any) -> list[dict[str, Any]]:
+    """Messages of these roles and contents; `more` goes to the last."""
+    messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
+    messages[-1].update(more)
+    return messages
+
+
+ASKED = ("user", "where was the cat ?")
+FIRST, SECOND = "on the mat .", "under a tree ."
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "to find", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": '{"where": "tree"}'}}
+TWICE = [ASKED, ("assistant", FIRST), ("user", "and the dog ?"), ("assistant", SECOND)]
+
+LAYOUT_ROWS = {
+    "text": LayoutRow({"text": "the cat sat ."}, "text", ("the cat sat .",)),
+    "prompt and completion": LayoutRow(
+        {"prompt": "where was the cat ?", "completion": FIRST}, "prompt-completion", (FIRST,), ("where was the cat ?",)
+    ),
+    "query and response": LayoutRow(
+        {"query": "the cat ?", "response": FIRST}, "query-response", (FIRST,), ("the cat ?",)
+    ),
+    "prompt and response": LayoutRow(
+        {"prompt": "the cat ?", "response": FIRST}, "prompt-response", (FIRST,), ("the cat ?",)
+    ),
+    "context, question, answer": LayoutRow(
+        {"context": "a cat sat on a mat .", "question": "the cat ?", "answer": FIRST},
+        "question-answer",
+        (FIRST,),
+        ("a cat sat on a mat .\n\nthe cat ?",),
+    ),
+    "Dolly": LayoutRow(
+        {"instruction": "the cat ?", "context": "the cat sat .", "response": FIRST, "category": "closed_qa"},
+        "instruction-response",
+        (FIRST,),
+        ("the cat ?\n\nthe cat sat .",),
+    ),
+    "instruction, input, response": LayoutRow(
+        {"instruction": "find the cat", "input": "the cat sat .", "response": FIRST},
+        "instruction-response",
+        (FIRST,),
+        ("find the cat\n\nthe cat sat .",),
+    ),
+    "Alpaca": LayoutRow(
+        {"instruction": "find the cat", "input": "the cat sat .", "output": FIRST},
+        "alpaca",
+        (FIRST,),
+        ("paired with an input", "### Instruction:\nfind the cat\n\n### Input:\nthe cat sat .\n\n### Response:"),
+    ),
+    "Alpaca with history and system": LayoutRow(
+        {
+            "instruction": "and the dog ?",
+            "input": "",
+            "output": SECOND,
+            "system": "be short .",
+            "history": [["where was the cat ?", FIRST]],
+        },
+        "alpaca",
+        (SECOND,),
+        (
+            "be short .\n\n### Instruction:\nwhere was the cat ?\n\n### Response:" + FIRST,
+            "### Instruction:\nand the dog ?\n\n### Response:",
+        ),
+    ),
+    "messages": LayoutRow(
+        {"messages": talk(("system", "be short ."), *TWICE)}, "messages", (FIRST, SECOND), ("be short .", ASKED[1])
+    ),
+    "messages with weights": LayoutRow(
+        {"messages": [*talk(*TWICE[:2], weight=0), *talk(*TWICE[2:], weight=1)]}, "messages", (SECOND,), (FIRST,)
+    ),
+    "messages with train marks": LayoutRow(
+        {"messages": [*talk(*TWICE[:2], train=False), *talk(*TWICE[2:])]}, "messages", (SECOND,), (FIRST,)
+    ),
+    "messages of parts": LayoutRow(
+        {
+            "messages": [
+                {"role": "developer", "content": "be short ."},
+                {"role": "user", "content": [{"type": "text", "text": "where was "}, {"type": "text", "text": "it ?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": FIRST}]},
+            ]
+        },
+        "messages",
+        (FIRST,),
+        ("be short .", "where was it ?"),
+    ),
+    "messages with tools": LayoutRow(
+        {
+            "messages": [
+                *talk(ASKED),
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "a cat", "tool_call_id": "c1", "name": "look"},
+                {"role": "assistant", "content": SECOND, "reasoning_content": "it is it"},
+            ],
+            "tools": TOOLS,
+        },
+        "messages",
+        ('{"where": "tree"}', "it is it", SECOND),
+        ("to find", "a cat"),
+    ),
+    "ShareGPT": LayoutRow(
+        {"conversations": [{"from": "human", "value": "the cat ?"}, {"from": "gpt", "value": FIRST}], "id": "7"},
+        "sharegpt",
+        (FIRST,),
+        ("the cat ?",),
+    ),
+    "ShareGPT with system and tools": LayoutRow(
+        {
+            "system": "be short .",
+            "tools": '[{"name": "look", "description": "to find"}]',
+            "conversations": [
+                {"from": "human", "value": "the cat ?"},
+                {"from": "function_call", "value": '{"name": "look", "arguments": {"where": "tree"}}'},
+                {"from": "observation", "value": "a cat"},
+                {"from": "gpt", "value": SECOND},
+            ],
+        },
+        "sharegpt",
+        ('{"where": "tree"}', SECOND),
+        ("be short .", "the cat ?", "a cat", "to find"),
+    ),
+    "prompt and completion of turns": LayoutRow(
+        {"prompt": talk(*TWICE[:3]), "completion": talk(TWICE[3])}, "prompt-completion", (SECOND,), (FIRST, ASKED[1])
+    ),
+    "tokens": LayoutRow({"input_ids": [5, 6, 7]}, "tokens", ()),
+}

@@ -1,0 +1,54 @@
+"""Every layout of the table: how it is recognised, what is learned of it, and that nothing of a row is lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+from layout_rows import LAYOUT_ROWS
+
+from flashbone.train.data.formats import choose_format, open_examples
+from flashbone.train.data.layouts import FORMATS
+
+PAGE = Path(__file__).parents[2] / "docs/training.md"
+
+
+def example_of(row, task="sft", **settings):
+    reading = open_examples(iter([("d:1", row)]), task, "d", **settings)
+    (example,) = reading.examples
+    return example
+
+
+def learned_and_context(example) -> tuple[str, str]:
+    """The texts that are learned, and the others."""
+    if "conversation" in example:
+        talk = json.loads(example["conversation"])
+        parts: tuple[list, list] = ([], [talk.get("tools"), talk.get("chat_template_kwargs")])
+        for message, is_learned in zip(talk["messages"], talk["learned"], strict=True):
+            parts[not is_learned].append(message)
+        learned, context = (json.dumps(part).replace("\\n", "\n") for part in parts)
+        return learned, context
+    return example.get("completion", example.get("text", "")), example.get("prompt", "")
+
+
+@pytest.mark.parametrize("name", LAYOUT_ROWS)
+def test_of_each_layout_the_answers_are_learned_and_all_else_is_context(name):
+    layout = LAYOUT_ROWS[name]
+    assert choose_format(layout.row, "sft", "d") == layout.format
+    learned, context = learned_and_context(example_of(layout.row))
+    for text in layout.learned:
+        assert text in learned
+        assert text not in context
+    for text in layout.context:
+        assert text in context
+        assert text not in learned
+
+
+def test_every_format_of_the_table_has_a_row():
+    assert {layout.format for layout in LAYOUT_ROWS.values()} == {n for n, f in FORMATS.items() if f.task == "sft"}
+
+
+def test_the_page_has_the_table():
+    lines = PAGE.read_text().splitlines()
+    for name, entry in FORMATS.items():
+        optional = f"; optional {', '.join(entry.optional)}" if entry.optional else ""
+        assert f"| `{name}` | {', '.join(entry.needed)}{optional} | {entry.learned} |" in lines
