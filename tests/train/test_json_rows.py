@@ -3,7 +3,7 @@
 import pytest
 
 from flashbone.errors import FormatError
-from flashbone.train.data.rows import read_rows
+from flashbone.train.data.rows import BadRow, read_rows
 
 
 def rows_of(tmp_path, text: str) -> list:
@@ -57,3 +57,51 @@ def test_files_that_cannot_be_read_say_why(tmp_path, name, content, message):
         list(read_rows(tmp_path / name))
     with pytest.raises(FormatError, match=r"gone\.json: no such data file"):
         list(read_rows(tmp_path / "gone.json"))
+
+
+def nested(depth, opened, closed):
+    return '{"text": ' + opened * depth + "1" + closed * depth + "}"
+
+
+BAD_TEXTS = [
+    ('{"text": "a", "text": "b"}', "has the key 'text' twice"),
+    ('{"text": "a", "meta": [{"k": 1, "k": 2}]}', "has the key 'k' twice"),
+    ('{"text": NaN}', "holds NaN, which is not JSON"),
+    ('{"text": "a", "n": -Infinity}', "holds -Infinity, which is not JSON"),
+    ('{"text": "a", "n": ' + "9" * 5000 + "}", "holds a number of thousands of digits"),
+    ('{"text": "a\\ud800b"}', r"holds \ud800, half of a character that takes two"),
+    ('{"text": "a", "\\udfff": 1}', r"holds \udfff, half of a character"),
+    (nested(101, "[", "]"), "is nested more than 100 levels deep"),
+    (nested(500, '{"a":', "}"), "is nested more than 100 levels deep"),
+    (nested(100_000, "[", "]"), "is nested more than 100 levels deep"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TEXTS)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_what_json_cannot_keep_is_one_bad_row(tmp_path, kind, text, message):
+    file = tmp_path / f"rows.{kind}"
+    good = '{"text": "good"}'
+    file.write_text("\n".join([good, text, good]) if kind == "jsonl" else f"[{good}, {text}, {good}]")
+    rows = list(read_rows(file))
+    assert rows[0][1] == {"text": "good"}
+    assert isinstance(rows[1], BadRow)
+    assert message in str(rows[1])
+    assert str(rows[1]).startswith(f"{file}:2: " if kind == "jsonl" else f"{file}: row 2: ")
+    assert "\n" not in str(rows[1])
+
+
+def test_pairs_of_surrogates_are_characters(tmp_path):
+    assert rows_of(tmp_path, r'[{"text": "\ud83d\ude00"}]') == [{"text": "😀"}]
+
+
+@pytest.mark.parametrize("text", ["[", "[1,", "[1 2]", '[{"a": 1}', '{"a": 1', "[1,]", "nul", '["a]'])
+def test_texts_that_break_off_are_refused_in_one_line(tmp_path, text):
+    with pytest.raises(FormatError, match=r"rows\.json:1: not valid JSON: ") as error:
+        rows_of(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_beside_data_are_named(tmp_path, caplog):
+    rows_of(tmp_path, '{"version": 1, "license": "x", "data": [{"a": 1}]}')
+    assert "keys not used: version, license; the rows are those of data" in caplog.text

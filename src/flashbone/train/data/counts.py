@@ -1,5 +1,6 @@
 """What became of the rows of a source: how many were kept, and which columns were used; notices of what was not."""
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -50,10 +51,15 @@ class RowCounts:
         """What a user has to know: columns that were not used, and rows that were left out."""
         said = [f"{where}: {count} of {self.read} rows left out: {reason}" for reason, count in self.dropped.items()]
         if self.unused:
-            names = ", ".join(name or "(no name)" for name in self.unused[:SHOWN])
-            more = f" and {len(self.unused) - SHOWN} more" if len(self.unused) > SHOWN else ""
-            said.append(f"{where}: columns not used: {names}{more}; no format reads them")
+            said.append(f"{where}: columns not used: {listed(self.unused)}; no format reads them")
         return said
+
+
+def listed(names: Collection[str]) -> str:
+    """The names of columns on one line."""
+    shown = [name if name.isprintable() and name else repr(name) for name in itertools.islice(names, SHOWN)]
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return ", ".join([*shown, *more]) or "none"
 
 
 def _add(names: list[str], name: str) -> None:

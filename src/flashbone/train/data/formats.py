@@ -1,13 +1,13 @@
 """From rows to examples: which layout of the table rows have, and what was read, left out and not used of them."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.conversations import packed
-from flashbone.train.data.counts import RowCounts
+from flashbone.train.data.counts import RowCounts, listed
 from flashbone.train.data.layouts import FORMATS, Example, Unlabelled
 from flashbone.train.data.marks import check_context, check_marks
 from flashbone.train.data.rows import BadRow, Row
@@ -70,14 +70,14 @@ def choose_format(row: Any, task: str, where: str, asked: str = "auto", columns:
     if fitting or asked != "auto":
         name = fitting[0] if asked == "auto" else asked
         unread = [ours for ours in columns if ours not in FORMATS[name].columns]
-        reads = _list(FORMATS[name].columns)
-        raise ConfigError(f"data.columns: format {name} does not read {_list(unread)}; it reads {reads}")
+        reads = listed(FORMATS[name].columns)
+        raise ConfigError(f"data.columns: format {name} does not read {listed(unread)}; it reads {reads}")
     remedy = {
         "sft": "data.columns: {prompt: question, completion: answer}",
         "classification": "data.columns: {text: review, label: stars}",
         "exact_match": "--columns question=query,answer=response",
     }[task]
-    raise FormatError(f"{where}: columns {_list(row)} fit no format of task {task}; name them, as in {remedy}")
+    raise FormatError(f"{where}: columns {listed(row)} fit no format of task {task}; name them, as in {remedy}")
 
 
 def _check_columns(row: Collection[str], columns: Columns, task: str, where: str) -> None:
@@ -85,7 +85,7 @@ def _check_columns(row: Collection[str], columns: Columns, task: str, where: str
     needed = {name for entry in FORMATS.values() if entry.task == task for name in entry.needed}
     problems = [f"{name!r} is not a name of task {task} ({', '.join(known)})" for name in columns if name not in known]
     problems += [
-        f"no column {theirs!r} in {where}, which has {_list(row)}"
+        f"no column {theirs!r} in {where}, which has {listed(row)}"
         for name, theirs in columns.items()
         if theirs not in row and name in needed
     ]
@@ -113,7 +113,7 @@ def converter(
         named = _named(row, columns)
         missing = [columns.get(name, name) for name in entry.needed if named.get(name) is None and name != "label"]
         if missing:
-            raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {_list(row)}")
+            raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {listed(row)}")
         check_marks(named, entry.columns, entry.turns)
         if depends:
             check_context(named, entry.columns, format)
@@ -211,8 +211,4 @@ def _converted(
     if not counts.kept:
         raise FormatError(f"{where}: all {counts.read} rows are left out; none has a class")
     if unseen := [theirs for theirs in reading.columns.values() if theirs not in counts.used]:
-        raise FormatError(f"{where}: no row has {_list(map(repr, unseen))}, which data.columns names")
-
-
-def _list(names: Iterable[Any]) -> str:
-    return ", ".join(map(str, names)) or "none"
+        raise FormatError(f"{where}: no row has {listed(unseen)}, which data.columns names")

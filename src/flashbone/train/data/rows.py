@@ -2,16 +2,20 @@
 
 import csv
 import json
-from collections.abc import Generator, Iterator
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.binidx import BinIdx, is_binidx, pair
+from flashbone.train.data.parsing import csv_cells, csv_columns, json_items, parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 Row = tuple[str, Any]  # its place and its content
 Rows = Generator["Row | BadRow", None, None]
@@ -62,50 +66,66 @@ def _jsonl(path: Path) -> Rows:
                 continue
             where = f"{path}:{number}"
             try:
-                yield where, json.loads(line)
+                row = where, parse_json(line)
             except json.JSONDecodeError as error:
-                yield BadRow(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
+                row = BadRow(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
+            except FormatError as error:
+                row = BadRow(f"{where}: {error}")
+            yield row
 
 
 def _json(path: Path) -> Rows:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text or "[]")
+        for number, row in enumerate(_items(text, path), 1):
+            where = f"{path}: row {number}"
+            yield BadRow(f"{where}: {row}") if isinstance(row, FormatError) else (where, row)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON Lines under the name .json
-            yield from _jsonl(path)
-            return
-        raise FormatError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        if error.msg != "Extra data":
+            raise FormatError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        yield from _jsonl(path)  # JSON Lines under the name .json
+
+
+def _items(text: str, path: Path) -> Iterable[Any]:
+    if text.lstrip().startswith("["):
+        return json_items(text)
+    try:
+        rows = parse_json(text) if text.strip() else []
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
+        if others := [name for name in rows if name != "data"]:
+            log.warning("%s: keys not used: %s; the rows are those of data", path, ", ".join(others))
+        return rows["data"]
     if isinstance(rows, dict):  # a single line of JSON Lines
-        rows = [rows]
-    if not isinstance(rows, list):
-        raise FormatError(f"{path}: holds a {type(rows).__name__}; a list of objects was wanted")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: row {number}", row
+        return [rows]
+    if rows == []:
+        return rows
+    raise FormatError(f"{path}: holds a {type(rows).__name__}; a list of objects was wanted")
 
 
 def _csv(path: Path) -> Rows:
+    names, separator = csv_columns(path)
+    if separator != ("\t" if path.suffix.lower() == ".tsv" else ","):
+        log.info("%s: its cells are separated by %r", path, separator)
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv_cells(lines, separator)
+        next(filter(None, reader), None)  # the names
         while True:
-            number = reader.line_num + 1
-            where = f"{path}:{number if reader.line_num else 2}"
+            where = f"{path}:{reader.line_num + 1}"
             try:
-                row = next(reader)
+                cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield BadRow(f"{where}: not valid CSV: {error}")
+                yield BadRow(f"{where}: not valid CSV: {error}; is a quote not closed, or not doubled?")
                 continue
-            width = len(reader.fieldnames or [])
-            if None in row:
-                yield BadRow(f"{where}: more cells than the {width} columns; is a comma unquoted?")
-            elif None in row.values():
-                yield BadRow(f"{where}: fewer cells than the {width} columns")
-            else:
-                yield where, row
+            if len(cells) == len(names):
+                yield where, dict(zip(names, cells, strict=True))
+            elif cells:
+                more = "more" if len(cells) > len(names) else "fewer"
+                hint = f"; is a {separator!r} unquoted?" if more == "more" else ""
+                yield BadRow(f"{where}: {more} cells than the {len(names)} columns{hint}")
 
 
 def _parquet(path: Path) -> Rows:
@@ -114,12 +134,45 @@ def _parquet(path: Path) -> Rows:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise FormatError(f"{path}: several columns have the name {', '.join(map(repr, twice))}; rename them")
+        name_classes = _class_names(file.schema_arrow)
+        for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}: row {number}", row
-    except pyarrow.ArrowInvalid as error:
+                where = f"{path}: row {number}"
+                yield name_classes(where, row)
+    except pyarrow.ArrowException as error:
         raise FormatError(f"{path}: not a valid parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _class_names(schema: Any) -> "Callable[[str, dict[str, Any]], Row | BadRow]":
+    """Puts names in place of a row's numbers of classes; datasets keeps them in the schema of its files."""
+    from datasets import Features
+
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError):  # a broken note beside sound columns
+        features = {}
+    return _naming(features)
+
+
+def _naming(features: Mapping[str, Any]) -> "Callable[[str, dict[str, Any]], Row | BadRow]":
+    """The same, by the features of a dataset; nested nulls go, which Arrow adds where other rows have other keys."""
+    classes = {key: kind for key, kind in features.items() if hasattr(kind, "int2str")}
+    nested = [key for key, kind in features.items() if _holds_objects(kind)]
+
+    def name(where: str, row: dict[str, Any]) -> "Row | BadRow":
+        for key, kind in classes.items():
+            number = row[key]
+            if number is not None and number >= len(kind.names):
+                return BadRow(f"{where}: {key!r} is the class {number}, but only {len(kind.names)} have a name")
+        names = {key: kind.int2str(row[key]) for key, kind in classes.items() if row[key] is not None and row[key] >= 0}
+        return where, {**row, **names, **{key: _without_nulls(row[key]) for key in nested}}
+
+    return name
 
 
 def _binidx(path: Path) -> Rows:
@@ -157,10 +210,19 @@ def open_dataset(path: str, subset: str | None, split: str) -> "Dataset":
         ) from None
 
 
+def _holds_objects(kind: Any) -> bool:
+    return isinstance(kind, dict) or (hasattr(kind, "feature") and _holds_objects(kind.feature))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def dataset_rows(dataset: "Dataset", name: str) -> Rows:
     """The rows of a dataset; numbers of classes become their names."""
-    classes = {key: kind for key, kind in dataset.features.items() if hasattr(kind, "int2str")}
+    named = _naming(dataset.features)
     for number, row in enumerate(dataset, 1):
         assert isinstance(row, dict)
-        names = {key: kind.int2str(row[key]) for key, kind in classes.items() if row[key] is not None and row[key] >= 0}
-        yield f"{name}: row {number}", {**row, **names}
+        yield named(f"{name}: row {number}", row)

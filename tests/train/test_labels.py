@@ -1,0 +1,114 @@
+"""Classes: their names out of files that have them, rows without one, and labels that only look like numbers."""
+
+import json
+import logging
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from flashbone.errors import FormatError
+from flashbone.train.data.loading import load_data
+from flashbone.train.data.rows import read_rows
+from flashbone.train.recipe import DataRecipe, Recipe
+
+NAMES = ["bad", "good"]
+
+
+def load(path, **data):
+    return load_data(
+        Recipe(model="m", output="o", task="classification", data=DataRecipe(str(path), eval=None, **data))
+    )
+
+
+def named(rows):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)})
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]}, features=features)
+
+
+def test_parquet_files_that_name_their_classes_give_the_names(tmp_path):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(4)]
+    named(rows).to_parquet(tmp_path / "d.parquet")
+    assert [row["label"] for _, row in read_rows(tmp_path / "d.parquet")] == ["bad", "good"] * 2
+    assert load(tmp_path / "d.parquet").labels == NAMES
+
+
+def test_datasets_that_name_their_classes_give_the_names(tmp_path):
+    named([{"text": f"t{i}", "label": i % 2} for i in range(4)]).to_parquet(tmp_path / "train.parquet")
+    assert load(tmp_path).train["label"][:] == ["bad", "good"] * 2
+
+
+def test_a_class_beyond_the_names_is_refused(tmp_path):
+    table = named([{"text": "a", "label": 0}, {"text": "b", "label": 1}]).data.table
+    table = table.set_column(1, table.schema.field("label"), pyarrow.array([0, 7]))
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(FormatError, match=r"row 2: 'label' is the class 7, but only 2 have a name"):
+        load(tmp_path / "d.parquet")
+
+
+def test_broken_notes_beside_sound_columns_are_left_alone(tmp_path):
+    table = pyarrow.table({"text": ["a"], "label": [1]}).replace_schema_metadata({"huggingface": "{broken"})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert [row for _, row in read_rows(tmp_path / "d.parquet")] == [{"text": "a", "label": 1}]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(FormatError, match="several columns have the name 'text'"):
+        list(read_rows(tmp_path / "d.parquet"))
+
+
+def test_keys_that_parquet_adds_to_turns_are_not_used_and_not_named(tmp_path, caplog):
+    turns = [{"role": "user", "content": "a", "id": None}, {"role": "assistant", "content": "b", "weight": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "d.parquet")
+    data = load_data(Recipe(model="m", output="o", data=DataRecipe(str(tmp_path / "d.parquet"), eval=None)))
+    assert len(data.train) == 1
+    assert "not used" not in caplog.text
+
+
+GOOD = [{"text": f"t{i}", "label": NAMES[i % 2]} for i in range(4)]
+
+
+@pytest.mark.parametrize("label", [None, -1, "-1", -1.0, " ", "nan", -100])
+def test_a_row_without_a_class_is_refused_or_left_out_and_counted(jsonl, caplog, label):
+    path = jsonl([*GOOD[:2], {"text": "none", "label": label}, *GOOD[2:]])
+    with pytest.raises(FormatError, match=r"rows\.jsonl:3: 'label' is .*, which marks a row without a class") as error:
+        load(path)
+    assert "data.drop_unlabelled: true" in str(error.value)
+    for _ in range(2):  # read, and out of the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            data = load(path, drop_unlabelled=True)
+        assert data.train["text"][:] == ["t0", "t1", "t2", "t3"]
+        assert "1 of 5 rows left out: no class" in caplog.text
+
+
+def test_numbers_of_hub_datasets_without_a_class_are_left_out(tmp_path):
+    named([{"text": f"t{i}", "label": (0, 1, -1, None)[i % 4]} for i in range(8)]).to_parquet(tmp_path / "d.parquet")
+    assert load(tmp_path / "d.parquet", drop_unlabelled=True).train["label"][:] == ["bad", "good"] * 2
+
+
+def test_rows_of_which_none_has_a_class_are_refused(jsonl):
+    with pytest.raises(FormatError, match="all 3 rows are left out; none has a class"):
+        load(jsonl([{"text": "a", "label": -1}] * 3), drop_unlabelled=True)
+
+
+@pytest.mark.parametrize("labels", [("²", "1"), ("٣", "-"), ("9" * 5000, "1"), ("--1", "2"), ("1.5", "01")])
+def test_labels_that_look_like_numbers_are_names(jsonl, labels):
+    rows = [{"text": "t", "label": label} for label in labels]
+    assert load(jsonl(rows)).labels == sorted(labels)
+
+
+@pytest.mark.parametrize("label", [True, 1.5, ["a"], {"a": 1}])
+def test_what_is_neither_a_name_nor_a_whole_number_is_refused(jsonl, label):
+    with pytest.raises(FormatError, match=r"rows\.jsonl:1: 'label' is of type .*a name or a whole number was wanted"):
+        load(jsonl([{"text": "t", "label": label}]))
+
+
+def test_a_broken_row_has_one_line_however_it_is_written(jsonl):
+    rows = [json.dumps({"text": "a\nb" * 40, "label": ["x\ny"]})]
+    with pytest.raises(FormatError) as error:
+        load(jsonl(rows))
+    assert "\n" not in str(error.value)
