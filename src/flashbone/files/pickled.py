@@ -13,7 +13,7 @@ import torch
 from torch import _utils
 
 from flashbone.errors import FormatError
-from flashbone.files.tensors import DTYPES
+from flashbone.files.tensors import DTYPES, MAX_AXES
 
 # dtype -> torch's class of its storages; dtypes that came later have none.
 _STORAGES = {
@@ -31,6 +31,7 @@ _STORAGES = {
     "C128": "ComplexDoubleStorage",
 }
 _BYTES = "UntypedStorage"
+MOST_TENSORS = 200_000
 
 
 class PickledStorage(NamedTuple):
@@ -65,6 +66,12 @@ class PickledTensor(NamedTuple):
     def nbytes(self) -> int:
         """Of a contiguous tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def extent(self) -> int:
+        """Bytes from its first number to its last; of a contiguous tensor, all of them."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return 0 if 0 in self.shape else (last + 1) * DTYPES[self.dtype].itemsize
 
     @property
     def is_contiguous(self) -> bool:
@@ -102,8 +109,8 @@ def dump(table: Mapping[str, PickledTensor]) -> bytes:
     return file.getvalue()
 
 
-def load(path: Path, data: bytes) -> dict[str, PickledTensor]:
-    """Unpickle the dict of contiguous tensors that the file `path` holds.
+def load(path: Path, data: bytes, views: bool = False) -> dict[str, PickledTensor]:
+    """Unpickle the dict of contiguous tensors that the file `path` holds; with `views` their axes may be in any order.
 
     Raises:
         FormatError: it asks for code, or holds something else; everything but such tensors is named.
@@ -113,13 +120,15 @@ def load(path: Path, data: bytes) -> dict[str, PickledTensor]:
     if not isinstance(table, dict):
         kind = "tensor" if isinstance(table, PickledTensor) else type(table).__name__
         raise FormatError(f"{path}: wanted a dict of tensors by name, it holds a {kind}")
-    problems = [problem for name, value in table.items() if (problem := _problem(name, value))]
+    if len(table) > MOST_TENSORS:
+        raise FormatError(f"{path}: it holds {len(table):,} tensors, at most {MOST_TENSORS:,} are read; is it damaged?")
+    problems = [problem for name, value in table.items() if (problem := _problem(name, value, views))]
     if problems:
         raise FormatError(f"{path}: wanted a dict of tensors by name; {'; '.join(problems)}")
     return table
 
 
-def _problem(name: Any, value: Any) -> str:
+def _problem(name: Any, value: Any, views: bool) -> str:
     """What is wrong with an item; empty if nothing is."""
     if not isinstance(name, str):
         return f"a key is a {type(name).__name__}"
@@ -129,7 +138,8 @@ def _problem(name: Any, value: Any) -> str:
         return f"{name} is a {type(value).__name__}"
     if value.metadata:
         return f"{name} is a conjugated or negated view; save its resolve_conj().resolve_neg()"
-    return "" if value.is_contiguous else f"{name} is a view that is not contiguous; save its contiguous()"
+    fits = value.nbytes <= value.extent if views else value.is_contiguous  # expanded views claim more than there is
+    return "" if fits else f"{name} is a view that is not contiguous; save its contiguous()"
 
 
 def is_of_the_disk(error: Exception) -> bool:
@@ -181,7 +191,7 @@ def _rebuild_v3(
 ):
     sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
     known = isinstance(storage, PickledStorage) and dtype in DTYPES
-    if not (known and sizes and all(map(_is_size, (offset, *shape, *stride)))):
+    if not (known and sizes and len(shape) <= MAX_AXES and all(map(_is_size, (offset, *shape, *stride)))):
         raise ValueError("its pickle rebuilds an invalid tensor")
     return PickledTensor(storage, dtype, shape, offset, stride, metadata)
 

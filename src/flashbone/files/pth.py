@@ -10,12 +10,16 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from flashbone.errors import FormatError
+import torch
+from torch import Tensor
+
+from flashbone.errors import FormatError, one_line
 from flashbone.files import pickled
-from flashbone.files.tensors import Layout, Piece, TensorEntry, TensorFile
+from flashbone.files.tensors import DTYPES, Layout, Piece, TensorEntry, TensorFile
 
+_MOST_USES = 16  # of the bytes of a file: tied tensors share them
 _ALIGNMENT = 64  # bytes, torch's own
 _ROOT = "archive"
 _ZIP64_EXTRA = 20  # bytes that it adds to a local header
@@ -28,7 +32,36 @@ def scan(path: Path) -> TensorFile:
     Raises:
         FormatError: it is not a whole file of plain tensors; all tensors that cannot be read are named.
     """
-    size = path.stat().st_size
+    return TensorFile(path, b"", tuple(entry for entry, _ in _places(path, views=False)), path.stat().st_size)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory that is the mapped file: nothing that it only claims is made.
+
+    Raises:
+        FormatError: as `scan`; or they claim far more bytes than the file has.
+    """
+    places, size = _places(path, views=True), path.stat().st_size
+    claimed = sum(tensor.nbytes for _, tensor in places)
+    if claimed > _MOST_USES * size:
+        raise FormatError(f"{path}: its tensors claim {claimed:,} bytes, the file has {size:,}; save them contiguous")
+    mapped = torch.UntypedStorage.from_file(str(path), False, size)
+    return {entry.name: _mapped(mapped, entry, tensor) for entry, tensor in places}
+
+
+def _mapped(mapped: Any, entry: TensorEntry, tensor: pickled.PickledTensor) -> Tensor:
+    dtype = DTYPES[entry.dtype]
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    data: Any = torch.empty(0, dtype=torch.uint8)
+    data.set_(mapped[entry.start : entry.end], 0, (entry.end - entry.start,))
+    if entry.start % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).as_strided(entry.shape, tensor.stride)
+
+
+def _places(path: Path, views: bool) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
+    """Where each tensor is, and what the pickle holds of it; `views`: also of tensors that are not contiguous."""
     with path.open("rb") as file:
         if file.read(1) == b"\x80":  # a bare pickle
             raise FormatError(
@@ -36,13 +69,12 @@ def scan(path: Path) -> TensorFile:
                 " again with torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
             )
         try:
-            entries = _entries(path, file)
+            return _entries(path, file, views)
         except Exception as error:  # zipfile and pickle fail at a damaged file with any exception
             if isinstance(error, FormatError) or pickled.is_of_the_disk(error):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error, 200) or type(error).__name__
             raise FormatError(f"{path}: not a whole torch file ({reason}); {_DAMAGED}") from error
-    return TensorFile(path, b"", tuple(entries), size)
 
 
 def tied(file: TensorFile) -> dict[str, str]:
@@ -52,7 +84,7 @@ def tied(file: TensorFile) -> dict[str, str]:
     return {name: owner for name, owner in pairs.items() if name != owner}
 
 
-def _entries(path: Path, file: BinaryIO) -> list[TensorEntry]:
+def _entries(path: Path, file: BinaryIO, views: bool) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         root = _root(path, members)
@@ -61,9 +93,9 @@ def _entries(path: Path, file: BinaryIO) -> list[TensorEntry]:
         order = archive.read(_checked(path, members, f"{root}/byteorder")) if f"{root}/byteorder" in members else b""
         if order not in (b"little", b""):
             raise FormatError(f"{path}: byteorder: got {order.decode()!r}, wanted 'little'; save it on another machine")
-        table = pickled.load(path, archive.read(_checked(path, members, f"{root}/data.pkl")))
+        table = pickled.load(path, archive.read(_checked(path, members, f"{root}/data.pkl")), views)
         limits = [*sorted(info.header_offset for info in members.values()), archive.start_dir]
-        return [_entry(path, file, members, limits, root, name, tensor) for name, tensor in table.items()]
+        return [(_entry(path, file, members, limits, root, name, tensor), tensor) for name, tensor in table.items()]
 
 
 def _root(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
@@ -112,10 +144,10 @@ def _entry(
     data_start = info.header_offset + 30 + name_length + extra_length
     if data_start + info.file_size > limits[bisect.bisect_right(limits, info.header_offset)]:
         raise ValueError(f"{info.filename} overlaps what follows it")
-    if not tensor.start + tensor.nbytes <= tensor.storage.nbytes == info.file_size:
+    if not tensor.start + tensor.extent <= tensor.storage.nbytes == info.file_size:
         raise ValueError(f"{name} does not fit into the {info.file_size} bytes of {info.filename}")
     start = data_start + tensor.start
-    return TensorEntry(name, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
+    return TensorEntry(name, tensor.dtype, tensor.shape, start, start + tensor.extent)
 
 
 def write(
