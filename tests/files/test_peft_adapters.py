@@ -220,7 +220,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, save):
     trace = tmp_path / "trace"
     write_config(tmp_path, r=4)
     save({f"{ROOT}q.bone_block": _Intruder(str(trace))}, tmp_path / "adapter_model.bin")
-    with pytest.raises(FormatError, match=r"adapter_model\.bin: (refused, its pickle asks for|is a bare pickle)"):
+    with pytest.raises(FormatError, match=r"adapter_model\.bin: (refused, its pickle asks for|not a whole torch file)"):
         peft.read(tmp_path)
     assert not trace.exists()
 

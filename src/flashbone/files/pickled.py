@@ -7,7 +7,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import _utils
@@ -109,23 +109,35 @@ def dump(table: Mapping[str, PickledTensor]) -> bytes:
     return file.getvalue()
 
 
-def load(path: Path, data: bytes, views: bool = False) -> dict[str, PickledTensor]:
-    """Unpickle the dict of contiguous tensors that the file `path` holds; with `views` their axes may be in any order.
+def value(path: Path, file: BinaryIO) -> Any:
+    """The next pickle of a file; it may hold numbers, texts, lists and dicts, besides records of tensors.
+
+    Raises:
+        FormatError: it asks for code.
+        Exception: of any kind, where it is damaged.
+    """
+    return _Unpickler(path, file).load()
+
+
+def table(path: Path, file: BinaryIO, views: bool = False) -> dict[str, PickledTensor]:
+    """The next pickle, which has to be a dict of contiguous tensors; with `views` their axes may be in any order.
 
     Raises:
         FormatError: it asks for code, or holds something else; everything but such tensors is named.
         Exception: of any kind, where it is damaged.
     """
-    table = _Unpickler(path, data).load()
-    if not isinstance(table, dict):
-        kind = "tensor" if isinstance(table, PickledTensor) else type(table).__name__
+    content = value(path, file)
+    if not isinstance(content, dict):
+        kind = "tensor" if isinstance(content, PickledTensor) else type(content).__name__
         raise FormatError(f"{path}: wanted a dict of tensors by name, it holds a {kind}")
-    if len(table) > MOST_TENSORS:
-        raise FormatError(f"{path}: it holds {len(table):,} tensors, at most {MOST_TENSORS:,} are read; is it damaged?")
-    problems = [problem for name, value in table.items() if (problem := _problem(name, value, views))]
+    if len(content) > MOST_TENSORS:
+        raise FormatError(
+            f"{path}: it holds {len(content):,} tensors, at most {MOST_TENSORS:,} are read; is it damaged?"
+        )
+    problems = [problem for name, item in content.items() if (problem := _problem(name, item, views))]
     if problems:
         raise FormatError(f"{path}: wanted a dict of tensors by name; {'; '.join(problems)}")
-    return table
+    return content
 
 
 def _problem(name: Any, value: Any, views: bool) -> str:
@@ -163,8 +175,8 @@ class _Unpickler(pickle._Unpickler):
     Python's unpickler, since C's allocates memory for any index that a pickle holds.
     """
 
-    def __init__(self, path: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
@@ -176,7 +188,9 @@ class _Unpickler(pickle._Unpickler):
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> PickledStorage:
-        kind, dtype, key, _location, size = pid
+        kind, dtype, key, _location, size, *view = pid
+        if any(view) or len(view) > 1:
+            raise ValueError("its pickle holds a view of a storage; save it with a newer torch")
         if kind != "storage" or dtype not in (*_STORAGES, _BYTES) or not isinstance(key, str) or not _is_size(size):
             raise ValueError("its pickle names an invalid storage")
         return PickledStorage(dtype, key, size)

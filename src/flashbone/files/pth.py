@@ -6,6 +6,7 @@ written one tensor at a time, each at a multiple of 64 bytes.
 """
 
 import bisect
+import io
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from flashbone.errors import FormatError, one_line
 from flashbone.files import pickled
 from flashbone.files.tensors import DTYPES, Layout, Piece, TensorEntry, TensorFile
 
+_MAGIC = 0x1950A86A20F9469CFC6C  # of torch before 1.6
 _MOST_USES = 16  # of the bytes of a file: tied tensors share them
 _ALIGNMENT = 64  # bytes, torch's own
 _ROOT = "archive"
@@ -61,20 +63,48 @@ def _mapped(mapped: Any, entry: TensorEntry, tensor: pickled.PickledTensor) -> T
 
 
 def _places(path: Path, views: bool) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
-    """Where each tensor is, and what the pickle holds of it; `views`: also of tensors that are not contiguous."""
+    """Where each tensor is, and what the pickle holds of it.
+
+    `views`: as `read` takes them: also tensors that are not contiguous, and files of torch before 1.6.
+    """
     with path.open("rb") as file:
-        if file.read(1) == b"\x80":  # a bare pickle
+        is_bare = file.read(1) == b"\x80"
+        if is_bare and not views:
             raise FormatError(
                 f"{path}: is a bare pickle, as torch saved before 1.6, without a directory of its tensors; save it"
                 " again with torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
             )
         try:
-            return _entries(path, file, views)
+            return _bare_entries(path, file) if is_bare else _entries(path, file, views)
         except Exception as error:  # zipfile and pickle fail at a damaged file with any exception
             if isinstance(error, FormatError) or pickled.is_of_the_disk(error):
                 raise
             reason = one_line(error, 200) or type(error).__name__
             raise FormatError(f"{path}: not a whole torch file ({reason}); {_DAMAGED}") from error
+
+
+def _bare_entries(path: Path, file: BinaryIO) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
+    """Of a file of torch before 1.6: four pickles, the last of which is the dict, one of the keys of storages, then for
+    each of these the number of its numbers, and them."""
+    file.seek(0)
+    if pickled.value(path, file) != _MAGIC:
+        raise ValueError("it begins like a pickle that torch.save() did not write")
+    for _ in ("the protocol", "the sizes of C's types"):
+        pickled.value(path, file)
+    table, keys = pickled.table(path, file, views=True), pickled.value(path, file)
+    storages = {tensor.storage.key: tensor.storage for tensor in table.values()}
+    starts, size = {}, path.stat().st_size
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little")
+        starts[key] = file.tell()
+        if count != storages[key].size or starts[key] + storages[key].nbytes > size:
+            raise ValueError(f"storage {key} is not whole")
+        file.seek(storages[key].nbytes, 1)
+    for name, tensor in table.items():
+        if tensor.start + tensor.extent > tensor.storage.nbytes:
+            raise ValueError(f"{name} does not fit into its storage")
+    begins = {name: starts[tensor.storage.key] + tensor.start for name, tensor in table.items()}
+    return [(TensorEntry(n, t.dtype, t.shape, begins[n], begins[n] + t.extent), t) for n, t in table.items()]
 
 
 def tied(file: TensorFile) -> dict[str, str]:
@@ -93,7 +123,8 @@ def _entries(path: Path, file: BinaryIO, views: bool) -> list[tuple[TensorEntry,
         order = archive.read(_checked(path, members, f"{root}/byteorder")) if f"{root}/byteorder" in members else b""
         if order not in (b"little", b""):
             raise FormatError(f"{path}: byteorder: got {order.decode()!r}, wanted 'little'; save it on another machine")
-        table = pickled.load(path, archive.read(_checked(path, members, f"{root}/data.pkl")), views)
+        data = io.BytesIO(archive.read(_checked(path, members, f"{root}/data.pkl")))
+        table = pickled.table(path, data, views)
         limits = [*sorted(info.header_offset for info in members.values()), archive.start_dir]
         return [(_entry(path, file, members, limits, root, name, tensor), tensor) for name, tensor in table.items()]
 
