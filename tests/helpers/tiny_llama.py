@@ -63,3 +63,29 @@ def questions(count: int) -> list[dict[str, str]]:
         size = ("big", "small", "red", "blue")[i % 4]
         rows.append({"prompt": f"where was the {size} {animal} ?", "completion": f" on the {place} . yes it sat"})
     return rows
+
+
+# Writes all that a conversation may hold: system, tools, calls and results of tools, reasoning.
+FULL_CHAT = (
+    "{% if tools %}<|system|>{{ tools | tojson }}</s>{% endif %}"
+    "{% for m in messages %}<|{{ m.role if m.role in ('system', 'user', 'assistant') else 'user' }}|>"
+    "{% if m.reasoning_content %}(thinks: {{ m.reasoning_content }}){% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = FULL_CHAT):
+    """One token a byte, so that it knows every text; unlike Llama's it adds none of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({word: number for number, word in enumerate([*special, *letters])}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[4:]})
+    tokenizer.chat_template = chat_template
+    return tokenizer

@@ -101,7 +101,8 @@ def test_conversations_stay_on_one_side_of_the_test_rows(tmp_path):
     turns = [{"role": role, "content": f"{{i}} {role}"} for role in ("user", "assistant") * 2]
     rows = [{"messages": [{**turn, "content": turn["content"].format(i=i)} for turn in turns]} for i in range(10)]
     data = load(write(tmp_path / "d.jsonl", rows), eval=2, test=3)
-    numbers = [{row["prompt"][0]["content"].split()[0] for row in part} for part in (data.train, data.eval, data.test)]
+    parts = (data.train, data.eval, data.test)
+    numbers = [{json.loads(row["conversation"])["messages"][0]["content"].split()[0] for row in part} for part in parts]
     assert [len(part) for part in numbers] == [5, 2, 3]
     assert len(set.union(*numbers)) == 10
 
@@ -136,10 +137,10 @@ def test_a_folder_is_loaded_as_a_dataset(tmp_path):
     assert load(tmp_path, eval=None, split="train[:5]").train.to_list() == PAIRS[:5]
 
 
-def test_conversations_are_split_before_they_are_cut_into_answers(tmp_path):
+def test_a_conversation_is_one_row_whatever_is_learned_of_it(tmp_path):
     talk = [{"role": r, "content": "x"} for r in ("user", "assistant") * 3]
     data = load(write(tmp_path / "d.jsonl", [{"messages": talk}] * 10), eval=2)
-    assert (len(data.train), len(data.eval)) == (24, 6)
+    assert (len(data.train), len(data.eval)) == (8, 2)
     assert data.conversational
     assert len(load(tmp_path / "d.jsonl", eval=2, turns="last").train) == 8
 

@@ -144,7 +144,7 @@ def test_conversations_are_trained_through_the_chat_template(llama, jsonl, tmp_p
     summary = train(
         recipe_for(llama, path, tmp_path / "run", data=DataRecipe(str(path), eval=2), training={"max_steps": 4})
     ).summary
-    assert (summary["train_rows"], summary["eval_rows"]) == (12, 4)
+    assert (summary["train_rows"], summary["eval_rows"]) == (6, 2)
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
 
 
@@ -174,7 +174,7 @@ def test_conversations_without_a_chat_template_are_refused_with_the_remedy(jsonl
         ({"adapter": {"r": 0}}, "`r` should be a positive integer value"),
         ({"adapter": {"r": 8, "target_modules": ["q_prj"]}}, "q_pr"),
         ({"training": {"lr_scheduler_type": "cosin"}}, "training: cosin is not a valid SchedulerType"),
-        ({"training": {"max_steps": [1]}}, r"training\.max_steps: got \[1\], wanted a whole number"),
+        ({"training": {"max_steps": [1]}}, r"adapter or training: a value of the wrong type \(.*list"),
         ({"training": {"max_length": 3}}, r"no training row has a token of its answer within training\.max_length 3"),
     ],
 )

@@ -76,7 +76,7 @@ def recipe_for(corpus, vocabulary):
 def make_recipe(vocabulary, corpus, model, output, **changes) -> Recipe:
     training = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "disable_tqdm": True}
     training |= {"logging_steps": 1, "max_length": 96, **changes.pop("training", {})}
-    data = {"path": str(corpus), "eval": 16}
+    data = {"path": str(corpus), "eval": 16, "allow_cut": True}
     fields = {
         "model": str(model),
         "data": DataRecipe(**data | changes.pop("data", {})),

@@ -13,6 +13,7 @@ from flashbone.errors import ConfigError
 from flashbone.evaluate.exact_match import check_room, exact_matches
 from flashbone.evaluate.scoring import row_classes, row_losses
 from flashbone.train.classify import scores
+from flashbone.train.data.conversations import answers
 from flashbone.train.data.loading import Data
 
 
@@ -50,7 +51,7 @@ def check_rows(spec: RunSpec, data: Data) -> None:
     """
     if not data.test:
         raise ConfigError(f"data.test: {spec.data['test']} makes no test rows; give a share, a number or a file")
-    if spec.metric == "exact_match" and not {"prompt", "completion"} <= set(data.test.column_names):
+    if spec.metric == "exact_match" and not {"prompt", "conversation"} & set(data.test.column_names):
         raise ConfigError("metric exact_match: data.test has no prompts and answers; its rows are texts")
 
 
@@ -69,8 +70,10 @@ def _questions(data: Data) -> list[tuple[Any, str]]:
     """Prompts and the answers that are wanted."""
     assert data.test is not None
     rows: Any = data.test
-    # A completion is a text, or turns that end in the answer.
-    return [(r["prompt"], c if isinstance(c := r["completion"], str) else c[-1]["content"]) for r in rows]
+    if "conversation" not in data.test.column_names:
+        return [(row["prompt"], row["completion"]) for row in rows]
+    asked = [answer for row in rows for answer in answers(row["conversation"])]
+    return [(answer["prompt"], answer["completion"][-1]["content"]) for answer in asked]
 
 
 def overlap(data: Data) -> dict[str, int]:

@@ -39,6 +39,7 @@ from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
+from flashbone.train.lengths import limit_length
 from flashbone.train.recipe import TASK_TYPES
 from flashbone.train.trainers import build_trainer
 
@@ -80,7 +81,9 @@ def rehearse(plain: dict[str, Any], answer: Any) -> None:
         try:
             spec = RunSpec(**plain)
             recipe = spec.to_recipe(Path("rehearsal"))
-            check_rows(spec, load_data(recipe, windows_for(trainer_arguments(recipe)), test_part(spec.data)))
+            args = trainer_arguments(recipe)
+            limit_length(recipe, args)
+            check_rows(spec, load_data(recipe, windows_for(args), test_part(spec.data)))
             answer.send("")
         except Exception as error:  # whatever it is, each run would end with it
             answer.send(_one_line(error))
@@ -96,6 +99,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
     recipe, method = spec.to_recipe(folder), METHODS[spec.method]
     write_text(folder / "job.json", json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
     args = trainer_arguments(recipe)
+    limit_length(recipe, args)
     data = load_data(recipe, windows_for(args), test_part(spec.data))
     check_rows(spec, data)
     made = this_process(args.device.type)

@@ -9,8 +9,9 @@ from flashbone.errors import FormatError
 from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import by_length, padded, row_classes
-from flashbone.train.classify import MAX_LENGTH, confusion, macro_f1
+from flashbone.train.classify import confusion, macro_f1
 from flashbone.train.data.layouts import Example
+from flashbone.train.lengths import CLASSIFIED, fitting_length
 
 
 def classification(
@@ -33,20 +34,19 @@ def classification(
         labels: The classes in the order of the head's outputs.
         of: Where the examples are from.
         batch_size: Texts that are classified at once.
-        max_length: Tokens of a text that are read; 512 by default.
+        max_length: Tokens of a text that are read; 512 by default, less where the model takes fewer.
         progress: Called with the number of rows of each batch that is done.
 
     Raises:
         FormatError: a row has another label.
+        ConfigError: `max_length` is more than the model takes.
     """
     number = {label: index for index, label in enumerate(labels)}
     unknown = sorted({example["label"] for example in examples} - set(number))
     if unknown:
         raise FormatError(f"{of}: has the labels {', '.join(unknown)}, but the model knows {', '.join(labels)}")
-    ids = [
-        tokenizer(example["text"], truncation=True, max_length=max_length or MAX_LENGTH)["input_ids"]
-        for example in examples
-    ]
+    length = fitting_length(max_length, CLASSIFIED, model.config, tokenizer.model_max_length, "max_length")
+    ids = [tokenizer(example["text"], truncation=True, max_length=length)["input_ids"] for example in examples]
     right = np.array([number[example["label"]] for example in examples])
     predicted, losses = np.zeros(len(ids), int), np.zeros(len(ids))
     batches = by_length(ids, batch_size)

@@ -12,10 +12,10 @@ from flashbone.errors import ConfigError
 from flashbone.evaluate.intervals import bootstrap_ratio
 from flashbone.evaluate.results import Evaluation, figure
 from flashbone.evaluate.scoring import IGNORED, by_length, padded, row_losses
-from flashbone.train.data.conversations import answers
 from flashbone.train.data.layouts import Example
+from flashbone.train.data.tokens import tokenise
 from flashbone.train.data.windows import Windows
-from flashbone.train.tokenizers import prompt_ids, with_end
+from flashbone.train.lengths import fitting_length
 
 MAX_LENGTH = 1024  # as in training
 
@@ -60,7 +60,8 @@ def perplexity(
     Raises:
         ConfigError: no token is learned, or a token has no embedding.
     """
-    limit = min(max_length or MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH**2)
+    limit = fitting_length(max_length, MAX_LENGTH, model.config, tokenizer.model_max_length, "max_length")
+    assert limit is not None
     pieces_of_rows = [pieces_of(row, example, tokenizer, limit) for row, example in enumerate(examples)]
     pieces = [piece for of_row in pieces_of_rows for piece in of_row]
     _check(pieces, model, of, limit)
@@ -83,31 +84,12 @@ def perplexity(
 def pieces_of(row: int, example: Example, tokenizer: Any, limit: int) -> list[Piece]:
     """The pieces of a row that the model sees, as in training: with the token that ends a text or an answer; empty if
     no token is learned."""
-    if "conversation" in example:
-        parts = [_answer(part["prompt"], part["completion"], tokenizer) for part in answers(example["conversation"])]
-    elif "prompt" in example:
-        parts = [_answer(example["prompt"], example["completion"], tokenizer)]
-    else:
-        ids = (
-            example["input_ids"]
-            if "input_ids" in example
-            else tokenizer(with_end(example["text"], tokenizer))["input_ids"]
-        )
-        ids = [int(token) for token in ids]
+    rows = tokenise(example, tokenizer)
+    if "text" in example or "input_ids" in example:
+        ids = [int(token) for token in rows[0].ids]
         return [Piece(row, ids[part], ids[part]) for part in Windows(limit).slices(len(ids))]
-    cut = [Piece(row, ids[:limit], labels[:limit]) for ids, labels in parts]
+    cut = [Piece(row, made.ids, made.labels) for made in (long.cut(limit) for long in rows)]
     return [piece for piece in cut if any(label != IGNORED for label in piece.labels[1:])]
-
-
-def _answer(prompt: Any, completion: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and its completion, and which of them are learned: from where the prompt alone differs."""
-    is_text = isinstance(prompt, str)
-    before = prompt_ids(tokenizer, prompt)
-    whole = prompt_ids(tokenizer, prompt + (with_end(completion, tokenizer) if is_text else completion), False)
-    same = next(
-        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
-    )
-    return whole, [IGNORED] * same + whole[same:]
 
 
 def _bytes_of(example: Example, tokenizer: Any) -> int | None:

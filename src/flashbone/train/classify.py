@@ -9,8 +9,6 @@ from flashbone.train.data.loading import Data
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_LENGTH = 512  # tokens of a text that are read, unless training.max_length says otherwise
-
 
 def classification_trainer(model: Any, args: Any, data: Data, held_out: Any, tokenizer: Any, max_length: int) -> Any:
     """A Trainer on a model that has been adapted, its head included.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from flashbone.errors import ConfigError
@@ -87,6 +88,7 @@ def write_merged(folder: RunFolder, base: Path | None, trainer: Any, load_plain:
         with whole_or_absent(folder.merged, replace=True) as partial:
             merged_model.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
+            _copy_stops(folder, partial)
         return
     target = folder.merged_pth if base.suffix == ".pth" else folder.merged
     with tempfile.TemporaryDirectory(prefix="merging", suffix=PARTIAL, dir=folder.path) as place:
@@ -94,5 +96,12 @@ def write_merged(folder: RunFolder, base: Path | None, trainer: Any, load_plain:
         merge_checkpoint(base, folder.adapter, merged)
         if merged.is_dir():
             trainer.processing_class.save_pretrained(merged)  # training may have given it a chat template
+            _copy_stops(folder, merged)
             shutil.rmtree(target, ignore_errors=True)
         os.replace(merged, target)
+
+
+def _copy_stops(folder: RunFolder, merged: Path) -> None:
+    """The run's generation_config, if the base's did not stop where learned answers end."""
+    if (folder.adapter / GENERATION_CONFIG_NAME).is_file():
+        shutil.copy(folder.adapter / GENERATION_CONFIG_NAME, merged)

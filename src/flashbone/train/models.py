@@ -63,7 +63,7 @@ def load_new_classifier(
     return (_plain(model, name) if gguf else model), new_modules
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, **kwargs: Any) -> Any:
     """The model's configuration.
 
     Raises:
@@ -72,7 +72,7 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     place, gguf = locate(name)
-    return load(AutoConfig, name, place, **gguf)
+    return load(AutoConfig, name, place, **gguf, **kwargs)
 
 
 def quantized_loading(recipe: Recipe, dtype: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
+from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe, refuse_classification
@@ -65,6 +66,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
 
 
 def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
+    limit_length(recipe, args)
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
     trainer, load_plain = build_trainer(recipe, args, data)
@@ -92,6 +94,8 @@ def _save(folder: RunFolder, trainer: Any) -> None:
         trainer.save_model(str(partial))  # sharded models need every process here
         if main:
             trainer.processing_class.save_pretrained(partial)
+            if getattr(trainer, "stops_anew", False):
+                trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
 
 

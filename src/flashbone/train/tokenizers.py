@@ -1,11 +1,16 @@
 """The tokenizer that goes with a model or an adapter: its padding, chat template and end tokens, and texts as ids."""
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.tokens import text_ids
 from flashbone.train.models import load, locate
 from flashbone.train.recipe import Recipe, is_pth
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str, vocabulary: str | None = None, adapter: Path | None = None, **kwargs: Any) -> Any:
@@ -77,7 +82,13 @@ def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conver
             f"{recipe.data.path} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
             "give one with training.chat_template_path: template.jinja, or use prompt and completion columns"
         )
-    if tokenizer.eos_token is None and recipe.training.get("eos_token") is None:
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"training.eos_token {args.eos_token!r}: the tokenizer of {recipe.model} has no such token"
+            )
+        tokenizer.eos_token = args.eos_token
+    if tokenizer.eos_token is None:
         raise ConfigError(
             f"the tokenizer of {recipe.model} has no end-of-text token, so answers could not be learned to stop; "
             "name one of its tokens in training.eos_token"
@@ -85,33 +96,40 @@ def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conver
     return tokenizer
 
 
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]], answer_follows: bool = True) -> list[int]:
-    """The tokens of a text, or of a conversation in the chat template.
-
-    Args:
-        tokenizer: The model's.
-        prompt: The text or the turns.
-        answer_follows: End a conversation where the assistant's answer begins.
+def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """The tokens of a text, or of a conversation in the chat template, which ends where the answer begins.
 
     Raises:
         ConfigError: a conversation, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return text_ids(tokenizer, prompt)
     if tokenizer.chat_template is None:
         raise ConfigError("a prompt is a conversation, but the tokenizer has no chat template; give it as text")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=answer_follows)
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
-
-
-def with_end(text: str, tokenizer: Any) -> str:
-    """The text with the token that ends it, as TRL trains it."""
-    end = tokenizer.eos_token or ""
-    return text if text.endswith(end) else text + end
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a text, by the model's generation settings and by the tokenizer."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
-    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+    of_tokenizer = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*ends, *of_tokenizer]))
+
+
+def stop_at(model: Any, tokenizer: Any, learned: Iterable[int]) -> bool:
+    """Make generation stop where learned answers end, too; returns whether it did not.
+
+    Args:
+        model: Its `generation_config` is changed.
+        tokenizer: The model's.
+        learned: The tokens that end answers.
+    """
+    ends = stop_tokens(model, None)
+    if not (new := [token for token in dict.fromkeys(learned) if token not in ends]):
+        return False
+    model.generation_config.eos_token_id = [*ends, *new]
+    names = [" and ".join(map(str, tokenizer.convert_ids_to_tokens(ids))) or "nothing" for ids in (new, ends)]
+    log.info("model: answers end in %s, but generation stops at %s; the adapter's generation_config has both", *names)
+    return True

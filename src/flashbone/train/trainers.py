@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -11,12 +12,13 @@ from peft import get_peft_model
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.train.adapters import adapter_config, start_from
 from flashbone.train.arguments import model_dtype
-from flashbone.train.classify import MAX_LENGTH, classification_trainer
+from flashbone.train.classify import classification_trainer
 from flashbone.train.data.loading import Data
-from flashbone.train.data.windows import largest_id
+from flashbone.train.data.places import places
+from flashbone.train.data.prepared import Counts, Limits, check, prepare
 from flashbone.train.models import load_causal_lm, load_classifier, load_new_classifier, quantized_loading
-from flashbone.train.recipe import Recipe, RwkvSettings, is_pth, rwkv_of
-from flashbone.train.tokenizers import load_tokenizer, training_tokenizer
+from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rwkv_of
+from flashbone.train.tokenizers import load_tokenizer, stop_at, training_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +70,7 @@ def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt 
         adapted = get_peft_model(model, adapter_config(recipe, also_trained))
     else:
         adapted = adapt(model)
-    max_length = recipe.training.get("max_length") or MAX_LENGTH
-    return classification_trainer(adapted, args, data, _held_out(data), tokenizer, max_length), load
+    return classification_trainer(adapted, args, data, _held_out(data), tokenizer, args.max_length), load
 
 
 def _beside_the_head(new_modules: list[str], recipe: Recipe) -> list[str]:
@@ -103,8 +104,12 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> 
     args.model_init_kwargs = None  # they are used here
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
     model = load(**quantized_loading(recipe, model_dtype(args)))
-    _accept_tokens(data, args, model, recipe)
     trainer_class, along = _sft_trainer_class(model, settings, args, recipe.model)
+    data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model.get_input_embeddings().num_embeddings)
+    stops_anew = stop_at(model, tokenizer, learned.ends)
+    args.assistant_only_loss = args.assistant_only_loss and not data.conversational
+    if not (args.packing or args.eval_packing or args.shuffle_dataset):
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     if along and (recipe.init_adapter is not None or adapt is not None):
         which = "init_adapter: it says" if adapt is None else "methods: they say"
         raise ConfigError(f"{which} what is trained; leave {', '.join(along)} (rwkv.train_parts) out")
@@ -126,8 +131,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> 
     if recipe.quantization:  # TRL makes adapters on such models bf16
         for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    if not args.packing:
-        _report_dropped(len(data.train), len(trainer.train_dataset), args.max_length)  # pyright: ignore[reportArgumentType]
+    trainer.stops_anew = stops_anew  # pyright: ignore[reportAttributeAccessIssue]
     return trainer, load
 
 
@@ -153,36 +157,45 @@ def _sft_trainer_class(
     return functools.partial(rwkv.RwkvTrainer, settings=settings), rwkv.prepare(model, settings, args)
 
 
-def _accept_tokens(data: Data, args: Any, model: Any, recipe: Recipe) -> None:
-    """Check the token ids of `data`, if it holds any, and have TRL take their windows as they are.
+def tokenised(
+    recipe: Recipe, args: Any, data: Data, tokenizer: Any, embeddings: int | None
+) -> tuple[Data, list[Counts]]:
+    """The data as the trainer of a language model takes it, and what became of the rows of each part.
 
-    TRL would copy every token twice, to build labels that equal them and to cut what is cut already.
+    Args:
+        recipe: The recipe.
+        args: The trainer's, after `limit_length`.
+        data: The rows.
+        tokenizer: From `training_tokenizer`.
+        embeddings: How many tokens the model knows; None for any number.
 
     Raises:
-        ConfigError: the model has no embedding for some; on a GPU they would be an assertion in the first step.
+        FormatError: the chat template refuses rows, or a token has no embedding; the first few are named.
+        ConfigError: nothing is left to learn, too much is cut, or answers have no end.
     """
-    held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else recipe.data.path
-    named = ((data.train, recipe.data.path), (data.eval, held_out), (data.test, "test"))
-    parts = [(part, where) for part, where in named if part]
-    tokenised = [(part, where) for part, where in parts if "input_ids" in part.column_names]
-    for part, where in tokenised:
-        top, known = largest_id(part), model.get_input_embeddings().num_embeddings
-        if top >= known:
-            raise ConfigError(
-                f"data {where}: holds the token id {top}, but the model {recipe.model} has {known} embeddings, "
-                f"0 to {known - 1}; was it tokenised for another model?"
-            )
-    if len(tokenised) == len(parts) and not (args.packing or args.eval_packing or args.shuffle_dataset):
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    packs = args.packing and args.packing_strategy != "bfd"  # nothing is cut off where rows are split
+    limits = Limits(
+        length=None if packs else args.max_length,
+        keep_end=args.truncation_mode == "keep_end",
+        embeddings=embeddings,
+        learn_all=args.completion_only_loss is False,
+    )
+    held_out = replace(recipe.data, path=recipe.data.eval) if isinstance(recipe.data.eval, str) else recipe.data
+    parts, counts = [], []
+    named = ((data.train, recipe.data, "training"), (data.eval, held_out, "held-out"), (data.test, recipe.data, "test"))
+    for rows, of, kind in named:
+        if rows is None:
+            parts.append(None)
+            continue
+        with args.main_process_first():
+            made, count = prepare(rows, tokenizer, limits, args.dataset_num_proc)
+        find = functools.partial(_places, of, recipe.task, rows)
+        check(count, of.path, kind, limits.length, recipe.data.allow_cut, find)
+        parts.append(made)
+        counts.append(count)
+    return replace(data, train=parts[0], eval=parts[1], test=parts[2]), counts
 
 
-def _report_dropped(rows: int, kept: int, max_length: int | None) -> None:
-    """TRL silently drops rows whose prompt alone fills max_length."""
-    if kept == 0:
-        raise ConfigError(
-            f"no training row has a token of its answer within training.max_length {max_length}; raise it"
-        )
-    if kept < rows:
-        log.info(
-            "data: %d of %d rows dropped: their prompts fill training.max_length %s", rows - kept, rows, max_length
-        )
+def _places(data: DataRecipe, task: str, rows: Any, numbers: list[int]) -> list[str]:
+    """Where the rows of these numbers are."""
+    return places(data, task, [rows[number] for number in numbers]) if min(numbers) >= 0 else [data.path]

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data import windows as token_windows
-from flashbone.train.data.conversations import answers
 from flashbone.train.data.counts import split_counts, with_counts
 from flashbone.train.data.formats import open_examples
 from flashbone.train.data.layouts import FORMATS, Example
-from flashbone.train.data.rows import dataset_rows, local_files, open_dataset, read_rows, readable
+from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows, readable
 from flashbone.train.data.windows import Windows
 from flashbone.train.recipe import DataRecipe, Recipe
 
@@ -40,7 +39,7 @@ class Data:
     @property
     def conversational(self) -> bool:
         """Whether the rows need a chat template."""
-        return "prompt" in self.train.column_names and not isinstance(self.train[0]["prompt"], str)
+        return "conversation" in self.train.column_names
 
 
 Part = int | float | str | DataRecipe | None
@@ -63,7 +62,8 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
     examples = _load(data, recipe.task, windows)
     examples, tested = _split(examples, recipe, windows, test, "test")
     examples, held_out = _split(examples, recipe, windows, data.eval, "eval")
-    train, held_out, tested = _finished(examples), held_out and _finished(held_out), tested and _finished(tested)
+    train, held_out, tested = (part and token_windows.without_numbers(part) for part in (examples, held_out, tested))
+    assert train is not None
     labels = _labels(train, [held_out, tested], data.path) if recipe.task == "classification" else []
     counts = f", {len(tested)} to test" if tested else ""
     log.info("data: %d training rows, %d held out%s", len(train), len(held_out or ()), counts)
@@ -103,13 +103,7 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
     from datasets.exceptions import DatasetGenerationError
     from datasets.fingerprint import Hasher
 
-    files = local_files(Path(data.path))
-    if files:
-        stamp: Any = [_stamp(file) for file in files]
-        source = read_rows(Path(data.path))
-    else:
-        dataset = open_dataset(data.path, data.subset, data.split)
-        stamp, source = dataset._fingerprint, dataset_rows(dataset, data.path)
+    stamp, source = open_rows(data)
     with contextlib.closing(source) as rows:
         reading = open_examples(
             rows, task, data.path, data.format, data.columns, data.turns, drop_unlabelled=data.drop_unlabelled
@@ -121,7 +115,7 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
             _check_template(data.template, name)
 
         def generate() -> Iterator[Example]:
-            examples = read if data.template is None else _in_template(read, data.template)
+            examples = read if data.template is None else in_template(read, data.template)
             examples = token_windows.cut(examples, windows, data.path) if is_tokenised else examples
             return with_counts(examples, reading.counts)
 
@@ -149,7 +143,15 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
     if is_tokenised:
         about = data.path, token_windows.count(examples), len(examples), windows.length or "any number of"
         log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
-    return _slice(examples, data) if files else examples
+    return _slice(examples, data) if local_files(Path(data.path)) else examples
+
+
+def open_rows(data: DataRecipe) -> tuple[Any, Rows]:
+    """What changes when the rows that `data` names do, and these rows."""
+    if files := local_files(Path(data.path)):
+        return [_stamp(file) for file in files], read_rows(Path(data.path))
+    dataset = open_dataset(data.path, data.subset, data.split)
+    return dataset._fingerprint, dataset_rows(dataset, data.path)
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
@@ -168,7 +170,7 @@ def _check_template(template: str, format: str) -> None:
         raise ConfigError(f"data.template: got {template!r}, wanted a text with {{prompt}} in it")
 
 
-def _in_template(examples: Iterator[Example], template: str) -> Iterator[Example]:
+def in_template(examples: Iterator[Example], template: str) -> Iterator[Example]:
     """The examples with the template around their prompts; conversations are left as they are."""
     for example in examples:
         if "prompt" in example:
@@ -214,20 +216,6 @@ def _split(
         )
     seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
     return token_windows.draw(examples, count, seed)
-
-
-def _finished(examples: "Dataset") -> "Dataset":
-    """Windows without their numbers, and conversations as prompts and completions; other rows as they are."""
-    examples = token_windows.without_numbers(examples)
-    if "conversation" not in examples.column_names:
-        return examples
-
-    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = list(itertools.chain.from_iterable(map(answers, batch["conversation"])))
-        names = dict.fromkeys(name for row in rows for name in row)
-        return {name: [row.get(name) for row in rows] for name in names}
-
-    return examples.map(cut, batched=True, remove_columns=examples.column_names, desc="Cutting conversations")
 
 
 def _labels(train: "Dataset", others: "list[Dataset | None]", where: str) -> list[str]:

@@ -1,0 +1,40 @@
+"""Where a row is: found by reading the data again, since that is wanted only for an error."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+from flashbone.train.data.formats import open_examples
+from flashbone.train.data.layouts import Example
+from flashbone.train.data.loading import in_template, open_rows
+from flashbone.train.recipe import DataRecipe
+
+
+def places(data: DataRecipe, task: str, wanted: list[Example]) -> list[str]:
+    """The file and line of each of these examples, or the name of the data where they are not in it."""
+    last = data.path
+
+    def watched() -> Iterator:
+        nonlocal last
+        for row in rows:
+            if not isinstance(row, Exception):
+                last = row[0]
+            yield row
+
+    left: dict[str, list[int]] = {}
+    for number, example in enumerate(wanted):
+        left.setdefault(_key(example), []).append(number)
+    found = [data.path] * len(wanted)
+    with contextlib.closing(open_rows(data)[1]) as rows:
+        reading = open_examples(watched(), task, data.path, data.format, data.columns, data.turns)
+        examples = reading.examples if data.template is None else in_template(reading.examples, data.template)
+        for example in examples:
+            if numbers := left.get(_key(example)):
+                found[numbers.pop(0)] = last
+            if not any(left.values()):
+                break
+    return found
+
+
+def _key(example: Example) -> str:
+    return json.dumps(example, sort_keys=True)

@@ -1,0 +1,179 @@
+"""Rows as the trainer takes them: tokenised, cut to their length, counted, and checked before the first step."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.formats import SHOWN_BAD_ROWS
+from flashbone.train.data.tokens import Tokens, end_marks, end_token, tokenise
+from flashbone.train.data.windows import largest_id
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+NOTHING = -1  # in the place of an end token, where an answer has none
+ANY = -1  # in the place of a row's number, where a problem is not one row's
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What rows have to fit.
+
+    Attributes:
+        length: Tokens of a row; None for any number.
+        keep_end: Cut a longer row at its beginning.
+        embeddings: How many tokens the model knows; None for any number.
+        learn_all: Learn prompts, too.
+    """
+
+    length: int | None = None
+    keep_end: bool = False
+    embeddings: int | None = None
+    learn_all: bool = False
+
+
+@dataclass
+class Counts:
+    """What became of the rows.
+
+    Attributes:
+        rows: Rows as the model sees them, before any was dropped.
+        cut: Those that are longer than the limit.
+        lost_ends: Answers whose end was cut off, so that it is not learned.
+        empty: Rows with nothing (left) to learn, which are dropped.
+        ends: How many answers end in each token; NOTHING for those that end in none that generation could stop at.
+        problems: What is wrong with rows, by their number.
+    """
+
+    rows: int = 0
+    cut: int = 0
+    lost_ends: int = 0
+    empty: int = 0
+    ends: Counter[int] = field(default_factory=Counter)
+    problems: dict[int, str] = field(default_factory=dict)
+
+
+def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None = None) -> "tuple[Dataset, Counts]":
+    """The rows as `input_ids` and `labels`, and what became of them.
+
+    Rows with problems are left out; `check` refuses them.
+    """
+    if rows.column_names == ["input_ids"]:  # windows, cut already: all is learned, and a copy of every token costs much
+        unknown = _unknown([largest_id(rows)], tokenizer, limits)
+        return rows, Counts(rows=len(rows), problems={ANY: unknown} if unknown else {})
+    made = rows.map(
+        _prepared,
+        with_indices=True,
+        batched=True,
+        remove_columns=rows.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "limits": limits},
+        num_proc=workers,
+        desc="Tokenizing",
+    )
+    counts, kept, columns = Counts(), [], made.column_names[2:]
+    for place, values in enumerate(zip(*(made[name] for name in columns), strict=True)):
+        about = dict(zip(columns, values, strict=True))
+        if about["problem"]:
+            counts.problems[about["row"]] = about["problem"]
+            continue
+        counts.rows += 1
+        counts.cut += about["is_cut"]
+        counts.lost_ends += about["lost_ends"]
+        counts.empty += about["is_empty"]
+        counts.ends.update(about["ends"])
+        if not about["is_empty"]:
+            kept.append(place)
+    made = made.select_columns(["input_ids", "labels"])
+    return (made if len(kept) == len(made) else made.select(kept)), counts
+
+
+def check(
+    counts: Counts,
+    where: str,
+    kind: str,
+    length: int | None,
+    allow_cut: bool,
+    places: Callable[[list[int]], list[str]],
+) -> None:
+    """Refuse rows that cannot be learned as they are meant, and say what was cut and dropped.
+
+    Args:
+        counts: From `prepare`.
+        where: The data's name.
+        kind: What the rows are for: training, held-out or test.
+        length: Tokens of a row that are kept.
+        allow_cut: Do not refuse to cut more than half of the rows.
+        places: Where the rows of these numbers are, for errors.
+
+    Raises:
+        FormatError: rows have problems; the first few are named.
+        ConfigError: nothing is left to learn, too much is cut, or answers have no end.
+    """
+    if counts.problems:
+        numbers = list(counts.problems)[:SHOWN_BAD_ROWS]
+        shown = [f"{place}: {counts.problems[number]}" for number, place in zip(numbers, places(numbers), strict=True)]
+        more = len(counts.problems) - len(shown)
+        raise FormatError("; ".join(shown) + (f"; and {more} more" if more else ""))
+    if counts.empty == counts.rows:
+        raise ConfigError(f"no {kind} row has a token of its answer within training.max_length {length}; raise it")
+    if endless := counts.ends[NOTHING]:
+        raise ConfigError(
+            f"{where}: {endless} of {counts.ends.total()} answers end in no token that"
+            " generation could stop at; end the assistant's turns in the tokenizer's end token, as in {{ eos_token }},"
+            " in a template for training.chat_template_path (inside {% generation %}, if it has that)"
+        )
+    if 2 * counts.cut > counts.rows and not allow_cut:
+        raise ConfigError(
+            f"{where}: training.max_length {length} cuts {counts.cut} of {counts.rows} {kind} rows, and"
+            f" {counts.lost_ends} answers lose their end; raise it, or set data.allow_cut: true"
+        )
+    if counts.cut or counts.empty:
+        log.info(
+            "data: %s: of %d %s rows %d are cut at training.max_length %s; %d answers lose their end, and %d rows have"
+            " nothing left to learn and are dropped",
+            *(where, counts.rows, kind, counts.cut, length, counts.lost_ends, counts.empty),
+        )
+
+
+def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, limits: Limits) -> dict[str, list[Any]]:
+    marks = end_marks(tokenizer)
+    entries = []
+    for place, number in enumerate(numbers):
+        example, problem, made = {name: values[place] for name, values in batch.items()}, "", []
+        try:
+            made = tokenise(example, tokenizer, limits.learn_all)
+            problem = next(filter(None, (_unknown(row.ids, tokenizer, limits) for row in made)), "")
+        except FormatError as error:
+            problem = str(error)
+        for row in made or [Tokens([], [], [])]:
+            short = row.cut(limits.length, limits.keep_end)
+            ends = [end_token(row, end, tokenizer, marks) for end in row.ends]
+            entry = {
+                "input_ids": short.ids,
+                "labels": short.labels,
+                "row": number,
+                "problem": problem,
+                "is_cut": len(short.ids) < len(row.ids),
+                "lost_ends": len(row.ends) - len(short.ends),
+                "is_empty": not any(short.learned[1:]),  # nothing predicts the first token
+                "ends": [NOTHING if end is None else end for end in ends],
+            }
+            entries.append(entry)
+    return {name: [entry[name] for entry in entries] for name in entries[0]}
+
+
+def _unknown(ids: list[int], tokenizer: Any, limits: Limits) -> str:
+    """What is wrong if the model does not know a token; on a GPU it would be an assertion in the first step."""
+    top = max(ids, default=0)
+    if limits.embeddings is None or top < limits.embeddings:
+        return ""
+    token = tokenizer.convert_ids_to_tokens(top)
+    return (
+        f"holds the token id {top}{f' ({token!r})' if token else ''}, but the model has {limits.embeddings} embeddings,"
+        f" 0 to {limits.embeddings - 1}; was it tokenised for another model?"
+    )

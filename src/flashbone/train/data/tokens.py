@@ -1,0 +1,241 @@
+"""From an example to what the model sees: token ids, and which of them are learned.
+
+Training, held-out rows, evaluation and the dry run all go through `tokenise`, so they cannot differ.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from typing import Any
+
+from flashbone.errors import FormatError
+
+REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")  # as templates call what a model thinks
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+IGNORED = -100  # the label of a token that is not learned
+Example = dict[str, Any]
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row as the model sees it.
+
+    Attributes:
+        ids: the tokens.
+        learned: for each, whether its prediction is learned; nothing predicts the first.
+        ends: for each learned answer, the number of tokens up to its end.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    ends: list[int]
+
+    @property
+    def labels(self) -> list[int]:
+        return [token if is_learned else IGNORED for token, is_learned in zip(self.ids, self.learned, strict=True)]
+
+    def cut(self, length: int | None, keep_end: bool = False) -> "Tokens":
+        """The first (or last) `length` tokens, with the ends of those answers that kept theirs."""
+        if length is None or len(self.ids) <= length:
+            return self
+        if keep_end:
+            gone = len(self.ids) - length
+            return Tokens(self.ids[gone:], self.learned[gone:], [end - gone for end in self.ends if end > gone])
+        return Tokens(self.ids[:length], self.learned[:length], [end for end in self.ends if end <= length])
+
+
+def tokenise(example: Example, tokenizer: Any, learn_all: bool = False) -> list[Tokens]:
+    """The rows that an example becomes: one; of a conversation one for each learned answer, where the chat template
+    writes an answer otherwise once the conversation goes on (models that drop their earlier reasoning).
+
+    Args:
+        example: A text, a prompt with its completion, a conversation or token ids, as in `data.formats`.
+        tokenizer: The model's.
+        learn_all: Learn prompts, too.
+
+    Raises:
+        FormatError: the chat template refuses the conversation, or leaves a part of it out.
+    """
+    if "conversation" in example:
+        rows = _conversation(Talk.read(example["conversation"], tokenizer))
+    elif "prompt" in example:
+        before = text_ids(tokenizer, example["prompt"])
+        whole = text_ids(tokenizer, with_end(example["prompt"] + example["completion"], tokenizer))
+        rows = [_from(len(_shared(before, whole)), whole)]
+    else:
+        ids = example.get("input_ids")
+        rows = [_from(0, text_ids(tokenizer, with_end(example["text"], tokenizer)) if ids is None else list(ids))]
+    return [Tokens(row.ids, [True] * len(row.ids), row.ends) for row in rows] if learn_all else rows
+
+
+def pieces(row: Tokens, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The row's text in pieces, each with whether it is learned."""
+    ids: Iterator[int] = iter(row.ids)
+    return [
+        (tokenizer.decode([next(ids) for _ in same], clean_up_tokenization_spaces=False), is_learned)
+        for is_learned, same in groupby(row.learned)
+    ]
+
+
+def bracketed(row: Tokens, tokenizer: Any) -> str:
+    """The row's text with [[brackets]] around what is learned."""
+    return "".join(f"[[{text}]]" if is_learned else text for text, is_learned in pieces(row, tokenizer))
+
+
+def with_end(text: str, tokenizer: Any) -> str:
+    """The text with the token that ends it, as TRL trains it."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text; it ends in an end token just once where it does, and the tokenizer adds its own, too."""
+    ids, end = list(tokenizer(text)["input_ids"]), tokenizer.eos_token_id
+    if end is not None and ids[-1:] == [end] and (ids[-2:-1] == [end] or not text.endswith(tokenizer.eos_token)):
+        ids.pop()
+    return ids
+
+
+def end_marks(tokenizer: Any) -> set[int]:
+    """The tokens that may end an answer: those that no text holds by itself."""
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+
+def end_token(row: Tokens, end: int, tokenizer: Any, marks: set[int]) -> int | None:
+    """The token by which the model is to end an answer, white space after it aside; None if it ends in nothing.
+
+    That is one of `end_marks`, such as `<|im_end|>`, or a blank line that the answer does not hold elsewhere, as
+    RWKV's models have it.
+    """
+    start = end - len(list(takewhile(bool, reversed(row.learned[:end]))))
+    answer = row.ids[start:end]
+    for token in reversed(answer):
+        if token in marks:
+            return token
+        if tokenizer.decode([token]).strip():
+            break
+    if answer and tokenizer.decode(answer[-1:]) == "\n\n" and answer.count(answer[-1]) == 1:
+        return answer[-1]
+    return None
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation and the tokenizer whose chat template writes it."""
+
+    messages: Messages
+    learned: list[bool]
+    tokenizer: Any
+    kwargs: dict[str, Any]  # for the template: tools, and what the row gives it
+
+    @classmethod
+    def read(cls, text: str, tokenizer: Any) -> "Talk":
+        content = json.loads(text)
+        kwargs = {"tools": content.get("tools"), **(content.get("chat_template_kwargs") or {})}
+        return cls(content["messages"], content["learned"], tokenizer, kwargs)
+
+    def written(self, messages: Messages, answer_follows: bool = False) -> str:
+        """These messages in the chat template.
+
+        Raises:
+            FormatError: it refuses them.
+        """
+        from jinja2 import TemplateError
+
+        if not messages:
+            return ""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_follows, **self.kwargs
+            )
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as e:
+            reason = " ".join(str(e).split())[:200] or type(e).__name__
+            kind = "" if type(e) is TemplateError else f"{type(e).__name__}: "
+            raise FormatError(f"the chat template refuses the conversation: {kind}{reason}") from e
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
+
+    def answer(self, number: int) -> tuple[Tokens, str]:
+        """The conversation up to its answer of this number, which alone is learned; and as text.
+
+        It is learned from where the prompt, which ends where the model has to answer, and the whole differ.
+        """
+        so_far = self.messages[: number + 1]
+        text = self.written(so_far)
+        ids = self.ids(text)
+        row = _from(len(_shared(self.ids(self.written(so_far[:-1], answer_follows=True)), ids)), ids)
+        self._check(text, number)
+        marks = self._marks(so_far)
+        if marks is None:
+            return row, text
+        learned = [a and bool(b) for a, b in zip(row.learned, marks, strict=True)]
+        return Tokens(
+            ids, learned, [max((i + 1 for i, is_learned in enumerate(learned) if is_learned), default=0)]
+        ), text
+
+    def _marks(self, messages: Messages) -> list[int] | None:
+        """Which tokens the template itself marks as the assistant's, by {% generation %}; None where it marks none."""
+        template = self.tokenizer.get_chat_template(tools=self.kwargs["tools"])
+        if not self.tokenizer.is_fast or not _MARKS.search(template):
+            return None
+        return self.tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, **self.kwargs
+        )["assistant_masks"]
+
+    def _check(self, text: str, number: int) -> None:
+        """Raise FormatError where the template leaves out what decides the answer."""
+        answer = self.messages[number]
+        wanted = [
+            (message["role"] + "'s content", message.get("content"))
+            for message in self.messages[:number]
+            if message["role"] in ("system", "user")
+        ]
+        wanted += [(name, answer.get(name)) for name in REASONING]
+        calls = [call.get("function", call) for call in answer.get("tool_calls") or ()]
+        tools = [tool.get("function", tool) for tool in self.kwargs["tools"] or ()]
+        wanted += [("tool_calls", call.get("name")) for call in calls] + [("tools", tool.get("name")) for tool in tools]
+        for what, part in wanted:
+            if isinstance(part, str) and part.strip() not in text:
+                raise FormatError(
+                    f"the chat template leaves out the {what} ({part.strip()[:40]!r}); leave it out of the row, or give"
+                    " a template that writes it in training.chat_template_path"
+                )
+
+
+def _conversation(talk: Talk) -> list[Tokens]:
+    """One row, if each learned answer has the same tokens before it and in it there as in a row of its own."""
+    answers = [talk.answer(number)[0] for number, is_learned in enumerate(talk.learned) if is_learned]
+    if not answers:
+        return []
+    *before, last = answers
+    learned, ends = list(last.learned), []
+    for row in before:
+        ids = row.ids
+        if ids != last.ids[: len(ids)] and ids[-1] == talk.tokenizer.eos_token_id:
+            ids = ids[:-1]  # some templates end every text so
+        if ids != last.ids[: len(ids)]:
+            return answers
+        learned[: len(ids)] = [a or b for a, b in zip(learned, row.learned[: len(ids)], strict=False)]
+        ends.append(min(row.ends[0], len(ids)))
+    return [Tokens(last.ids, learned, [*ends, *last.ends])]
+
+
+def _from(start: int, ids: list[int]) -> Tokens:
+    return Tokens(ids, [False] * start + [True] * (len(ids) - start), [len(ids)])
+
+
+def _shared(a: list[int], b: list[int]) -> list[int]:
+    """What both begin with."""
+    return [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
