@@ -1,4 +1,6 @@
-"""The errors that flashbone raises: one root, one subclass for each kind of wrong input."""
+"""The errors that flashbone raises, one subclass for each kind of wrong input; and foreign text as it is shown."""
+
+import re
 
 
 class FlashboneError(Exception):
@@ -27,3 +29,44 @@ class OutdatedPackageError(FlashboneError, ImportError):
 
 class BackendError(FlashboneError, RuntimeError):
     """A backend that was asked for by name cannot run: its package is missing, or the tensors are on another device."""
+
+
+MOST_OF_A_NAME, MOST_OF_AN_ERROR = 200, 500  # characters on a terminal
+
+
+def visible(text: object, most: int = MOST_OF_A_NAME) -> str:
+    """Text of a file or a model as a terminal may show it: one line, control characters and marks of direction as
+    escapes, the middle left out where it is long."""
+    plain = str(text)
+    if len(plain) > 2 * most:
+        plain = f"{plain[:most]}...{plain[-most:]}"
+    plain = _escaped(plain)
+    if len(plain) <= most:
+        return plain
+    end = most // 3
+    return f"{plain[: most - end - 3]}...{plain[-end:]}"
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(message: object, most: int = MOST_OF_AN_ERROR) -> str:
+    """A message as one line: of many clauses or names the first few, how many are left out, and the last, which is
+    the remedy."""
+    text = _escaped(re.sub(r"\s*[\r\n]+\s*", " ", str(message).strip()))
+    for separator in ("; ", ", "):
+        text = _first_few(text, separator, most)
+    return visible(text, most)
+
+
+def _first_few(text: str, separator: str, most: int) -> str:
+    parts = text.split(separator)
+    room = most - len(parts[-1]) - len("and 1000000 more") - 2 * len(separator)
+    kept = 0
+    while kept < len(parts) and (room := room - len(parts[kept]) - len(separator)) >= 0:
+        kept += 1
+    left = len(parts) - kept - 1
+    if len(text) <= most or kept == 0 or left < 1:
+        return text
+    return separator.join([*parts[:kept], f"and {left} more", parts[-1]])

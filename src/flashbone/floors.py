@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from flashbone.errors import OutdatedPackageError
 
-OF_COMMANDS = ("rich", "jsonargparse")  # adapters work without them
+OF_COMMANDS = ("rich",)  # adapters work without them
 
 
 def check(*extras: str, but: Collection[str] = ()) -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import types
 
+import jinja2
 import pytest
+import yaml
 
 import flashbone
 from flashbone import cli
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, one_line, visible
 
 
 def run_command(*args, **kwargs):
@@ -90,11 +92,81 @@ def test_what_a_user_can_put_right_is_one_line_and_a_code(command, capsys, error
     assert not captured.out
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), FileNotFoundError(errno.ENOENT, "gone")])
-def test_bugs_keep_their_traceback(command, error):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files; raise the limit with `ulimit -n`"),
+        (MemoryError(), "not enough memory; use a smaller model or batch"),
+        (RecursionError("maximum recursion depth exceeded"), "is nested too deeply: maximum recursion depth"),
+        (jinja2.exceptions.SecurityError("no"), "the chat template does what templates may not do: no"),
+        (jinja2.TemplateSyntaxError("odd\nend", 3), "the chat template is malformed: odd"),
+        (jinja2.TemplateError("roles must alternate"), "the chat template cannot be rendered: roles must"),
+        (yaml.YAMLError("tab"), "a YAML file is malformed: tab"),
+        (ZeroDivisionError("\x1b[2Jours"), "ZeroDivisionError: \\x1b[2Jours, raised by test_cli_main; a file or"),
+        (FileNotFoundError(errno.ENOENT, "gone"), "FileNotFoundError: [Errno 2] gone, raised by"),
+    ],
+)
+def test_what_other_libraries_raise_is_one_line_that_says_how_to_report_it(command, capsys, error, line):
     command(raising(error))
-    with pytest.raises(type(error)):
-        cli.main(["train"])
+    assert cli.main(["train"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("flashbone train: error: ")
+    assert line in printed
+    assert ("--traceback" in printed) == ("raised by" in printed)
+
+
+def test_a_bug_of_ours_is_called_one(command, capsys):
+    code = compile("def run(argv):\n    assert not argv, 'odd'", "run.py", "exec")
+    ours = {"__name__": "flashbone.train.run"}
+    exec(code, ours)
+    command(ours["run"])
+    assert cli.main(["train", "a"]) == 1
+    assert "AssertionError: odd; this is a bug of flashbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--traceback", "train", "c.yaml"], ["train", "--traceback", "c.yaml"]])
+def test_traceback_prints_all_wherever_it_comes(command, capsys, args):
+    given = []
+
+    def run(argv):
+        given.extend(argv)
+        raise ConfigError("no") from KeyError("inner")
+
+    command(run)
+    assert cli.main(args) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert given == ["c.yaml"]
+    assert lines[0] == "KeyError: 'inner'"
+    assert any("in run" in line for line in lines)
+    assert lines[-1] == "flashbone train: error: no"
+
+
+def test_a_long_error_names_the_first_few_the_count_and_the_remedy(command, capsys):
+    names = [f"model.layers.{n}.q_proj: got 4 x 4, wanted 8 x 8" for n in range(300)]
+    command(raising(ConfigError("; ".join(["the adapter does not fit", *names, "was r changed?"]))))
+    cli.main(["train"])
+    line = capsys.readouterr().err
+    assert len(line) < 500 + len("flashbone train: error: \n") + 1
+    assert "layers.0.q_proj" in line
+    assert "layers.1.q_proj" in line
+    assert line.endswith("; was r changed?\n")
+    shown = line.count("q_proj")
+    assert f"; and {300 - shown} more; " in line
+
+
+@pytest.mark.parametrize("args", [["--help"], ["inspect", "config.json", "--json"]])
+def test_a_reader_that_is_gone_gets_no_traceback(tmp_path, args):
+    """As `| true`: stdout is a pipe that nobody reads."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 2}')
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flashbone", *args]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "the program that read the output closed it" in done.stderr
 
 
 def test_helper_processes_say_who_speaks(command, capsys, monkeypatch):
@@ -116,3 +188,21 @@ def test_no_command_sends_telemetry_unless_the_user_says_so(tmp_path, users, dis
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{disabled}\n", done.stderr
+
+
+def test_foreign_text_is_one_visible_line_of_limited_length():
+    assert visible("a\x1b[2J\nb\u202ec\x9b") == "a\\x1b[2J\\nb\\u202ec\\x9b"
+    assert visible("größe 層") == "größe 層"
+    for text in ("x" * 10**6, "\x1b" * 1000, "\udc80" * 999):
+        assert len(visible(text)) == 200
+        assert visible(text).isprintable()
+    assert visible("first" + "x" * 10**6 + "last").startswith("firstx")
+    assert visible("first" + "x" * 10**6 + "last").endswith("xlast")
+
+
+@pytest.mark.parametrize("separator", ["; ", ", ", " ", "\n", "\x1b[1m"])
+def test_an_error_is_one_line_of_at_most_500_whatever_it_holds(separator):
+    for size in (1, 30, 400, 3000):
+        line = one_line(separator.join(["x" * size] * 50))
+        assert len(line) <= 500
+        assert line.isprintable()

@@ -220,7 +220,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, save):
     trace = tmp_path / "trace"
     write_config(tmp_path, r=4)
     save({f"{ROOT}q.bone_block": _Intruder(str(trace))}, tmp_path / "adapter_model.bin")
-    with pytest.raises(FormatError, match=r"adapter_model\.bin: refused, this pickle is broken or holds more than"):
+    with pytest.raises(FormatError, match=r"adapter_model\.bin: (refused, its pickle asks for|not a whole torch file)"):
         peft.read(tmp_path)
     assert not trace.exists()
 
@@ -240,7 +240,7 @@ def test_a_truncated_pickle_is_refused(tmp_path):
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     write_config(tmp_path, r=4)
     torch.save(content, tmp_path / "adapter_model.bin")
-    with pytest.raises(FormatError, match="mapping from names to tensors"):
+    with pytest.raises(FormatError, match="wanted a dict of tensors by name"):
         peft.read(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import zipfile
 
 import pytest
 import torch
@@ -38,23 +39,40 @@ def test_an_error_of_the_disk_is_not_called_damage(tmp_path, monkeypatch, number
     def broken(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(torch, "load", broken)
+    monkeypatch.setattr(zipfile, "ZipFile", broken)
     with pytest.raises(FormatError if number == errno.EINVAL else OSError, match=os.strerror(number)):
         states.read_state(tmp_path / "f.bin")
 
 
 @pytest.mark.parametrize(
     "value",
-    [
-        torch.ones(3, 3).to_sparse(),
-        torch.ones(3, device="meta"),
-        [torch.ones(3)],
-    ],
-    ids=["sparse", "meta", "list"],
+    [torch.ones(3, 3).to_sparse(), torch.ones(3, device="meta"), [torch.ones(3)], bytearray(3), 3],
+    ids=["sparse", "meta", "list", "bytes", "number"],
 )
-def test_only_tensors_with_all_their_values_are_plain(value):
-    assert states._is_plain(torch.ones(3))
-    assert not states._is_plain(value)
+def test_only_tensors_with_all_their_values_are_read(tmp_path, value):
+    torch.save({"a": value, "b": torch.ones(3)}, tmp_path / "f.bin")
+    with pytest.raises(FormatError, match=r"refused, its pickle asks for|a is a (list|bytearray|int)"):
+        states.read_state(tmp_path / "f.bin")
+
+
+def test_views_with_their_axes_in_any_order_are_read_and_expanded_ones_are_not(tmp_path):
+    whole = torch.randn(6, 4)
+    state = {"turned": whole.T, "rows": whole[2:5], "column": whole[:, 1], "empty": whole[:0], "again": whole}
+    torch.save(state, tmp_path / "f.bin")
+    read = states.read_state(tmp_path / "f.bin")
+    assert all(same_bits(read[name], tensor, Promise.STORED) for name, tensor in state.items())
+    torch.save({"huge": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "f.bin")
+    with pytest.raises(FormatError, match="huge is a view that is not contiguous"):
+        states.read_state(tmp_path / "f.bin")
+
+
+def test_many_names_of_the_same_bytes_are_bounded_by_the_file(tmp_path):
+    whole = torch.zeros(1000, 100)
+    torch.save({f"t{n}": whole for n in range(10)}, tmp_path / "f.bin")
+    assert len(states.read_state(tmp_path / "f.bin")) == 10
+    torch.save({f"t{n}": whole for n in range(100)}, tmp_path / "f.bin")
+    with pytest.raises(FormatError, match=r"its tensors claim 40,000,000 bytes, the file has"):
+        states.read_state(tmp_path / "f.bin")
 
 
 def test_tensors_are_copied_only_where_they_share_memory_or_are_not_contiguous():

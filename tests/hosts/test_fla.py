@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from flashbone import BoneLayer
-from flashbone.errors import ConfigError
 from flashbone.rwkv import Rwkv6Config, Rwkv7Config, kernels
 from flashbone.tuner.model.targets import resolved, roles_of
 from helpers import reference
@@ -166,15 +165,17 @@ def test_all_linear_takes_the_low_rank_layers_of_version_7_as_well():
     assert set(layers(model)) == wanted
 
 
-def test_a_layer_of_version_6_that_is_read_and_never_called_is_refused():
-    base = base_model(6)
-    for targets in ("all-linear", ["attn"], ["x_proj.2"]):
-        with pytest.raises(ConfigError, match=r"layers\.0\.attn\.x_proj\.2: RWKV6Attention reads the weight"):
-            get_peft_model(base, config(6, target_modules=targets))
-        assert not layers(base)
-    model = get_peft_model(base, config(6, target_modules="all-linear", exclude_modules=["x_proj.2"]))
-    inner = {"attn.x_proj.0.linear", "attn.g_proj.linear", *(f"attn.w_proj.linear.lora.{i}" for i in (0, 2))}
+def test_a_layer_of_version_6_that_is_read_and_never_called_gives_the_shifted_weight():
+    model = get_peft_model(base_model(6), config(6, target_modules="all-linear"))
+    inner = {
+        "attn.x_proj.0.linear",
+        "attn.x_proj.2",
+        "attn.g_proj.linear",
+        *(f"attn.w_proj.linear.lora.{i}" for i in (0, 2)),
+    }
     assert set(layers(model)) == of_layers(*ROLES[6].values(), *inner)
+    read = {name: layer.weight_reader for name, layer in layers(model).items() if layer.is_only_read}
+    assert read == dict.fromkeys(of_layers("attn.x_proj.2"), "RWKV6Attention")
 
 
 @pytest.mark.parametrize("version", [7, 6])

@@ -232,13 +232,13 @@ def _write_truncated(folder):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda f: (f / "x.pth").write_bytes(b"junk"), "x.pth: (refused|cannot be read)"),
-        (_write_truncated, "x.pth: cannot be read as a torch file; it may be truncated"),
+        (lambda f: (f / "x.pth").write_bytes(b"junk"), "x.pth: (refused|cannot be read|not a whole torch file)"),
+        (_write_truncated, "x.pth: not a whole torch file"),
         (
             lambda f: torch.save({"a": _Code()}, f / "x.pth"),
-            "refused, this pickle is broken or holds more than tensors",
+            "refused, its pickle asks for",
         ),
-        (lambda f: torch.save([torch.ones(2)], f / "x.pth"), "wanted a mapping from names to tensors"),
+        (lambda f: torch.save([torch.ones(2)], f / "x.pth"), "wanted a dict of tensors by name"),
         (lambda f: torch.save({}, f / "x.pth"), "none of its 0 tensors"),
         (lambda f: torch.save({"emb.weight": torch.ones(2)}, f / "x.pth"), r"names are like 'emb.weight'"),
         (

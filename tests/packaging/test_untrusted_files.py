@@ -201,30 +201,7 @@ def test_tags_of_python_in_yaml_are_refused(tmp_path, trace, capsys, place):
     assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["file", "word", "flag"])
-@pytest.mark.parametrize("read", ["recipe", "adapter", "comparison"])
-def test_a_class_path_is_refused_and_not_imported(tmp_path, monkeypatch, trace, read, place):
-    from flashbone.compare.config import load_comparison
-    from flashbone.train.recipe import load_adapter_fields, load_recipe
-
-    module = f"trap_of_{read}_{place}"
-    (tmp_path / f"{module}.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Thing: pass\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    section = "training.model_init_kwargs" if read == "comparison" else "adapter.rank_pattern"
-    spec = {"class_path": f"{module}.Thing"}
-    words = {"file": [], "word": [f"--{section}", json.dumps(spec)], "flag": [f"--{section}.class_path={module}.Thing"]}
-    recipe = {"model": "m", "output": "o", "data": {"path": "p", **({"test": 1} if read == "comparison" else {})}}
-    if place == "file":
-        outer, inner = section.split(".")
-        recipe[outer] = {inner: spec}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    load = {"recipe": load_recipe, "adapter": load_adapter_fields, "comparison": load_comparison}[read]
-    with pytest.raises(ConfigError, match="class_path is refused"):
-        load(tmp_path / "recipe.yaml", words[place])
-
-
 def test_a_datasets_script_is_not_run(tmp_path, trace):
-    from flashbone.errors import ConfigError
     from flashbone.train.data.loading import load_data
     from flashbone.train.recipe import DataRecipe, Recipe
 

@@ -40,7 +40,7 @@ def test_a_recipe_says_how_the_base_is_quantised(tmp_path, text, overrides, want
         ("quantization: {type: int4}", "quantization.type: got 'int4', wanted nf4 or fp4"),
         ("quantization: {bits: 4, double: twice}", "quantization.double: got 'twice', wanted true or false"),
         ("quantization: {bit: 4}", r"unknown field: quantization.bit \(did you mean quantization.bits"),
-        ("quantization: 4", '"quantization": Expected a dict. Got value: 4'),
+        ("quantization: 4", "quantization: got 4, wanted an object"),
     ],
 )
 def test_nonsense_is_one_clear_line(tmp_path, text, message):

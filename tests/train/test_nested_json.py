@@ -13,7 +13,11 @@ from flashbone.train.data.marks import CONTEXT, MARKS
 from flashbone.train.data.rows import read_rows
 
 NAMES = st.sampled_from(sorted({*column_names("sft"), *column_names("classification"), *CONTEXT, *MARKS}))
-TEXTS = st.text(max_size=6) | st.sampled_from(["{}", "[]", '{"name": "f"}', "\ud800", "a b"])
+TEXTS = (
+    st.text(max_size=6)
+    | st.text("ab {}\n", min_size=1, max_size=4)
+    | st.sampled_from(["{}", "[]", '{"name": "f"}', "\ud800", "a b"])
+)
 LEAVES = st.none() | st.booleans() | st.integers(-2, 10**30) | st.floats() | TEXTS
 ANY = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | TEXTS, inner, max_size=3), max_leaves=8

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.train.recipe import load_recipe
 
 MINIMAL = "model: m\noutput: runs/x\ndata: {path: a.jsonl}\n"
@@ -93,15 +93,131 @@ def test_fields_that_the_recipe_decides_itself_are_refused_with_the_remedy(load,
     [
         ("model: m\n", "missing output, data.path"),
         ("model: m\noutput: o\ndata: a.jsonl\n", "missing data.path"),
-        (MINIMAL + "merge: perhaps\n", '"merge": Expected a bool'),
-        (MINIMAL + "task: chat\n", "\"task\": Expected a Literal.'sft', 'classification'.. Got value: chat"),
-        (MINIMAL + "adapter: 5\n", '"adapter"'),
+        (MINIMAL + "merge: perhaps\n", r"c\.yaml: merge: got 'perhaps', wanted true or false$"),
+        (MINIMAL + "task: chat\n", "task: got 'chat', wanted sft or classification$"),
+        (MINIMAL + "adapter: 5\n", "adapter: got 5, wanted an object"),
     ],
 )
 def test_missing_and_mistyped_fields_are_one_clear_line(load, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--training.learning_rate", "abc"), "training.learning_rate: got 'abc', wanted a number$"),
+        (("--training.max_steps", "ten"), "training.max_steps: got 'ten', wanted a whole number$"),
+        (("--training.max_steps=1.5",), "training.max_steps: got 1.5, wanted a whole number$"),
+        (("--training.learning_rate", ".nan"), "training.learning_rate: got nan, wanted a number$"),
+        (("--training.use_cpu", "'true'"), "training.use_cpu: got 'true', wanted true or false$"),
+        (("--adapter.r", "[8"), "--adapter.r.*: not valid YAML"),
+        (
+            ("--adapter.r", "!!python/name:os.system"),
+            "--adapter.r.*: not valid YAML: could not determine a constructor",
+        ),
+        (("--adapter.rank_pattern.q_proj", "many"), "adapter.rank_pattern: got .*, wanted an object"),
+        (("--data", "{path: a, pth: b}"), "unknown field: data.pth"),
+        (("--data", "rows.yaml"), "missing data.path"),
+        (("--data.columns", "evil.yaml"), "data.columns: got 'evil.yaml', wanted an object"),
+        (("--model.name", "x"), "--model.name: model is 'm', and has no fields"),
+        (("--print_config", "x"), "unknown field: print_config"),
+        (("--config", "evil.yaml"), "unknown field: config"),
+        (("--training.max_steps",), "--training.max_steps: wanted a value after it"),
+        (("stray",), "'stray': wanted --dotted.field value"),
+        (("--merge+", "true"), "unknown field: merge"),
+    ],
+)
+def test_what_a_flag_cannot_mean_is_one_clear_line(load, flags, message):
+    with pytest.raises(FlashboneError, match=message) as error:
+        load(MINIMAL, *flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("quoted", "text"), [('"0"', "0"), ("'1e-3'", "1e-3"), ('"null"', "null"), ("'true'", "true")])
+def test_a_quoted_value_stays_a_string(load, quoted, text):
+    recipe = load(
+        MINIMAL.replace("a.jsonl", f"a.jsonl, columns: {{label: {quoted}}}") + f"training: {{run_name: {quoted}}}"
+    )
+    assert (recipe.data.columns, recipe.training) == ({"label": text}, {"run_name": text})
+    flags = load(MINIMAL, "--training.run_name", quoted, "--data.columns.label", quoted)
+    assert (flags.data.columns, flags.training) == ({"label": text}, {"run_name": text})
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-01-01", "007", "1:30", "Q: {prompt}\n", "@file", "[abc", "%x", "!!set {a}", "#"]
+)
+def test_a_word_on_the_command_line_is_text_where_text_is_wanted(load, text):
+    if "\n" not in text:
+        assert load(MINIMAL, "--output", text).output == text
+    template = "Q: {prompt}"
+    assert load(MINIMAL, "--data.template", template).data.template == template
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("training: {max_steps: !!binary aGk=}\n", "could not determine a constructor for the tag .*binary"),
+        ("training: {max_steps: !!set {a}}\n", "could not determine a constructor for the tag .*set"),
+        ("seed: 1\nseed: 2\n", r"c\.yaml:5: not valid YAML: the key seed comes twice"),
+        ("adapter: {r: 1, 'r': 2}\n", "the key r comes twice"),
+        ("adapter: &a {rank_pattern: *a}\n", "an alias of what it is inside"),
+        (f"adapter: {'[' * 100}{']' * 100}\n", "more than 32 levels"),
+        ("seed: " + "9" * 5000 + "\n", "not valid YAML: Exceeds the limit"),
+        ("seed: !!int many\n", "not valid YAML: invalid literal"),
+        ('init_adapter: "a\\0b"\n', "a NUL character"),
+        ('init_adapter: "a\\ud800b"\n', "surrogates not allowed"),
+        ("? [a, b]\n: 3\n", "a key that is no word"),
+        ("data.path: b.jsonl\n", r"'data\.path' \(write it as a field inside its section\)"),
+        ("5: x\nnull: y\n", "unknown fields: 5; None"),
+    ],
+)
+def test_yaml_that_is_more_than_plain_data_is_refused_in_one_line(load, yaml, message):
+    with pytest.raises(FlashboneError, match=message) as error:
+        load(MINIMAL + yaml)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_bomb_of_aliases_is_refused_at_once(load):
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with pytest.raises(FormatError, match="more than 20000 values"):
+        load(MINIMAL + "\n".join(rows))
+
+
+def test_a_file_that_no_configuration_is_as_large_as_is_refused(tmp_path):
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(FormatError, match="is larger than 1 MiB; a configuration was wanted"):
+        load_recipe(tmp_path / "large.yaml")
+
+
+def test_aliases_share_values_and_nothing_else(load):
+    recipe = load(MINIMAL + "quantization: &few {bits: 4}\nrwkv: {}\nadapter: {rank_pattern: &p {a: 1}, r: 2}\n")
+    assert recipe.quantization == {"bits": 4}
+    both = load("model: m\noutput: o\ndata: {path: &p a.jsonl, eval: *p}\n", "--data.path", "b")
+    assert (both.data.path, both.data.eval) == ("b", "a.jsonl")
+
+
+def test_home_and_variables_are_filled_in_wherever_a_place_is_named(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("ROWS", "/rows")
+    text = "model: ~/m\noutput: ${ROWS}/out\ndata: {path: $ROWS/a.jsonl, eval: ~/b.jsonl, template: '$ROWS {prompt}'}\n"
+    recipe = load(
+        text, "--init_adapter", "~/a", "--rwkv.vocabulary=$ROWS/v", "--training.chat_template_path", "~/t.jinja"
+    )
+    assert (recipe.model, recipe.output, recipe.init_adapter) == ("/home/me/m", "/rows/out", "/home/me/a")
+    assert (recipe.data.path, recipe.data.eval, recipe.data.template) == (
+        "/rows/a.jsonl",
+        "/home/me/b.jsonl",
+        "$ROWS {prompt}",
+    )
+    assert (recipe.rwkv, recipe.training) == ({"vocabulary": "/rows/v"}, {"chat_template_path": "/home/me/t.jinja"})
+    with pytest.raises(
+        ConfigError, match=r"^\$NOWHERE_AT_ALL/m: the variable NOWHERE_AT_ALL is not set; set it, or write"
+    ):
+        load(MINIMAL, "--model", "$NOWHERE_AT_ALL/m")
 
 
 def test_malformed_yaml_is_reported_with_its_line(load):

@@ -115,7 +115,7 @@ def test_a_second_adapter_reaches_layers_inside_an_adapted_module(tmp_path):
         ),
         (
             {"target_modules": ["out_proj"], "dropout": 0.1},
-            "self_attn.out_proj: nn.MultiheadAttention reads the weight",
+            "self_attn.out_proj: MultiheadAttention reads the weight",
         ),
         ({"target_parameters": ["in_proj_weight"], "dropout": 0.1}, "dropout=0.1 cannot be applied to target_p"),
         (
@@ -138,13 +138,13 @@ def test_what_attention_cannot_have_is_refused_by_name(fields, message):
 
 def test_layers_that_peft_cannot_convert_to_lora_say_so():
     model = adapted(Model(), "bone", **BOTH)
-    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*BoneOutProj"):
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*BoneLinear"):
         convert_to_lora(model, rank=3, adapter_name="x")
 
 
 def test_rows_with_adapters_of_their_own_are_refused():
     model = adapted(Model().double(), "bone", target_modules=["out_proj"]).eval()
-    with pytest.raises(ConfigError, match="BoneOutProj shifts one weight for all rows of a batch"):
+    with pytest.raises(ConfigError, match="BoneLinear shifts one weight for all rows of a batch"):
         model(inputs(), adapter_names=["x", "__base__"])
     with model.disable_adapter():
         want = model(inputs())

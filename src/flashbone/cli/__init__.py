@@ -1,12 +1,11 @@
 """The `flashbone` command: finds the subcommand, runs it, and turns failures into one line and a code."""
 
-import errno
 import importlib
 import os
 import sys
 
 from flashbone import __version__, floors
-from flashbone.errors import FlashboneError
+from flashbone.errors import visible
 
 # A command's module is imported only when it is asked for, so that help answers at once.
 COMMANDS = {
@@ -18,12 +17,31 @@ COMMANDS = {
     "convert": ("flashbone.cli.convert", "write an adapter in another format, or for a serving engine"),
 }
 
+TRACEBACK = "--traceback"  # anywhere in a command line
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns 0 when done, 1 when the input was wrong, 2 when the command line was."""
     args = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = TRACEBACK in args
+    args = [word for word in args if word != TRACEBACK]
+    who = f"flashbone {args[0]}" if args and args[0] in COMMANDS else "flashbone"
+    try:
+        code = _run(args)
+        if not getattr(sys.stdout, "closed", True):
+            sys.stdout.flush()  # a reader that is gone shows here, not while Python closes
+        return code
+    except KeyboardInterrupt:
+        print(f"{who}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        from flashbone.cli import failures
+
+        return failures.report(error, who, with_traceback)
+
+
+def _run(args: list[str]) -> int:
     if not args:
         print(_help(), file=sys.stderr)
         return 2
@@ -37,46 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"flashbone: error: {_unknown(name)}", file=sys.stderr)
         return 2
-    return _guarded(name, rest)
-
-
-def _guarded(name: str, args: list[str]) -> int:
-    """Run the command; what a user can put right is one line on stderr, anything else is our bug and propagates."""
     # Before anything imports huggingface_hub, which reads it once: TRL would report each run to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    floors.check()
     try:
-        floors.check()
-        return importlib.import_module(COMMANDS[name][0]).run(args)
-    except FlashboneError as error:
-        return _fail(name, str(error))
-    except OSError as error:
-        if error.errno not in _FAULTS_OF_THE_DISK:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(name, f"{where}{_FAULTS_OF_THE_DISK[error.errno]}")
+        return importlib.import_module(COMMANDS[name][0]).run(rest)
     except SystemExit as stop:  # argparse and its kin: 0 after --help, 2 after a usage error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        print(f"flashbone {name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-
-
-_FAULTS_OF_THE_DISK = {
-    errno.ENOSPC: "no space left on device; free some or write elsewhere",
-    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
-    errno.EACCES: "permission denied; write elsewhere or change the folder's permissions",
-    errno.EFBIG: "the file is larger than the disk or a limit allows; write elsewhere, or in shards",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.EIO: "the disk reports an error; write elsewhere",
-    errno.EROFS: "the file system is read-only; write elsewhere",
-}
-
-
-def _fail(name: str, message: str) -> int:
-    rank = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun launched
-    prefix = "" if rank == "0" else f"[process {rank}] "
-    print(f"{prefix}flashbone {name}: error: {message}", file=sys.stderr)
-    return 1
 
 
 def _unknown(name: str) -> str:
@@ -84,7 +69,7 @@ def _unknown(name: str) -> str:
 
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    return f"unknown command {name!r}; {hint}"
+    return f"unknown command {visible(name)!r}; {hint}"
 
 
 def _help() -> str:
@@ -100,5 +85,6 @@ def _help() -> str:
             *lines,
             "",
             "`flashbone COMMAND --help` says what a command takes; `flashbone --version` prints the version.",
+            "A failure is one line; with --traceback, in any command, all of it is printed.",
         ]
     )

@@ -6,7 +6,10 @@ import sys
 import warnings
 from typing import Any
 
+from flashbone.errors import one_line
+
 LIBRARIES = r"(transformers|trl|peft|datasets|lm_eval)(\.|$)"
+MOST_OF_A_NOTICE = 1000  # characters
 
 
 class _Notices(logging.StreamHandler):
@@ -21,6 +24,13 @@ class _Notices(logging.StreamHandler):
             super().emit(record)
 
 
+class _OneLine(logging.Formatter):
+    """Names and labels in a notice come from files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record), MOST_OF_A_NOTICE)
+
+
 def set_up_notices() -> None:
     """Our notices on stderr, from the main process only; no word on what the libraries mean to rename."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
@@ -30,7 +40,7 @@ def set_up_notices() -> None:
     log.setLevel(logging.INFO if main else logging.ERROR)
     if not log.handlers:
         handler = _Notices()
-        handler.setFormatter(logging.Formatter("flashbone: %(message)s"))
+        handler.setFormatter(_OneLine("flashbone: %(message)s"))
         log.addHandler(handler)
         log.propagate = False
 

@@ -10,15 +10,18 @@ from typing import Any, Literal
 
 from flashbone.compare.methods import METHODS
 from flashbone.errors import ConfigError
-from flashbone.train.fields import check_names, field_names, flag_names, keys, parse, read_yaml
+from flashbone.files.plain_yaml import read_yaml
+from flashbone.train.fields import Schema, check_names, option_of
 from flashbone.train.recipe import (
     OURS,
+    PATHS,
     DataRecipe,
     Quantization,
     Recipe,
     RwkvSettings,
     Task,
     arguments_class,
+    more_arguments,
     refuse_classification,
     section,
 )
@@ -104,7 +107,7 @@ class ListedMethod:
     learning_rates: tuple[float, ...]
 
 
-SECTIONS = ("data", "training", "quantization", "rwkv", "answers")
+_SECTIONS = {"data": ComparedData, "quantization": Quantization, "rwkv": RwkvSettings, "answers": Answers}
 _NOT_HERE = {
     "training.learning_rate": "set `learning_rates` instead",
     "training.output_dir": "set `output` instead",
@@ -145,26 +148,17 @@ def load_comparison(config: str | Path, overrides: list[str] | None = None) -> C
         ConfigError: a field is unknown (all of them are named), missing, or of the wrong type or range.
         FormatError: the file is not a YAML mapping; the message gives the line.
     """
-    overrides, where = list(overrides or []), str(config)
-    content = read_yaml(Path(config))
-    flags = flag_names(overrides)
-    known = field_names(ComparisonConfig)
-    known += [f"data.{name}" for name in field_names(ComparedData)]
-    known += [f"training.{name}" for name in field_names(arguments_class(content.get("task")))]
-    known += [f"training.{name}" for name in ("max_length",) if content.get("task") == "classification"]
-    for name, cls in (("quantization", Quantization), ("rwkv", RwkvSettings), ("answers", Answers)):
-        known += [f"{name}.{inner}" for inner in field_names(cls)]
-    check_names(keys(content, SECTIONS) + flags, known, where, {**OURS, **_NOT_HERE})
-    data = content.get("data")
-    missing = [name for name in ("model", "output") if content.get(name) is None and name not in flags]
-    missing += [
-        f"data.{name}"
-        for name in ("path", "test")
-        if not (isinstance(data, dict) and data.get(name) is not None) and f"data.{name}" not in flags
-    ]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    comparison = parse(ComparisonConfig, content, overrides, where, (*SECTIONS, "methods", "budget"))
+    overrides, content = list(overrides or []), read_yaml(Path(config))
+    where, task = str(config), option_of(overrides, "task") or content.get("task")
+    schema = Schema(
+        ComparisonConfig,
+        {**_SECTIONS, "training": arguments_class(task)},
+        {**OURS, **_NOT_HERE},
+        more_arguments(task),
+        required=("data.test",),
+        paths=(*(name for name in PATHS if name != "init_adapter"), "data.test", "data.test.path"),
+    )
+    comparison = schema.fill(content, overrides, where)
     try:
         check(comparison)
     except ConfigError as error:

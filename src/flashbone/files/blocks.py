@@ -86,7 +86,7 @@ class BlockFolder(ABC):
         """The adapter that a file with these keys and this config holds."""
         suffixes = (self.block, self.transposed_block) if self.transposed_block else (self.block,)
         parts, replacements, problems = folders.sort_tensors(state, config, suffixes)
-        named: list[str] = config.get("target_parameters") or []
+        named = frozenset(config.get("target_parameters") or ())
         parameters = frozenset(name for name in parts if fields.is_targeted(name, named))
         blocks = {}
         for name, (block, *others) in ((name, part.values()) for name, part in parts.items()):
@@ -112,6 +112,7 @@ class BlockFolder(ABC):
             config |= old
         modules = [name for name in adapter.blocks if name not in adapter.parameters]
         targets = config["target_modules"]
+        targets = frozenset(targets) if isinstance(targets, list) else targets
         if targets is None or not all(fields.is_targeted(name, targets) for name in modules):
             config["target_modules"] = sorted(modules) or None
             config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))

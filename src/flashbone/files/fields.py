@@ -5,16 +5,16 @@ A schema is a table of them: a method's config is read, checked and written by i
 
 from __future__ import annotations
 
-import re
 import reprlib
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashbone.errors import FormatError
+from flashbone.errors import FormatError, visible
+from flashbone.files import patterns
+from flashbone.files.names import dotted_endings
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ConfigField:
 Schema = Mapping[str, ConfigField]
 ANY = ConfigField(lambda value: True, "anything")  # not written
 _HEAD = ("peft_type", "peft_version")
+_MOST_NAMES = 20_000
 
 
 def checked(
@@ -97,43 +98,64 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(map(is_text, value))
 
 
+def _is_few_names(value: object) -> bool:
+    return _is_names(value) and len(value) <= _MOST_NAMES  # pyright: ignore[reportArgumentType]
+
+
+def _are_targets(value: object) -> bool:
+    return value == "" or _is_names(value) or (is_text(value) and not patterns.problem(str(value)))
+
+
+def _are_layers(value: object) -> bool:
+    return value == "" or is_pattern(value) or (_is_few_names(value) and all(map(is_pattern, value)))  # pyright: ignore
+
+
 def is_pattern(value: object) -> bool:
-    """Whether it is a regular expression, by itself and inside the one that PEFT builds around it."""
-    if not is_text(value):
-        return False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(str(value))
-            re.compile(_at_the_end(str(value)))
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
-def _at_the_end(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+    """Whether it is a regular expression that is matched in bounded time, by itself and where PEFT puts it."""
+    return is_text(value) and not patterns.problem(str(value), is_key=True)
 
 
 def by_pattern(name: str, pattern: Mapping[str, Any], otherwise: Any) -> Any:
     """The value for a module in a `rank_pattern`: PEFT takes the first key that matches."""
-    return next((value for key, value in pattern.items() if re.match(_at_the_end(key), name)), otherwise)
+    return patterns.first(pattern, name, otherwise)
 
 
-def is_targeted(name: str, targets: str | list[str]) -> bool:
+def is_targeted(name: str, targets: str | Collection[str]) -> bool:
     """Whether `target_modules` means the module of this name, as PEFT matches."""
     if isinstance(targets, str):
-        return targets.lower() == "all-linear" or (is_pattern(targets) and re.fullmatch(targets, name) is not None)
-    return any(f".{name}".endswith(f".{target}") for target in targets)
+        return targets.lower() == "all-linear" or (is_pattern(targets) and patterns.fullmatch(targets, name))
+    return any(ending in targets for ending in dotted_endings(name))
 
 
-def patterns(fits: Callable[[Any], bool], wanted: str) -> ConfigField:
+def refuse_slow_patterns(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse the config of an adapter of any of PEFT's methods whose regular expressions could take forever.
+
+    Raises:
+        FormatError: some could; all are named.
+    """
+    problems = []
+    for name, value in config.items():
+        listed = [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else []
+        if name not in ("target_modules", "exclude_modules") and not name.endswith("_pattern"):
+            continue
+        if len(listed) > patterns.MOST_PATTERNS and name.endswith("_pattern"):
+            problems.append(f"{name}: got {len(listed):,} patterns, wanted at most {patterns.MOST_PATTERNS:,}")
+        elif isinstance(value, str) or name.endswith("_pattern"):
+            wrong = {text: why for text in listed if isinstance(text, str) and (why := patterns.problem(text))}
+            problems += [f"{name}: {visible(text)} is {why}" for text, why in wrong.items()]
+    if problems:
+        raise FormatError(f"{file}: {'; '.join(problems)}")
+
+
+def patterned(fits: Callable[[Any], bool], wanted: str) -> ConfigField:
     """A field that gives modules their own value by regular expressions."""
-    return ConfigField(
-        lambda v: isinstance(v, dict) and all(is_pattern(key) and fits(value) for key, value in v.items()),
-        f"regular expressions with {wanted}",
-        {},
-    )
+
+    def are_patterns(value: Any) -> bool:
+        few = isinstance(value, dict) and len(value) <= patterns.MOST_PATTERNS
+        return few and all(is_pattern(key) and fits(inner) for key, inner in value.items())
+
+    words = f"at most {patterns.MOST_PATTERNS:,} regular expressions, none of which could take forever, with {wanted}"
+    return ConfigField(are_patterns, words, {})
 
 
 def size(default: int) -> ConfigField:
@@ -148,12 +170,13 @@ def bias(only: str) -> ConfigField:
     return ConfigField(lambda v: v in ("none", "all", only), f"'none', 'all' or '{only}'", "none")
 
 
-NAMES = ConfigField(_is_names, "names", [])
+NAMES = ConfigField(_is_few_names, f"names, at most {_MOST_NAMES:,}", [])
 PROBABILITY = ConfigField(
     lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1, "a probability in [0, 1)", 0.0
 )
 _TEXT = ConfigField(lambda v: v == "" or is_text(v), "a string or null")
-_TARGETS = ConfigField(lambda v: v == "" or is_text(v) or _is_names(v), "names or a pattern")
+_TARGETS = ConfigField(_are_targets, "names or a regular expression that could not take forever")
+_LAYERS = ConfigField(_are_layers, "regular expressions that could not take forever")
 
 # The fields of every method of PEFT.
 SHARED: dict[str, ConfigField] = {
@@ -170,6 +193,6 @@ SHARED: dict[str, ConfigField] = {
     "layers_to_transform": ConfigField(
         lambda v: _is_index(v) or (isinstance(v, list) and all(map(_is_index, v))), "indices"
     ),
-    "layers_pattern": _TARGETS,
+    "layers_pattern": _LAYERS,
     "modules_to_save": NAMES,
 }

@@ -41,8 +41,8 @@ _SCHEMA = fields.SHARED | {
     "use_rslora": fields.flag(False),
     "fan_in_fan_out": fields.flag(False),
     "bias": fields.bias("lora_only"),
-    "rank_pattern": fields.patterns(fields.is_size, "positive integers"),
-    "alpha_pattern": fields.patterns(_is_number, "numbers"),
+    "rank_pattern": fields.patterned(fields.is_size, "positive integers"),
+    "alpha_pattern": fields.patterned(_is_number, "numbers"),
     "init_lora_weights": ConfigField(
         lambda v: isinstance(v, bool) or v in ("gaussian", "eva", "orthogonal"),
         "one that leaves the base unchanged, unlike PiSSA, OLoRA and others; save it as a plain LoRA with PEFT first",

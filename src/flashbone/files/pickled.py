@@ -7,13 +7,13 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import _utils
 
 from flashbone.errors import FormatError
-from flashbone.files.tensors import DTYPES
+from flashbone.files.tensors import DTYPES, MAX_AXES
 
 # dtype -> torch's class of its storages; dtypes that came later have none.
 _STORAGES = {
@@ -31,6 +31,7 @@ _STORAGES = {
     "C128": "ComplexDoubleStorage",
 }
 _BYTES = "UntypedStorage"
+MOST_TENSORS = 200_000
 
 
 class PickledStorage(NamedTuple):
@@ -65,6 +66,12 @@ class PickledTensor(NamedTuple):
     def nbytes(self) -> int:
         """Of a contiguous tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def extent(self) -> int:
+        """Bytes from its first number to its last; of a contiguous tensor, all of them."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return 0 if 0 in self.shape else (last + 1) * DTYPES[self.dtype].itemsize
 
     @property
     def is_contiguous(self) -> bool:
@@ -102,24 +109,38 @@ def dump(table: Mapping[str, PickledTensor]) -> bytes:
     return file.getvalue()
 
 
-def load(path: Path, data: bytes) -> dict[str, PickledTensor]:
-    """Unpickle the dict of contiguous tensors that the file `path` holds.
+def value(path: Path, file: BinaryIO) -> Any:
+    """The next pickle of a file; it may hold numbers, texts, lists and dicts, besides records of tensors.
+
+    Raises:
+        FormatError: it asks for code.
+        Exception: of any kind, where it is damaged.
+    """
+    return _Unpickler(path, file).load()
+
+
+def table(path: Path, file: BinaryIO, views: bool = False) -> dict[str, PickledTensor]:
+    """The next pickle, which has to be a dict of contiguous tensors; with `views` their axes may be in any order.
 
     Raises:
         FormatError: it asks for code, or holds something else; everything but such tensors is named.
         Exception: of any kind, where it is damaged.
     """
-    table = _Unpickler(path, data).load()
-    if not isinstance(table, dict):
-        kind = "tensor" if isinstance(table, PickledTensor) else type(table).__name__
+    content = value(path, file)
+    if not isinstance(content, dict):
+        kind = "tensor" if isinstance(content, PickledTensor) else type(content).__name__
         raise FormatError(f"{path}: wanted a dict of tensors by name, it holds a {kind}")
-    problems = [problem for name, value in table.items() if (problem := _problem(name, value))]
+    if len(content) > MOST_TENSORS:
+        raise FormatError(
+            f"{path}: it holds {len(content):,} tensors, at most {MOST_TENSORS:,} are read; is it damaged?"
+        )
+    problems = [problem for name, item in content.items() if (problem := _problem(name, item, views))]
     if problems:
         raise FormatError(f"{path}: wanted a dict of tensors by name; {'; '.join(problems)}")
-    return table
+    return content
 
 
-def _problem(name: Any, value: Any) -> str:
+def _problem(name: Any, value: Any, views: bool) -> str:
     """What is wrong with an item; empty if nothing is."""
     if not isinstance(name, str):
         return f"a key is a {type(name).__name__}"
@@ -129,7 +150,8 @@ def _problem(name: Any, value: Any) -> str:
         return f"{name} is a {type(value).__name__}"
     if value.metadata:
         return f"{name} is a conjugated or negated view; save its resolve_conj().resolve_neg()"
-    return "" if value.is_contiguous else f"{name} is a view that is not contiguous; save its contiguous()"
+    fits = value.nbytes <= value.extent if views else value.is_contiguous  # expanded views claim more than there is
+    return "" if fits else f"{name} is a view that is not contiguous; save its contiguous()"
 
 
 def is_of_the_disk(error: Exception) -> bool:
@@ -153,8 +175,8 @@ class _Unpickler(pickle._Unpickler):
     Python's unpickler, since C's allocates memory for any index that a pickle holds.
     """
 
-    def __init__(self, path: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
@@ -166,7 +188,9 @@ class _Unpickler(pickle._Unpickler):
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> PickledStorage:
-        kind, dtype, key, _location, size = pid
+        kind, dtype, key, _location, size, *view = pid
+        if any(view) or len(view) > 1:
+            raise ValueError("its pickle holds a view of a storage; save it with a newer torch")
         if kind != "storage" or dtype not in (*_STORAGES, _BYTES) or not isinstance(key, str) or not _is_size(size):
             raise ValueError("its pickle names an invalid storage")
         return PickledStorage(dtype, key, size)
@@ -181,7 +205,7 @@ def _rebuild_v3(
 ):
     sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
     known = isinstance(storage, PickledStorage) and dtype in DTYPES
-    if not (known and sizes and all(map(_is_size, (offset, *shape, *stride)))):
+    if not (known and sizes and len(shape) <= MAX_AXES and all(map(_is_size, (offset, *shape, *stride)))):
         raise ValueError("its pickle rebuilds an invalid tensor")
     return PickledTensor(storage, dtype, shape, offset, stride, metadata)
 

@@ -6,16 +6,22 @@ written one tensor at a time, each at a multiple of 64 bytes.
 """
 
 import bisect
+import io
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from flashbone.errors import FormatError
+import torch
+from torch import Tensor
+
+from flashbone.errors import FormatError, one_line
 from flashbone.files import pickled
-from flashbone.files.tensors import Layout, Piece, TensorEntry, TensorFile
+from flashbone.files.tensors import DTYPES, Layout, Piece, TensorEntry, TensorFile
 
+_MAGIC = 0x1950A86A20F9469CFC6C  # of torch before 1.6
+_MOST_USES = 16  # of the bytes of a file: tied tensors share them
 _ALIGNMENT = 64  # bytes, torch's own
 _ROOT = "archive"
 _ZIP64_EXTRA = 20  # bytes that it adds to a local header
@@ -28,21 +34,77 @@ def scan(path: Path) -> TensorFile:
     Raises:
         FormatError: it is not a whole file of plain tensors; all tensors that cannot be read are named.
     """
-    size = path.stat().st_size
+    return TensorFile(path, b"", tuple(entry for entry, _ in _places(path, views=False)), path.stat().st_size)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory that is the mapped file: nothing that it only claims is made.
+
+    Raises:
+        FormatError: as `scan`; or they claim far more bytes than the file has.
+    """
+    places, size = _places(path, views=True), path.stat().st_size
+    claimed = sum(tensor.nbytes for _, tensor in places)
+    if claimed > _MOST_USES * size:
+        raise FormatError(f"{path}: its tensors claim {claimed:,} bytes, the file has {size:,}; save them contiguous")
+    mapped = torch.UntypedStorage.from_file(str(path), False, size)
+    return {entry.name: _mapped(mapped, entry, tensor) for entry, tensor in places}
+
+
+def _mapped(mapped: Any, entry: TensorEntry, tensor: pickled.PickledTensor) -> Tensor:
+    dtype = DTYPES[entry.dtype]
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    data: Any = torch.empty(0, dtype=torch.uint8)
+    data.set_(mapped[entry.start : entry.end], 0, (entry.end - entry.start,))
+    if entry.start % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).as_strided(entry.shape, tensor.stride)
+
+
+def _places(path: Path, views: bool) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
+    """Where each tensor is, and what the pickle holds of it.
+
+    `views`: as `read` takes them: also tensors that are not contiguous, and files of torch before 1.6.
+    """
     with path.open("rb") as file:
-        if file.read(1) == b"\x80":  # a bare pickle
+        is_bare = file.read(1) == b"\x80"
+        if is_bare and not views:
             raise FormatError(
                 f"{path}: is a bare pickle, as torch saved before 1.6, without a directory of its tensors; save it"
                 " again with torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
             )
         try:
-            entries = _entries(path, file)
+            return _bare_entries(path, file) if is_bare else _entries(path, file, views)
         except Exception as error:  # zipfile and pickle fail at a damaged file with any exception
             if isinstance(error, FormatError) or pickled.is_of_the_disk(error):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error, 200) or type(error).__name__
             raise FormatError(f"{path}: not a whole torch file ({reason}); {_DAMAGED}") from error
-    return TensorFile(path, b"", tuple(entries), size)
+
+
+def _bare_entries(path: Path, file: BinaryIO) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
+    """Of a file of torch before 1.6: four pickles, the last of which is the dict, one of the keys of storages, then for
+    each of these the number of its numbers, and them."""
+    file.seek(0)
+    if pickled.value(path, file) != _MAGIC:
+        raise ValueError("it begins like a pickle that torch.save() did not write")
+    for _ in ("the protocol", "the sizes of C's types"):
+        pickled.value(path, file)
+    table, keys = pickled.table(path, file, views=True), pickled.value(path, file)
+    storages = {tensor.storage.key: tensor.storage for tensor in table.values()}
+    starts, size = {}, path.stat().st_size
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little")
+        starts[key] = file.tell()
+        if count != storages[key].size or starts[key] + storages[key].nbytes > size:
+            raise ValueError(f"storage {key} is not whole")
+        file.seek(storages[key].nbytes, 1)
+    for name, tensor in table.items():
+        if tensor.start + tensor.extent > tensor.storage.nbytes:
+            raise ValueError(f"{name} does not fit into its storage")
+    begins = {name: starts[tensor.storage.key] + tensor.start for name, tensor in table.items()}
+    return [(TensorEntry(n, t.dtype, t.shape, begins[n], begins[n] + t.extent), t) for n, t in table.items()]
 
 
 def tied(file: TensorFile) -> dict[str, str]:
@@ -52,7 +114,7 @@ def tied(file: TensorFile) -> dict[str, str]:
     return {name: owner for name, owner in pairs.items() if name != owner}
 
 
-def _entries(path: Path, file: BinaryIO) -> list[TensorEntry]:
+def _entries(path: Path, file: BinaryIO, views: bool) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         root = _root(path, members)
@@ -61,9 +123,10 @@ def _entries(path: Path, file: BinaryIO) -> list[TensorEntry]:
         order = archive.read(_checked(path, members, f"{root}/byteorder")) if f"{root}/byteorder" in members else b""
         if order not in (b"little", b""):
             raise FormatError(f"{path}: byteorder: got {order.decode()!r}, wanted 'little'; save it on another machine")
-        table = pickled.load(path, archive.read(_checked(path, members, f"{root}/data.pkl")))
+        data = io.BytesIO(archive.read(_checked(path, members, f"{root}/data.pkl")))
+        table = pickled.table(path, data, views)
         limits = [*sorted(info.header_offset for info in members.values()), archive.start_dir]
-        return [_entry(path, file, members, limits, root, name, tensor) for name, tensor in table.items()]
+        return [(_entry(path, file, members, limits, root, name, tensor), tensor) for name, tensor in table.items()]
 
 
 def _root(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
@@ -112,10 +175,10 @@ def _entry(
     data_start = info.header_offset + 30 + name_length + extra_length
     if data_start + info.file_size > limits[bisect.bisect_right(limits, info.header_offset)]:
         raise ValueError(f"{info.filename} overlaps what follows it")
-    if not tensor.start + tensor.nbytes <= tensor.storage.nbytes == info.file_size:
+    if not tensor.start + tensor.extent <= tensor.storage.nbytes == info.file_size:
         raise ValueError(f"{name} does not fit into the {info.file_size} bytes of {info.filename}")
     start = data_start + tensor.start
-    return TensorEntry(name, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
+    return TensorEntry(name, tensor.dtype, tensor.shape, start, start + tensor.extent)
 
 
 def write(

@@ -62,39 +62,41 @@ def problems(kind: Any, fields: Mapping[str, Any]) -> dict[str, str]:
     hints, wrong = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         if field.name in fields:
-            if not _fits(fields[field.name], hints[field.name]):
-                wrong[field.name] = f"got {fields[field.name]!r:.60}, wanted {_wanted(hints[field.name])}"
+            if not fits(fields[field.name], hints[field.name]):
+                wrong[field.name] = f"got {fields[field.name]!r:.60}, wanted {wanted(hints[field.name])}"
         elif field.default is field.default_factory is dataclasses.MISSING:
             wrong[field.name] = "is missing"
     return wrong
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON or YAML is of a type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
+        return any(fits(value, option) for option in inner)
     if origin is Literal:
         return any(value == option and type(value) is type(option) for option in inner)
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin in (list, tuple, set):
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     if hint in (int, float):
         is_number = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
         return is_number and (isinstance(value, int) or math.isfinite(value))
-    return hint is Any or isinstance(value, hint)
+    return hint is Any or isinstance(value, origin or hint)
 
 
-def _wanted(hint: Any) -> str:
+def wanted(hint: Any) -> str:
+    """A type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_wanted, inner))
+        return " or ".join(dict.fromkeys(map(wanted, inner)))
     if origin is Literal:
         return " or ".join(map(str, inner))
-    if origin in (list, tuple):
-        return f"a list, each {_wanted(inner[0])}"
+    if origin in (list, tuple, set):
+        return f"a list, each {wanted(inner[0])}"
     return NAMES.get(hint, "an object")
 
 

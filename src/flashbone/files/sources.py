@@ -1,11 +1,12 @@
 """What a user points at, as all commands read it: JSON files, and repositories on the hub."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from flashbone.errors import FormatError
+from flashbone.errors import ConfigError, FormatError
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -30,6 +31,22 @@ def json_object(text: bytes, where: str, remedy: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{where}: wanted a JSON object, got a {type(content).__name__}{remedy}")
     return content
+
+
+def expanded(name: str) -> str:
+    """What a user calls a place, with `~` and `$NAME` or `${NAME}` filled in as a shell does.
+
+    Raises:
+        ConfigError: the environment has no such variable.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        variable = match["braced"] or match["plain"]
+        if variable not in os.environ:
+            raise ConfigError(f"{name}: the variable {variable} is not set; set it, or write the path out")
+        return os.environ[variable]
+
+    return os.path.expanduser(re.sub(r"\$(?:\{(?P<braced>\w+)\}|(?P<plain>[A-Za-z_]\w*))", value, name))
 
 
 def is_hub_id(name: str) -> bool:

@@ -1,7 +1,5 @@
 """All tensors of one file: safetensors, or a torch pickle, whose code is never run."""
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,60 +8,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashbone.errors import FormatError
-from flashbone.files.pickled import is_of_the_disk
+from flashbone.errors import FormatError, one_line, visible
+from flashbone.files import pth, tensors
 from flashbone.files.tensors import FLOATS
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor, on the CPU and in the file's dtypes; a zipped pickle (torch's own since 1.6) is mapped, not read.
+    """Name -> tensor, on the CPU and in the file's dtypes; a torch file is mapped, not read.
 
     Raises:
         FormatError: the file is broken, or holds anything but tensors with printable names.
     """
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else pth.read(file)
     strange = [name for name in state if not name.isprintable()]
     if strange:
-        raise FormatError(f"{file}: names of tensors hold control characters: {', '.join(map(repr, strange))}")
+        raise FormatError(f"{file}: names of tensors hold control characters: {', '.join(map(visible, strange))}")
     return state
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    tensors.scan(file)  # what the library says of a damaged header is long
     try:
         return load_file(file)
-    except (SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = one_line(error, 200)
         raise FormatError(
             f"{file}: not a whole safetensors file ({reason}); it may be truncated, copy or download it again"
         ) from error
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{file}: refused, this pickle is broken or holds more than tensors (pickles can run code); convert it to"
-            " safetensors where you trust it"
-        ) from error
-    except Exception as error:  # torch's unpickler fails at a damaged file with any exception
-        if is_of_the_disk(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise FormatError(f"{file}: cannot be read as a torch file; it may be truncated ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in state.items()):
-        raise FormatError(f"{file}: wanted a mapping from names to tensors, it holds something else")
-    return {key: tensor.detach() for key, tensor in state.items()}
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is a tensor with all its values on the CPU: not sparse, not quantised, not on the meta device."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-    )
 
 
 def write_safetensors(state: Mapping[str, Tensor], file: Path) -> None:

@@ -8,6 +8,7 @@ byte for byte, and the tensors can be streamed in the order of their offsets: on
 import json
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flashbone.errors import FormatError
+from flashbone.errors import FormatError, visible
 
 # In the order of the safetensors library's own files.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -27,7 +28,8 @@ DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # Bits of an element of every dtype that the format knows; C128 is known to torch's files alone.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items() if name != "C128"}
 BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# A header in memory takes ten times its bytes: room for 200,000 tensors. torch has no more axes than 64.
+_MAX_HEADER, MAX_AXES = 20_000_000, 64
 
 Piece = bytes | bytearray | memoryview
 Layout = Sequence[tuple[str, str, tuple[int, ...]]]  # of a file: name, dtype such as "BF16", and shape of each tensor
@@ -67,11 +69,15 @@ def scan(path: Path) -> TensorFile:
     with path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
+        if length > _MAX_HEADER and size > length:
+            raise FormatError(
+                f"{path}: its header has {length:,} bytes, at most {_MAX_HEADER:,} are read; is it damaged?"
+            )
+        if len(head) < 8 or length > size - 8:
             raise FormatError(f"{path}: not a whole safetensors file; it may be truncated, copy or download it again")
         text = file.read(length)
     try:
-        table: dict[str, Any] = json.loads(text)
+        table: dict[str, Any] = json.loads(text, object_pairs_hook=_without_twins)
         table.pop("__metadata__", None)
         entries = [_entry(name, fields, 8 + length) for name, fields in table.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -90,13 +96,27 @@ def scan(path: Path) -> TensorFile:
     return TensorFile(path, head + text, tuple(entries), size)
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twins = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"it names {', '.join(map(visible, twins))} twice")
+    return table
+
+
 def _entry(name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
     shape = tuple(operator.index(n) for n in fields["shape"])
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"tensor {name} has {len(shape)} axes, at most {MAX_AXES} are possible")
     start, end = (operator.index(n) for n in fields["data_offsets"])
     entry = TensorEntry(name, str(fields["dtype"]), shape, data_start + start, data_start + end)
     if start < 0 or end < start or any(n < 0 for n in shape):
         raise ValueError(f"tensor {name} has negative sizes")
-    if entry.dtype in FLOATS and end - start != math.prod(shape) * FLOATS[entry.dtype].itemsize:
+    if entry.dtype not in BITS:
+        raise ValueError(
+            f"tensor {name}: dtype {visible(entry.dtype)!r} is unknown; was it written by a newer safetensors?"
+        )
+    if 8 * (end - start) != math.prod(shape) * BITS[entry.dtype]:
         raise ValueError(f"tensor {name}: {end - start} bytes are not {entry.dtype} of shape {shape}")
     return entry
 
@@ -165,8 +185,7 @@ def write(
         advance(len(start))
         for name, dtype, shape in layout:
             written = _put(file, content(name), advance)
-            if dtype in BITS:
-                assert written == nbytes(dtype, shape), f"{name}: {written} bytes are not {dtype} of shape {shape}"
+            assert written == nbytes(dtype, shape), f"{name}: {written} bytes are not {dtype} of shape {shape}"
 
 
 def _put(file: BinaryIO, pieces: Iterable[Piece], advance: Callable[[int], None]) -> int:

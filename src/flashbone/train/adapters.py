@@ -14,6 +14,8 @@ from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import peft as peft_files
 from flashbone.files import reading
 from flashbone.files.adapter import Adapter
+from flashbone.files.fields import refuse_slow_patterns
+from flashbone.files.sources import read_json
 from flashbone.train.recipe import TASK_TYPES, Recipe
 
 
@@ -117,7 +119,8 @@ def same_compilers() -> Iterator[None]:
 @contextmanager
 def _peft_folder(adapter: Path) -> Iterator[Path]:
     """Where PEFT finds the adapter: its own folder, or one that is made of another format for the time being."""
-    if (adapter / peft_files.CONFIG).is_file():
+    if (config := adapter / peft_files.CONFIG).is_file():
+        refuse_slow_patterns(config, read_json(config))
         yield adapter
         return
     if not adapter.exists():

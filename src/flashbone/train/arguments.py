@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from flashbone.errors import ConfigError
+from flashbone.files.records import problems
 from flashbone.train.recipe import Recipe, arguments_class
 
 
@@ -19,6 +20,8 @@ def trainer_arguments(recipe: Recipe) -> Any:
         training.pop("max_length", None)
     # YAML 1.1 reads `no` as false; no strategy is a truth value.
     training |= {key: "no" for key, value in training.items() if key.endswith("_strategy") and value is False}
+    if wrong := problems(arguments_class(recipe.task), training):
+        raise ConfigError("; ".join(f"training.{name}: {problem}" for name, problem in wrong.items()))
     training = _checkpointing(training, recipe)
     fields = {**_defaults(recipe), **training, "output_dir": recipe.output, "seed": recipe.seed}
     try:

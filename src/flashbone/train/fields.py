@@ -1,17 +1,19 @@
-"""Configurations as YAML files with `--dotted.field value` on top: reading them, naming every field that is none."""
+"""Configurations as YAML files with `--dotted.field value` on top: plain data put into a dataclass, its types checked,
+every field named that is none. Nothing in them can name a class or a function."""
 
-import argparse
-import contextlib
 import dataclasses
 import difflib
-import re
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.files.plain_yaml import parse_yaml
+from flashbone.files.records import fits, from_json, wanted
+from flashbone.files.sources import expanded
 
 T = TypeVar("T")
+Names = tuple[str, ...]  # of a field, from the outside in
 
 
 def field_names(cls: Any) -> list[str]:
@@ -19,50 +21,171 @@ def field_names(cls: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(cls) if item.init]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+@dataclass(frozen=True)
+class Schema(Generic[T]):
+    """What a configuration may hold.
 
-    Raises:
-        ConfigError: there is no such file.
-        FormatError: it is no YAML mapping; the message gives the line.
+    Attributes:
+        kind: the dataclass that is filled.
+        sections: its fields that hold others, each with the dataclass that has these; empty they mean their defaults.
+        elsewhere: names that exist but are decided elsewhere, with what to do instead.
+        more: further names in sections, with their types.
+        required: names that have to be there though they have a default.
+        paths: names that are places on disk, in which `~` and `$NAME` mean what they mean to a shell.
     """
-    import yaml
 
+    kind: type[T]
+    sections: Mapping[str, Any]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    required: Collection[str] = ()
+    paths: Collection[str] = ()
+
+    def fill(self, content: Mapping[str, Any], overrides: list[str], where: str) -> T:
+        """The dataclass, with what a file gives and the overrides on top.
+
+        Args:
+            content: What the file holds.
+            overrides: `--dotted.field value`, or with `=`.
+            where: The file, for messages.
+
+        Raises:
+            ConfigError: fields are unknown, missing or of another type; all are named.
+        """
+        types = self._types()
+        given = _flags(overrides)
+        filled = _copy(content)
+        for path, text in given:
+            _put(filled, path, _value(text, self._type_at(path, types), "--" + ".".join(path)), where)
+        check_names([name for name, _ in self._named(filled)], list(types), where, self.elsewhere)
+        filled = {name: value for name, value in filled.items() if value is not None or name not in self.sections}
+        if missing := self._missing(filled):
+            raise ConfigError(f"{where}: missing {', '.join(missing)}")
+        values = [(name, value) for name, value in self._named(filled) if not fits(value, types[name])]
+        if values:
+            wrong = [f"{name}: got {value!r:.60}, wanted {wanted(types[name])}" for name, value in values]
+            raise ConfigError(f"{where}: {'; '.join(wrong)}")
+        for name in self.paths:
+            _expand(filled, name.split("."))
+        try:
+            return from_json(self.kind, filled, where)
+        except FormatError as error:
+            raise ConfigError(str(error)) from None
+
+    def _types(self) -> dict[str, Any]:
+        top, types = get_type_hints(self.kind), {}
+        for name in field_names(self.kind):
+            types[name] = top[name]
+            if name in self.sections:
+                inner = get_type_hints(self.sections[name])
+                types |= {f"{name}.{key}": inner[key] for key in field_names(self.sections[name])}
+        return types | dict(self.more)
+
+    def _named(self, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The values with their dotted names, those in sections for themselves."""
+        for name, value in content.items():
+            parts = value if isinstance(value, list) else [value]
+            if name not in self.sections or not all(isinstance(part, dict) for part in parts):
+                yield (f"{name!r} (write it as a field inside its section)" if "." in str(name) else str(name)), value
+                continue
+            for part in parts:
+                yield from ((f"{name}.{key}", inner) for key, inner in part.items())
+
+    def _type_at(self, path: Names, types: Mapping[str, Any]) -> Any:
+        """The type of a field at any depth: deeper than sections, that of a mapping's values."""
+        deep = 2 if path[0] in self.sections else 1
+        kind = types.get(".".join(path[:deep]), Any)
+        for _ in path[deep:]:
+            mappings = [option for option in (kind, *get_args(kind)) if get_origin(option) is dict]
+            kind = get_args(mappings[0])[1] if mappings else Any
+        return kind
+
+    def _missing(self, content: Mapping[str, Any]) -> list[str]:
+        missing = []
+        for name in _without_default(self.kind):
+            if name not in self.sections:
+                missing += [name] if content.get(name) is None else []
+                continue
+            value = content.get(name)
+            parts = value if isinstance(value, list) and value else [value]
+            inner = [*_without_default(self.sections[name]), *self._required_in(name)]
+            missing += [
+                f"{name}.{key}"
+                for key in dict.fromkeys(inner)
+                if any(not isinstance(part, dict) or part.get(key) is None for part in parts)
+            ]
+        return sorted(missing, key=lambda name: "." in name)
+
+    def _required_in(self, section: str) -> list[str]:
+        return [key for name, _, key in (entry.partition(".") for entry in self.required) if name == section]
+
+
+def _without_default(cls: Any) -> list[str]:
+    absent = dataclasses.MISSING
+    return [item.name for item in dataclasses.fields(cls) if item.default is item.default_factory is absent]
+
+
+def _flags(overrides: list[str]) -> list[tuple[Names, str]]:
+    """The names and texts of `--a.b value` and `--a.b=value`."""
+    words, flags = iter(overrides), []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"{word!r}: wanted --dotted.field value")
+        value = text if equals else next(words, None)
+        if value is None:
+            raise ConfigError(f"{name}: wanted a value after it")
+        flags.append((tuple(name[2:].split(".")), value))
+    return flags
+
+
+def option_of(overrides: list[str], name: str) -> str | None:
+    """The text that a top field gets on the command line."""
+    return dict(_flags(overrides)).get((name,))
+
+
+def _value(text: str, kind: Any, flag: str) -> Any:
+    """What a word of the command line means to a field: YAML, or where that does not fit, the text itself."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; a YAML file was wanted") from None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "malformed"
-        raise FormatError(f"{path}{line}: not valid YAML: {problem}") from None
-    if not isinstance(content, dict):
-        got = "nothing" if content is None else type(content).__name__
-        raise FormatError(f"{path}: holds {got}; a mapping with model, data and output was wanted")
-    return content
+        value = parse_yaml(text, flag)
+    except FormatError as error:
+        if not fits(text, kind) or kind is Any or not text.isprintable():
+            raise ConfigError(str(error)) from None
+        return text
+    return text if not fits(value, kind) and fits(text, kind) else value
 
 
-def keys(content: dict[str, Any], sections: Collection[str]) -> list[str]:
-    """The dotted names in a YAML mapping, two levels deep: `model`, `data.path`, `training.max_steps`."""
-    names = []
-    for key, value in content.items():
-        nested = key in sections and isinstance(value, dict)
-        names += [f"{key}.{inner}" for inner in value] if nested else [str(key)]
-    return names
+def _put(content: dict[str, Any], path: Names, value: Any, where: str) -> None:
+    """Set a field at any depth."""
+    for level, name in enumerate(path[:-1], 1):
+        inner = content.get(name)
+        if inner is None:
+            inner = content[name] = {}
+        if not isinstance(inner, dict):
+            outer = ".".join(path[:level])
+            raise ConfigError(f"{where}: --{'.'.join(path)}: {outer} is {inner!r:.60}, and has no fields")
+        content = inner
+    content[path[-1]] = value
 
 
-def flag_names(overrides: list[str]) -> list[str]:
-    """The dotted names behind the `--flags`, two levels deep: `--data.columns.prompt=q` is `data.columns`."""
-    flags = [flag[2:].split("=", 1)[0] for flag in overrides if flag.startswith("--")]
-    return [".".join(flag.split(".")[:2]) for flag in flags]
+def _expand(content: Any, path: list[str]) -> None:
+    name, *inner = path
+    for part in content if isinstance(content, list) else [content]:
+        value = part.get(name) if isinstance(part, dict) else None
+        if inner:
+            _expand(value, inner)
+        elif isinstance(value, str):
+            part[name] = expanded(value)
 
 
-def check_names(names: list[str], known: list[str], where: str, ours: Mapping[str, str]) -> None:
+def _copy(value: Any) -> Any:
+    """Mappings and lists of its own at every depth, also where aliases share them."""
+    if isinstance(value, Mapping):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
+def check_names(names: Collection[str], known: list[str], where: str, ours: Mapping[str, str]) -> None:
     """Raise one ConfigError that names every field that nobody would read, with the nearest that exist.
 
     Args:
@@ -90,73 +213,3 @@ def _hint(name: str, known: list[str]) -> str:
     if not near:  # right name, wrong section: `max_steps` at the top
         near = [other for other in known if other.rsplit(".", 1)[-1] == name]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def parse(cls: type[T], content: dict[str, Any], overrides: list[str], where: str, sections: Collection[str]) -> T:
-    """The configuration of this dataclass: what a file gives, with the overrides on top.
-
-    Args:
-        cls: A dataclass.
-        content: What the file holds.
-        overrides: `--dotted.field value`, or with `=`.
-        where: The file, for messages.
-        sections: Fields that hold others; empty in the file they mean their defaults, and numbers in them that YAML
-            1.1 leaves as strings become numbers.
-
-    Raises:
-        ConfigError: a value is of the wrong type, or names a class.
-    """
-    from jsonargparse import ArgumentParser
-
-    refuse_classes(content, overrides, where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, None)
-    filled = {key: value for key, value in content.items() if value is not None or key not in sections}
-    try:
-        merged = parser.parse_args(overrides, namespace=parser.parse_object(filled))
-        plain = parser.instantiate(merged)
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{where}: {one_line(str(error))}") from None
-    fields = {name: plain[name] for name in field_names(cls)}
-    return cls(**{name: numbers(value) if name in sections else value for name, value in fields.items()})
-
-
-def refuse_classes(content: dict[str, Any], overrides: list[str], where: str) -> None:
-    """Refuse `class_path`, wherever it is: jsonargparse would import what it names, and make an object of it.
-
-    Raises:
-        ConfigError: there is one. A configuration is plain data.
-    """
-    import yaml
-
-    values: list[Any] = [content]
-    for word in overrides:
-        name, _, value = word.partition("=")
-        values.append(name.split("."))
-        with contextlib.suppress(yaml.YAMLError):  # the parser says what is wrong with it
-            values.append(yaml.safe_load(value if word.startswith("--") else word))
-    if any(_names_class(value) for value in values):
-        raise ConfigError(f"{where}: class_path is refused: a configuration is plain data and makes no objects")
-
-
-def _names_class(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "class_path" in value or any(map(_names_class, value.values()))
-    return isinstance(value, list) and ("class_path" in value or any(map(_names_class, value)))
-
-
-def numbers(value: Any) -> Any:
-    """Numbers that YAML 1.1 leaves as strings, such as 2e-4, at any depth."""
-    if isinstance(value, dict):
-        return {key: numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [numbers(inner) for inner in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
-        return float(value) if re.search(r"[.eE]", value) else int(value)
-    return value
-
-
-def one_line(message: str) -> str:
-    """jsonargparse's message without its own vocabulary."""
-    message = re.sub(r"<class '(\w+)'>", r"\1", message.replace('Parser key "', '"').replace("typing.", ""))
-    return " ".join(message.split())

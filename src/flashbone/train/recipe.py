@@ -5,15 +5,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from flashbone.errors import ConfigError
+from flashbone.files.plain_yaml import read_yaml
 from flashbone.files.records import problems
-from flashbone.train.fields import (
-    check_names,
-    field_names,
-    flag_names,
-    keys,
-    parse,
-    read_yaml,
-)
+from flashbone.train.fields import Schema, field_names, option_of
 
 Task = Literal["sft", "classification"]
 TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
@@ -155,21 +149,33 @@ def refuse_classification(recipe: Recipe) -> None:
         raise ConfigError(f"{', '.join(names)}: RWKV models and init_adapter are for task sft, not classification")
 
 
-SECTIONS = ("data", "adapter", "training", "quantization", "rwkv")
+# Where files are read and written; `~` and `$NAME` are understood in them.
+PATHS = ("model", "output", "data.path", "data.eval", "init_adapter", "rwkv.vocabulary", "training.chat_template_path")
 
 
 def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a YAML file with `--dotted.field value` overrides on top.
 
     Raises:
-        ConfigError: a field is unknown (all of them are named), missing, or of the wrong type.
+        ConfigError: fields are unknown, missing, or of the wrong type; all of them are named.
         FormatError: the file is no YAML mapping; the message gives the line.
     """
-    overrides = list(overrides or [])
-    content = read_yaml(Path(config))
-    _refuse_unknown(keys(content, SECTIONS) + flag_names(overrides), content.get("task"), str(config))
-    _require(content, overrides, str(config))
-    return _parse(content, overrides, str(config))
+    overrides, content = list(overrides or []), read_yaml(Path(config))
+    task = option_of(overrides, "task") or content.get("task")
+    sections = {
+        "data": DataRecipe,
+        "adapter": _bone_config(),
+        "quantization": Quantization,
+        "rwkv": RwkvSettings,
+        "training": arguments_class(task),
+    }
+    recipe = Schema(Recipe, sections, OURS, more_arguments(task), paths=PATHS).fill(content, overrides, str(config))
+    try:
+        quantization_of(recipe)
+        rwkv_of(recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}") from None
+    return recipe
 
 
 @dataclass
@@ -184,21 +190,16 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
     `task_type` that the recipe's `task` means.
 
     Raises:
-        ConfigError: a field is unknown (all of them are named), no field of the adapter, or of the wrong type.
+        ConfigError: fields are unknown, no fields of the adapter, or of the wrong type; all of them are named.
         FormatError: the file is no YAML mapping; the message gives the line.
     """
     where = "adapter" if config is None else str(config)
     recipe = {} if config is None else read_yaml(Path(config))
-    section, task = recipe.get("adapter"), recipe.get("task")
+    task = recipe.get("task")
     if task is not None and task not in list(TASK_TYPES):
-        raise ConfigError(f"{where}: task: got {task!r}, wanted one of {', '.join(TASK_TYPES)}")
-    if not isinstance(section, dict | None):
-        raise ConfigError(f"{where}: adapter: got {section!r}, wanted a mapping of BoneConfig's fields")
-    content = {"adapter": section or {}}
-    check_names(keys(content, SECTIONS) + flag_names(overrides), ["adapter", *_adapter_names()], where, OURS)
-    merged = parse(AdapterSection, content, overrides, where, ("adapter",))
-    inside = [f"adapter.{name}" for name in merged.adapter]  # of `--adapter {...}`, too
-    check_names(inside, _adapter_names(), where, OURS)
+        raise ConfigError(f"{where}: task: got {task!r:.60}, wanted one of {', '.join(TASK_TYPES)}")
+    schema = Schema(AdapterSection, {"adapter": _bone_config()}, OURS)
+    merged = schema.fill({"adapter": recipe.get("adapter")}, overrides, where)
     return merged.adapter | ({} if task is None else {"task_type": TASK_TYPES[task]})
 
 
@@ -213,42 +214,15 @@ def arguments_class(task: Any) -> type:
     return SFTConfig
 
 
-def _refuse_unknown(names: list[str], task: Any, where: str) -> None:
-    """Raise one ConfigError that names every field that nothing reads, with the nearest that exist."""
-    known = field_names(Recipe)
-    known += [f"data.{name}" for name in field_names(DataRecipe)]
-    known += _adapter_names()
-    known += [f"quantization.{name}" for name in field_names(Quantization)]
-    known += [f"rwkv.{name}" for name in field_names(RwkvSettings)]
-    known += [f"training.{name}" for name in field_names(arguments_class(task))]
-    if task == "classification":
-        known.append("training.max_length")  # ours: transformers' arguments have none
-    check_names(names, known, where, OURS)
+def more_arguments(task: Any) -> dict[str, Any]:
+    """Names in `training` beyond the fields of that class, with their types."""
+    strategies = {f"training.{name}_strategy": str | bool for name in ("eval", "save", "logging")}  # YAML's `no`
+    return strategies | ({"training.max_length": int | None} if task == "classification" else {})
 
 
-def _adapter_names() -> list[str]:
+def _bone_config() -> type:
     import peft  # noqa: F401  # first, since BONE is registered when peft has been imported
 
     from flashbone import BoneConfig
 
-    return [f"adapter.{name}" for name in field_names(BoneConfig)]
-
-
-def _parse(content: dict[str, Any], overrides: list[str], where: str) -> Recipe:
-    recipe = parse(Recipe, content, overrides, where, SECTIONS)
-    try:
-        quantization_of(recipe)
-        rwkv_of(recipe)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return recipe
-
-
-def _require(content: dict[str, Any], overrides: list[str], where: str) -> None:
-    flags = flag_names(overrides)
-    data = content.get("data")
-    missing = [name for name in ("model", "output") if content.get(name) is None and name not in flags]
-    if not (isinstance(data, dict) and data.get("path") is not None) and "data.path" not in flags:
-        missing.append("data.path")
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    return BoneConfig

@@ -57,7 +57,7 @@ def conversation(
     last = messages[-1]["role"]
     if last != "assistant" or len(messages) < 2:
         raise FormatError(f"a conversation must end with the assistant's answer, not with the {last}")
-    learned = [i >= context and _is_learned(i + 1, turn, messages[i]["role"]) for i, turn in enumerate(turns)]
+    learned = [_is_learned(i + 1, turn, messages[i]["role"]) and i >= context for i, turn in enumerate(turns)]
     if not is_blank(system):
         text = _text_of("'system'", system)
         if messages[0]["role"] != "system":
@@ -132,7 +132,7 @@ def kind(value: Any) -> str:
     """What a value is, for an error."""
     if isinstance(value, str) and value.isspace():
         return "blank"
-    return "empty" if is_blank(value) else f"of type {type(value).__name__} ({str(value)[:40]})"
+    return "empty" if is_blank(value) else f"of type {type(value).__name__} ({' '.join(str(value).split())[:40]})"
 
 
 def _message(number: int, turn: Any) -> Turn:

@@ -19,11 +19,12 @@ from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
 from flashbone.tuner.layers.quantized import linear_kind
+from flashbone.tuner.layers.read_weights import ReadWeight
 from flashbone.variants.merged import Term
 from flashbone.variants.orthogonal import DEFAULT_EPS
 
 
-class BoneLayer(MergeableLayer):
+class BoneLayer(ReadWeight, MergeableLayer):
     """The adapters of one layer: blocks, sizes, scales and dropouts by adapter name; merging is in `merging.py`.
 
     Attributes:

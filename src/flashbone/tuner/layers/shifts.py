@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.ops.autocast import without_autocast
 from flashbone.tuner.layers import offloading
-from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
 from flashbone.variants.merged import Term
+
+if TYPE_CHECKING:
+    from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
 
 
 def adapters_to_apply(layer: BoneLayer) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -17,6 +16,7 @@ from peft.config import PeftConfig
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.files import patterns
 from flashbone.tuner.model.roles import ROLES
 from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS
 
@@ -172,17 +172,18 @@ class BoneConfig(PeftConfig):
             )
             if self.dropout:
                 yield f"dropout={self.dropout!r} cannot be applied to target_parameters, whose input is unknown"
-        patterns = {"rank_pattern": [*self.rank_pattern] if isinstance(self.rank_pattern, dict) else []}
+        texts = {"rank_pattern": [*self.rank_pattern] if isinstance(self.rank_pattern, dict) else []}
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                patterns[name] = [value]
+                texts[name] = [value]
             elif value is not None and not _are_names(value, object):
                 yield f"{name}: got {value!r}, wanted names of modules"
-        for name, values in patterns.items():
+        for name, values in texts.items():
             for pattern in values:
-                if (error := _pattern_error(pattern)) is not None:
-                    yield f"{name}: {pattern!r} is not a regular expression ({error})"
+                is_text, is_key = isinstance(pattern, str), name == "rank_pattern"
+                if problem := patterns.problem(pattern, is_key) if is_text else "not a regular expression":
+                    yield f"{name}: {pattern!r} is {problem}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary. bat-col is written as PEFT 0.14 to 0.18 expect it, as `init_weights="bat"`."""
@@ -216,11 +217,3 @@ def _are_names(value: Any, kinds: Any) -> bool:
 
 def _peft_init(variant: str) -> bool | Literal["bat"] | None:
     return variants.VARIANTS[variant].peft_init_weights if variant in list(variants.VARIANTS) else None
-
-
-def _pattern_error(pattern: object) -> str | None:
-    try:
-        re.compile(pattern)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    except (re.error, TypeError) as error:
-        return str(error)
-    return None

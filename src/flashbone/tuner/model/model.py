@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, ShapeError
+from flashbone.files import patterns
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
@@ -146,9 +146,8 @@ class BoneModel(Controls, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        pattern = peft_config.rank_pattern
         fields = {
-            "r": pattern.get(get_pattern_key(list(pattern), current_key), peft_config.r),
+            "r": patterns.first(peft_config.rank_pattern, current_key, peft_config.r),
             "init_weights": peft_config.init_weights,
             "variant": peft_config.variant,
             "dropout": peft_config.dropout,

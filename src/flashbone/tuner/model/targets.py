@@ -17,13 +17,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.files.names import dotted_endings
-from flashbone.tuner.layers.attention import BoneOutProj
 from flashbone.tuner.layers.conv import CONVOLUTIONS, BoneConv
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.kinds import with_article
@@ -31,6 +29,7 @@ from flashbone.tuner.layers.layer import BoneLinear
 from flashbone.tuner.layers.parameters import ParamWrapper
 from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
 from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, roles_of_name
+from flashbone.tuner.model.weight_reads import mark_read_weights
 
 MAX_SUGGESTIONS = 8
 # How adapters of different methods in one layer add up. A LoRA inside a Bone adapter would see the shifted input.
@@ -49,9 +48,7 @@ def layer_class(base: nn.Module) -> type[BoneLinear]:
     """The class of layer that adapts a base layer for which `why_not` returns None."""
     if isinstance(base, CONVOLUTIONS):
         return BoneConv
-    if isinstance(base, nn.Embedding):
-        return BoneEmbedding
-    return BoneOutProj if isinstance(base, NonDynamicallyQuantizableLinear) else BoneLinear
+    return BoneEmbedding if isinstance(base, nn.Embedding) else BoneLinear
 
 
 def why_not(base: nn.Module) -> str | None:
@@ -97,13 +94,13 @@ def check_order(layer: str, inner: nn.Module, variant: str) -> None:
 
 
 def check_host(model: nn.Module) -> None:
-    """Check that the model computes with its adapted layers as they are.
+    """Check that the model computes with its adapted layers as they are; tell layers whose weight it reads so.
 
     Raises:
-        ConfigError: it divides weights in place between calls, or reads an adapted layer's weight past the layer.
+        ConfigError: it divides weights in place between calls, or see `mark_read_weights`.
     """
     module: Any
-    for name, module in model.named_modules():
+    for module in model.modules():
         kind = type(module).__name__
         divides = hasattr(type(module), "_rescale_layers")  # transformers' RWKV-4
         if divides and 0 < module.config.rescale_every < module.config.num_hidden_layers:
@@ -111,11 +108,7 @@ def check_host(model: nn.Module) -> None:
                 f"{kind} divides its weights in place in eval mode, and what an adapter adds would not be divided; load"
                 " the model with from_pretrained(..., rescale_every=0), or set that in its config.json"
             )
-        if kind == "RWKV6Attention" and isinstance(module.x_proj[2], BoneLinear):  # flash-linear-attention's
-            raise ConfigError(
-                f"{name}.x_proj.2: {kind} reads the weight of this layer and never calls it, so an adapter would do"
-                ' nothing; put "x_proj.2" into exclude_modules'
-            )
+    mark_read_weights(model)
 
 
 def _modules(model: nn.Module, opaque: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:

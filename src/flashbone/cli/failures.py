@@ -1,0 +1,89 @@
+"""What ends a command, in one line: our own errors, and whatever other libraries raise."""
+
+import errno
+import os
+import sys
+import traceback
+
+from flashbone.errors import FlashboneError, one_line
+
+_DISK = {
+    errno.ENOSPC: "no space left on device; free some or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
+    errno.EACCES: "permission denied; write elsewhere or change the folder's permissions",
+    errno.EPERM: "the system does not permit it; write elsewhere or change the folder's permissions",
+    errno.EFBIG: "the file is larger than the disk or a limit allows; write elsewhere, or in shards",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an error; write elsewhere",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.EMFILE: "too many open files; raise the limit with `ulimit -n`, or use fewer shards",
+    errno.ENFILE: "too many open files on this machine; close some programs",
+    errno.ENOMEM: "not enough memory; use a smaller model or batch, or close other programs",
+    errno.ELOOP: "its links lead in circles; replace them by the files",
+    errno.EPIPE: "the program that read the output closed it; the output is cut short",
+}
+# By the names of the classes, so that none is imported for it. The first that fits an error's classes is taken.
+_KINDS = {
+    "MemoryError": "not enough memory; use a smaller model or batch, or close other programs",
+    "OutOfMemoryError": "not enough memory; use a smaller model or batch, or close other programs",
+    "RecursionError": "a file, a template or a setting is nested too deeply",
+    "SecurityError": "the chat template does what templates may not do",
+    "TemplateSyntaxError": "the chat template is malformed",
+    "TemplateError": "the chat template cannot be rendered",
+    "YAMLError": "a YAML file is malformed",
+}
+_MOST_OF_A_REASON = 250  # characters
+
+
+def report(error: Exception, who: str, with_traceback: bool) -> int:
+    """Print one line on stderr, after the traceback if that is wanted; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        _forget_stdout()
+    rank = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun launched
+    prefix = "" if rank == "0" else f"[process {rank}] "
+    try:
+        if with_traceback:
+            traceback.print_exception(error)
+        print(f"{prefix}{who}: error: {one_line(_words(error))}", file=sys.stderr)
+    except (OSError, ValueError):  # nobody reads stderr either
+        pass
+    return 1
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, FlashboneError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{_DISK[error.errno]}"
+    reason = one_line(error, _MOST_OF_A_REASON)
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if words := next((_KINDS[name] for name in names if name in _KINDS), ""):
+        return f"{words}{f': {reason}' if reason else ''}"
+    what = f"{names[0]}: {reason}"
+    if error.__cause__ is not None:
+        what += f" ({type(error.__cause__).__name__}: {one_line(error.__cause__, 100)})"
+    package = _package(error)
+    if package == "flashbone":
+        return f"{what}; this is a bug of flashbone: run it again with --traceback, and report what that prints"
+    return (
+        f"{what}, raised by {package}; a file or a setting may be wrong; if they are right this is a bug: run it again"
+        " with --traceback, and report what that prints"
+    )
+
+
+def _package(error: Exception) -> str:
+    """The top-level package whose code raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    return names[-1] if names and names[-1] else "flashbone"
+
+
+def _forget_stdout() -> None:
+    """Let nothing more be written there: Python would try once more when it closes."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # it has no file
+        sys.stdout = None

@@ -1,0 +1,58 @@
+"""ReadWeight: the weight of an adapted layer, for hosts that read `layer.weight` where others call the layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flashbone.errors import ConfigError
+from flashbone.tuner.layers.shifts import adapters_to_apply, shifted_parameter
+
+if TYPE_CHECKING:
+    from flashbone.tuner.layers.layer import BoneLinear
+
+
+class ReadWeight:
+    """Gives hosts that read the weight `W + sum of scale * delta(W)`, with gradients to the blocks.
+
+    Attributes:
+        weight_reader: The class of the host that computes with the weight. Set by `model/weight_reads.py`; None: hosts
+            call the layer, and ask its weight for nothing but dtype, device and shape, which the base's has, too.
+        is_only_read: Whether that host never calls the layer.
+    """
+
+    weight_reader: str | None = None
+    is_only_read = False
+
+    @property
+    def weight(self: Any) -> Any:
+        """The base's weight, for hosts that compute with it with all active adapters.
+
+        Raises:
+            ConfigError: an adapter has a dropout, the base is quantised, or see `adapters_to_apply`.
+        """
+        names = adapters_to_apply(self) if self.weight_reader is not None else []
+        if not names:
+            base = self.get_base_layer()
+            return base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's own property
+        if self.training:
+            check_readable(self, {name: getattr(self.bone_dropout[name], "p", 0.0) for name in names})
+        if self.base_kind.is_refetched(self.get_base_layer()):
+            raise ConfigError(_says(self, "and it is quantised; leave the layer out, or load it unquantised"))
+        return shifted_parameter(self, names)
+
+
+def check_readable(layer: BoneLinear, dropouts: dict[str, float]) -> None:
+    """Check that these dropouts can be applied, by adapter, where a host reads the layer's weight.
+
+    Raises:
+        ConfigError: one of them is not 0.
+    """
+    for name, dropout in dropouts.items():
+        if dropout:
+            outcome = f"so dropout={dropout} of adapter {name!r} cannot be applied"
+            raise ConfigError(_says(layer, f"{outcome}; use dropout=0, or put the layer into exclude_modules"))
+
+
+def _says(layer: BoneLinear, outcome: str) -> str:
+    never = " and never calls it" if layer.is_only_read else ""
+    return f"{layer.weight_reader} reads the weight of this layer{never}, {outcome}"
