@@ -8,13 +8,13 @@ from flashbone.cli.configured import separate
 from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import FlashboneError
 
-OPTIONS = ("--resume", "--json", "--help")
+OPTIONS = ("--resume", "--dry-run", "--json", "--help")
 
 EPILOG = """\
 CONFIG.yaml:
   model: path-or-hub-id          # folder, hub id, .gguf file, or an RWKV model's .pth file
   task: sft                      # sft | classification
-  data:
+  data:                          # or a list of such mappings, each with a weight: docs/training.md
     path: train.jsonl            # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id
     eval: 0.1                    # held out: a share, a number of rows, a file, or null
     format: auto                 # messages | sharegpt | alpaca | prompt-completion | text | ... (docs/training.md)
@@ -44,6 +44,10 @@ def run(argv: list[str]) -> int:
     from flashbone.train.recipe import load_recipe
 
     recipe = load_recipe(options.config, overrides)
+    if options.dry_run:
+        from flashbone.cli.dry_run import dry_run
+
+        return dry_run(recipe, options.json)
 
     from flashbone.train.report import plot_losses, plot_rotations, print_summary
     from flashbone.train.run import train
@@ -81,12 +85,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone train",
         description="Fine-tune a model with a Bone adapter as a YAML file says.",
-        usage="flashbone train CONFIG.yaml [--resume] [--json] [--dotted.field value ...]",
+        usage="flashbone train CONFIG.yaml [--resume | --dry-run] [--json] [--dotted.field value ...]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    either.add_argument(
+        "--dry-run", action="store_true", help="read, check and tokenise everything, say what would be learned, and end"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary, or the dry run, as JSON")
     return parser

@@ -109,6 +109,7 @@ class ListedMethod:
 
 _SECTIONS = {"data": ComparedData, "quantization": Quantization, "rwkv": RwkvSettings, "answers": Answers}
 _NOT_HERE = {
+    "data.sources": "a comparison has one place of rows",
     "training.learning_rate": "set `learning_rates` instead",
     "training.output_dir": "set `output` instead",
     "training.seed": "set `seeds` instead",
@@ -155,7 +156,7 @@ def load_comparison(config: str | Path, overrides: list[str] | None = None) -> C
         {**_SECTIONS, "training": arguments_class(task)},
         {**OURS, **_NOT_HERE},
         more_arguments(task),
-        required=("data.test",),
+        required=("data.path", "data.test"),
         paths=(*(name for name in PATHS if name != "init_adapter"), "data.test", "data.test.path"),
     )
     comparison = schema.fill(content, overrides, where)

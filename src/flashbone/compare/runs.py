@@ -102,7 +102,7 @@ def run_spec(
 def _files(data: Mapping[str, Any]) -> list[str]:
     """The local files that `data` names."""
     test = data["test"]
-    named = [data["path"], data["eval"], test["path"] if isinstance(test, Mapping) else test]
+    named = [part["path"] if isinstance(part, Mapping) else part for part in (data["path"], data["eval"], test)]
     places = [Path(name).expanduser() for name in named if isinstance(name, str)]
     pairs = [place.with_suffix(kind) for place in places if place.name for kind in (".bin", ".idx")]
     return [str(place) for place in dict.fromkeys([*places, *pairs]) if place.is_file()]

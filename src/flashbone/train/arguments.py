@@ -6,6 +6,7 @@ from typing import Any
 
 from flashbone.errors import ConfigError
 from flashbone.files.records import problems
+from flashbone.train.data.origins import holds_out
 from flashbone.train.recipe import Recipe, arguments_class
 
 
@@ -37,7 +38,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
     training = recipe.training
     half = {} if "fp16" in training else {"bf16": on_gpu and torch.cuda.is_bf16_supported()}
-    held_out = {"eval_strategy": "steps", "eval_steps": 0.25} if recipe.data.eval else {}
+    held_out = {"eval_strategy": "steps", "eval_steps": 0.25} if holds_out(recipe.data) else {}
     return {
         **half,
         **held_out,

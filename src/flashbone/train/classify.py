@@ -50,6 +50,11 @@ def _tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: i
     return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
+def untruncated(rows: "Dataset", tokenizer: Any) -> list[int]:
+    """How many tokens each text has before it is cut."""
+    return [len(ids) for ids in tokenizer(rows["text"][:], truncation=False)["input_ids"]]
+
+
 def scores(logits: Any, labels: Any) -> dict[str, float]:
     """Accuracy, and F1 averaged over the classes that occur in the labels or the predictions."""
     logits = logits[0] if isinstance(logits, tuple) else logits

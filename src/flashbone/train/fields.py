@@ -140,8 +140,8 @@ def _flags(overrides: list[str]) -> list[tuple[Names, str]]:
 
 
 def option_of(overrides: list[str], name: str) -> str | None:
-    """The text that a top field gets on the command line."""
-    return dict(_flags(overrides)).get((name,))
+    """The text that a field gets on the command line."""
+    return dict(_flags(overrides)).get(tuple(name.split(".")))
 
 
 def _value(text: str, kind: Any, flag: str) -> Any:

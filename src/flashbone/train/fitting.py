@@ -197,7 +197,7 @@ def _install_callbacks(trainer: Any, metrics: MetricsLog) -> Recorder:
 
 def _fit(trainer: Any, checkpoint: Path | None) -> None:
     """Train to the last step, from the checkpoint if there is one."""
-    total = _total_steps(trainer)
+    total = total_steps(trainer)
     for name in ("eval_steps", "save_steps", "logging_steps"):  # shares of the run, made whole as the Trainer does
         every = getattr(trainer.args, name)
         if every and every < 1:
@@ -213,7 +213,8 @@ def _fit(trainer: Any, checkpoint: Path | None) -> None:
         trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
-def _total_steps(trainer: Any) -> int:
+def total_steps(trainer: Any) -> int:
+    """The optimiser steps of the run, as the Trainer counts them."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps

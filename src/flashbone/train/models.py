@@ -2,8 +2,8 @@
 
 import logging
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,7 +11,8 @@ from typing import Any
 
 from flashbone.errors import ConfigError
 from flashbone.files.sources import hub_problem
-from flashbone.train.recipe import Recipe, is_pth, quantization_of
+from flashbone.train.recipe import TASK_TYPES, Recipe, is_pth, quantization_of
+from flashbone.tuner.model.skeleton import skeleton
 
 
 def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
@@ -61,6 +62,30 @@ def load_new_classifier(
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token before the padding
     new_modules = sorted({parameter.rpartition(".")[0] for parameter in info["missing_keys"]})
     return (_plain(model, name) if gguf else model), new_modules
+
+
+def without_weights(load: Callable[..., Any], recipe: Recipe, dtype: Any, labels: list[str] | None = None) -> Any:
+    """The model on the meta device; its parameters are marked where its checkpoint has them, if that is on this disk.
+
+    Args:
+        load: What would load it.
+        recipe: The recipe.
+        dtype: Of the base.
+        labels: The classes of a classifier.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from flashbone.rwkv import read_config
+
+    if not is_pth(recipe.model) and not recipe.model.endswith(".gguf"):
+        with suppress(ConfigError):
+            return load(device_map="meta", local_files_only=True)
+    is_file = is_pth(recipe.model)
+    config = read_config(Path(recipe.model).expanduser()) if is_file else load_config(recipe.model)
+    if labels is not None:
+        config.num_labels = len(labels)
+    return skeleton(config, dtype, TASK_TYPES[recipe.task])
 
 
 def load_config(name: str, **kwargs: Any) -> Any:

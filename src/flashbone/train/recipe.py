@@ -20,8 +20,9 @@ T = TypeVar("T")
 class DataRecipe:
     """Where the examples come from and how a row becomes one."""
 
-    path: str  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
-    eval: int | float | str | None = 0.1  # held out: a share, a number of rows, another file, or nothing
+    path: str = ""  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
+    # held out: a share, a number of rows, another file, where it is and how it is read (path...), or nothing
+    eval: int | float | str | dict[str, Any] | None = 0.1
     format: str = "auto"  # of the rows, as in docs/training.md; auto goes by the columns
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name
     split: str = "train"  # also slices: train[:5000]
@@ -31,6 +32,9 @@ class DataRecipe:
     template: str | None = None  # around each prompt, which stands for {prompt} in it
     seed: int | None = None  # of the held-out draw; the run's seed when not given
     allow_cut: bool = False  # train even if training.max_length cuts more than half of the rows
+    weight: float = 1.0  # how often the rows appear in an epoch: 2 repeats each, 0.5 draws half of them
+    # several places instead of `path`: each a path, or the fields above, which else are those of `data`
+    sources: list[str | dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -160,7 +164,13 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         ConfigError: fields are unknown, missing, or of the wrong type; all of them are named.
         FormatError: the file is no YAML mapping; the message gives the line.
     """
+    from flashbone.train.data.origins import sources_of
+
     overrides, content = list(overrides or []), read_yaml(Path(config))
+    if isinstance(content.get("data"), list):
+        content["data"] = {"sources": content["data"]}
+    data = content.get("data")
+    has_sources = (isinstance(data, dict) and data.get("sources")) or option_of(overrides, "data.sources")
     task = option_of(overrides, "task") or content.get("task")
     sections = {
         "data": DataRecipe,
@@ -169,10 +179,13 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         "rwkv": RwkvSettings,
         "training": arguments_class(task),
     }
-    recipe = Schema(Recipe, sections, OURS, more_arguments(task), paths=PATHS).fill(content, overrides, str(config))
+    required = () if has_sources else ("data.path",)
+    schema = Schema(Recipe, sections, OURS, more_arguments(task), required, PATHS)
+    recipe = schema.fill(content, overrides, str(config))
     try:
         quantization_of(recipe)
         rwkv_of(recipe)
+        sources_of(recipe.data)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from None
     return recipe

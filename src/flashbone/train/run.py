@@ -17,6 +17,7 @@ from flashbone.files.records import finite, to_json
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.data.loading import load_data
+from flashbone.train.data.origins import sources_of
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
@@ -108,8 +109,9 @@ def _bars_if_long(recipe: Recipe):
     """No bars of `datasets` where each would be gone in a blink."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    file = Path(recipe.data.path)
-    quiet = file.is_file() and file.stat().st_size < SMALL_FILE_BYTES and not are_progress_bars_disabled()
+    files = [Path(place.path) for place in sources_of(recipe.data)]
+    is_small = all(file.is_file() and file.stat().st_size < SMALL_FILE_BYTES for file in files)
+    quiet = is_small and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
     try:

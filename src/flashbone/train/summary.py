@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -11,6 +11,7 @@ import transformers
 
 from flashbone import __version__
 from flashbone.train.data.loading import Data
+from flashbone.train.data.sources import Source
 from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
 from flashbone.train.recipe import Recipe
 
@@ -23,6 +24,7 @@ class Summary:
     """The content of summary.json; units are in the names, and null is what was not measured.
 
     Attributes:
+        sources: what each place of rows brought.
         rotation: the last figures of the variant orthogonal, the largest of all modules.
         train_s: seconds in optimiser steps, of all processes that resumed the run.
         peak_mib: of this process: allocated on the GPU, or resident on the CPU (loading included).
@@ -56,6 +58,7 @@ class Summary:
     eval_accuracy_after: float | None = None
     eval_macro_f1_before: float | None = None
     eval_macro_f1_after: float | None = None
+    sources: list[Source] = field(default_factory=list)
 
 
 def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", recorder: "Recorder") -> Summary:
@@ -92,6 +95,7 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", r
         device=str(trainer.args.device),
         processes=trainer.accelerator.num_processes,
         versions=versions(),
+        sources=data.sources,
         **held_out,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.origins import named
 from flashbone.train.data.tokens import text_ids
 from flashbone.train.models import load, locate
 from flashbone.train.recipe import Recipe, is_pth
@@ -79,7 +80,7 @@ def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conver
         tokenizer.chat_template, args.chat_template_path = file.read_text(encoding="utf-8"), None
     if conversational and tokenizer.chat_template is None:
         raise ConfigError(
-            f"{recipe.data.path} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
+            f"{named(recipe.data)} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
             "give one with training.chat_template_path: template.jinja, or use prompt and completion columns"
         )
     if args.eos_token is not None:

@@ -14,9 +14,16 @@ from flashbone.train.adapters import adapter_config, start_from
 from flashbone.train.arguments import model_dtype
 from flashbone.train.classify import classification_trainer
 from flashbone.train.data.loading import Data
+from flashbone.train.data.origins import elsewhere, sources_of
 from flashbone.train.data.places import places
 from flashbone.train.data.prepared import Counts, Limits, check, prepare
-from flashbone.train.models import load_causal_lm, load_classifier, load_new_classifier, quantized_loading
+from flashbone.train.models import (
+    load_causal_lm,
+    load_classifier,
+    load_new_classifier,
+    quantized_loading,
+    without_weights,
+)
 from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rwkv_of
 from flashbone.train.tokenizers import load_tokenizer, stop_at, training_tokenizer
 
@@ -25,7 +32,9 @@ log = logging.getLogger(__name__)
 Adapt = Callable[[Any], Any]
 
 
-def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = None) -> tuple[Any, Callable[[], Any]]:
+def build_trainer(
+    recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = None, has_weights: bool = True
+) -> tuple[Any, Callable[[], Any]]:
     """The model, adapted, in the trainer of its task; and how to load it without adapter and quantisation.
 
     Args:
@@ -33,6 +42,7 @@ def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = N
         args: The trainer's.
         data: The rows; test rows are made ready like held-out ones and left in `trainer.test_dataset`.
         adapt: Makes the model that trains out of the loaded one; None for the recipe's adapter.
+        has_weights: Load the model's weights; else everything is there but them.
 
     Raises:
         ConfigError: the recipe does not fit the model.
@@ -40,7 +50,7 @@ def build_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = N
     transformers.set_seed(recipe.seed)
     build = _classification_trainer if recipe.task == "classification" else _sft_trainer
     try:
-        trainer, load = build(recipe, args, data, adapt)
+        trainer, load = build(recipe, args, data, adapt, has_weights)
     except FlashboneError:
         raise
     except ValueError as error:  # PEFT or TRL refuses a recipe that does not fit the model
@@ -58,13 +68,17 @@ def _held_out(data: Data) -> Any:
     return data.eval if data.test is None else {"held_out": data.eval, "test": data.test}
 
 
-def _classification_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> tuple[Any, Callable]:
+def _classification_trainer(
+    recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool
+) -> tuple[Any, Callable]:
     dtype = model_dtype(args)
     tokenizer = load_tokenizer(recipe.model)
     load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
-    model, new_modules = load_new_classifier(
-        recipe.model, dtype, data.labels, tokenizer, **quantized_loading(recipe, dtype)
-    )
+    quantized = quantized_loading(recipe, dtype)
+    if has_weights:
+        model, new_modules = load_new_classifier(recipe.model, dtype, data.labels, tokenizer, **quantized)
+    else:
+        model, new_modules = without_weights(load, recipe, dtype, data.labels), []
     if adapt is None:
         also_trained = {"modules_to_save": _beside_the_head(new_modules, recipe)}
         adapted = get_peft_model(model, adapter_config(recipe, also_trained))
@@ -96,14 +110,15 @@ def _beside_the_head(new_modules: list[str], recipe: Recipe) -> list[str]:
     return unsaved
 
 
-def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None) -> tuple[Any, Callable]:
+def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool) -> tuple[Any, Callable]:
     settings = rwkv_of(recipe)
     tokenizer = training_tokenizer(recipe, args, settings and settings.vocabulary, data.conversational)
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
     init = args.model_init_kwargs or {}
     args.model_init_kwargs = None  # they are used here
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
-    model = load(**quantized_loading(recipe, model_dtype(args)))
+    quantized = quantized_loading(recipe, model_dtype(args))
+    model = load(**quantized) if has_weights else without_weights(load, recipe, model_dtype(args))
     trainer_class, along = _sft_trainer_class(model, settings, args, recipe.model)
     data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model.get_input_embeddings().num_embeddings)
     stops_anew = stop_at(model, tokenizer, learned.ends)
@@ -157,6 +172,17 @@ def _sft_trainer_class(
     return functools.partial(rwkv.RwkvTrainer, settings=settings), rwkv.prepare(model, settings, args)
 
 
+def limits_of(args: Any, embeddings: int | None) -> Limits:
+    """What rows have to fit, by the trainer's arguments after `limit_length`, in a model of so many tokens."""
+    packs = args.packing and args.packing_strategy != "bfd"  # nothing is cut off where rows are split
+    return Limits(
+        length=None if packs else args.max_length,
+        keep_end=args.truncation_mode == "keep_end",
+        embeddings=embeddings,
+        learn_all=args.completion_only_loss is False,
+    )
+
+
 def tokenised(
     recipe: Recipe, args: Any, data: Data, tokenizer: Any, embeddings: int | None
 ) -> tuple[Data, list[Counts]]:
@@ -173,29 +199,32 @@ def tokenised(
         FormatError: the chat template refuses rows, or a token has no embedding; the first few are named.
         ConfigError: nothing is left to learn, too much is cut, or answers have no end.
     """
-    packs = args.packing and args.packing_strategy != "bfd"  # nothing is cut off where rows are split
-    limits = Limits(
-        length=None if packs else args.max_length,
-        keep_end=args.truncation_mode == "keep_end",
-        embeddings=embeddings,
-        learn_all=args.completion_only_loss is False,
-    )
-    held_out = replace(recipe.data, path=recipe.data.eval) if isinstance(recipe.data.eval, str) else recipe.data
+    limits, learned = limits_of(args, embeddings), sources_of(recipe.data)
+    apart = elsewhere(recipe.data, recipe.data.eval)
+    held_out = [apart] if apart else [elsewhere(place, place.eval) or place for place in learned]
     parts, counts = [], []
-    named = ((data.train, recipe.data, "training"), (data.eval, held_out, "held-out"), (data.test, recipe.data, "test"))
-    for rows, of, kind in named:
+    all_rows = ((data.train, learned, "training"), (data.eval, held_out, "held-out"), (data.test, learned, "test"))
+    for rows, of, kind in all_rows:
         if rows is None:
             parts.append(None)
             continue
         with args.main_process_first():
             made, count = prepare(rows, tokenizer, limits, args.dataset_num_proc)
         find = functools.partial(_places, of, recipe.task, rows)
-        check(count, of.path, kind, limits.length, recipe.data.allow_cut, find)
+        where = ", ".join(dict.fromkeys(place.path for place in of))
+        check(count, where, kind, limits.length, recipe.data.allow_cut, find)
         parts.append(made)
         counts.append(count)
     return replace(data, train=parts[0], eval=parts[1], test=parts[2]), counts
 
 
-def _places(data: DataRecipe, task: str, rows: Any, numbers: list[int]) -> list[str]:
+def _places(origins: list[DataRecipe], task: str, rows: Any, numbers: list[int]) -> list[str]:
     """Where the rows of these numbers are."""
-    return places(data, task, [rows[number] for number in numbers]) if min(numbers) >= 0 else [data.path]
+    if min(numbers) < 0:
+        return [", ".join(dict.fromkeys(origin.path for origin in origins))]
+    wanted = [{name: value for name, value in rows[number].items() if value is not None} for number in numbers]
+    found = [""] * len(wanted)
+    for origin in origins:
+        for number, place in enumerate(places(origin, task, wanted)):
+            found[number] = place if found[number] in ("", *(origin.path for origin in origins)) else found[number]
+    return found

@@ -5,17 +5,19 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data import windows as token_windows
-from flashbone.train.data.counts import split_counts, with_counts
+from flashbone.train.data.counts import RowCounts, split_counts, with_counts
 from flashbone.train.data.formats import open_examples
 from flashbone.train.data.layouts import FORMATS, Example
+from flashbone.train.data.origins import Part, elsewhere, named, sources_of
 from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows, readable
-from flashbone.train.data.windows import Windows
+from flashbone.train.data.sources import Source, joined, repeated, without_held_out
+from flashbone.train.data.windows import Windows, count, without_numbers
 from flashbone.train.recipe import DataRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -35,14 +37,13 @@ class Data:
     eval: "Dataset | None"
     labels: list[str]
     test: "Dataset | None" = None
+    sources: list[Source] = field(default_factory=list)
+    read: "list[Read]" = field(default_factory=list)  # of each source, then of held-out files
 
     @property
     def conversational(self) -> bool:
         """Whether the rows need a chat template."""
         return "conversation" in self.train.column_names
-
-
-Part = int | float | str | DataRecipe | None
 
 
 def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None) -> Data:
@@ -58,16 +59,37 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
         FormatError: rows are malformed; the message names the first few with file and line.
         ConfigError: `data` asks for columns, splits or a part that do not exist.
     """
-    windows, data = windows or Windows(), recipe.data
-    examples = _load(data, recipe.task, windows)
-    examples, tested = _split(examples, recipe, windows, test, "test")
-    examples, held_out = _split(examples, recipe, windows, data.eval, "eval")
-    train, held_out, tested = (part and token_windows.without_numbers(part) for part in (examples, held_out, tested))
+    windows, places = windows or Windows(), sources_of(recipe.data)
+    split = [_read(place, recipe, windows, test) for place in places]
+    read: list[Read] = [*split]
+    held = [[part for part in (one.held_out, one.tested) if part] for one in split]
+    learned, sources = [], []
+    kept = without_held_out([one.learned for one in split], held, [place.path for place in places])
+    for place, one, rows in zip(places, split, kept, strict=True):
+        weighted = repeated(rows, place.weight, _seed(place, recipe), place.path)
+        counts = count(one.examples), count(one.held_out), count(weighted)
+        sources.append(Source(place.path, place.split, one.format, place.weight, *counts))
+        learned.append(weighted)
+    held_out, tested = [one.held_out for one in split], [one.tested for one in split]
+    for parts, part, name in ((held_out, recipe.data.eval, "eval"), (tested, test, "test")):
+        if place := elsewhere(recipe.data, part, name):
+            read.append(_load(place, recipe.task, windows))
+            parts.append(read[-1].examples)
+    train = joined([without_numbers(part) for part in learned])
     assert train is not None
-    labels = _labels(train, [held_out, tested], data.path) if recipe.task == "classification" else []
-    counts = f", {len(tested)} to test" if tested else ""
-    log.info("data: %d training rows, %d held out%s", len(train), len(held_out or ()), counts)
-    return Data(train, held_out, labels, tested)
+    others = [joined([without_numbers(part) for part in parts if part]) for parts in (held_out, tested)]
+    labels = _labels(train, others, named(recipe.data)) if recipe.task == "classification" else []
+    data = Data(train, others[0], labels, others[1], sources, read)
+    _log(data)
+    return data
+
+
+def _log(data: Data) -> None:
+    for source in data.sources if len(data.sources) > 1 else ():
+        about = source.path, source.rows, source.held_out, source.learned, source.weight
+        log.info("data: %s: of %d rows %d are held out; %d to learn in an epoch (weight %g)", *about)
+    counts = f", {len(data.test)} to test" if data.test else ""
+    log.info("data: %d training rows, %d held out%s", len(data.train), len(data.eval or ()), counts)
 
 
 def load_test_rows(path: Path, task: str, columns: dict[str, str], limit: int | None = None) -> list[Example]:
@@ -97,7 +119,35 @@ def load_test_rows(path: Path, task: str, columns: dict[str, str], limit: int | 
     return examples
 
 
-def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
+@dataclass
+class Read:
+    """The rows of one place.
+
+    Attributes:
+        path: of the place.
+        format: of its rows.
+        counts: of all its rows, whatever `split` selects.
+        is_whole: whether `split` selects all that were counted.
+        examples: those that it selects; documents of token ids as windows.
+    """
+
+    path: str
+    format: str
+    counts: RowCounts
+    is_whole: bool
+    examples: "Dataset"
+
+
+@dataclass
+class _Source(Read):
+    """Those of a source, and the parts that they are split into."""
+
+    learned: "Dataset"
+    held_out: "Dataset | None"
+    tested: "Dataset | None"
+
+
+def _load(data: DataRecipe, task: str, windows: Windows) -> Read:
     """All examples that `data` names, on disk in datasets' cache, so that they need not fit into memory."""
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
@@ -141,9 +191,10 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> "Dataset":
     for notice in counts.notices(f"data: {data.path}"):
         log.warning(notice)
     if is_tokenised:
-        about = data.path, token_windows.count(examples), len(examples), windows.length or "any number of"
+        about = data.path, count(examples), len(examples), windows.length or "any number of"
         log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
-    return _slice(examples, data) if local_files(Path(data.path)) else examples
+    is_whole = not local_files(Path(data.path)) or data.split == "train"
+    return Read(data.path, name, counts, is_whole, examples if is_whole else _slice(examples, data))
 
 
 def open_rows(data: DataRecipe) -> tuple[Any, Rows]:
@@ -182,9 +233,7 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
     """The rows that `split` names; a file has one split, called train."""
     from datasets import ReadInstruction
 
-    if data.split == "train":
-        return examples
-    total = token_windows.count(examples)
+    total = count(examples)
     try:
         parts = ReadInstruction.from_spec(data.split).to_absolute({"train": total})
     except (ValueError, AssertionError) as error:
@@ -195,27 +244,38 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
     return token_windows.select(examples, rows)
 
 
-def _split(
-    examples: "Dataset", recipe: Recipe, windows: Windows, held: Part, field: str
+def _read(place: DataRecipe, recipe: Recipe, windows: Windows, test: Part) -> _Source:
+    """What one source holds; the draws depend on the seed only."""
+    loaded = _load(place, recipe.task, windows)
+    learned, tested = _draw(loaded.examples, place, recipe, test, "test")
+    if apart := elsewhere(place, place.eval):
+        return _Source(
+            **vars(loaded), learned=learned, held_out=_load(apart, recipe.task, windows).examples, tested=tested
+        )
+    learned, held_out = _draw(learned, place, recipe, place.eval, "eval")
+    return _Source(**vars(loaded), learned=learned, held_out=held_out, tested=tested)
+
+
+def _draw(
+    examples: "Dataset", place: DataRecipe, recipe: Recipe, held: Part, field: str
 ) -> "tuple[Dataset, Dataset | None]":
-    """The rows without those of `data.<field>`, and these; the draw depends on the seed only."""
-    if isinstance(held, DataRecipe):
-        return examples, _load(held, recipe.task, windows)
-    if isinstance(held, str):
-        return examples, _load(replace(recipe.data, path=held, split="train"), recipe.task, windows)
-    if not held:
+    """The rows without those of `data.<field>`, and these; nothing is drawn where it names a place of its own."""
+    if not held or not isinstance(held, int | float):
         return examples, None
     if held < 0 or (isinstance(held, float) and held >= 1 and not held.is_integer()):
         raise ConfigError(f"data.{field} is {held}; a share below 1, a number of rows, a file or null was wanted")
-    total = token_windows.count(examples)
-    count = int(held) if held >= 1 else max(1, round(total * held))
-    if count >= total:
+    total = count(examples)
+    drawn = int(held) if held >= 1 else max(1, round(total * held))
+    if drawn >= total:
         raise ConfigError(
-            f"data.{field} {held} holds out {count} of the {total} rows of {recipe.data.path}, "
+            f"data.{field} {held} holds out {drawn} of the {total} rows of {place.path}, "
             "which leaves none to learn from; lower it, or set it to null"
         )
-    seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-    return token_windows.draw(examples, count, seed)
+    return token_windows.draw(examples, drawn, _seed(place, recipe))
+
+
+def _seed(place: DataRecipe, recipe: Recipe) -> int:
+    return recipe.seed if place.seed is None else place.seed
 
 
 def _labels(train: "Dataset", others: "list[Dataset | None]", where: str) -> list[str]:

@@ -46,6 +46,7 @@ class Counts:
         cut: Those that are longer than the limit.
         lost_ends: Answers whose end was cut off, so that it is not learned.
         empty: Rows with nothing (left) to learn, which are dropped.
+        dropped: Examples of which nothing is kept.
         ends: How many answers end in each token; NOTHING for those that end in none that generation could stop at.
         problems: What is wrong with rows, by their number.
     """
@@ -54,6 +55,7 @@ class Counts:
     cut: int = 0
     lost_ends: int = 0
     empty: int = 0
+    dropped: int = 0
     ends: Counter[int] = field(default_factory=Counter)
     problems: dict[int, str] = field(default_factory=dict)
 
@@ -76,18 +78,22 @@ def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None
         desc="Tokenizing",
     )
     counts, kept, columns = Counts(), [], made.column_names[2:]
+    known, used = set(), set()
     for place, values in enumerate(zip(*(made[name] for name in columns), strict=True)):
         about = dict(zip(columns, values, strict=True))
         if about["problem"]:
             counts.problems[about["row"]] = about["problem"]
             continue
         counts.rows += 1
+        known.add(about["row"])
         counts.cut += about["is_cut"]
         counts.lost_ends += about["lost_ends"]
         counts.empty += about["is_empty"]
         counts.ends.update(about["ends"])
         if not about["is_empty"]:
             kept.append(place)
+            used.add(about["row"])
+    counts.dropped = len(known) - len(used)
     made = made.select_columns(["input_ids", "labels"])
     return (made if len(kept) == len(made) else made.select(kept)), counts
 
@@ -144,7 +150,9 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
     marks = end_marks(tokenizer)
     entries = []
     for place, number in enumerate(numbers):
-        example, problem, made = {name: values[place] for name, values in batch.items()}, "", []
+        # of several sources, each has its own columns
+        example = {name: values[place] for name, values in batch.items() if values[place] is not None}
+        problem, made = "", []
         try:
             made = tokenise(example, tokenizer, limits.learn_all)
             problem = next(filter(None, (_unknown(row.ids, tokenizer, limits) for row in made)), "")

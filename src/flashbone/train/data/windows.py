@@ -58,8 +58,10 @@ def cut(documents: Iterable[Example], windows: Windows, where: str) -> Iterator[
         raise FormatError(f"{where}: no document has two tokens; one is context, and the next is learned")
 
 
-def count(examples: "Dataset") -> int:
+def count(examples: "Dataset | None") -> int:
     """The number of rows before any was cut into windows."""
+    if examples is None:
+        return 0
     return len(_starts(examples)) if DOCUMENT in examples.column_names else len(examples)
 
 

@@ -1,0 +1,65 @@
+"""Where the rows of a run come from: one place or several, and the places of held-out and test rows."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from flashbone.errors import ConfigError
+from flashbone.files.sources import expanded
+from flashbone.train.fields import field_names
+from flashbone.train.recipe import DataRecipe, section
+
+# Rows that are not learned: a share, a number of rows, another file, or where they are and how they are read.
+Part = int | float | str | dict[str, Any] | DataRecipe | None
+
+OF_THE_RUN = ("sources",)  # fields of `data` that a single source has not
+
+
+def sources_of(data: DataRecipe) -> list[DataRecipe]:
+    """Each place that rows come from, with what `data` sets for all of them; a held-out file of `data` belongs to none.
+
+    Raises:
+        ConfigError: a source has an unknown or wrong field, or no path, or `data` has both a path and sources.
+    """
+    shared = {name: getattr(data, name) for name in field_names(DataRecipe) if name not in OF_THE_RUN}
+    shared["eval"] = None if elsewhere(data, data.eval) else data.eval
+    if not data.sources:
+        return [_place({}, "data", shared)]
+    if data.path:
+        raise ConfigError(f"data: got path {data.path} and sources, wanted one of them; put the path into sources")
+    listed = [{"path": source} if isinstance(source, str) else source for source in data.sources]
+    return [_place(fields, f"data.sources, number {n}", shared, OF_THE_RUN) for n, fields in enumerate(listed, 1)]
+
+
+def _place(
+    fields: dict[str, Any], where: str, shared: dict[str, Any] | None = None, refused: Collection[str] = ()
+) -> DataRecipe:
+    """One place of rows, with fields of its own over shared ones."""
+    if names := [name for name in refused if name in fields]:
+        raise ConfigError(f"{where}: got {', '.join(names)}, which is for all of data; set it there")
+    place = section(DataRecipe, where, {**(shared or {}), **fields})
+    if place is None or not place.path:
+        raise ConfigError(f"{where}: got no path, wanted a file, a folder or a hub id")
+    if place.weight <= 0:
+        raise ConfigError(f"{where}.weight: got {place.weight}, wanted a positive number")
+    here = {"path": expanded(place.path), "eval": expanded(place.eval) if isinstance(place.eval, str) else place.eval}
+    return replace(place, **here)
+
+
+def elsewhere(data: DataRecipe, held: Part, name: str = "eval") -> DataRecipe | None:
+    """The place that `data.<name>` names; None if its rows are drawn from those of `data`, or if it has none."""
+    if isinstance(held, dict):
+        return _place(held, f"data.{name}", refused=(*OF_THE_RUN, "eval", "weight", "seed"))
+    if isinstance(held, str):
+        return replace(data, path=held, split="train", sources=[], eval=None)
+    return held if isinstance(held, DataRecipe) else None
+
+
+def named(data: DataRecipe) -> str:
+    """The places of the rows, for messages."""
+    return ", ".join(place.path for place in sources_of(data))
+
+
+def holds_out(data: DataRecipe) -> bool:
+    """Whether any rows are held out."""
+    return elsewhere(data, data.eval) is not None or any(place.eval for place in sources_of(data))

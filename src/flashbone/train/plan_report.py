@@ -1,0 +1,100 @@
+"""The report of a dry run on the terminal: rows by source, columns, lengths, steps, memory, and marked examples."""
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flashbone.train.plan import Plan, Shown
+
+BARS = 10  # of the histogram
+WIDTH = 40  # columns of its longest bar
+LONGEST = 2000  # characters of an example that are shown
+LEARNED = "bold green"
+
+
+def print_plan(plan: Plan, memory: dict[str, int] | None, why_not: str) -> None:
+    """Print the report on stdout.
+
+    Args:
+        plan: What the run would do.
+        memory: Bytes of a training step by what needs them; None where that is not known.
+        why_not: Then the reason.
+    """
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(_rows(plan))
+    for kind, names in plan.columns.items():
+        console.print(f"columns {kind}: {', '.join(names) or 'none'}")
+    console.print(_lengths(plan))
+    trained, total = plan.parameters["trainable_parameters"], plan.parameters["total_parameters"]
+    console.print(f"steps: {plan.steps:,}")
+    console.print(f"trained parameters: {trained:,} of {total:,} ({plan.parameters['trainable_percent']:.3g} %)")
+    console.print(_memory(plan, memory, why_not))
+    for number, example in enumerate(plan.examples, 1):
+        console.print(f"\nexample {number}; what is learned is {'green' if _colours(console) else 'in [[brackets]]'}:")
+        console.print(_marked(example, _colours(console)), soft_wrap=True)
+
+
+def _rows(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for name in ("rows of", "format", "read", "kept", "dropped", "cut", "held out", "learned, an epoch"):
+        table.add_column(name, justify="left" if name in ("rows of", "format", "dropped") else "right", overflow="fold")
+    for name, source in plan.rows.items():
+        numbers = (source.cut, source.held_out, source.learned)
+        dropped = "; ".join(f"{count:,}: {reason}" for reason, count in source.dropped.items()) or "0"
+        cells = (name, source.format, f"{source.read:,}", f"{source.kept:,}", dropped, *(f"{n:,}" for n in numbers))
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _lengths(plan: Plan) -> Text:
+    """A histogram of the lengths of all rows."""
+    lengths: Counter[int] = Counter()
+    for source in plan.rows.values():
+        lengths.update(source.lengths)
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    step = max(1, -(-(longest - shortest + 1) // BARS))
+    bars = Counter({(length - shortest) // step: 0 for length in lengths})
+    for length, count in lengths.items():
+        bars[(length - shortest) // step] += count
+    most = max(bars.values(), default=1)
+    text = Text("\ntokens of a row, as cut\n")
+    for number in range(max(bars, default=-1) + 1):
+        first = shortest + number * step
+        names = f"{first:,}" if step == 1 else f"{first:,} to {min(first + step - 1, longest):,}"
+        text.append(f"{names:>19}  {'█' * -(-bars[number] * WIDTH // most)} {bars[number]:,}\n")
+    return text
+
+
+def _memory(plan: Plan, memory: dict[str, int] | None, why_not: str) -> str:
+    if memory is None:
+        return f"memory: not counted: {why_not}"
+    names = {
+        "base_bytes": "base",
+        "weight_bytes": "adapter",
+        "state_bytes": "gradients and AdamW",
+        "activation_bytes": "kept by the adapter for backward",
+    }
+    parts = ", ".join(f"{name} {memory[key] / 2**20:,.1f}" for key, name in names.items())
+    return (
+        f"memory: {memory['training_bytes'] / 2**20:,.1f} MiB at {plan.tokens:,} tokens a step ({parts}), without what"
+        " the base keeps of them"
+    )
+
+
+def _colours(console: Console) -> bool:
+    return console.is_terminal and console.color_system is not None
+
+
+def _marked(example: Shown, colours: bool) -> Text:
+    pieces = example.pieces or [(example.text, False), *((f" {piece}", True) for piece in example.learned)]
+    text = Text()
+    for piece, is_learned in pieces:
+        if is_learned and not colours:
+            piece = f"[[{piece}]]"
+        text.append(piece, LEARNED if is_learned else "")
+    if len(text) > LONGEST:
+        text.truncate(LONGEST, overflow="ellipsis")
+    return text

@@ -1,0 +1,151 @@
+"""A dry run says what a run does: its rows, its very labels, its steps and its trained parameters; it needs no weights
+and writes nothing."""
+
+import json
+import shutil
+
+import pytest
+
+from flashbone.cli import main
+from flashbone.train.arguments import trainer_arguments
+from flashbone.train.data.loading import load_data
+from flashbone.train.data.tokens import IGNORED
+from flashbone.train.lengths import limit_length
+from flashbone.train.plan import plan
+from flashbone.train.recipe import DataRecipe
+from flashbone.train.run import train
+from flashbone.train.trainers import build_trainer
+from helpers.tiny_llama import questions, write_tiny_llama
+from train.training_runs import config_file, recipe_for
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": "where is the cat ?"},
+            {"role": "assistant", "content": "on the mat ."},
+            {"role": "user", "content": "what did it do ?"},
+            {"role": "assistant", "content": "it sat ."},
+        ],
+        "id": number,
+    }
+    for number in range(9)
+]
+LABELLED = [{"text": row["prompt"], "label": "mat" if "mat" in row["completion"] else "tree"} for row in questions(21)]
+
+
+@pytest.fixture
+def weightless(tmp_path):
+    """A model's folder without its weights."""
+    folder = write_tiny_llama(tmp_path / "weightless")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def dry_run(recipe, tmp_path, capsys, *flags):
+    code = main(["train", str(config_file(recipe, tmp_path / "c.yaml")), "--dry-run", "--json", *flags])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if code == 0 else err
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_the_json_has_five_parts_and_nothing_is_written_or_loaded(weightless, tmp_path, capsys):
+    file = write(tmp_path / "chats.jsonl", CHATS)
+    recipe = recipe_for(weightless, file, tmp_path / "out", data=DataRecipe(file, eval=2))
+    before = sorted(tmp_path.rglob("*"))
+    code, made = dry_run(recipe, tmp_path, capsys)
+    assert code == 0
+    assert list(made) == ["rows", "columns", "examples", "steps", "parameters"]
+    counts = {"format": "messages", "read": 9, "kept": 9, "dropped": {}, "cut": 0, "held_out": 2, "learned": 7}
+    assert {name: made["rows"][file][name] for name in counts} == counts
+    assert made["columns"] == {"used": ["messages"], "unused": ["id"]}
+    assert [example["learned"] for example in made["examples"]] == [["on the mat . </s>", "it sat . </s>"]] * 3
+    assert made["examples"][0]["text"].startswith("<|user|> where is the cat ?")
+    assert made["parameters"]["memory"]["training_bytes"] > made["parameters"]["memory"]["base_bytes"] > 0
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "c.yaml"])
+
+
+def test_what_is_shown_as_learned_is_what_the_trainer_learns(llama, tmp_path):
+    sources = [write(tmp_path / "a.jsonl", CHATS), write(tmp_path / "b.jsonl", questions(5))]
+    sources.append(write(tmp_path / "c.jsonl", [{"text": "the cat sat"}] * 4))
+    recipe = recipe_for(llama, "", tmp_path / "out", data=DataRecipe(sources=sources, eval=None))
+    shown = plan(recipe).examples
+    args = trainer_arguments(recipe)
+    limit_length(recipe, args)
+    trainer, _ = build_trainer(recipe, args, load_data(recipe))
+    decode = trainer.processing_class.decode
+    for example, number in zip(shown, (0, 9, 14), strict=True):
+        row = trainer.train_dataset[number]
+        labels = trainer.data_collator([row])["labels"][0].tolist()
+        learned = decode([token for token in labels if token != IGNORED])
+        assert example.text == decode(row["input_ids"])
+        assert " ".join(example.learned) == learned
+
+
+@pytest.mark.parametrize(
+    ("task", "training"),
+    [
+        ("sft", {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}),
+        ("sft", {"max_steps": -1, "num_train_epochs": 1.5, "packing": True, "max_length": 32}),
+        ("classification", {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_steps_and_trained_parameters_are_those_of_the_run(llama, tmp_path, capsys, task, training):
+    rows = LABELLED if task == "classification" else questions(21)
+    file = write(tmp_path / "rows.jsonl", rows)
+    recipe = recipe_for(llama, file, tmp_path / "out", task=task, training=training)
+    code, made = dry_run(recipe, tmp_path, capsys)
+    assert code == 0
+    summary = train(recipe).summary
+    assert made["steps"] == summary["steps"]
+    for name in ("trainable_parameters", "total_parameters"):
+        assert made["parameters"][name] == summary[name]
+    assert made["rows"][file]["learned"] == summary["sources"][0]["learned"]
+
+
+def test_cut_and_dropped_rows_are_counted_with_why(weightless, tmp_path, capsys):
+    rows = [*questions(8), {"prompt": "the cat " * 8, "completion": "yes"}]
+    file = write(tmp_path / "rows.jsonl", [*rows, {"prompt": "where ?", "completion": " on the mat" * 5}])
+    recipe = recipe_for(
+        weightless, file, tmp_path / "out", data=DataRecipe(file, eval=None), training={"max_length": 14}
+    )
+    code, made = dry_run(recipe, tmp_path, capsys)
+    assert code == 0
+    (counts,) = made["rows"].values()
+    assert counts["dropped"] == {"nothing left to learn within training.max_length": 1}
+    assert (counts["read"], counts["kept"], counts["cut"]) == (10, 9, 2)
+
+
+def test_unlabelled_rows_and_classes_are_shown(weightless, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [*LABELLED, {"text": "the dog", "label": None}])
+    data = DataRecipe(file, drop_unlabelled=True, eval=None)
+    recipe = recipe_for(weightless, file, tmp_path / "out", task="classification", data=data)
+    code, made = dry_run(recipe, tmp_path, capsys)
+    assert code == 0
+    assert (made["rows"][file]["read"], made["rows"][file]["dropped"]) == (22, {"no class": 1})
+    assert made["examples"][0] == {"text": LABELLED[0]["text"], "learned": [LABELLED[0]["label"]]}
+
+
+def test_errors_are_those_of_training_in_one_line(weightless, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"nothing": 1}])
+    code, error = dry_run(recipe_for(weightless, file, tmp_path / "out"), tmp_path, capsys)
+    assert code == 1
+    assert error.splitlines()[-1].startswith("flashbone train: error: ")
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(weightless)
+    code, error = dry_run(recipe_for(weightless, write(tmp_path / "q.jsonl", questions(9)), "out"), tmp_path, capsys)
+    assert code == 1
+    assert "weightless" in error.splitlines()[-1]
+
+
+def test_people_get_a_table_lengths_and_brackets_where_there_is_no_colour(weightless, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", questions(20))
+    path = config_file(recipe_for(weightless, file, tmp_path / "out"), tmp_path / "c.yaml")
+    assert main(["train", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "where was the big dog ?[[on the tree . yes it sat </s>]]" in out
+    for words in ("steps: 10", "tokens of a row, as cut", "14  ██", "columns used: prompt, completion"):
+        assert words in out
