@@ -6,6 +6,7 @@ import copy
 import ctypes
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -74,10 +75,19 @@ class DecodeSubject(LayerSubject):
         layer = bare(adapted(base, setting, ["linear"])).eval().linear
 
         def repetition() -> dict[str, float]:
-            with torch.inference_mode():
+            with torch.inference_mode(), one_generation(layer):
                 return {"time_ms": timed_ms(lambda: layer(self.x), self.case.device, self.case.calls)}
 
         return repetition
+
+
+def one_generation(layer: torch.nn.Module) -> AbstractContextManager[None]:
+    """Makes calls of one of flashbone's layers steps of one generation, between which it keeps what it builds."""
+    if not type(layer).__module__.startswith("flashbone."):
+        return nullcontext()
+    from flashbone.tuner.layers.calls import Gate, one_call
+
+    return one_call(Gate())
 
 
 class ForwardSubject:

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbone import variants
-from flashbone.ops.cache import Cache
+from flashbone.ops.cache import Kept
 from flashbone.ops.moves import Moves
 from helpers import reference
 from helpers.blocks import VARIANT_NAMES, random_block
@@ -21,8 +21,8 @@ def tensors(name):
     return x, W, random_block(name, OUT, IN, 4)
 
 
-def run(name, x, W, block, cache=None):
-    moves = Moves(x, cache)
+def run(name, x, W, block, kept=None):
+    moves = Moves(x, kept)
     variants.get(name).move(moves, x, block, 0.7)
     return moves.run(lambda base_x: linear(base_x, W), lambda: (W, None))
 
@@ -34,7 +34,7 @@ def test_torch_func_grad_takes_gradients_of_x_and_the_block(name, has_cache):
     weights = torch.linspace(-1, 2, 3 * OUT, dtype=torch.float64).view(3, OUT)
 
     def loss(x, block):
-        return (run(name, x, W, block, Cache() if has_cache else None) * weights).sum()
+        return (run(name, x, W, block, Kept() if has_cache else None) * weights).sum()
 
     leaves = [t.clone().requires_grad_() for t in (x, block)]
     want = torch.autograd.grad(
@@ -59,8 +59,8 @@ class Names(TorchDispatchMode):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_training_runs_the_operators_whose_backward_keeps_little_and_inference_plain_operations(name):
     x, W, block = tensors(name)
-    for cache in (None, Cache()):
+    for kept in (None, Kept()):
         with Names() as names, torch.no_grad():
-            y = run(name, x, W, block, cache)
+            y = run(name, x, W, block, kept)
         assert close(y, reference.forward(x, W, None, [(name, block, 0.7)]))
-        assert (OPERATORS[name] in names.found) == (cache is None)
+        assert (OPERATORS[name] in names.found) == (kept is None)

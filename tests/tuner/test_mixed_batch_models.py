@@ -13,8 +13,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from flashbone import BoneLinear
 from flashbone.errors import ConfigError, ShapeError
+from flashbone.tuner.layers.calls import CURRENT
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
@@ -77,7 +77,7 @@ def test_logits_of_a_mixed_batch_are_those_of_separate_runs(make):
         want = torch.cat(one_by_one(model, NAMES, lambda i: model(input_ids=ids[i : i + 1]).logits))
         assert close(got, want)
         assert same_bits(model(input_ids=ids).logits, model(input_ids=ids).logits, Promise.SAME_PRODUCT)
-    assert all(module.row_names is None for module in model.modules() if isinstance(module, BoneLinear))
+    assert CURRENT.rows is None
 
 
 @pytest.mark.slow

@@ -163,7 +163,6 @@ def test_rotations_of_several_settings_and_sizes_add_up():
     model.base_model.set_scale("small", -0.5)
     with torch.no_grad():
         outputs = [model(inputs()), model.eval()(inputs()), model(inputs())]
-    assert len(model.base_model.model.lin0._cache) == 2  # one rotation for each block size
     model.merge_adapter()
     assert all(close(y, model(inputs()).detach()) for y in outputs)
 

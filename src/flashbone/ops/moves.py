@@ -21,13 +21,13 @@ from torch.nn.functional import linear
 from flashbone.ops import backend, transforms
 from flashbone.ops.bat_col import bat_col_linear, bat_col_linear_refetched, shifted_weight
 from flashbone.ops.bone import add_factored
-from flashbone.ops.cache import Cache
+from flashbone.ops.cache import Kept
 from flashbone.ops.inputs import compute_input, flat, overflow_unit, scaled
 from flashbone.ops.rotation import rotate_input, rotation_offset
 from flashbone.ops.tiles import add_tiles
 
 # In inference a shifted weight is kept for calls with fewer tokens than this times r: with more, rebuilding it is a
-# small part of the call, and evaluating in the middle of a training would double the memory of the weights.
+# small part of the call.
 KEPT_BELOW_TOKENS_PER_R = 4
 
 _Terms = list[tuple[Tensor, float]]  # blocks of one shape, each with its scale
@@ -39,13 +39,13 @@ class Moves:
 
     Args:
         x: The input.
-        cache: Keeps what is built from blocks and weights, for calls without grad; None builds it anew.
+        kept: What the model's call keeps of blocks and weights, in inference; None in training.
         backend_name: Who computes shard sums and input shifts, see `ops.backend`.
     """
 
-    def __init__(self, x: Tensor, cache: Cache | None = None, backend_name: str = "torch") -> None:
+    def __init__(self, x: Tensor, kept: Kept | None = None, backend_name: str = "torch") -> None:
         self.x = x
-        self._cache = cache
+        self._kept = kept
         self._backend = backend.get(backend_name)
         # Of each kind: (identity of the x that it sees, sizes of the block) -> that x and the blocks.
         self._input_shifts: dict[Any, tuple[Tensor, _Terms]] = {}
@@ -57,9 +57,9 @@ class Moves:
         self._transformed = transforms.are_active()
         self._functional = self._transformed or torch.compiler.is_compiling()
         if self._transformed:
-            self._cache = None
+            self._kept = None
         # Inference needs no operators, whose dispatch costs as much as a small product.
-        self._composite = self._transformed or self._cache is not None
+        self._composite = self._transformed or self._kept is not None
 
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
@@ -185,10 +185,10 @@ class Moves:
             offsets = [scaled(rotation_offset(P, is_rotation, eps), scale) for P, scale, is_rotation, eps in terms]
             return sum(offsets[1:], offsets[0]).to(dtype)
 
-        if self._cache is None:
+        if self._kept is None:
             return build()
-        blocks, settings = [term[0] for term in terms], tuple(term[1:] for term in terms)
-        return self._cache.get(("orthogonal", blocks[0].shape[-1]), (dtype, settings), blocks, build)
+        settings = tuple(term[1:] for term in terms)
+        return self._kept.get(("orthogonal", terms[0][0].shape[-1], dtype, settings), build)
 
     def _base_call(self, base_x: Tensor | None, base: Callable, is_plain: bool) -> tuple[Tensor, bool]:
         """The base's output; and whether it is ours alone, to be overwritten."""
@@ -231,28 +231,24 @@ class Moves:
         def blocks() -> list[Tensor]:
             return [_combine([(terms, 1)], W.dtype) for terms in shifts.values()]
 
-        if self._cache is None or not self._cache.keeps_weights:
+        key = "bat-col", with_base, x.dtype, tuple((r, scale) for r, terms in shifts.items() for _, scale in terms)
+        if (
+            self._kept is None
+            or not self._kept.keeps_weights
+            or x.shape[0] >= KEPT_BELOW_TOKENS_PER_R * sum(shifts)
+            or not self._kept.is_worth_keeping(key)
+        ):
             return bat_col_linear(x, W, bias, blocks(), with_base, composite=self._transformed)
-        W_shifted = self._cache.get(
-            ("bat-col", with_base),
-            (x.dtype, *((r, scale) for r, terms in shifts.items() for _, scale in terms)),
-            [W, *(D for terms in shifts.values() for D, _ in terms)],
-            lambda: shifted_weight(W, blocks(), with_base).to(x.dtype),
-            keep=x.shape[0] < KEPT_BELOW_TOKENS_PER_R * sum(shifts),
-        )
+        W_shifted = self._kept.get(key, lambda: shifted_weight(W, blocks(), with_base).to(x.dtype))
         return linear(x, W_shifted, None if bias is None else bias.to(x.dtype))
 
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
         is_one_block = len(groups) == len(groups[0][0]) == 1
-        if self._cache is None or is_one_block:
+        if self._kept is None or is_one_block:
             return _combine(groups, dtype)
-        return self._cache.get(
-            role,
-            (dtype, *((unit, *(scale for _, scale in terms)) for terms, unit in groups)),
-            [block for terms, _ in groups for block, _ in terms],
-            lambda: _combine(groups, dtype),
-        )
+        settings = tuple((unit, *(scale for _, scale in terms)) for terms, unit in groups)
+        return self._kept.get((role, dtype, settings), lambda: _combine(groups, dtype))
 
 
 def _combine(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:

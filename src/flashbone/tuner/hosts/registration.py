@@ -36,7 +36,7 @@ def register(peft: ModuleType) -> None:
     for target in (peft, tuners):
         vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
         vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
-    loading.clean_up_after_failed_loads(peft.PeftModel)
+    loading.wrap_peft_model(peft.PeftModel)
     card.write_cards(peft.PeftModel)
     _refuse_bone(import_module("peft.mixed_model"))
     hotswap.support_bone(import_module("peft.utils.hotswap"))

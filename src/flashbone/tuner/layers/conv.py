@@ -81,7 +81,7 @@ class BoneConv(BoneLinear):
         kept_x = x[(..., *(slice(None, None, stride) for stride in strides))] if max(strides) > 1 else x
         channels = -1 - len(strides)
         rows = kept_x.movedim(channels, -1)
-        moves = Moves(rows, self._usable_cache(x), self.backend)
+        moves = Moves(rows, self._kept(x), self.backend)
         for name, (variant, block, scale) in zip(names, terms(self, names), strict=True):
             variant.move(moves, self._with_dropout(name, rows) if self.training else rows, block, scale)
         y = moves.run(lambda tokens: F.linear(tokens, *self._weight_and_bias()), self._weight_and_bias)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from flashbone import variants
 from flashbone.errors import ConfigError
-from flashbone.ops.cache import Cache
+from flashbone.ops.cache import NOTHING, Kept
 from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
-from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers import calls, offloading
+from flashbone.tuner.layers.calls import CURRENT
 from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
@@ -28,10 +29,8 @@ class BoneLayer(ReadWeight, MergeableLayer):
     """The adapters of one layer: blocks, sizes, scales and dropouts by adapter name; merging is in `merging.py`.
 
     Attributes:
-        caches: Whether eval mode without grad keeps what it builds until a block or weight changes: sums of several
-            adapters' blocks and, for calls with few tokens, bat-col's shifted weight, as large as the base's.
-        row_names: The adapter of each row while the model is called with `adapter_names`. Set from outside: a hook on
-            every layer, which is PEFT's way to pass them, costs more than the adapters in a decoding step.
+        caches: Whether eval mode without grad keeps what it builds until the model's call ends: sums of several
+            adapters' blocks and, for steps with few tokens, bat-col's shifted weight, as large as the base's.
     """
 
     in_features: int
@@ -41,7 +40,6 @@ class BoneLayer(ReadWeight, MergeableLayer):
     caches = True
     backend = "torch"
     cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` reads it
-    row_names: RowNames | None = None
     converts_to_lora = True  # whether LoRA has a linear layer for this kind
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_r", "bone_variant", "bone_scale", "bone_dropout")
@@ -55,7 +53,6 @@ class BoneLayer(ReadWeight, MergeableLayer):
         self.bone_block = nn.ParameterDict()
         self.merged_adapters: list[str] = []
         self._merged_as: dict[str, Term] = {}
-        self._cache = Cache()
         self.kwargs = kwargs
 
         base = self.get_base_layer()
@@ -144,13 +141,14 @@ class BoneLayer(ReadWeight, MergeableLayer):
         if keep_dtype and block.dtype != before.dtype:
             block.data = before.to(block.device)
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._cache.clear()
-        super().set_adapter(*args, **kwargs)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._cache.clear()
-        super().delete_adapter(adapter_name)
+    @property
+    def row_names(self) -> RowNames | None:
+        """The adapter of each row, while this thread calls the model with `adapter_names`. PEFT passes names by a hook
+        on every layer, which costs more than the adapters in a decoding step."""
+        rows = CURRENT.rows
+        if rows is not None and rows.has_grad and not torch.compiler.is_compiling():
+            calls.check_not_checkpointed()
+        return rows
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds by `scale`; 1 is the trained strength. A merged adapter keeps its strength."""
@@ -169,11 +167,6 @@ class BoneLayer(ReadWeight, MergeableLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.converts_to_lora and self.base_kind.unreadable(self.get_base_layer()) is None
-
-    def set_caches(self, keep: bool) -> None:
-        """Set `caches`, and drop what is kept now."""
-        self.caches = keep
-        self._cache.clear()
 
     def active_here(self) -> list[str]:
         """Names of the active adapters that this layer has."""
@@ -196,7 +189,7 @@ class BoneLinear(nn.Module, BoneLayer):
 
         With `adapter_names`, a list with a name for each row of x, each row gets the moves of its adapter instead.
         """
-        if self.row_names is not None or "adapter_names" in kwargs:
+        if CURRENT.rows is not None or "adapter_names" in kwargs:
             return self._forward_by_rows(x, *args, **kwargs)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
@@ -205,7 +198,7 @@ class BoneLinear(nn.Module, BoneLayer):
         if self._disable_adapters or self.merged_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
         base_layer = self.base_layer
-        moves = Moves(x, self._usable_cache(x), self.backend)
+        moves = Moves(x, self._kept(x), self.backend)
         for name in active:
             adapter_x = self._with_dropout(name, x) if self.training else x
             self.bone_variant[name].move(moves, adapter_x, self.block_of(name), self.bone_scale[name])
@@ -227,11 +220,10 @@ class BoneLinear(nn.Module, BoneLayer):
         self.check_rows()
         groups = rows.groups(len(x))
         x = rows.sorted(x)
-        parts, cache = [], self._usable_cache(x)
+        parts = []
         for name, start, size in groups:
             if name in self.bone_block:
-                part_cache = None if cache is None else cache.part(name)  # not `cache and`: an empty cache is false
-                moves = Moves(x.narrow(0, start, size), part_cache, self.backend)
+                moves = Moves(x.narrow(0, start, size), self._kept(x, name), self.backend)
                 self.bone_variant[name].move(moves, moves.x, self.block_of(name), self.bone_scale[name])
                 parts.append(Part(start, size, moves))
         call = self.base_kind.caller(base_layer)
@@ -257,24 +249,14 @@ class BoneLinear(nn.Module, BoneLayer):
         dropout = self.bone_dropout[name]
         return dropout(x) if isinstance(dropout, nn.Dropout) else x
 
-    def _usable_cache(self, x: Tensor) -> Cache | None:
-        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:  # nn.DataParallel's replicas share one
+    def _kept(self, x: Tensor, part: str = "") -> Kept | None:
+        """What this layer, or its part of an adapter, keeps in this call; None in training."""
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             return None
-        if not self.caches or self.training or torch.is_grad_enabled():
-            self._cache.clear()
-            return None
-        # Sharding hosts change parameters past torch's version counter; a CUDA graph would read what was dropped.
+        # Under FSDP2 a weight would be whole for longer than its unit runs; a CUDA graph would read what was dropped.
         if (dist.is_available() and dist.is_initialized()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return None
-        return self._cache
-
-    def train(self, mode: bool = True) -> BoneLinear:
-        self._cache.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> BoneLinear:
-        self._cache.clear()
-        return super()._apply(*args, **kwargs)
+            return NOTHING
+        return (calls.kept_by(self, part) if self.caches else None) or NOTHING
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()

@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from flashbone import shards, variants
-from flashbone.ops.cache import Cache
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.kinds import BaseKind
 from flashbone.variants.merged import Term, check_undoable, undo
@@ -52,7 +51,6 @@ class MergeableLayer(BaseTunerLayer):
     bone_variant: dict[str, variants.Variant]
     base_kind: BaseKind
     keep_original = True
-    _cache: Cache
     _original_weight: Any = None
     _merged_as: dict[str, Term]  # merged adapters as they were merged; blocks and scales may change afterwards
 
@@ -140,7 +138,6 @@ class MergeableLayer(BaseTunerLayer):
             if is_first_kept:
                 self._original_weight = None
             raise
-        self._cache.clear()
         self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
         self.merged_adapters.extend(names)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashbone.errors import ConfigError, ShapeError
 
@@ -29,10 +27,13 @@ class RowNames:
     Args:
         names: An adapter's name, or `__base__`, for each row.
         repeats: How often generation may repeat each row, for beams or several answers; the copies are adjacent.
+
+    Attributes:
+        has_grad: Whether a backward may follow the call.
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
-        self.names, self._repeats = list(names), repeats
+        self.names, self._repeats, self.has_grad = list(names), repeats, torch.is_grad_enabled()
         self._sorted: dict[int, tuple[list[Group], list[int] | None]] = {}
         self._orders: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -107,29 +108,3 @@ def row_names(adapter_names: Sequence[str], known: Sequence[str], kwargs: dict[s
         kwargs.get(field) or getattr(defaults, field, None) or 1 for field in ("num_beams", "num_return_sequences")
     ]
     return RowNames(adapter_names, max(counts))
-
-
-@contextmanager
-def adapters_by_row(layers: Sequence[Any], wrappers: Sequence[nn.Module], rows: RowNames) -> Iterator[None]:
-    """Within the block, the layers and saved modules (`modules_to_save`) take each row's adapter from `rows`."""
-
-    def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        return args, kwargs if batch is None else kwargs | {"adapter_names": rows.for_rows(len(batch))}
-
-    hooks = [wrapper.register_forward_pre_hook(name_rows, with_kwargs=True) for wrapper in wrappers]
-    before = [layer.row_names for layer in layers]
-    try:
-        for layer in layers:
-            layer.row_names = rows
-        yield
-    finally:
-        for layer, names in zip(layers, before, strict=True):
-            layer.row_names = names
-        for hook in hooks:
-            hook.remove()
-
-
-def saved_modules(model: nn.Module) -> list[nn.Module]:
-    """PEFT's wrappers around modules that are trained whole."""
-    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

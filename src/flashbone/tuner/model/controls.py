@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 
 from flashbone.errors import ConfigError
 from flashbone.ops import backend
-from flashbone.tuner.layers.layer import bone_layers
+from flashbone.tuner.layers.calls import Gate, changes_model, one_call
+from flashbone.tuner.layers.layer import BoneLayer, bone_layers
 from flashbone.tuner.model import lora, weighted
+from flashbone.tuner.model.saved_parameters import SavedParameter
 
 
 class Controls(BaseTuner):
@@ -22,6 +26,27 @@ class Controls(BaseTuner):
     _caches = True
     _backend = "torch"
 
+    @property
+    def gate(self) -> Gate:
+        """Lets changes of the model wait for its calls."""
+        return vars(self).setdefault("_gate", Gate())
+
+    @changes_model
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+
+    @changes_model
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off; those that are merged are taken out, which layers would do in their next call."""
+        super().disable_adapter_layers()
+        for module in self.model.modules():
+            if isinstance(module, (BoneLayer, SavedParameter)) and module.merged:
+                module.unmerge()
+
+    @changes_model
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+
     def keep_originals(self, keep: bool) -> None:
         """Set whether merging keeps the pristine weights in host memory (the default), for a bit-exact unmerge."""
         self._keeps_originals = keep
@@ -29,16 +54,26 @@ class Controls(BaseTuner):
             layer.keep_original = keep
 
     def cache_in_inference(self, keep: bool) -> None:
-        """Set whether eval mode without grad keeps what it builds from blocks and weights between calls (the default).
+        """Set whether eval mode without grad keeps what it builds from blocks and weights while a call runs (the
+        default): `generate`, or a block of `unchanged`. Nothing outlives a call.
 
-        Sums of several adapters' blocks are small. bat-col's shifted weight, kept from the first call with few tokens
-        on, is as large as the layer's weight: where memory is short, merge the adapter, or switch this off. Call this
-        also after writing to `parameter.data` in place, which torch does not track: it drops what is kept.
+        Sums of several adapters' blocks are small. bat-col's shifted weight, kept from the second step with few tokens
+        on while one thread calls the model, is as large as the layer's weight: where memory is short, merge the
+        adapter, or switch this off.
         """
         self._caches = keep
         for _, layer in bone_layers(self.model):
-            layer.set_caches(keep)
+            layer.caches = keep
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Make a block of code one call of the model, such as a decoding loop of your own: what eval mode without grad
+        builds from blocks and weights is kept until the block ends, so nothing may write to them in it. Changes of the
+        model in other threads wait, as for a call."""
+        with one_call(self.gate):
+            yield
+
+    @changes_model
     def set_backend(self, name: str) -> None:
         """Choose what computes shard sums (bone, mini) and input shifts (bat-row): "torch", or "triton" for its fused
         kernels, which need a GPU (docs/triton.md).
@@ -52,6 +87,7 @@ class Controls(BaseTuner):
         for _, layer in bone_layers(self.model):
             layer.backend = name
 
+    @changes_model
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds to the model by `scale`, until it is set again; 1 is the trained strength."""
         if adapter not in self.peft_config:
@@ -59,6 +95,7 @@ class Controls(BaseTuner):
         for _, layer in bone_layers(self.model):
             layer.set_scale(adapter, scale)
 
+    @changes_model
     @torch.no_grad()
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"

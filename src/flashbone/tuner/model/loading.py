@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -177,14 +177,28 @@ def _is_bone(model_id: Any, kwargs: dict[str, Any]) -> bool:
         return False
 
 
-def clean_up_after_failed_loads(peft_model: Any) -> None:
-    """Wrap `PeftModel.from_pretrained` and `load_adapter` so that a BONE adapter that cannot be loaded leaves no trace.
+def wrap_peft_model(peft_model: Any) -> None:
+    """Wrap `PeftModel.from_pretrained` and `load_adapter` so that a BONE adapter that cannot be loaded leaves no trace,
+    and calls so that `BoneModel` knows of those without adapters, too.
 
     PEFT adds the adapter before it reads the weights, and tells its tuners of neither. Other methods' adapters pass
     through untouched.
     """
+    peft_model._enable_peft_forward_hooks = _known_calls(peft_model._enable_peft_forward_hooks)
     peft_model.load_adapter = _clean_load_adapter(peft_model.load_adapter)
     peft_model.from_pretrained = classmethod(_clean_from_pretrained(peft_model.from_pretrained.__func__))
+
+
+def _known_calls(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self.base_model, "gate"):
+            return original(self, *args, **kwargs)
+        if self._adapters_disabled:
+            kwargs.pop("adapter_names", None)
+        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+
+    return _enable_peft_forward_hooks
 
 
 def _clean_load_adapter(original: Callable) -> Callable:
@@ -196,7 +210,14 @@ def _clean_load_adapter(original: Callable) -> Callable:
             if isinstance(layer, BoneLayer):
                 offloading.stop_offloading(layer.bone_block)
         model, ignores = self.get_base_model(), bool(kwargs.get("ignore_mismatched_sizes", False))
-        with no_trace(model, adapter_name, model_id), ignoring_sizes(ignores), _as_dispatched(model, model_id, kwargs):
+        gate = getattr(self.base_model, "gate", None)
+        alone = gate.change("load_adapter") if gate and adapter_name in self.peft_config else nullcontext()
+        with (
+            alone,  # calls may use an adapter that is loaded again; a new one they do not know
+            no_trace(model, adapter_name, model_id),
+            ignoring_sizes(ignores),
+            _as_dispatched(model, model_id, kwargs),
+        ):
             return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter

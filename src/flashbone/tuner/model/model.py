@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING, get_quantization_kwargs
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.files import patterns
 from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers.calls import changes_model, one_call, pass_rows_to_saved_modules
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
-from flashbone.tuner.layers.mixed_batch import adapters_by_row, row_names, saved_modules
+from flashbone.tuner.layers.mixed_batch import row_names
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
 from flashbone.tuner.model import keys, saved_parameters
@@ -77,6 +79,7 @@ class BoneModel(Controls, BaseTuner):
     tuner_layer_cls: Any = (BoneLayer, SavedParameter)
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
+    @changes_model
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
@@ -234,6 +237,7 @@ class BoneModel(Controls, BaseTuner):
             offloading.stop_offloading(layer.bone_block)
         return mapped
 
+    @changes_model
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter, or several, the active ones.
 
@@ -245,10 +249,12 @@ class BoneModel(Controls, BaseTuner):
             saved.holder(names)
         super().set_adapter(adapter_name, inference_mode)
 
+    @changes_model
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         saved_parameters.forget(self.model, adapter_name)
 
+    @changes_model
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (None: the active ones) into the base weights; if it fails, no layer was changed.
 
@@ -266,6 +272,7 @@ class BoneModel(Controls, BaseTuner):
         for saved in saved_parameters.find(self.model):
             saved.check_merge(adapter_names, must_be_finite=safe_merge)
 
+    @changes_model
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -279,10 +286,12 @@ class BoneModel(Controls, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way to hand `adapter_names` to the layers, in calls of the model and in `generate`."""
+        """PEFT's way to hand `adapter_names` to the layers: a context around each call of the model, and `generate`."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
-            yield
+            # A compiled call keeps nothing, and cannot be counted.
+            with nullcontext() if torch.compiler.is_compiling() else one_call(self.gate):
+                yield
             return
         if self.training:
             raise ConfigError(
@@ -294,7 +303,7 @@ class BoneModel(Controls, BaseTuner):
                 f"adapter_names: an adapter of this model trains {saved[0].name} whole (parameters_to_save), and it has"
                 " one value for all rows of a batch; delete that adapter, or run one batch for each, with set_adapter"
             )
+        pass_rows_to_saved_modules(self.model)
         rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        layers = [layer for _, layer in bone_layers(self.model)]
-        with adapters_by_row(layers, saved_modules(self.model), rows):
+        with one_call(self.gate, rows):
             yield
