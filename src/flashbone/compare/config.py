@@ -110,6 +110,7 @@ class ListedMethod:
 _SECTIONS = {"data": ComparedData, "quantization": Quantization, "rwkv": RwkvSettings, "answers": Answers}
 _NOT_HERE = {
     "data.sources": "a comparison has one place of rows",
+    "data.streaming": "a comparison counts its rows",
     "training.learning_rate": "set `learning_rates` instead",
     "training.output_dir": "set `output` instead",
     "training.seed": "set `seeds` instead",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from flashbone.errors import ConfigError
 from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.classify import untruncated
 from flashbone.train.data.loading import Data, Read, load_data
@@ -98,6 +99,8 @@ def plan(recipe: Recipe) -> Plan:
         FlashboneError: as `train` would.
     """
     refuse_classification(recipe)
+    if recipe.data.streaming:
+        raise ConfigError("data.streaming: a dry run reads all rows; set it to false, with a part of the rows")
     with tempfile.TemporaryDirectory() as folder:  # transformers makes the output folder
         recipe = replace(recipe, output=folder)
         args = trainer_arguments(recipe)

@@ -35,6 +35,7 @@ class DataRecipe:
     weight: float = 1.0  # how often the rows appear in an epoch: 2 repeats each, 0.5 draws half of them
     # several places instead of `path`: each a path, or the fields above, which else are those of `data`
     sources: list[str | dict[str, Any]] = field(default_factory=list)
+    streaming: bool = False  # read rows while they are learned: for what does not fit on disk
 
 
 @dataclass

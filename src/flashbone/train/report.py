@@ -94,7 +94,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     trained, total = summary["trainable_parameters"], summary["total_parameters"]
     lines = [
         ("trainable parameters", f"{trained:,} of {total:,} ({summary['trainable_percent']:.3g} %)"),
-        ("rows, training / held out", f"{summary['train_rows']:,} / {summary['eval_rows']:,}"),
+        ("rows, training / held out", f"{_rows(summary['train_rows'])} / {summary['eval_rows']:,}"),
         ("steps (epochs)", f"{summary['steps']:,} ({summary['epochs']:.3g})"),
     ]
     if summary.get("train_loss") is not None:
@@ -113,6 +113,10 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("training time", f"{summary['train_s']:,.1f} s{speed}"))
     lines.append((f"peak {summary['peak_of']}", f"{summary['peak_mib']:,.0f} MiB on {summary['device']}"))
     return lines
+
+
+def _rows(count: int | None) -> str:
+    return "a stream" if count is None else f"{count:,}"
 
 
 def _files(folder: Path, figures: list[Path]) -> list[tuple[str, Path]]:

@@ -24,6 +24,7 @@ class Summary:
     """The content of summary.json; units are in the names, and null is what was not measured.
 
     Attributes:
+        train_rows: null where they were a stream.
         sources: what each place of rows brought.
         rotation: the last figures of the variant orthogonal, the largest of all modules.
         train_s: seconds in optimiser steps, of all processes that resumed the run.
@@ -34,7 +35,7 @@ class Summary:
     task: str
     variant: str
     block_size: int | None
-    train_rows: int
+    train_rows: int | None
     eval_rows: int
     labels: list[str]
     steps: int
@@ -78,7 +79,7 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", r
         task=recipe.task,
         variant=getattr(config, "variant", recipe.adapter.get("variant", "bone")),
         block_size=getattr(config, "r", recipe.adapter.get("r")),
-        train_rows=len(data.train),
+        train_rows=None if data.is_stream else len(data.train),
         eval_rows=len(data.eval) if data.eval is not None else 0,
         labels=data.labels,
         steps=step,

@@ -17,6 +17,7 @@ from flashbone.train.data.loading import Data
 from flashbone.train.data.origins import elsewhere, sources_of
 from flashbone.train.data.places import places
 from flashbone.train.data.prepared import Counts, Limits, check, prepare
+from flashbone.train.data.streaming import prepare_stream
 from flashbone.train.models import (
     load_causal_lm,
     load_classifier,
@@ -209,7 +210,10 @@ def tokenised(
             parts.append(None)
             continue
         with args.main_process_first():
-            made, count = prepare(rows, tokenizer, limits, args.dataset_num_proc)
+            if kind == "training" and data.is_stream:
+                made, count, rows = prepare_stream(rows, tokenizer, limits)
+            else:
+                made, count = prepare(rows, tokenizer, limits, args.dataset_num_proc)
         find = functools.partial(_places, of, recipe.task, rows)
         where = ", ".join(dict.fromkeys(place.path for place in of))
         check(count, where, kind, limits.length, recipe.data.allow_cut, find)

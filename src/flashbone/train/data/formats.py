@@ -212,3 +212,19 @@ def _converted(
         raise FormatError(f"{where}: all {counts.read} rows are left out; none has a class")
     if unseen := [theirs for theirs in reading.columns.values() if theirs not in counts.used]:
         raise FormatError(f"{where}: no row has {listed(unseen)}, which data.columns names")
+
+
+def check_template(template: str, format: str) -> None:
+    """Raise ConfigError where rows of this format take no template, or it has no place for the prompt."""
+    if not FORMATS[format].has_prompt:
+        raise ConfigError(f"data.template: rows of format {format} have no prompt of their own; leave it out")
+    if "{prompt}" not in template:
+        raise ConfigError(f"data.template: got {template!r}, wanted a text with {{prompt}} in it")
+
+
+def in_template(examples: Iterator[Example], template: str) -> Iterator[Example]:
+    """The examples with the template around their prompts; conversations are left as they are."""
+    for example in examples:
+        if "prompt" in example:
+            example = {**example, "prompt": template.replace("{prompt}", example["prompt"])}
+        yield example

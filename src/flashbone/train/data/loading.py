@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data import windows as token_windows
 from flashbone.train.data.counts import RowCounts, split_counts, with_counts
-from flashbone.train.data.formats import open_examples
+from flashbone.train.data.formats import check_template, in_template, open_examples
 from flashbone.train.data.layouts import FORMATS, Example
 from flashbone.train.data.origins import Part, elsewhere, named, sources_of
 from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows, readable
 from flashbone.train.data.sources import Source, joined, repeated, without_held_out
+from flashbone.train.data.streaming import check_streaming, streamed
 from flashbone.train.data.windows import Windows, count, without_numbers
 from flashbone.train.recipe import DataRecipe, Recipe
 
@@ -39,11 +40,17 @@ class Data:
     test: "Dataset | None" = None
     sources: list[Source] = field(default_factory=list)
     read: "list[Read]" = field(default_factory=list)  # of each source, then of held-out files
+    talks: bool = False  # of a stream: whether it has conversations
 
     @property
     def conversational(self) -> bool:
         """Whether the rows need a chat template."""
-        return "conversation" in self.train.column_names
+        return self.talks or "conversation" in (self.train.column_names or ())
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the training rows are read while they are learned."""
+        return not hasattr(self.train, "num_rows")
 
 
 def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None) -> Data:
@@ -59,6 +66,8 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
         FormatError: rows are malformed; the message names the first few with file and line.
         ConfigError: `data` asks for columns, splits or a part that do not exist.
     """
+    if recipe.data.streaming:
+        return _streamed(recipe, windows or Windows())
     windows, places = windows or Windows(), sources_of(recipe.data)
     split = [_read(place, recipe, windows, test) for place in places]
     read: list[Read] = [*split]
@@ -82,6 +91,16 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
     data = Data(train, others[0], labels, others[1], sources, read)
     _log(data)
     return data
+
+
+def _streamed(recipe: Recipe, windows: Windows) -> Data:
+    """Rows that are read while they are learned; only held-out ones are on disk."""
+    check_streaming(recipe)
+    rows, talks = streamed(recipe)
+    apart = elsewhere(recipe.data, recipe.data.eval)
+    held_out = apart and without_numbers(_load(apart, recipe.task, windows).examples)
+    log.info("data: %s: read while it is learned; %d rows held out", named(recipe.data), len(held_out or ()))
+    return Data(rows, held_out, [], talks=talks)  # pyright: ignore[reportArgumentType]
 
 
 def _log(data: Data) -> None:
@@ -162,7 +181,7 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> Read:
         log.info("data: %s is read as %s%s", data.path, name, f" with {columns}" if columns else "")
         is_tokenised = FORMATS[name].is_tokenised
         if data.template is not None:
-            _check_template(data.template, name)
+            check_template(data.template, name)
 
         def generate() -> Iterator[Example]:
             examples = read if data.template is None else in_template(read, data.template)
@@ -212,21 +231,6 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     except FileNotFoundError:  # reading raises the error
         return str(file), 0, 0
     return str(file.resolve()), about.st_mtime_ns, about.st_size
-
-
-def _check_template(template: str, format: str) -> None:
-    if not FORMATS[format].has_prompt:
-        raise ConfigError(f"data.template: rows of format {format} have no prompt of their own; leave it out")
-    if "{prompt}" not in template:
-        raise ConfigError(f"data.template: got {template!r}, wanted a text with {{prompt}} in it")
-
-
-def in_template(examples: Iterator[Example], template: str) -> Iterator[Example]:
-    """The examples with the template around their prompts; conversations are left as they are."""
-    for example in examples:
-        if "prompt" in example:
-            example = {**example, "prompt": template.replace("{prompt}", example["prompt"])}
-        yield example
 
 
 def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":

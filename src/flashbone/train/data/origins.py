@@ -12,7 +12,7 @@ from flashbone.train.recipe import DataRecipe, section
 # Rows that are not learned: a share, a number of rows, another file, or where they are and how they are read.
 Part = int | float | str | dict[str, Any] | DataRecipe | None
 
-OF_THE_RUN = ("sources",)  # fields of `data` that a single source has not
+OF_THE_RUN = ("sources", "streaming", "allow_cut")  # fields of `data` that a single source has not
 
 
 def sources_of(data: DataRecipe) -> list[DataRecipe]:

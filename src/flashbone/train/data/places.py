@@ -4,9 +4,9 @@ import contextlib
 import json
 from collections.abc import Iterator
 
-from flashbone.train.data.formats import open_examples
+from flashbone.train.data.formats import in_template, open_examples
 from flashbone.train.data.layouts import Example
-from flashbone.train.data.loading import in_template, open_rows
+from flashbone.train.data.loading import open_rows
 from flashbone.train.recipe import DataRecipe
 
 

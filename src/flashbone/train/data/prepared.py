@@ -2,12 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.formats import SHOWN_BAD_ROWS
+from flashbone.train.data.layouts import Example
 from flashbone.train.data.tokens import Tokens, end_marks, end_token, tokenise
 from flashbone.train.data.windows import largest_id
 
@@ -173,6 +174,22 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
             }
             entries.append(entry)
     return {name: [entry[name] for entry in entries] for name in entries[0]}
+
+
+def prepared_rows(example: Example, number: int, tokenizer: Any, limits: Limits) -> Iterator[dict[str, list[int]]]:
+    """What the trainer takes of one example: the rows with something to learn.
+
+    Raises:
+        FormatError: the row of this number has a problem.
+    """
+    made = _prepared({name: [value] for name, value in example.items()}, [number], tokenizer, limits)
+    for ids, labels, problem, is_empty in zip(
+        made["input_ids"], made["labels"], made["problem"], made["is_empty"], strict=True
+    ):
+        if problem:
+            raise FormatError(f"data: row {number + 1} of the stream: {problem}")
+        if not is_empty:
+            yield {"input_ids": ids, "labels": labels}
 
 
 def _unknown(ids: list[int], tokenizer: Any, limits: Limits) -> str:

@@ -184,8 +184,8 @@ def _binidx(path: Path) -> Rows:
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
 
 
-def open_dataset(path: str, subset: str | None, split: str) -> "Dataset":
-    """A dataset of the hub, or of a folder.
+def open_dataset(path: str, subset: str | None, split: str, streaming: bool = False) -> "Dataset":
+    """A dataset of the hub, or of a folder; with `streaming` one whose rows are read one by one.
 
     Raises:
         ConfigError: it cannot be loaded, or its rows come from a script.
@@ -194,7 +194,7 @@ def open_dataset(path: str, subset: str | None, split: str) -> "Dataset":
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(path, subset, split=split)  # pyright: ignore[reportReturnType]
+        return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -222,7 +222,7 @@ def _without_nulls(value: Any) -> Any:
 
 def dataset_rows(dataset: "Dataset", name: str) -> Rows:
     """The rows of a dataset; numbers of classes become their names."""
-    named = _naming(dataset.features)
+    named = _naming(dataset.features or {})
     for number, row in enumerate(dataset, 1):
         assert isinstance(row, dict)
         yield named(f"{name}: row {number}", row)

@@ -1,0 +1,109 @@
+"""Rows that are read while they are learned: every layout, the same losses after a kill, and what a stream has not."""
+
+import json
+
+import pytest
+
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.loading import load_data
+from flashbone.train.plan import plan
+from flashbone.train.recipe import DataRecipe, Recipe, load_recipe
+from flashbone.train.run import train
+from helpers.tiny_llama import questions
+from train.training_runs import config_file, kill_at_step_seven, metrics_of, recipe_for
+
+TALK = [{"role": "user", "content": "where ?"}, {"role": "assistant", "content": "on the mat ."}]
+LAYOUTS = {
+    "text": [{"text": "the cat sat on the mat ."}] * 30,
+    "prompt": questions(30),
+    "conversation": [{"messages": TALK}] * 30,
+}
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def stream_of(llama, file, output, training=None, **data):
+    fields = {"sources": file, "path": ""} if isinstance(file, list) else {"path": file}
+    recipe = DataRecipe(**fields, **{"eval": None, "streaming": True, **data})
+    return recipe_for(llama, "", output, data=recipe, training={"max_steps": 4, **(training or {})})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_learned_from_a_stream_with_held_out_rows_of_its_own(llama, tmp_path, layout):
+    file, held = write(tmp_path / "a.jsonl", LAYOUTS[layout]), write(tmp_path / "h.jsonl", LAYOUTS[layout][:4])
+    summary = train(stream_of(llama, file, tmp_path / "out", eval=held)).summary
+    assert summary["steps"] == 4
+    assert (summary["train_rows"], summary["eval_rows"]) == (None, 4)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
+def test_sources_of_other_formats_are_mixed_by_weight(tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(2000)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "completion": "x"} for i in range(2000)])
+    data = DataRecipe(sources=[{"path": a, "weight": 3}, b], eval=None, streaming=True)
+    rows = load_data(Recipe("m", data, "o", training={"max_steps": 1})).train
+    first = [json.loads(row["example"]) for _, row in zip(range(800), rows, strict=False)]
+    share = sum("text" in row for row in first) / len(first)
+    assert 0.7 < share < 0.8
+    assert [json.loads(row["example"]) for _, row in zip(range(800), rows, strict=False)] == first
+
+
+def test_a_folder_is_streamed_as_a_dataset(llama, tmp_path):
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", questions(20))
+    summary = train(stream_of(llama, str(tmp_path / "rows"), tmp_path / "out")).summary
+    assert summary["steps"] == 4
+
+
+def test_a_stream_is_packed(llama, tmp_path):
+    file = write(tmp_path / "a.jsonl", questions(60))
+    result = train(stream_of(llama, file, tmp_path / "out", {"packing": True, "max_length": 64, "max_steps": 2}))
+    assert result.summary["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_a_stream_resumes_to_the_same_losses(llama, tmp_path):
+    files = [write(tmp_path / "a.jsonl", questions(64)), write(tmp_path / "b.jsonl", LAYOUTS["text"])]
+
+    def recipe(output):
+        return stream_of(llama, files, tmp_path / output, {"save_steps": 2, "max_steps": 10})
+
+    train(recipe("whole"))
+    kill_at_step_seven(recipe("resumed"), tmp_path)
+    train(load_recipe(config_file(recipe("resumed"), tmp_path / "again.yaml")), resume=True)
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"max_steps": -1}}, "a stream has no length; set training.max_steps"),
+        ({"eval": 0.1}, "data.eval: got 0.1, but of a stream no rows can be held out"),
+        ({"split": "train[:10]"}, r"data\.split train\[:10\]: a stream cannot be sliced"),
+    ],
+)
+def test_what_a_stream_has_not_is_refused_in_one_line(llama, tmp_path, changes, words):
+    file = write(tmp_path / "a.jsonl", questions(8))
+    with pytest.raises(ConfigError, match=words) as error:
+        train(stream_of(llama, file, tmp_path / "out", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_and_a_dry_run_need_all_rows(llama, tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"text": "x", "label": "y"}])
+    recipe = stream_of(llama, file, tmp_path / "out")
+    recipe.task = "classification"
+    with pytest.raises(ConfigError, match="is for task sft"):
+        train(recipe)
+    with pytest.raises(ConfigError, match="a dry run reads all rows"):
+        plan(stream_of(llama, file, tmp_path / "out"))
+
+
+def test_a_broken_row_further_on_ends_the_run_with_its_place(llama, tmp_path):
+    file = write(tmp_path / "a.jsonl", [*questions(30), {"prompt": "where ?"}])
+    with pytest.raises(FormatError, match=r"a\.jsonl:31: no 'completion'"):
+        train(stream_of(llama, file, tmp_path / "out"))
