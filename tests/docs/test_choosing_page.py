@@ -194,7 +194,7 @@ def test_sizes_and_rates_are_those_of_their_sources():
         assert re.search(rf"^\| {shown}.*`examples/{name}` \|$", text, re.M), name
     assert recipe("classification/classify.yaml")["adapter"]["r"] == 32
     assert recipe("demo/demo.yaml")["adapter"]["target_modules"] == ["q_proj", "v_proj"]
-    plain = Recipe("", DataRecipe(""), "out", "classification", training={"use_cpu": True})
+    plain = Recipe("", DataRecipe("rows.jsonl"), "out", "classification", training={"use_cpu": True})
     assert trainer_arguments(plain).learning_rate == 2e-4
     comparison = ComparisonConfig(model="", data=None, output="")  # pyright: ignore[reportArgumentType]
     assert comparison.learning_rates == [3e-4, 1e-3, 3e-3]
