@@ -71,7 +71,7 @@ def test_a_folder_is_free_again_when_the_block_ends(tmp_path):
     for _ in range(2):
         with alone(folder):
             (folder / "result").touch()
-            with pytest.raises(ConfigError, match="another run is writing to it; wait for it, or choose another"):
+            with pytest.raises(ConfigError, match=r"is writing to it \(process \d+\); wait for it, or choose another"):
                 alone(folder).__enter__()
         assert listing(folder) == ["result"]
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.train.checkpoints import write_manifest
 from helpers.adapter_folders import blocks_for, tiny_llama, write_adapter, write_config
 from helpers.tiny_llama import questions, write_tiny_llama
 
@@ -182,6 +183,7 @@ def test_resuming_runs_no_code_in_a_checkpoint(tmp_path, trace, stopped_run, fil
     shutil.copytree(stopped_run.output, out)
     assert (out / "checkpoint-1" / file).is_file()
     torch.save({"planted": Intruder(trace)}, out / "checkpoint-1" / file)
+    write_manifest(out / "checkpoint-1")  # as who plants a file can, too
     recipe = dataclasses.replace(stopped_run, output=str(out))
     if file == "training_args.bin":  # written by transformers, read by nobody
         assert train(recipe, resume=True).summary["steps"] == 2

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from flashbone.compare.config import ComparisonConfig, ListedMethod
 from flashbone.compare.methods import METHODS
 from flashbone.compare.results import RunRow
+from flashbone.files.sources import sha256
 from flashbone.train.recipe import DataRecipe, Recipe
 
 # Defaults of a comparison; everything else is as in `flashbone train`.
@@ -115,8 +116,4 @@ def forget_contents() -> None:
 
 @functools.cache
 def _content(path: str) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            sha.update(chunk)
-    return sha.hexdigest()[:16]
+    return sha256(Path(path))[:16]

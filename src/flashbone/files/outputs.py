@@ -94,7 +94,7 @@ def whole_or_absent(out: Path, is_file: bool = False, replace: bool = False) -> 
             os.rename(partial, out)
     except BaseException as error:
         partial.unlink(missing_ok=True) if is_file and replace else shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty_parents(out, keep)
+        _remove_empty(out.parent, keep)
         if isinstance(error, OSError) and error.errno in _REASONS:
             raise FlashboneError(f"{out}: {_REASONS[error.errno]}; nothing was written") from error
         raise
@@ -114,11 +114,17 @@ def _rename_new(file: Path, out: Path) -> None:
         file.unlink()
 
 
-def _remove_empty_parents(out: Path, keep: Path) -> None:
-    for parent in out.absolute().parents:
-        if parent == keep or any(parent.iterdir()):
+def _remove_empty(folder: Path, keep: Path) -> None:
+    """Remove a folder and those around it, as long as they are empty, up to one that was there before."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place == keep.absolute():
             return
-        parent.rmdir()
+        try:
+            place.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,37 +176,48 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make a folder and keep every other run out of it; it goes again if it is empty at the end.
+    """Make a folder and keep every other run out of it; it goes again, with the folders that were made around it, if it
+    is empty at the end.
 
     The system frees the folder however this process ends. On file systems without locks the run goes on with a notice.
 
     Raises:
         ConfigError: another run has the folder, or a file is in the way.
     """
-    from filelock import FileLock, Timeout  # takes 0.1 s
+    from filelock import FileLock  # takes 0.1 s
+
+    lock, keep = FileLock(folder / LOCK), folder if folder.is_dir() else _existing_ancestor(folder)
+    try:
+        _take(lock, folder)
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(PermissionError):  # Windows removes no open file
+                (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
+        _remove_empty(folder, keep)
+
+
+def _take(lock: Any, folder: Path) -> None:
+    """Lock a folder, which is made, and note in the lock whose it is."""
+    from filelock import Timeout
 
     file = folder / LOCK
-    lock = FileLock(file)
     try:
         while not (lock.is_locked and file.exists()):  # a run that failed may remove the folder meanwhile
             lock.release()
             make_folder(folder)
             with suppress(FileNotFoundError):
                 lock.acquire(timeout=0)
+        file.write_text(str(os.getpid()))
     except Timeout:
+        process = ""
+        with suppress(OSError, UnicodeDecodeError):
+            process = f" (process {file.read_text()[:20]})"
         raise ConfigError(
-            f"output {folder}: another run is writing to it; wait for it, or choose another output"
+            f"output {folder}: another run is writing to it{process}; wait for it, or choose another output"
         ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise
         log.warning("output %s: this file system has no locks; make sure that no other run writes to it", folder)
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            with suppress(PermissionError):  # Windows removes no open file
-                file.unlink(missing_ok=True)
-            lock.release()
-        with suppress(OSError):
-            folder.rmdir()

@@ -1,5 +1,6 @@
 """What a user points at, as all commands read it: JSON files, and repositories on the hub."""
 
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,15 @@ def json_object(text: bytes, where: str, remedy: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{where}: wanted a JSON object, got a {type(content).__name__}{remedy}")
     return content
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def expanded(name: str) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 from flashbone.errors import ConfigError
 from flashbone.files.records import problems
 from flashbone.train.data.origins import holds_out
-from flashbone.train.recipe import Recipe, arguments_class
+from flashbone.train.recipe import Recipe, arguments_class, early_stopping_of
+
+_STRATEGIES = ("eval_strategy", "save_strategy")
 
 
 def trainer_arguments(recipe: Recipe) -> Any:
@@ -24,11 +26,53 @@ def trainer_arguments(recipe: Recipe) -> Any:
     if wrong := problems(arguments_class(recipe.task), training):
         raise ConfigError("; ".join(f"training.{name}: {problem}" for name, problem in wrong.items()))
     training = _checkpointing(training, recipe)
-    fields = {**_defaults(recipe), **training, "output_dir": recipe.output, "seed": recipe.seed}
+    aligned = {**_defaults(recipe), **_for_the_best(training, recipe), **training}
     try:
-        return arguments_class(recipe.task)(**fields)
+        args = arguments_class(recipe.task)(**aligned, output_dir=recipe.output, seed=recipe.seed)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+    _check_trackers(args.report_to)
+    return args
+
+
+def _for_the_best(training: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Defaults of a run that keeps its best checkpoint: it evaluates and saves at the same steps, as the user chose for
+    one of them, or ten times.
+
+    Raises:
+        ConfigError: nothing is held out, or what is wanted contradicts itself.
+    """
+    name, stops = "training.load_best_model_at_end", early_stopping_of(recipe) is not None
+    if not training.get("load_best_model_at_end", stops):
+        if stops:
+            raise ConfigError(f"early_stopping: keeps the best checkpoint, but {name} is false; leave one of them out")
+        return {}
+    if not holds_out(recipe.data):
+        raise ConfigError(f"{'early_stopping' if stops else name}: goes by held-out rows; set data.eval")
+    wanted = [str(getattr(training[key], "value", training[key])) for key in _STRATEGIES if key in training]
+    if "no" in wanted or len({*wanted} - {"best"}) > 1:
+        raise ConfigError(
+            f"{'early_stopping' if stops else name}: evaluates and saves at the same steps, but training has "
+            f"{' and '.join(f'{key}: {training[key]}' for key in _STRATEGIES if key in training)}; give both the same"
+        )
+    strategy = next((word for word in wanted if word != "best"), "steps")
+    steps = training.get("eval_steps", training.get("save_steps", 0.1))
+    fields = {"load_best_model_at_end": True, "eval_strategy": strategy, "save_strategy": strategy}
+    return {**fields, "eval_steps": steps, "save_steps": steps}
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that is unknown or not installed; transformers would only when the model is loaded."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"training.report_to: got {name}, wanted none or {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise ConfigError(f"training.report_to: {name} is not installed; install it, or leave it out")
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:

@@ -8,18 +8,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import transformers
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.files.outputs import read_json_lines, write_text
 from flashbone.files.records import from_json
+from flashbone.train.checkpoints import STATE, Checkpoints, best_step, problem, step_of
 from flashbone.train.folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Wall-clock figures and counters that a resumed run would repeat differently; ours are tokens and train_s.
 DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time")
@@ -140,13 +142,22 @@ class Progress(ProgressCallback):
                 self.training_bar.set_postfix(shown, refresh=False)
 
 
-def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None]) -> tuple[MetricsLog, Recorder]:
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers', which counts on where a resumed run was."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        states: Any = state.stateful_callbacks
+        saved = states.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+
+def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None] | None = None) -> tuple[MetricsLog, Recorder]:
     """Train to the last step, from the folder's last checkpoint if there is one; every loss goes to its log.
 
     Args:
         trainer: With the model, the rows and the arguments; its callbacks for printing are replaced.
         folder: Of the run.
-        begin: Called in the main process when everything is ready and nothing has been written.
+        begin: Called in the main process when everything is ready and nothing has been written or removed.
 
     Raises:
         ConfigError: the processes that were launched would not train together.
@@ -154,11 +165,16 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None]) -> tuple[Met
     """
     _check_engine(trainer)
     trainer.accelerator.wait_for_everyone()
-    checkpoint = folder.last_checkpoint()
-    metrics = MetricsLog(folder.metrics, _step_of(checkpoint) if checkpoint else None)
+    checkpoint = _of_main(trainer, folder.last_checkpoint)
+    if checkpoint is not None:
+        _check_best(trainer, checkpoint)
+    metrics = MetricsLog(folder.metrics, step_of(checkpoint) if checkpoint else None)
     if trainer.args.process_index == 0:
-        begin()
+        if begin is not None:
+            begin()
+        folder.remove_partial()
         metrics.rewrite()
+    trainer.add_callback(Checkpoints(trainer))
     recorder = _install_callbacks(trainer, metrics)
     has_held_out = trainer.eval_dataset is not None
     if has_held_out and metrics.evaluation(0) is None and checkpoint is None:
@@ -167,7 +183,8 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None]) -> tuple[Met
         else:
             trainer.evaluate()
     _fit(trainer, checkpoint)
-    if has_held_out and _missing_on_main(trainer, metrics, trainer.state.global_step):
+    step = best_step(trainer) or trainer.state.global_step
+    if has_held_out and _of_main(trainer, lambda: metrics.evaluation(step) is None):
         trainer.evaluate()
     return metrics, recorder
 
@@ -206,11 +223,42 @@ def _fit(trainer: Any, checkpoint: Path | None) -> None:
         trainer.train()
         return
     log.info("resume: going on from %s", checkpoint)
-    if _step_of(checkpoint) < total:
+    state = _state_of(checkpoint)
+    if step_of(checkpoint) < total and not _has_stopped(trainer, state):
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    else:  # killed after the last step; the Trainer would take one more
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))  # killed after the last step; the Trainer would take one more
+    trainer.state = state
+    if best_step(trainer):
+        state.best_model_checkpoint = str(checkpoint.with_name(Path(str(state.best_model_checkpoint)).name))
+        trainer._load_best_model()
+
+
+def _has_stopped(trainer: Any, state: TrainerState) -> bool:
+    """Whether early stopping had ended the run at this state."""
+    stopping = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EarlyStopping)]
+    states: Any = state.stateful_callbacks or {}
+    saved = states.get(EarlyStopping.__name__)
+    if not (stopping and saved):
+        return False
+    return saved["attributes"]["early_stopping_patience_counter"] >= stopping[0].early_stopping_patience
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / STATE))
+
+
+def _check_best(trainer: Any, checkpoint: Path) -> None:
+    """Refuse to go on towards a best checkpoint that is not whole: its weights could not be loaded at the end."""
+    best = _state_of(checkpoint).best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return
+    place = checkpoint.with_name(Path(best).name)
+    if wrong := problem(place):
+        raise ConfigError(
+            f"{place}: the best checkpoint so far is not whole ({wrong}); resume with training.load_best_model_at_end:"
+            " false, or begin again in another output"
+        )
 
 
 def total_steps(trainer: Any) -> int:
@@ -229,13 +277,9 @@ def _prepares_once(trainer: Any) -> bool:
     return trainer.accelerator.use_distributed or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
-def _missing_on_main(trainer: Any, metrics: MetricsLog, step: int) -> bool:
-    """Whether the main process, which alone keeps the log, has no held-out loss at `step`; all agree on the answer."""
+def _of_main(trainer: Any, ask: Callable[[], T]) -> T:
+    """What the main process finds, which alone looks; all processes get its answer."""
     from accelerate.utils import broadcast_object_list
 
-    answer = [metrics.evaluation(step) is None]
-    return bool(broadcast_object_list(answer)[0]) if trainer.accelerator.num_processes > 1 else answer[0]
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    answer = [ask() if trainer.args.process_index == 0 else None]
+    return (broadcast_object_list(answer) if trainer.accelerator.num_processes > 1 else answer)[0]  # pyright: ignore

@@ -1,6 +1,6 @@
 """A run's output folder: fresh, resumable or finished.
 
-recipe.json  checkpoint-*/  metrics.jsonl  adapter/  merged/ (of a .pth model merged.pth)  loss.png
+recipe.json  inputs.json  checkpoint-*/  metrics.jsonl  adapter/  merged/ (of a .pth model merged.pth)  loss.png
 summary.json (last: the run is finished)
 """
 
@@ -8,15 +8,16 @@ import contextlib
 import errno
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.files.outputs import PARTIAL, make_folder, write_text
+from flashbone.files.outputs import LOCK, PARTIAL, alone, write_text
 from flashbone.files.records import read_record, to_json
+from flashbone.train.checkpoints import UNFINISHED, checkpoints, problem
+from flashbone.train.inputs import Inputs, check_same
 from flashbone.train.recipe import Recipe
 from flashbone.train.summary import Summary
 
@@ -33,6 +34,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.recipe = self.path / "recipe.json"
+        self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.adapter = self.path / "adapter"
@@ -40,59 +42,92 @@ class RunFolder:
         self.merged_pth = self.path / "merged.pth"  # of a .pth model
 
     def holds_a_run(self) -> bool:
-        return self.recipe.exists() or self.summary.exists() or bool(self._checkpoints())
+        return self.recipe.exists() or self.summary.exists() or bool(checkpoints(self.path))
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; a kill while saving leaves one that was not."""
-        return next((folder for _, folder in reversed(self._checkpoints()) if _is_complete(folder)), None)
+        """The newest checkpoint of which every file is as it was written."""
+        return next((place for place in reversed(checkpoints(self.path)) if problem(place) is None), None)
 
     def remove_partial(self) -> None:
-        """Take away what a failed or killed save left behind."""
-        for _, folder in self._checkpoints():
-            if not _is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-        for folder in self.path.glob(f"*{PARTIAL}"):
-            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
+        """Take away what a failed or killed save left behind, and checkpoints that are damaged."""
+        for place in checkpoints(self.path):
+            if problem(place) is not None:
+                shutil.rmtree(place, ignore_errors=True)
+        for place in self.path.glob(f"*{PARTIAL}"):
+            if place.name != LOCK:
+                shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
 
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        checkpoints = []
-        for folder in self.path.glob("checkpoint-*"):
-            match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-            if match and folder.is_dir():
-                checkpoints.append((int(match.group(1)), folder))
-        return sorted(checkpoints)
+
+@contextlib.contextmanager
+def claimed(recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Make the output folder, keep other runs out of it, and leave none behind that is empty.
+
+    Raises:
+        ConfigError: as `claim`; or another run is writing to it.
+    """
+    with alone(Path(recipe.output)):
+        claim(recipe, resume)
+        yield
 
 
 def claim(recipe: Recipe, resume: bool) -> None:
-    """Make the output folder, if this run may have it.
+    """Check that this run may have the output folder.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` was not asked for, or that run had another recipe.
+        ConfigError: the folder holds a run and `resume` was not asked for, or that run had another recipe, or all its
+            checkpoints are damaged.
     """
     folder = RunFolder(recipe.output)
-    make_folder(folder.path)
     if folder.holds_a_run() and not resume:
         raise ConfigError(
             f"output {folder.path} already holds a run; continue it with --resume, or choose another output"
         )
     if folder.recipe.exists():
         _compare(recipe, folder)
-    folder.remove_partial()
-    if resume and folder.last_checkpoint() is None:
+    if resume:
+        _report_checkpoints(folder)
+
+
+def _report_checkpoints(folder: RunFolder) -> None:
+    """Name the checkpoints that cannot be used.
+
+    Raises:
+        ConfigError: there were some, and all are damaged.
+    """
+    problems: dict[str, str] = {}
+    for place in reversed(checkpoints(folder.path)):
+        wrong = problem(place)
+        if wrong is None:
+            break
+        problems[place.name] = wrong
+    else:
+        damaged = "; ".join(f"{name}: {wrong}" for name, wrong in problems.items() if wrong != UNFINISHED)
+        if damaged:
+            raise ConfigError(
+                f"output {folder.path}: no checkpoint is whole ({damaged}); delete the folder to begin again, or choose"
+                " another output"
+            )
         log.info("resume: no checkpoint in %s; starting from the beginning", folder.path)
+    for name, wrong in problems.items():
+        log.warning("resume: %s is not used: %s", folder.path / name, wrong)
 
 
-def record(recipe: Recipe) -> None:
-    """Write the recipe down: from here on the folder holds a run."""
+def check_inputs(folder: RunFolder, inputs: Inputs) -> None:
+    """Check that a run that goes on from a checkpoint reads what it read before.
+
+    Raises:
+        ConfigError: it does not; what changed is named.
+    """
+    if folder.last_checkpoint() is not None:
+        check_same(read_record(Inputs, folder.inputs, REMEDY), inputs, folder.path)
+
+
+def record(recipe: Recipe, inputs: Inputs) -> None:
+    """Write down what the run is and reads: from here on the folder holds a run."""
     folder = RunFolder(recipe.output)
     folder.summary.unlink(missing_ok=True)
     write_text(folder.recipe, to_json(recipe))
-
-
-def release(recipe: Recipe) -> None:
-    """Leave no empty folder behind a run that never began."""
-    with contextlib.suppress(OSError):
-        Path(recipe.output).rmdir()
+    write_text(folder.inputs, to_json(inputs))
 
 
 def finished(recipe: Recipe) -> Summary | None:
@@ -128,15 +163,6 @@ def _change(before: Any, now: Any) -> str:
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         return "".join(f".{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:1])
     return f" was {before!r}, is {now!r}"
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished writing it: its state comes last."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return "global_step" in state and (checkpoint / "adapter_config.json").exists()
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class Recipe:
     init_adapter: str | None = None  # go on with this adapter: a folder, hub id, or file of RWKV-PEFT
     quantization: dict[str, Any] = field(default_factory=dict)  # the base in few bits: fields below
     rwkv: dict[str, Any] = field(default_factory=dict)  # of RWKV models: fields below
+    early_stopping: dict[str, Any] = field(default_factory=dict)  # end when held-out loss no longer falls: fields below
     merge: bool = False  # also write the merged model
     monitor: bool = True  # log how far the orthogonal variant turns, and how orthogonal it is
     seed: int = 42  # of the adapter's start, the order of rows, and the held-out draw
@@ -71,6 +72,24 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.bits == 8 and (self.type is not None or self.double):
             raise ConfigError("quantization: type and double are for 4 bits; leave them out, or set bits: 4")
+
+
+@dataclass
+class EarlyStopping:
+    """End the run when the held-out loss, or `training.metric_for_best_model`, no longer gets better; keep the best.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    patience: int  # so many evaluations in a row without a better one
+    min_delta: float = 0.0  # smaller gains do not count
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.min_delta < 0:
+            raise ConfigError(
+                f"early_stopping: got patience {self.patience} and min_delta {self.min_delta}, wanted at least 1 and 0"
+            )
 
 
 @dataclass
@@ -114,12 +133,14 @@ def section(kind: type[T], name: str, fields: dict[str, Any]) -> T | None:
     Raises:
         ConfigError: a field is unknown or out of range.
     """
+    if not fields:
+        return None
     names = field_names(kind)
     if unknown := [name for name in fields if name not in names]:
         raise ConfigError(f"{name}: got {', '.join(unknown)}, wanted {', '.join(names)}")
     if wrong := problems(kind, fields):
         raise ConfigError("; ".join(f"{name}.{field}: {problem}" for field, problem in wrong.items()))
-    return kind(**fields) if fields else None
+    return kind(**fields)
 
 
 def quantization_of(recipe: Recipe) -> Quantization | None:
@@ -138,6 +159,15 @@ def rwkv_of(recipe: Recipe) -> RwkvSettings | None:
         ConfigError: the section has an unknown or wrong field.
     """
     return section(RwkvSettings, "rwkv", recipe.rwkv)
+
+
+def early_stopping_of(recipe: Recipe) -> EarlyStopping | None:
+    """When the run ends early; None if it does not.
+
+    Raises:
+        ConfigError: the section has an unknown or wrong field.
+    """
+    return section(EarlyStopping, "early_stopping", recipe.early_stopping)
 
 
 def is_pth(name: str) -> bool:
@@ -178,6 +208,7 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         "adapter": _bone_config(),
         "quantization": Quantization,
         "rwkv": RwkvSettings,
+        "early_stopping": EarlyStopping,
         "training": arguments_class(task),
     }
     required = () if has_sources else ("data.path",)
@@ -187,6 +218,7 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         quantization_of(recipe)
         rwkv_of(recipe)
         sources_of(recipe.data)
+        early_stopping_of(recipe)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from None
     return recipe

@@ -97,6 +97,8 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("rows, training / held out", f"{_rows(summary['train_rows'])} / {summary['eval_rows']:,}"),
         ("steps (epochs)", f"{summary['steps']:,} ({summary['epochs']:.3g})"),
     ]
+    if summary.get("best_step") is not None:
+        lines.append(("best step, whose weights are kept", f"{summary['best_step']:,}"))
     if summary.get("train_loss") is not None:
         lines.append(("training loss, last", f"{summary['train_loss']:.4f}"))
     names = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_macro_f1": "held-out macro-F1"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flashbone.errors import FlashboneError
+from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.files.records import finite, to_json
 from flashbone.train import folder as run_folder
@@ -19,12 +19,13 @@ from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.origins import sources_of
 from flashbone.train.data.windows import windows_for
-from flashbone.train.fitting import fit
+from flashbone.train.fitting import EarlyStopping, fit
 from flashbone.train.folder import RunFolder
+from flashbone.train.inputs import inputs_of
 from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
-from flashbone.train.recipe import Recipe, refuse_classification
+from flashbone.train.recipe import Recipe, early_stopping_of, refuse_classification
 from flashbone.train.summary import summarise
 from flashbone.train.trainers import build_trainer
 
@@ -56,14 +57,9 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
     refuse_classification(recipe)
     args = trainer_arguments(recipe)
     check_launch(recipe, args)
-    try:
-        if args.process_index == 0:
-            run_folder.claim(recipe, resume)
-        with run_folder.disk_errors(folder), _out_of_memory(), _bars_if_long(recipe):
-            return _train(recipe, folder, args)
-    except BaseException:
-        run_folder.release(recipe)
-        raise
+    claimed = run_folder.claimed(recipe, resume) if args.process_index == 0 else contextlib.nullcontext()
+    with claimed, run_folder.disk_errors(folder), _out_of_memory(), _hub_errors(args), _bars_if_long(recipe):
+        return _train(recipe, folder, args)
 
 
 def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
@@ -74,7 +70,14 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     merge_base = find_merge_base(recipe, folder, trainer) if recipe.merge and args.process_index == 0 else None
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
-    metrics, recorder = fit(trainer, folder, begin=functools.partial(run_folder.record, recipe))
+    if (stopping := early_stopping_of(recipe)) is not None:
+        trainer.add_callback(EarlyStopping(stopping.patience, stopping.min_delta))
+    begin = None
+    if args.process_index == 0:
+        inputs = inputs_of(recipe, trainer, data)
+        run_folder.check_inputs(folder, inputs)
+        begin = functools.partial(run_folder.record, recipe, inputs)
+    metrics, recorder = fit(trainer, folder, begin)
     summary = summarise(recipe, trainer, data, metrics, recorder)
     _save(folder, trainer)
     if recipe.merge and args.process_index == 0:
@@ -119,6 +122,19 @@ def _bars_if_long(recipe: Recipe):
     finally:
         if quiet:
             enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _hub_errors(args: Any):
+    """One line where `push_to_hub` reaches no hub, or is not let in."""
+    try:
+        yield
+    except Exception as error:
+        of_the_hub = isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "requests"))
+        if not args.push_to_hub or not of_the_hub or getattr(error, "errno", None):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"training.push_to_hub: {reason}; log in and connect, or leave it out") from error
 
 
 @contextlib.contextmanager

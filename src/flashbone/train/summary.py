@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from flashbone import __version__
+from flashbone.train.checkpoints import best_step
 from flashbone.train.data.loading import Data
 from flashbone.train.data.sources import Source
 from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
@@ -27,6 +28,8 @@ class Summary:
         train_rows: null where they were a stream.
         sources: what each place of rows brought.
         rotation: the last figures of the variant orthogonal, the largest of all modules.
+        best_step: the step whose weights the adapter has, where the best are kept and not the last; the figures "after"
+            are those of this step.
         train_s: seconds in optimiser steps, of all processes that resumed the run.
         peak_mib: of this process: allocated on the GPU, or resident on the CPU (loading included).
     """
@@ -53,6 +56,7 @@ class Summary:
     device: str
     processes: int
     versions: dict[str, str]
+    best_step: int | None = None
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
     eval_accuracy_before: float | None = None
@@ -65,11 +69,11 @@ class Summary:
 def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", recorder: "Recorder") -> Summary:
     """The figures of a run that has been trained to its end."""
     trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
-    step = trainer.state.global_step
+    step, best = trainer.state.global_step, best_step(trainer)
     held_out: dict[str, Any] = {
         f"{key}_{when}": (metrics.evaluation(at) or {}).get(key)
         for key in ("eval_loss", "eval_accuracy", "eval_macro_f1")
-        for when, at in (("before", 0), ("after", step))
+        for when, at in (("before", 0), ("after", best or step))
     }
     config = next(iter(trainer.model.peft_config.values())) if hasattr(trainer.model, "peft_config") else None
     tokens = metrics.last("tokens", 0)
@@ -83,6 +87,7 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", r
         eval_rows=len(data.eval) if data.eval is not None else 0,
         labels=data.labels,
         steps=step,
+        best_step=best,
         epochs=round(trainer.state.epoch or 0.0, 4),
         trainable_parameters=trainable,
         total_parameters=total,
