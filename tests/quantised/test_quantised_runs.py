@@ -81,10 +81,11 @@ def test_without_the_package_the_remedy_is_named(recipe, monkeypatch, tmp_path):
 
 def test_a_run_from_before_there_was_quantisation_is_resumed(recipe, tmp_path):
     from flashbone.train import folder
+    from flashbone.train.inputs import Inputs
 
     plain = recipe(quantization={})
     folder.claim(plain, resume=False)
-    folder.record(plain)
+    folder.record(plain, Inputs("", None, "", "", 1, 8, 1))
     path = tmp_path / "run" / "recipe.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "quantization"}))
     folder.claim(plain, resume=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flashbone import floors
 from flashbone.cli.configured import separate
+from flashbone.cli.places import expand
 from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import read_json_lines
@@ -43,6 +44,7 @@ def run(argv: list[str]) -> int:
     """Parse, run what is missing, report; progress goes to stderr."""
     ours, overrides = separate(argv, OPTIONS)
     options = make_parser().parse_args(ours)
+    expand(options, "config")
     floors.check("train")
     set_up_notices()
 

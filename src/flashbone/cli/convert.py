@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.cli import hub
+from flashbone.cli.places import expand
 from flashbone.cli.terminal import progress_bars
 
 EPILOG = """\
@@ -23,6 +24,7 @@ def run(argv: list[str]) -> int:
     """Parse, convert, print; bad input raises a FlashboneError, a bad command line SystemExit."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    expand(args, "adapter", "out", "base")
     if args.to is None and args.engine is None:
         parser.error("one of --to FORMAT and --for ENGINE is needed")
     from flashbone.conversion import convert

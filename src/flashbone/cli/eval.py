@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flashbone.cli import hub
+from flashbone.cli.places import expand
 from flashbone.cli.terminal import progress_bars, set_up_notices
 
 EPILOG = """\
@@ -18,11 +19,14 @@ examples:
 A run with --output that was killed goes on where it was, when the same command is given again.
 """
 
+_PLACES = ("model", "adapter", "vocabulary", "output", "exact_match", "classification", "perplexity", "include_path")
+
 
 def run(argv: list[str]) -> int:
     """Measure, print a table or JSON on stdout; bad input raises a FlashboneError, a bad command line SystemExit."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    expand(args, *_PLACES)
     _check(parser, args)
     set_up_notices()
 

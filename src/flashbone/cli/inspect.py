@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.cli import hub
+from flashbone.cli.places import expand
 from flashbone.cli.terminal import LIBRARIES, progress_bars
 from flashbone.errors import ConfigError
 
@@ -37,6 +38,7 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     ours, fields = _separate(argv, parser)
     options = parser.parse_args(ours)
+    expand(options, "target", "config")
     # Deprecations inside the libraries do not concern the user of this command.
     warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
     if _is_adapter(options.target):

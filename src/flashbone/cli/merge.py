@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashbone.cli import hub
+from flashbone.cli.places import expand
 from flashbone.cli.terminal import progress_bars
 from flashbone.errors import FlashboneError
 
@@ -27,6 +28,7 @@ def run(argv: list[str]) -> int:
     """Merge; bad input raises a FlashboneError, a bad command line SystemExit."""
     parser = make_parser()
     args = parser.parse_intermixed_args(_joined(argv))
+    expand(args, "paths")
     weights = _weights(parser, args.weights)
     names = ["BASE", "ADAPTER", "OUT"]
     if len(args.paths) < len(names):

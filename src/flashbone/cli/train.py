@@ -5,6 +5,7 @@ import json
 
 from flashbone import floors
 from flashbone.cli.configured import separate
+from flashbone.cli.places import expand
 from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import FlashboneError
 
@@ -38,6 +39,7 @@ def run(argv: list[str]) -> int:
     """Parse, train, print the summary on stdout; notices and progress go to stderr."""
     ours, overrides = separate(argv, OPTIONS)
     options = make_parser().parse_args(ours)
+    expand(options, "config")
     floors.check("train")
     set_up_notices()
 

@@ -1,0 +1,19 @@
+"""Places on disk on a command line: `~` and `$NAME` mean in all of them what they mean in a configuration."""
+
+import argparse
+
+from flashbone.files.sources import expanded
+
+
+def expand(options: argparse.Namespace, *names: str) -> None:
+    """Fill in the variables of options that name places, or lists of places.
+
+    Raises:
+        ConfigError: the environment has no such variable.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, list):
+            setattr(options, name, [expanded(place) for place in value])
+        elif value is not None:
+            setattr(options, name, type(value)(expanded(str(value))))
