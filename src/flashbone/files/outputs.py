@@ -186,7 +186,8 @@ def alone(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock  # takes 0.1 s
 
-    lock, keep = FileLock(folder / LOCK), folder if folder.is_dir() else _existing_ancestor(folder)
+    is_the_users = folder.is_dir() and not (folder / LOCK).exists()  # a killed run leaves its lock
+    lock, keep = FileLock(folder / LOCK), folder if is_the_users else _existing_ancestor(folder)
     try:
         _take(lock, folder)
         yield
