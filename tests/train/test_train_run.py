@@ -236,7 +236,7 @@ def test_a_classifier_saves_whatever_its_checkpoint_lacked(jsonl, tmp_path, targ
     recipe = distilbert_recipe(jsonl, tmp_path, adapter={"r": 4, "target_modules": targets})
     with caplog.at_level("INFO", logger="flashbone"):
         summary = train(recipe).summary
-    assert f"model {recipe.model}: its checkpoint has no pre_classifier; trained whole" in caplog.text
+    assert f"model {recipe.model}: its checkpoint has no classifier, pre_classifier; trained whole" in caplog.text
     rows = Path(recipe.data.path)
     measured = evaluate(Request(recipe.model, tmp_path / "run/adapter", classification=rows, device="cpu"))
     values = {figure.name: figure.value for figure in measured.evaluations[0].figures}

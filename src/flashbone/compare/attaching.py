@@ -61,9 +61,13 @@ def attach(model: Any, method: TrainingMethod, config: Any, seed: int) -> Any:
 
 
 def _with_adapter(model: Any, config: Any) -> Any:
-    """`get_peft_model`, without the warnings that are not the user's, and with errors for what it would adjust."""
+    """`get_peft_model`, which saves what the checkpoint lacks, too; without the warnings that are not the user's, and
+    with errors for what it would adjust."""
     from peft import get_peft_model
 
+    from flashbone.tuner.model.whole import modules_to_add
+
+    config.modules_to_save = [*(config.modules_to_save or ()), *modules_to_add(model, config)] or None
     try:
         with warnings.catch_warnings(), same_compilers():
             for text in _EXPECTED:

@@ -22,7 +22,7 @@ from flashbone.compare.runs import RunSpec, forget_contents, run_spec
 from flashbone.compare.sizes import Budget, ParameterCounter, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import alone, make_folder
-from flashbone.train.models import load_causal_lm
+from flashbone.train.models import load_causal_lm, load_layout
 from flashbone.train.recipe import TASK_TYPES, is_pth
 from flashbone.tuner.model.skeleton import skeleton
 
@@ -215,4 +215,6 @@ def _skeleton(comparison: ComparisonConfig) -> nn.Module:
     """The model without its weights; or with them, where its file holds no configuration."""
     if is_pth(comparison.model) or comparison.model.endswith(".gguf"):
         return load_causal_lm(comparison.model, torch.float32)
+    if comparison.task == "classification":  # what the checkpoint lacks is trained whole, and not adapted
+        return load_layout(comparison.model)
     return skeleton(comparison.model, task_type=TASK_TYPES[comparison.task])

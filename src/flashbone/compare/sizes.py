@@ -122,6 +122,7 @@ def _meta_copy(model: Any) -> Any:
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        vars(memo[id(p)]).update(vars(p))  # whether it was loaded
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
     return copy.deepcopy(model, memo)

@@ -101,7 +101,7 @@ def load_labelled_classifier(
         )
     model = load_classifier(name, dtype, labels, tokenizer, warn_of_new_head=has_head)
     if adapter is not None:
-        model = attach_adapter(model, adapter, "SEQ_CLS", merge, needs_head=not has_head)
+        model = attach_adapter(model, adapter, "SEQ_CLS", merge)
     return model.to(device).eval(), tokenizer, labels
 
 

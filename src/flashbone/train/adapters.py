@@ -1,5 +1,6 @@
 """An adapter on a model: a new one as the recipe describes it, or a saved one of any format, by PEFT."""
 
+import logging
 import os
 import tempfile
 import warnings
@@ -18,6 +19,8 @@ from flashbone.files.fields import refuse_slow_patterns
 from flashbone.files.sources import read_json
 from flashbone.train.recipe import TASK_TYPES, Recipe
 
+log = logging.getLogger(__name__)
+
 
 def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = None) -> Any:
     """The recipe's BoneConfig; all linear layers when no target is given.
@@ -35,6 +38,34 @@ def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = N
         return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])
     except TypeError as error:
         raise ConfigError(f"adapter: {error}") from error
+
+
+def saved_along(model: Any, recipe: Recipe) -> dict[str, list[str]]:
+    """What the recipe's adapter has to save whole besides, for `adapter_config`: modules that the checkpoint lacks,
+    which start at other random numbers whenever it is loaded, and a classifier's head, whatever its name.
+
+    Args:
+        model: As it was loaded.
+        recipe: The recipe.
+
+    Raises:
+        ConfigError: a parameter that the checkpoint lacks belongs to the model itself; or the base is quantised, so
+            that what it lacks cannot be trained.
+    """
+    from flashbone.tuner.model.whole import head_modules, modules_to_add, unsaved_modules
+
+    added, new = modules_to_add(model, adapter_config(recipe)), unsaved_modules(model, [])
+    heads = head_modules(model) if recipe.task == "classification" else []
+    packed = [module for module in new if module.partition(".")[0] not in heads]
+    if packed and recipe.quantization:
+        raise ConfigError(
+            f"quantization: the checkpoint of {recipe.model} has no {', '.join(packed)}, which would have to be"
+            " trained whole; leave quantization out"
+        )
+    if new:
+        names = ", ".join(new)
+        log.info("model %s: its checkpoint has no %s; trained whole, and saved with the adapter", recipe.model, names)
+    return {"modules_to_save": added}
 
 
 def start_from(model: Any, recipe: Recipe) -> Any:
@@ -74,7 +105,7 @@ def start_from(model: Any, recipe: Recipe) -> Any:
         return peft.PeftModel.from_pretrained(model, place, config=config, is_trainable=True)
 
 
-def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = False, needs_head: bool = False) -> Any:
+def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = False) -> Any:
     """The model with an adapter to infer with, active and unmerged unless `merge` is asked for.
 
     Args:
@@ -82,10 +113,10 @@ def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = Fals
         adapter: A folder of any of PEFT's methods, or an adapter of another format of the family.
         task_type: PEFT's name of the task; an adapter of another one is refused.
         merge: Put the adapter into the weights, and return the plain model.
-        needs_head: The adapter has to bring modules that were trained whole, as a classification head is.
 
     Raises:
-        ConfigError: no such adapter, or it is for another task, or brings no head.
+        ConfigError: no such adapter, or it is for another task, or lacks what the model's checkpoint lacks, too, such
+            as a classification head.
         FormatError, ShapeError: it cannot be read, or does not fit the model.
     """
     with _peft_folder(adapter) as folder, _misfits(adapter):
@@ -94,11 +125,21 @@ def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = Fals
         if task is not None and task != task_type:
             remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
             raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
-        if needs_head and not getattr(config, "modules_to_save", None):
-            raise ConfigError(f"adapter {adapter}: brings no classification head, and the model has none")
+        _refuse_random_modules(model, config, adapter)
         with same_compilers():
             adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
     return adapted.merge_and_unload() if merge else adapted
+
+
+def _refuse_random_modules(model: Any, config: Any, adapter: Path) -> None:
+    from flashbone.tuner.model.whole import unsaved_modules
+
+    if random := unsaved_modules(model, list(getattr(config, "modules_to_save", None) or ())):
+        names = ", ".join(name or "parameters of its own" for name in random)
+        raise ConfigError(
+            f"adapter {adapter}: brings no {names}, and neither does the checkpoint of {model.name_or_path}, so they"
+            " would be random numbers; use the base that the adapter was trained on, or train again"
+        )
 
 
 @contextmanager

@@ -40,13 +40,6 @@ def load_classifier(
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
-    return load_new_classifier(name, dtype, labels, tokenizer, warn_of_new_head, **kwargs)[0]
-
-
-def load_new_classifier(
-    name: str, dtype: Any, labels: list[str], tokenizer: Any, warn_of_new_head: bool = True, **kwargs: Any
-) -> tuple[Any, list[str]]:
-    """As `load_classifier`, and the names of all modules that start at random since the checkpoint lacks them."""
     from transformers import AutoModelForSequenceClassification
 
     place, gguf = locate(name)
@@ -55,13 +48,23 @@ def load_new_classifier(
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
         "ignore_mismatched_sizes": True,
-        "output_loading_info": True,
     }
     with _load_report(warn_of_new_head):
-        model, info = load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **gguf, **kwargs)
+        model = load(AutoModelForSequenceClassification, name, place, dtype=dtype, **head, **gguf, **kwargs)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token before the padding
-    new_modules = sorted({parameter.rpartition(".")[0] for parameter in info["missing_keys"]})
-    return (_plain(model, name) if gguf else model), new_modules
+    return _plain(model, name) if gguf else model
+
+
+def load_layout(name: str) -> Any:
+    """The classifier on the meta device, without its weights; its parameters are marked where the checkpoint has them.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with _load_report(False):
+        return load(AutoModelForSequenceClassification, name, locate(name)[0], device_map="meta")
 
 
 def without_weights(load: Callable[..., Any], recipe: Recipe, dtype: Any, labels: list[str] | None = None) -> Any:

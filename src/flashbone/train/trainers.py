@@ -10,7 +10,7 @@ import transformers
 from peft import get_peft_model
 
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.train.adapters import adapter_config, start_from
+from flashbone.train.adapters import adapter_config, saved_along, start_from
 from flashbone.train.arguments import model_dtype
 from flashbone.train.classify import classification_trainer
 from flashbone.train.data.loading import Data
@@ -21,7 +21,6 @@ from flashbone.train.data.streaming import prepare_stream
 from flashbone.train.models import (
     load_causal_lm,
     load_classifier,
-    load_new_classifier,
     quantized_loading,
     without_weights,
 )
@@ -75,40 +74,14 @@ def _classification_trainer(
     dtype = model_dtype(args)
     tokenizer = load_tokenizer(recipe.model)
     load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
-    quantized = quantized_loading(recipe, dtype)
-    if has_weights:
-        model, new_modules = load_new_classifier(recipe.model, dtype, data.labels, tokenizer, **quantized)
-    else:
-        model, new_modules = without_weights(load, recipe, dtype, data.labels), []
+    model = (
+        load(**quantized_loading(recipe, dtype)) if has_weights else without_weights(load, recipe, dtype, data.labels)
+    )
     if adapt is None:
-        also_trained = {"modules_to_save": _beside_the_head(new_modules, recipe)}
-        adapted = get_peft_model(model, adapter_config(recipe, also_trained))
+        adapted = get_peft_model(model, adapter_config(recipe, saved_along(model, recipe)))
     else:
         adapted = adapt(model)
     return classification_trainer(adapted, args, data, _held_out(data), tokenizer, args.max_length), load
-
-
-def _beside_the_head(new_modules: list[str], recipe: Recipe) -> list[str]:
-    """The modules that the checkpoint lacks and PEFT would not save; without them the adapter would be of no use, since
-    they start at other random numbers whenever the model is loaded.
-
-    Raises:
-        ConfigError: the base is quantised, so that they cannot be trained.
-    """
-    heads = {"classifier", "score", *(recipe.adapter.get("modules_to_save") or ())}  # PEFT saves the first two itself
-    unsaved = [module for module in new_modules if module and heads.isdisjoint(module.split("."))]
-    if unsaved and recipe.quantization:
-        raise ConfigError(
-            f"quantization: the checkpoint of {recipe.model} has no {', '.join(unsaved)}, which would have to be"
-            " trained whole; leave quantization out"
-        )
-    if unsaved:
-        log.info(
-            "model %s: its checkpoint has no %s; trained whole, and saved with the adapter",
-            recipe.model,
-            ", ".join(unsaved),
-        )
-    return unsaved
 
 
 def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool) -> tuple[Any, Callable]:
@@ -135,7 +108,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has
     elif recipe.init_adapter is not None:
         model = start_from(model, recipe)
     else:
-        peft_config = adapter_config(recipe, along)
+        peft_config = adapter_config(recipe, {**saved_along(model, recipe), **along})
     trainer = trainer_class(
         model=model,
         args=args,

@@ -43,6 +43,7 @@ from flashbone.tuner.model.targets import (
     resolve,
     why_not,
 )
+from flashbone.tuner.model.whole import matches, warn_of_unsaved
 
 REFERENCE = "ref"  # what TRL calls it
 _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
@@ -77,6 +78,7 @@ class BoneModel(Controls, BaseTuner):
     model: nn.Module
     prefix: str = "bone_"
     tuner_layer_cls: Any = (BoneLayer, SavedParameter)
+    _check_target_module_exists: Any = staticmethod(matches)
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     @changes_model
@@ -138,6 +140,8 @@ class BoneModel(Controls, BaseTuner):
             raise TargetError("; ".join(problems))
         peft_config.target_modules = resolve(model, peft_config)
         keep_trainable(model)
+        if not peft_config.inference_mode:
+            warn_of_unsaved(model, peft_config)
 
     def _create_and_replace(
         self,

@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.files.folders import in_saved_module
 from flashbone.files.names import dotted_endings
 from flashbone.tuner.layers.conv import CONVOLUTIONS, BoneConv
 from flashbone.tuner.layers.embedding import BoneEmbedding
@@ -30,6 +30,7 @@ from flashbone.tuner.layers.parameters import ParamWrapper
 from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
 from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, roles_of_name
 from flashbone.tuner.model.weight_reads import mark_read_weights
+from flashbone.tuner.model.whole import matches, saved_names
 
 MAX_SUGGESTIONS = 8
 # How adapters of different methods in one layer add up. A LoRA inside a Bone adapter would see the shifted input.
@@ -174,9 +175,11 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
     attentions = [name for name, module in model.named_modules() if isinstance(_base(module), nn.MultiheadAttention)]
     _refuse_roles_elsewhere(config, layers, roles)
     if isinstance(wanted, str):
-        if wanted.lower() == "all-linear" and (hidden := _linear_of_other_classes(model)):
+        if wanted.lower() == "all-linear":
+            hidden, saved = _linear_of_other_classes(model), saved_names(config)
             by_peft: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-            return by_peft.target_modules | hidden
+            whole = {name for name in by_peft.target_modules if in_saved_module(f"{name}.weight", saved)}
+            return (by_peft.target_modules | hidden) - whole if hidden or whole else wanted
         if wanted not in ROLES or any(match_target_against_key(wanted, name) for name, _ in model.named_modules()):
             return wanted
         wanted = {wanted}
@@ -246,7 +249,7 @@ def _is_open(config: Any, name: str) -> bool:
     """Whether the config's other fields (exclude_modules, modules_to_save, layers_to_transform) allow this module."""
     probe = copy.copy(config)
     probe.target_modules = {name.rpartition(".")[2]}
-    return bool(check_target_module_exists(probe, name))
+    return bool(matches(probe, name))
 
 
 def resolved(model: nn.Module, config: Any) -> list[str]:
@@ -262,9 +265,7 @@ def resolved(model: nn.Module, config: Any) -> list[str]:
         probe.target_modules = default_targets(BaseTuner.get_model_config(model)["model_type"])
     probe.target_modules = resolve(model, probe)
     probe = _maybe_include_all_linear_layers(probe, model)
-    matched = {
-        name: module for name, module in _modules(model, BaseTunerLayer) if check_target_module_exists(probe, name)
-    }
+    matched = {name: module for name, module in _modules(model, BaseTunerLayer) if matches(probe, name)}
     if unfit := {name: reason for name, module in matched.items() if (reason := why_not(_base(module)))}:
         problems = "; ".join(f"{name}: target module cannot be adapted, {reason}" for name, reason in unfit.items())
         raise ConfigError(problems)
