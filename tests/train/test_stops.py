@@ -59,9 +59,9 @@ def answer_of(folder, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_merged_model_answers_and_stops_by_itself(name, other_end, jsonl, tmp_path):
     row = LAYOUT_ROWS[name].row
-    training = {"max_steps": 60, "learning_rate": 1e-2, "save_strategy": "no", "per_device_train_batch_size": 2}
+    training = {"max_steps": 150, "learning_rate": 1e-2, "save_strategy": "no", "per_device_train_batch_size": 2}
     recipe = recipe_for(other_end, jsonl([row] * 2), tmp_path / "run", training=training, merge=True)
-    recipe.data.eval, recipe.adapter = None, {"r": 16}
+    recipe.data.eval, recipe.adapter = None, {"r": 32}
     train(recipe)
     (example,) = open_examples(iter([("d:1", row)]), "sft", "d").examples
     (made,) = tokenise(example, byte_tokenizer())

@@ -92,6 +92,10 @@ def test_one_row_has_the_loss_of_one_row_for_each_answer_and_fewer_tokens():
     assert sum(len(row.ids) for row in alone) > 4 * len(one[0].ids)
 
 
+def test_windows_of_documents_are_taken_as_they_are_and_need_no_end():
+    assert tokenise({"input_ids": [7, 8, 9]}, tiny_tokenizer()) == [Tokens([7, 8, 9], [True] * 3, [])]
+
+
 @pytest.mark.parametrize("text", ["the cat", "the cat </s>"])
 def test_a_tokenizer_that_ends_texts_by_itself_does_it_once(text):
     words = ["<pad>", "<s>", "</s>", "<unk>", "the", "cat", "sat"]

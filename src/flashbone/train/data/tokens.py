@@ -65,9 +65,10 @@ def tokenise(example: Example, tokenizer: Any, learn_all: bool = False) -> list[
         before = text_ids(tokenizer, example["prompt"])
         whole = text_ids(tokenizer, with_end(example["prompt"] + example["completion"], tokenizer))
         rows = [_from(len(_shared(before, whole)), whole)]
-    else:
-        ids = example.get("input_ids")
-        rows = [_from(0, text_ids(tokenizer, with_end(example["text"], tokenizer)) if ids is None else list(ids))]
+    elif "text" in example:
+        rows = [_from(0, text_ids(tokenizer, with_end(example["text"], tokenizer)))]
+    else:  # windows of documents, which need not end in a token of their own
+        rows = [Tokens(list(example["input_ids"]), [True] * len(example["input_ids"]), [])]
     return [Tokens(row.ids, [True] * len(row.ids), row.ends) for row in rows] if learn_all else rows
 
 
