@@ -141,6 +141,28 @@ def test_errors_are_those_of_training_in_one_line(weightless, tmp_path, capsys):
     assert "weightless" in error.splitlines()[-1]
 
 
+def test_on_a_terminal_with_colours_what_is_learned_is_green(weightless, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = write(tmp_path / "rows.jsonl", questions(20))
+    path = config_file(recipe_for(weightless, file, tmp_path / "out"), tmp_path / "c.yaml")
+    assert main(["train", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "where was the big dog ?\x1b[1;32mon the tree . yes it sat </s>\x1b[0m" in out
+    assert "[[" not in out
+
+
+def test_a_held_out_file_and_a_path_that_is_in_two_sources_have_rows_of_their_own(weightless, tmp_path, capsys):
+    file, held = write(tmp_path / "a.jsonl", questions(20)), write(tmp_path / "h.jsonl", questions(4))
+    data = DataRecipe(sources=[{"path": file, "split": "train[:10]"}, {"path": file, "split": "train[10:]"}], eval=held)
+    code, made = dry_run(recipe_for(weightless, "", tmp_path / "out", data=data), tmp_path, capsys)
+    assert code == 0
+    assert list(made["rows"]) == [f"{file} (1)", f"{file} (2)", held]
+    assert [source["read"] for source in made["rows"].values()] == [10, 10, 4]
+    assert [(source["held_out"], source["learned"]) for source in made["rows"].values()] == [(0, 10), (0, 10), (4, 0)]
+
+
 def test_people_get_a_table_lengths_and_brackets_where_there_is_no_colour(weightless, tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", questions(20))
     path = config_file(recipe_for(weightless, file, tmp_path / "out"), tmp_path / "c.yaml")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import FlashboneError
@@ -15,23 +16,24 @@ MEMORY = ("base_bytes", "weight_bytes", "state_bytes", "activation_bytes", "trai
 OF_FILES = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 
-def dry_run(recipe: "Recipe", as_json: bool) -> int:
-    """Print the report on stdout: for people, or as one JSON object; nothing is written."""
+def dry_run(recipe: "Recipe", as_json: bool) -> None:
+    """Print the report on stdout, from the main process: for people, or as one JSON object; nothing is written."""
     from flashbone.train.plan import plan
 
     made = plan(recipe)
-    memory, why_not = _memory(made, recipe.model)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    memory, note = _memory(made, recipe)
     if as_json:
         print(json.dumps(_plain(made, memory), indent=2, ensure_ascii=False))
     else:
         from flashbone.train.plan_report import print_plan
 
-        print_plan(made, memory, why_not)
-    return 0
+        print_plan(made, memory, note)
 
 
-def _memory(made: "Plan", model: str) -> tuple[dict[str, int] | None, str]:
-    """The bytes that training takes, as `flashbone inspect` counts them, or why it does not."""
+def _memory(made: "Plan", recipe: "Recipe") -> tuple[dict[str, int] | None, str]:
+    """The bytes that training takes, as `flashbone inspect` counts them, and a note; or why it does not."""
     from flashbone.inspect.model import inspect_model
 
     config = made.adapter
@@ -41,11 +43,12 @@ def _memory(made: "Plan", model: str) -> tuple[dict[str, int] | None, str]:
         if item.init and item.name not in OF_FILES and (value := getattr(config, item.name)) != item.default
     }
     try:
-        report = inspect_model(model, fields, recommend=False, tokens=made.tokens, dtype=made.dtype)
+        report = inspect_model(recipe.model, fields, recommend=False, tokens=made.tokens, dtype=made.dtype)
     except FlashboneError as error:
         return None, str(error)
+    note = "; the base is counted as if it were not quantised" if recipe.quantization else ""
     costs = {name: getattr(report.costs, name) for name in MEMORY[1:]}
-    return {"base_bytes": report.base_bytes, **costs}, ""
+    return {"base_bytes": report.base_bytes, **costs}, note
 
 
 def _plain(made: "Plan", memory: dict[str, int] | None) -> dict[str, Any]:

@@ -46,21 +46,18 @@ def run(argv: list[str]) -> int:
     from flashbone.train.recipe import load_recipe
 
     recipe = load_recipe(options.config, overrides)
-    if options.dry_run:
-        from flashbone.cli.dry_run import dry_run
 
-        return dry_run(recipe, options.json)
-
+    from flashbone.cli.dry_run import dry_run
     from flashbone.train.report import plot_losses, plot_rotations, print_summary
     from flashbone.train.run import train
 
     try:
-        result = train(recipe, resume=options.resume)
+        result = dry_run(recipe, options.json) if options.dry_run else train(recipe, resume=options.resume)
     except (FlashboneError, OSError, SystemExit, KeyboardInterrupt):  # what ends with a code of its own
         leave_processes()
         raise
     leave_processes()
-    if not result.is_main:
+    if result is None or not result.is_main:
         return 0
     figures = [plot_losses(result.folder.metrics, result.folder.path / "loss.png")]
     figures += [path] if (path := plot_rotations(result.folder.metrics, result.folder.path / "rotation.png")) else []

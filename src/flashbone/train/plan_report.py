@@ -15,13 +15,13 @@ LONGEST = 2000  # characters of an example that are shown
 LEARNED = "bold green"
 
 
-def print_plan(plan: Plan, memory: dict[str, int] | None, why_not: str) -> None:
+def print_plan(plan: Plan, memory: dict[str, int] | None, note: str) -> None:
     """Print the report on stdout.
 
     Args:
         plan: What the run would do.
         memory: Bytes of a training step by what needs them; None where that is not known.
-        why_not: Then the reason.
+        note: On what is counted, or why nothing is.
     """
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(_rows(plan))
@@ -31,7 +31,7 @@ def print_plan(plan: Plan, memory: dict[str, int] | None, why_not: str) -> None:
     trained, total = plan.parameters["trainable_parameters"], plan.parameters["total_parameters"]
     console.print(f"steps: {plan.steps:,}")
     console.print(f"trained parameters: {trained:,} of {total:,} ({plan.parameters['trainable_percent']:.3g} %)")
-    console.print(_memory(plan, memory, why_not))
+    console.print(_memory(plan, memory, note))
     for number, example in enumerate(plan.examples, 1):
         console.print(f"\nexample {number}; what is learned is {'green' if _colours(console) else 'in [[brackets]]'}:")
         console.print(_marked(example, _colours(console)), soft_wrap=True)
@@ -68,9 +68,9 @@ def _lengths(plan: Plan) -> Text:
     return text
 
 
-def _memory(plan: Plan, memory: dict[str, int] | None, why_not: str) -> str:
+def _memory(plan: Plan, memory: dict[str, int] | None, note: str) -> str:
     if memory is None:
-        return f"memory: not counted: {why_not}"
+        return f"memory: not counted: {note}"
     names = {
         "base_bytes": "base",
         "weight_bytes": "adapter",
@@ -80,7 +80,7 @@ def _memory(plan: Plan, memory: dict[str, int] | None, why_not: str) -> str:
     parts = ", ".join(f"{name} {memory[key] / 2**20:,.1f}" for key, name in names.items())
     return (
         f"memory: {memory['training_bytes'] / 2**20:,.1f} MiB at {plan.tokens:,} tokens a step ({parts}), without what"
-        " the base keeps of them"
+        f" the base keeps of them{note}"
     )
 
 
