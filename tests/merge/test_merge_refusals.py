@@ -175,12 +175,20 @@ def test_a_head_that_the_base_lacks_is_refused_with_the_way_out(tmp_path):
     )
 
 
-def test_a_resized_embedding_is_refused_with_the_way_out(place):
-    others = {"model.embed_tokens.weight": torch.randn(60, 20)}
+def test_a_smaller_embedding_is_refused_with_the_way_out(place):
+    others = {"model.embed_tokens.weight": torch.randn(40, 20)}
     blocks = {"model.layers.0.self_attn.q_proj": torch.randn(4, 20)}
     _set_config(place / "base", tie_word_embeddings=False)
     write_adapter(place / "adapter", "bone", blocks, others=others)
-    check_refused(place, "(60, 20)", "(50, 20)", "resized", "merge_and_unload()", kind=ShapeError)
+    check_refused(place, "(40, 20)", "(50, 20)", "resized", "merge_and_unload()", kind=ShapeError)
+
+
+def test_a_grown_embedding_is_refused_where_the_other_one_did_not_grow(place):
+    shutil.rmtree(place / "base")
+    tiny_llama(tie_word_embeddings=False).save_pretrained(place / "base")
+    blocks = {"model.layers.0.self_attn.q_proj": torch.randn(4, 20)}
+    write_adapter(place / "adapter", "bone", blocks, others={"model.embed_tokens.weight": torch.randn(60, 20)})
+    check_refused(place, "lm_head.weight", "does not grow it", "60 rows", kind=ShapeError)
 
 
 @pytest.mark.parametrize(

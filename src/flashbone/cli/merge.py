@@ -57,6 +57,7 @@ def run(argv: list[str]) -> int:
         print(
             f"{report.out}: {report.merged} tensors merged ({report.variant}), {report.replaced} replaced,"
             f" {report.copied} copied, {report.bytes_written / 2**20:.1f} MiB in {report.seconds:.1f} s"
+            + (f"\n{report.beside}" if report.beside else "")
         )
     return 0
 
@@ -115,6 +116,9 @@ def _check(
             f"outputs differ by {verification.relative_error:.2e} (relative RMS, {verification.tokens} tokens), by"
             f" {verification.unexplained:.2e} more than rounding explains"
         )
+        if verification.answer_tokens:
+            same = "are the same" if verification.same_answer else "differ"
+            numbers += f"; the first {verification.answer_tokens} tokens of an answer {same}"
         if not verification.ok:
             raise FlashboneError(
                 f"verification failed: {numbers} from the unmerged model's; at most {verification.limit:.2e} was"

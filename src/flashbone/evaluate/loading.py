@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from flashbone.errors import ConfigError
+from flashbone.files.beside import GENERATION, beside_model
 from flashbone.files.records import read_record
 from flashbone.train.adapters import attach_adapter
 from flashbone.train.models import load_causal_lm, load_classifier, load_config
@@ -61,6 +64,9 @@ def load_language_model(
     model = load_causal_lm(name, dtype)
     if adapter is not None:
         model = attach_adapter(model, adapter, "CAUSAL_LM", merge)
+    generation = beside_model(name, adapter).files.get(GENERATION)
+    if generation is not None:
+        model.generation_config = GenerationConfig.from_pretrained(str(generation.parent))
     return model.to(device).eval(), tokenizer
 
 

@@ -20,6 +20,7 @@ IN_PYTHON = (
     "merge in Python instead, on the model class that it was trained on:"
     " PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(OUT)"
 )
+_EMBEDDINGS = (*names.INPUT_EMBEDDINGS, *names.OUTPUT_EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class PlacedTensor:
     stacked: bool = False
     shape: tuple[int, ...] = ()
     name: str = ""
+
+    @property
+    def grown(self) -> int:
+        """The rows of a replacement that is an embedding with more than the base's, since the adapter grew the
+        vocabulary; else 0."""
+        if self.replacement is None or self.block is not None or not names.is_embedding(self.tensor, _EMBEDDINGS):
+            return 0
+        rows, *others = self.replacement.shape
+        return rows if rows > self.shape[0] and tuple(others) == self.shape[1:] else 0
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -88,6 +98,10 @@ def place(model: BaseModel, adapter: Adapter, problems: Sequence[str] = ()) -> l
             value = shaped(value, shape)
         places.append(PlacedTensor(tensor, block, value, bool(transposed), stacked, shape, name or parameter))
         misfits += _misfits(places[-1], model.entries[tensor], adapter.variant)
+    if rows := {placed.grown for placed in places} - {0}:
+        grown = {placed.tensor for placed in places if placed.grown == max(rows)}
+        kept = [name for name in model.entries if names.is_embedding(name, _EMBEDDINGS) and name not in grown]
+        misfits += [f"{name}: the adapter does not grow it with the vocabulary, to {max(rows)} rows" for name in kept]
     if problems:
         raise FormatError(f"the adapter does not fit {model.folder}: {'; '.join(problems + misfits)}")
     if misfits:
@@ -124,7 +138,7 @@ def _misfits(placed: PlacedTensor, entry: tensors.TensorEntry, variant: variants
         wanted = ", ".join(tensors.FLOATS)
         return [f"{where}: is stored as {entry.dtype}, wanted {wanted}; merge into the original unquantised model"]
     misfits = []
-    if placed.replacement is not None and tuple(placed.replacement.shape) != shape:
+    if placed.replacement is not None and tuple(placed.replacement.shape) != shape and not placed.grown:
         got = tuple(placed.replacement.shape)
         misfits.append(f"{where}: the adapter's value has shape {got}, the base's {shape}; was it resized? {IN_PYTHON}")
     if placed.block is None:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.files import outputs
 from flashbone.files.base import open_base
+from flashbone.files.beside import beside, tokenizer_folder
 from flashbone.merge.layout import dtype_name, plan_layout, shard_bytes
 from flashbone.merge.plan import plan_edits, read_adapters
 from flashbone.merge.record import make_record
@@ -33,6 +35,7 @@ class MergeReport:
         copied: tensors that are those of the base, if in another dtype.
         bytes_written: all files together.
         seconds: wall-clock time.
+        beside: where tokenizer, chat template and generation settings are from, where not from the base.
         record: the content of merge.json; a `.pth` file has none, and this is what it would hold.
     """
 
@@ -43,6 +46,7 @@ class MergeReport:
     copied: int
     bytes_written: int
     seconds: float
+    beside: str
     record: dict[str, Any] = field(repr=False)
 
 
@@ -60,8 +64,10 @@ def merge_checkpoint(
     """Write `out`: the base model's checkpoint with adapters merged into its weights, and merge.json.
 
     Args:
-        base: Folder with model.safetensors, or with shards and their index; config, tokenizer and the like come along.
-            Or an RWKV model's `.pth` file; `out` is then one, too, without a merge.json.
+        base: Folder with model.safetensors, or with shards and their index; config, tokenizer and the like come along,
+            but for those that an adapter's folder has.
+            Or an RWKV model's `.pth` file; `out` is then one, too, without a merge.json, and what an adapter's folder
+            has lies beside it, in `NAME.tokenizer`.
         adapters: One or more adapters of the family: PEFT folders, or files of RWKV-PEFT. Their order never matters.
         out: A new or empty folder; it appears whole at the end, or not at all.
         progress: Called with the bytes written so far and those to write.
@@ -88,14 +94,22 @@ def merge_checkpoint(
     if model.is_pth and out.suffix != ".pth":
         raise FlashboneError(f"{out}: {base} is one file, and so is the result; name it {out}.pth")
     edits = plan_edits(model, weighted)
-    layout = plan_layout(model, dtype, largest)
+    brought = beside([path for _, path, _ in weighted])
+    grown = {name: tuple(e.value[0].shape) for name, e in edits.items() if e.value is not None}
+    grown = {name: shape for name, shape in grown.items() if shape != model.entries[name].shape}
+    layout = plan_layout(model, dtype, largest, brought, grown)
     changes = {
         name: edits[name].change if name in edits else "converted"
         for name, entry in model.entries.items()
         if name in edits or layout.dtypes[name] != entry.dtype
     }
-    record = make_record(model, weighted, dtype, changes)
+    record = make_record(model, weighted, brought, dtype, changes)
+    if model.is_pth and brought.files:
+        outputs.check(tokenizer_folder(out), 0, base)
     written = write_result(out, model, edits, layout, record, check, progress)
+    if model.is_pth and brought.files:
+        with outputs.whole_or_absent(tokenizer_folder(out)) as folder:
+            brought.copy_to(folder)
     merged = sum(bool(edit.terms) for edit in edits.values())
     return MergeReport(
         out=out,
@@ -105,5 +119,6 @@ def merge_checkpoint(
         copied=len(model.entries) - len(edits),
         bytes_written=written,
         seconds=time.perf_counter() - start,
+        beside=brought.words,
         record=dataclasses.asdict(record),
     )

@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files import tensors
 from flashbone.files.base import INDEX, SINGLE, BaseModel
+from flashbone.files.beside import Beside
 from flashbone.files.sources import read_json
 from flashbone.merge import record
 
@@ -44,13 +46,13 @@ class ResultLayout:
     Attributes:
         dtypes: of every tensor.
         weights: the files with the tensors.
-        beside: the other files: path in the folder -> new content, or None to copy the base's.
+        beside: the other files: path in the folder -> new content, or the file to copy.
         size: bytes of all files.
     """
 
     dtypes: dict[str, str]
     weights: list[WeightFile]
-    beside: dict[str, bytes | None]
+    beside: dict[str, bytes | Path]
     size: int
 
 
@@ -84,11 +86,15 @@ def shard_bytes(size: str | int | None) -> int | None:
     return int(count)
 
 
-def plan_layout(model: BaseModel, dtype: str | None, largest: int | None) -> ResultLayout:
+def plan_layout(
+    model: BaseModel, dtype: str | None, largest: int | None, brought: Beside, shapes: Mapping[str, tuple[int, ...]]
+) -> ResultLayout:
     """Lay the result out.
 
     Args:
         model: The base.
+        brought: What adapters bring in place of the base's files.
+        shapes: Of embeddings that have more rows than the base's.
         dtype: Of all floating tensors; None keeps the base's.
         largest: Bytes of the tensors of a shard, which holds one at least; None keeps the base's files. A file whose
             dtypes stay, too, gets the base's header, byte for byte.
@@ -100,14 +106,19 @@ def plan_layout(model: BaseModel, dtype: str | None, largest: int | None) -> Res
     if model.is_pth:
         weights = [_pth_file(model.files[0], dtypes)]
         return ResultLayout(dtypes, weights, {}, weights[0].size)
-    weights = _weight_files(model, dtypes, largest)
-    beside: dict[str, bytes | None] = {str(path): None for path in model.companions if str(path) != record.NAME}
-    if dtype is not None and (config := config_in(model.config, dtype)) != model.config:
+    weights = _weight_files(model, dtypes, largest, shapes)
+    omitted = {record.NAME, *brought.left_out}
+    beside: dict[str, bytes | Path] = {str(p): model.folder / p for p in model.companions if str(p) not in omitted}
+    beside |= brought.files
+    config = config_in(model.config, dtype) if dtype is not None else model.config
+    for name, shape in shapes.items():
+        config = _with_vocabulary(config, model.entries[name].shape[0], shape[0])
+    if config != model.config:
         beside["config.json"] = _json_bytes(config)
     if largest is not None or [file.header for file in weights] != [file.header for file in model.files]:
         beside.pop(INDEX, None)
         beside |= _index(model, weights, dtype)
-    sizes = [len(text) if text is not None else (model.folder / name).stat().st_size for name, text in beside.items()]
+    sizes = [len(text) if isinstance(text, bytes) else text.stat().st_size for text in beside.values()]
     return ResultLayout(dtypes, weights, beside, sum(file.size for file in weights) + sum(sizes))
 
 
@@ -126,13 +137,17 @@ def _pth_file(file: tensors.TensorFile, dtypes: dict[str, str]) -> WeightFile:
     return WeightFile(file.path.name, contents, b"", file.size + grown)
 
 
-def _weight_files(model: BaseModel, dtypes: dict[str, str], largest: int | None) -> list[WeightFile]:
+def _weight_files(
+    model: BaseModel, dtypes: dict[str, str], largest: int | None, shapes: Mapping[str, tuple[int, ...]]
+) -> list[WeightFile]:
     metadata = (json.loads(model.files[0].header[8:]).get("__metadata__") if model.files else None) or {"format": "pt"}
     if largest is None:
-        return [_weight_file(file, dtypes, metadata) for file in model.files]
+        return [_weight_file(file, dtypes, metadata, shapes) for file in model.files]
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    contents: dict[str, Any] = {e.name: (e.name, dtypes[e.name], e.shape) for e in model.entries.values()}
+    contents: dict[str, Any] = {
+        e.name: (e.name, dtypes[e.name], shapes.get(e.name, e.shape)) for e in model.entries.values()
+    }
     shards = split_state_dict_into_shards_factory(
         contents,
         get_storage_size=lambda tensor: _bytes([tensor]),
@@ -142,9 +157,14 @@ def _weight_files(model: BaseModel, dtypes: dict[str, str], largest: int | None)
     return [_new_file(file, [contents[name] for name in names], metadata) for file, names in shards.items()]
 
 
-def _weight_file(file: tensors.TensorFile, dtypes: dict[str, str], metadata: dict[str, str]) -> WeightFile:
-    contents = [(entry.name, dtypes[entry.name], entry.shape) for entry in file.entries]
-    if all(entry.dtype == dtypes[entry.name] for entry in file.entries):
+def _weight_file(
+    file: tensors.TensorFile,
+    dtypes: dict[str, str],
+    metadata: dict[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> WeightFile:
+    contents = [(entry.name, dtypes[entry.name], shapes.get(entry.name, entry.shape)) for entry in file.entries]
+    if contents == [(entry.name, entry.dtype, entry.shape) for entry in file.entries]:
         return WeightFile(file.path.name, contents, file.header, file.size)
     return _new_file(file.path.name, contents, metadata)
 
@@ -174,6 +194,12 @@ def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     changed = {key: name for key in ("dtype", "torch_dtype") if config.get(key) in known}
     changed |= {key: config_in(part, dtype) for key, part in config.items() if isinstance(part, dict)}
     return config | changed
+
+
+def _with_vocabulary(config: dict[str, Any], rows: int, more: int) -> dict[str, Any]:
+    """A model's config with a larger vocabulary, in its parts, too."""
+    changed = {key: _with_vocabulary(part, rows, more) for key, part in config.items() if isinstance(part, dict)}
+    return config | changed | ({"vocab_size": more} if config.get("vocab_size") == rows else {})
 
 
 def _json_bytes(content: dict[str, Any]) -> bytes:

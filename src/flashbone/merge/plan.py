@@ -137,6 +137,10 @@ def _edit(model: BaseModel, tensor: str, changes: list[tuple[placing.PlacedTenso
     if terms and (len(changes) > 1 or first.weight != 1):
         remedy = _ONE_BY_ONE if len(changes) > 1 else "merge it with weight 1"
         raise FormatError(f"{tensor}: {first.path} holds a value for it, and {_paths(shifts)} a block; {remedy}")
+    if first.weight != 1 and value.shape != changes[0][0].shape:
+        raise FormatError(
+            f"{tensor}: {first.path} has more rows of it than the base, which a weight cannot scale; use 1"
+        )
     if any(not same_values(value, other) or weighted.weight != first.weight for other, weighted in values[1:]):
         raise FormatError(
             f"{tensor}: {_paths(values)} hold values for it that differ in value or weight; {_ONE_BY_ONE}"

@@ -12,6 +12,7 @@ from flashbone import __version__
 from flashbone.errors import FormatError
 from flashbone.files import reading
 from flashbone.files.base import BaseModel
+from flashbone.files.beside import Beside
 from flashbone.files.sources import read_json
 from flashbone.merge.plan import WeightedAdapter
 
@@ -87,7 +88,11 @@ class MergeRecord:
 
 
 def make_record(
-    model: BaseModel, adapters: Sequence[WeightedAdapter], dtype: str | None, changes: Mapping[str, str]
+    model: BaseModel,
+    adapters: Sequence[WeightedAdapter],
+    brought: Beside,
+    dtype: str | None,
+    changes: Mapping[str, str],
 ) -> MergeRecord:
     """The record of a merge, without the hashes of the base's files.
 
@@ -95,12 +100,13 @@ def make_record(
         FormatError: the base has a merge.json that flashbone did not write.
     """
     base_files = [HashedFile(file.path.name, file.size) for file in model.files]
-    beside = [path for path in model.companions if str(path) != NAME]
+    omitted = {NAME, *brought.left_out, *brought.files}
+    beside = [path for path in model.companions if str(path) not in omitted]
     base_files += [HashedFile(str(path), (model.folder / path).stat().st_size) for path in beside]
     return MergeRecord(
         flashbone=__version__,
         base=RecordedBase(_name_of(model.folder), base_files),
-        adapters=[_recorded(adapter) for adapter in adapters],
+        adapters=[_recorded(adapter, brought) for adapter in adapters],
         dtype=dtype,
         tensors={name: ChangedTensor(change, model.entries[name].dtype) for name, change in changes.items()},
         base_record=None if model.is_pth else _read(model.folder),
@@ -122,9 +128,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _recorded(adapter: WeightedAdapter) -> RecordedAdapter:
+def _recorded(adapter: WeightedAdapter, brought: Beside) -> RecordedAdapter:
     sizes = sorted({block.shape[-2] for block in adapter.adapter.blocks.values()})
-    contents = [(file.name, file.read_bytes()) for file in reading.files_of(adapter.path)]
+    along = [file for file in brought.files.values() if file.parent == adapter.path]
+    contents = [(file.name, file.read_bytes()) for file in [*reading.files_of(adapter.path), *along]]
     return RecordedAdapter(
         name=_name_of(adapter.path),
         variant=adapter.adapter.variant.name,

@@ -69,24 +69,24 @@ def write_result(
             pth.write(target, layout.weights[0].tensors, content, count, pth.tied(model.files[0]))
         else:
             for name, text in layout.beside.items():
-                _write_beside(target / name, model.folder / name, text, count)
+                _write_beside(target / name, text, count)
             for file in layout.weights:
                 tensors.write(target / file.name, file.tensors, content, count, given_header=file.header)
         hashes = {name: reader.sha256() for name, reader in readers.items()}
         merge_record.set_hashes(hashes | {str(path): _sha256(model.folder / path) for path in model.companions})
         if not model.is_pth:
-            _write_beside(target / record.NAME, model.folder, merge_record.to_bytes(), count)
+            _write_beside(target / record.NAME, merge_record.to_bytes(), count)
         if check is not None:
             check(target)
     return count.done
 
 
-def _write_beside(target: Path, source: Path, text: bytes | None, count: "_ByteCount") -> None:
+def _write_beside(target: Path, content: bytes | Path, count: "_ByteCount") -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if text is None:
-        shutil.copy(source, target)  # a link's target as a file
+    if isinstance(content, Path):
+        shutil.copy(content, target)  # a link's target as a file
     else:
-        target.write_bytes(text)
+        target.write_bytes(content)
     count(target.stat().st_size)
 
 

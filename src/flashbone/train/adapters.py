@@ -12,8 +12,8 @@ from typing import Any
 import peft
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.files import names, reading
 from flashbone.files import peft as peft_files
-from flashbone.files import reading
 from flashbone.files.adapter import Adapter
 from flashbone.files.fields import refuse_slow_patterns
 from flashbone.files.sources import read_json
@@ -126,6 +126,7 @@ def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = Fals
             remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
             raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
         _refuse_random_modules(model, config, adapter)
+        _grow_vocabulary(model, folder)
         with same_compilers():
             adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
     return adapted.merge_and_unload() if merge else adapted
@@ -140,6 +141,14 @@ def _refuse_random_modules(model: Any, config: Any, adapter: Path) -> None:
             f"adapter {adapter}: brings no {names}, and neither does the checkpoint of {model.name_or_path}, so they"
             " would be random numbers; use the base that the adapter was trained on, or train again"
         )
+
+
+def _grow_vocabulary(model: Any, folder: Path) -> None:
+    """Give the model as many embeddings as the adapter saved."""
+    saved = peft.load_peft_weights(str(folder), device="cpu")
+    rows = [len(value) for name, value in saved.items() if names.is_embedding(name, names.INPUT_EMBEDDINGS)]
+    if rows and rows[0] > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from flashbone.errors import ConfigError
 from flashbone.files import names
 from flashbone.files.base import INDEX, SINGLE, open_base
+from flashbone.files.beside import beside, tokenizer_folder
 from flashbone.files.outputs import PARTIAL, whole_or_absent
 from flashbone.merge import merge_checkpoint
 from flashbone.merge.plan import plan_edits, read_adapters
@@ -88,20 +88,15 @@ def write_merged(folder: RunFolder, base: Path | None, trainer: Any, load_plain:
         with whole_or_absent(folder.merged, replace=True) as partial:
             merged_model.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
-            _copy_stops(folder, partial)
+            beside([folder.adapter]).copy_to(partial)
         return
     target = folder.merged_pth if base.suffix == ".pth" else folder.merged
     with tempfile.TemporaryDirectory(prefix="merging", suffix=PARTIAL, dir=folder.path) as place:
         merged = Path(place) / target.name
         merge_checkpoint(base, folder.adapter, merged)
         if merged.is_dir():
-            trainer.processing_class.save_pretrained(merged)  # training may have given it a chat template
-            _copy_stops(folder, merged)
             shutil.rmtree(target, ignore_errors=True)
         os.replace(merged, target)
-
-
-def _copy_stops(folder: RunFolder, merged: Path) -> None:
-    """The run's generation_config, if the base's did not stop where learned answers end."""
-    if (folder.adapter / GENERATION_CONFIG_NAME).is_file():
-        shutil.copy(folder.adapter / GENERATION_CONFIG_NAME, merged)
+        if tokenizer_folder(merged).is_dir():
+            shutil.rmtree(tokenizer_folder(target), ignore_errors=True)
+            os.replace(tokenizer_folder(merged), tokenizer_folder(target))

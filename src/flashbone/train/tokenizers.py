@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.files.beside import TEMPLATE, TOKENIZER_CONFIG, beside_model
 from flashbone.train.data.origins import named
 from flashbone.train.data.tokens import text_ids
 from flashbone.train.models import load, locate
@@ -27,16 +28,21 @@ def load_tokenizer(name: str, vocabulary: str | None = None, adapter: Path | Non
         ConfigError: there is no such model, or it has no tokenizer.
         FormatError: the adapter's tokenizer cannot be read.
     """
-    if vocabulary is None and adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        return _with_padding(_of_adapter(name, adapter), name)
+    brought = beside_model(name, adapter).files
+    if vocabulary is None and TOKENIZER_CONFIG in brought:
+        return _with_padding(_of_adapter(name, brought[TOKENIZER_CONFIG].parent), name)
     if is_pth(name):
         from flashbone.rwkv import RwkvTokenizer
 
-        return RwkvTokenizer(vocabulary and Path(vocabulary).expanduser())
-    from transformers import AutoTokenizer
+        tokenizer = RwkvTokenizer(vocabulary and Path(vocabulary).expanduser())
+    else:
+        from transformers import AutoTokenizer
 
-    place, gguf = locate(name)
-    return _with_padding(load(AutoTokenizer, name, place, **gguf, **kwargs), name)
+        place, gguf = locate(name)
+        tokenizer = _with_padding(load(AutoTokenizer, name, place, **gguf, **kwargs), name)
+    if TEMPLATE in brought:
+        tokenizer.chat_template = brought[TEMPLATE].read_text(encoding="utf-8")
+    return tokenizer
 
 
 def _of_adapter(name: str, adapter: Path) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files import names
 from flashbone.files.base import BaseModel, open_base
+from flashbone.files.beside import Beside, beside
 from flashbone.files.tensors import FLOATS
 from flashbone.merge.plan import WeightedAdapter, read_adapters
 from flashbone.merge.verify import models
@@ -40,7 +41,10 @@ class Verification:
         rounding: the part of it that rounding to the files' dtypes explains.
         unexplained: the part that rounding does not explain.
         limit: the largest `unexplained` of a right merge.
-        ok: whether `unexplained` is within the limit.
+        ok: whether `unexplained` is within the limit, and the answer the same.
+        answer_tokens: how many tokens of an answer to a question in the chat template were compared, too; 0 for models
+            without a template or a head for language, and for `.pth` files.
+        same_answer: whether prompt and answer are the same.
     """
 
     tokens: int
@@ -50,6 +54,8 @@ class Verification:
     unexplained: float
     limit: float
     ok: bool
+    answer_tokens: int = 0
+    same_answer: bool = True
 
 
 def check_verifiable(base: str | Path, adapters: Sequence[str | Path], weights: Sequence[float] | None) -> None:
@@ -114,11 +120,13 @@ def _compare(base: Path, adapters: Sequence[WeightedAdapter], merged: Path, dtyp
         in_memory = models.run(model, rows, base, dtype)
         _round(model, files)
         rounded = models.run(model, rows, base, dtype)
+        wanted = models.answer(model, base, beside([path for _, path, _ in adapters]))
         del model, attached
         model, missing_now = models.load(merged)
         if missing_now - missing:
             raise FormatError(f"{merged}: it lacks {', '.join(sorted(missing_now - missing))}, which the base has")
         on_disk = models.run(model, rows, merged, dtype)
+        answer = models.answer(model, merged, Beside())
     sizes = {dtype: sum(e.end - e.start for e in files.entries.values() if e.dtype == dtype) for dtype in FLOATS}
     unexplained = max(_error(in_memory, unmerged, unmerged), _error(on_disk, rounded, unmerged))
     return Verification(
@@ -128,7 +136,9 @@ def _compare(base: Path, adapters: Sequence[WeightedAdapter], merged: Path, dtyp
         rounding=_error(rounded, in_memory, unmerged),
         unexplained=unexplained,
         limit=LIMIT,
-        ok=unexplained <= LIMIT,
+        answer_tokens=len(wanted.tokens),
+        same_answer=answer == wanted,
+        ok=unexplained <= LIMIT and answer == wanted,
     )
 
 

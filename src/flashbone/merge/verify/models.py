@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -20,11 +20,14 @@ from flashbone.errors import FlashboneError, FormatError
 from flashbone.files import names, peft
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import open_base
+from flashbone.files.beside import GENERATION, TEMPLATE, TOKENIZER_CONFIG, Beside
 from flashbone.files.placing import shaped
+from flashbone.files.sources import read_json
 from flashbone.merge.plan import WeightedAdapter
 from flashbone.rwkv import from_pth, read_config
 
 LENGTHS = (24, 17)  # tokens of the rows that are run
+QUESTION, ANSWER = "What is two plus two?", 8  # of the chat template, and how many tokens of the answer are generated
 
 
 def check_loadable(path: Path) -> None:
@@ -91,10 +94,13 @@ def _class_for(config: PretrainedConfig) -> Any:
     return registered if getattr(registered, "__name__", None) == name else transformers.AutoModel
 
 
-def attach(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> PeftModel:
+def attach(model: Any, adapters: Sequence[WeightedAdapter]) -> PeftModel:
     """Attach adapters to a model in place, all of them active and unmerged; the PeftModel."""
     attached: Any = None
     for n, (adapter, path, weight) in enumerate(adapters):
+        rows = [len(v) for name, v in adapter.replacements.items() if names.is_embedding(name, names.INPUT_EMBEDDINGS)]
+        if rows and rows[0] > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(rows[0], mean_resizing=False)
         with naming(path), tempfile.TemporaryDirectory() as folder:
             peft.write(_with_weighted_values(adapter, weight, model), Path(folder))
             if attached is None:
@@ -157,6 +163,42 @@ def rows_for(model: PreTrainedModel, path: Path) -> list[Tensor]:
         for row in rows:
             row[0, -1] = config.eos_token_id
     return rows
+
+
+class Answer(NamedTuple):
+    """The beginning of an answer: its prompt, and what a model generates."""
+
+    prompt: list[int]
+    tokens: list[int]
+
+
+def answer(model: Any, path: Path, brought: Beside) -> Answer:
+    """The first tokens that a language model generates in the chat template, up to where it stops; empty without one.
+
+    Args:
+        model: The model.
+        path: Its folder, which has what `brought` lacks.
+        brought: Tokenizer, template and generation settings of its adapters.
+    """
+    source = brought.files.get(TOKENIZER_CONFIG, path / TOKENIZER_CONFIG).parent
+    if path.is_file() or not (source / TOKENIZER_CONFIG).is_file() or model.get_output_embeddings() is None:
+        return Answer([], [])
+    with naming(source):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(source))
+        if TEMPLATE in brought.files:
+            tokenizer.chat_template = brought.files[TEMPLATE].read_text(encoding="utf-8")
+        if tokenizer.chat_template is None or model.config.is_encoder_decoder:
+            return Answer([], [])
+        turns = [{"role": "user", "content": QUESTION}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        settings = brought.files.get(GENERATION, path / GENERATION)
+        named = read_json(settings).get("eos_token_id") if settings.is_file() else None
+        stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        tokens: list[int] = []
+        while len(tokens) < ANSWER and stops.isdisjoint(tokens[-1:]):
+            ids = torch.tensor([[*prompt, *tokens]])
+            tokens.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+    return Answer(prompt, tokens)
 
 
 def amplifies_rounding(path: Path) -> bool:
