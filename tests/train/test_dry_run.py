@@ -15,7 +15,7 @@ from flashbone.train.plan import plan
 from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
 from flashbone.train.trainers import build_trainer
-from helpers.tiny_llama import questions, write_tiny_llama
+from helpers.tiny_llama import WORDS, questions, word_tokenizer, write_tiny_llama
 from train.training_runs import config_file, recipe_for
 
 CHATS = [
@@ -104,6 +104,20 @@ def test_steps_and_trained_parameters_are_those_of_the_run(llama, tmp_path, caps
     for name in ("trainable_parameters", "total_parameters"):
         assert made["parameters"][name] == summary[name]
     assert made["rows"][file]["learned"] == summary["sources"][0]["learned"]
+
+
+def test_modules_that_a_checkpoint_lacks_are_counted_as_trained(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    tokenizer = word_tokenizer([*special, *WORDS.split()], *special)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")  # has no pooler
+    tokenizer.save_pretrained(tmp_path / "bert")
+    file = write(tmp_path / "rows.jsonl", LABELLED)
+    recipe = recipe_for(tmp_path / "bert", file, tmp_path / "out", task="classification", training={"max_steps": 1})
+    made, summary = plan(recipe).parameters, train(recipe).summary
+    assert {name: summary[name] for name in made} == made
 
 
 def test_cut_and_dropped_rows_are_counted_with_why(weightless, tmp_path, capsys):

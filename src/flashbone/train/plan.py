@@ -157,7 +157,7 @@ def _seen(
         lengths = untruncated(rows, tokenizer)
         cut, empty = sum(length > args.max_length for length in lengths), 0
         lengths = [min(length, args.max_length) for length in lengths]
-        first = rows.select(range(min(SHOWN, len(rows))))
+        first: Any = rows.select(range(min(SHOWN, len(rows))))
         examples = [Shown(row["text"], [row["label"]]) for row in first]
     else:
         made, counts = prepare(rows, tokenizer, limits_of(args, None), args.dataset_num_proc)

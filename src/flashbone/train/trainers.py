@@ -177,8 +177,8 @@ def tokenised(
     apart = elsewhere(recipe.data, recipe.data.eval)
     held_out = [apart] if apart else [elsewhere(place, place.eval) or place for place in learned]
     parts, counts = [], []
-    all_rows = ((data.train, learned, "training"), (data.eval, held_out, "held-out"), (data.test, learned, "test"))
-    for rows, of, kind in all_rows:
+    all_rows: list[Any] = [(data.train, learned, "training"), (data.eval, held_out, "held-out")]
+    for rows, of, kind in [*all_rows, (data.test, learned, "test")]:
         if rows is None:
             parts.append(None)
             continue
