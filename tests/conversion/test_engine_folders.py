@@ -63,6 +63,29 @@ def test_engines_of_gguf_get_one_file_and_what_starts_it(base, adapter, engine, 
     assert (tmp_path / "alone.gguf").read_bytes() == (tmp_path / "out" / engines.GGUF).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("vllm", "--tokenizer {0} --chat-template {0}/chat_template.jinja --generation-config {0}"),
+        ("sglang", "--tokenizer-path {0} --chat-template {0}/chat_template.jinja"),
+        ("tgi", "--tokenizer-config-path {0}/tokenizer_config.json"),
+        ("llama.cpp", "--jinja --chat-template-file {0}/chat_template.jinja"),
+    ],
+)
+def test_an_engine_gets_the_tokenizer_template_and_settings_that_the_adapter_brings(
+    base, adapter, engine, options, tmp_path
+):
+    names = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+    for name in names:
+        (adapter / name).write_text(name)
+    report = convert(adapter, tmp_path / "out", engine=engine, base=base)
+    assert report.serve is not None
+    assert report.serve.endswith(options.format(tmp_path / "out"))
+    assert options.format('"$PWD"') in (tmp_path / "out/SERVE.md").read_text()
+    assert all((tmp_path / "out" / name).read_text() == name for name in names)
+    assert report.beside == f"tokenizer of {adapter}, generation settings of {adapter}"
+
+
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_nothing_is_left_of_an_adapter_that_an_engine_cannot_take(base, engine, tmp_path):
     blocks = blocks_for(tiny_llama(), "bone", LAYERS, 6)

@@ -58,6 +58,8 @@ def _print(report: Any) -> None:
         print(f"relative error of the delta, the worst of {len(report.errors)} modules first:")
         for module in report.errors[:shown]:
             print(f"  {module.error:.2e}  rank {module.rank:<5}  {module.name}")
+    if report.beside:
+        print(report.beside)
     if report.serve:
         print(f"serve it:\n{report.serve}")
 

@@ -12,6 +12,7 @@ from flashbone.errors import ConfigError, FormatError
 from flashbone.files import cards, gguf, outputs, reading
 from flashbone.files.adapter import Adapter, AdapterFormat
 from flashbone.files.base import BaseModel, open_base
+from flashbone.files.beside import beside
 from flashbone.files.lora import Lora
 from flashbone.files.names import rwkv_lead
 from flashbone.files.sources import is_hub_id
@@ -33,6 +34,7 @@ class ConversionReport:
         errors: for each module what a LoRA of that rank leaves out, the worst first; empty where it is exact.
         files: names of the files in `out`; its own name if it is a file.
         serve: the shell command that starts the engine with it.
+        beside: what else of the adapter's folder was copied for the engine: its tokenizer, template, settings.
     """
 
     out: Path
@@ -46,6 +48,7 @@ class ConversionReport:
     errors: tuple[ModuleError, ...]
     files: tuple[str, ...]
     serve: str | None
+    beside: str = ""
 
 
 def convert(
@@ -92,6 +95,7 @@ def convert(
         adapted = adapted if server is None else server.prepare(adapted, path)
     else:
         adapted = factors.to_adapter(read, path) if isinstance(read, Lora) else read
+    brought = beside([path] if server is not None else [])
     is_file = bool(target.suffix) and out.suffix == target.suffix
     outputs.check(out, _size(adapted), path, is_file)
     with outputs.whole_or_absent(out, is_file) as place:
@@ -99,6 +103,7 @@ def convert(
         if not is_file:
             cards.put(card_of(target, adapted), place / "README.md")
             if server is not None and isinstance(adapted, Lora):
+                brought.copy_to(place)
                 server.write_extras(adapted, place, out)
         files = [] if is_file else [file.name for file in place.iterdir()]
     return ConversionReport(
@@ -113,6 +118,7 @@ def convert(
         errors=errors,
         files=tuple(sorted(files)) or (out.name,),
         serve=server.command(adapted, out) if server is not None and isinstance(adapted, Lora) else None,
+        beside="" if is_file else brought.words,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from flashbone.conversion import factors
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files import gguf
+from flashbone.files.beside import GENERATION, TEMPLATE, TOKENIZER_CONFIG
 from flashbone.files.lora import Lora
 
 GGUF = "adapter.gguf"  # in a folder
@@ -49,6 +50,7 @@ class ServingEngine:
         ranks: that it takes, in ascending order; empty: all.
         more: whether it takes ranks above the last, as they are.
         layers: pattern of the names of the layers that it adapts; empty: it refuses others itself.
+        brings: files that an adapter may bring, and the option by which the engine takes each, with {folder}.
         all_alike: whether a kind of layer must be adapted in every layer of the base or in none.
     """
 
@@ -62,6 +64,7 @@ class ServingEngine:
     ranks: tuple[int, ...] = ()
     more: bool = False
     layers: str = ""
+    brings: tuple[tuple[str, str], ...] = ()
     all_alike: bool = False
 
     def rank(self, rank: int) -> int | None:
@@ -100,6 +103,7 @@ class ServingEngine:
     def write_extras(self, lora: Lora, folder: Path, out: Path) -> str:
         """Write what else the engine needs into the folder that becomes `out`; returns the file's name."""
         command = self._start(lora, '"$PWD"' + f"/{GGUF}" * ("gguf" in self.formats), _name(out))
+        command += self._options(folder, '"$PWD"')
         asked = self.asked.format(name=_name(out))
         text = _PAGE.format(title=self.title, command=command, asked=asked, hint=f" {self.hint}" if self.hint else "")
         (folder / "SERVE.md").write_text(text, encoding="utf-8")
@@ -110,7 +114,14 @@ class ServingEngine:
         path = out.absolute()
         if "gguf" in self.formats and out.suffix != ".gguf":
             path = path / GGUF
-        return self._start(lora, shlex.quote(str(path)), _name(out))
+        return self._start(lora, shlex.quote(str(path)), _name(out)) + self._options(
+            out, shlex.quote(str(out.absolute()))
+        )
+
+    def _options(self, folder: Path, shown: str) -> str:
+        """The options for what the adapter brought into a folder."""
+        options = [option.format(folder=shown) for file, option in self.brings if (folder / file).is_file()]
+        return "".join(f" {option}" for option in options)
 
     def _start(self, lora: Lora, path: str, name: str) -> str:
         base = shlex.quote(_folder(lora) or lora.base_model or "BASE")
@@ -158,6 +169,11 @@ ENGINES = {
             "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}",
             '`"model": "{name}"`',
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # what its max_lora_rank may be
+            brings=(
+                (TOKENIZER_CONFIG, "--tokenizer {folder}"),
+                (TEMPLATE, f"--chat-template {{folder}}/{TEMPLATE}"),
+                (GENERATION, "--generation-config {folder}"),
+            ),
         ),
         ServingEngine(
             "llama.cpp",
@@ -166,6 +182,7 @@ ENGINES = {
             "llama-server -m BASE.gguf --lora {path}",
             "usual, it is always on",
             "BASE.gguf is the base as convert_hf_to_gguf.py makes it, without --fuse-qkv, of any quantisation.",
+            brings=((TEMPLATE, f"--jinja --chat-template-file {{folder}}/{TEMPLATE}"),),
         ),
         Ollama(
             "ollama",
@@ -183,6 +200,10 @@ ENGINES = {
             ("lora",),
             "python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={path}",
             '`"lora_path": "{name}"` of /generate, or `"model": "BASE:{name}"`',
+            brings=(
+                (TOKENIZER_CONFIG, "--tokenizer-path {folder}"),
+                (TEMPLATE, f"--chat-template {{folder}}/{TEMPLATE}"),
+            ),
             layers=r".*\blayers\.\d+\.(.*\.)?([qkvo]|gate|up|down|qkv|gate_up)_proj|(.*\.)?lm_head",
         ),
         # It pads to multiples of 16 itself, but its kernels know only these sizes; larger ranks do without them.
@@ -193,6 +214,7 @@ ENGINES = {
             "text-generation-launcher --model-id {base} --lora-adapters {name}={path}",
             '`"parameters": {{"adapter_id": "{name}"}}`',
             ranks=(8, 16, 32, 64, 128),
+            brings=((TOKENIZER_CONFIG, f"--tokenizer-config-path {{folder}}/{TOKENIZER_CONFIG}"),),
             more=True,
             layers=r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj|lm_head",
             all_alike=True,
