@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashbone.errors import ConfigError
 from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.classify import untruncated
+from flashbone.train.data.counts import RowCounts
 from flashbone.train.data.loading import Data, Read, load_data
 from flashbone.train.data.prepared import prepare
 from flashbone.train.data.tokens import IGNORED, Tokens, pieces
@@ -115,13 +116,9 @@ def plan(recipe: Recipe) -> Plan:
     rows = {name: source for name, (source, _) in zip(_names(data.read), seen, strict=True)}
     trainable, total = trainer.model.get_nb_trainable_parameters()
     longest = max(max(source.lengths, default=1) for source in rows.values())
-    counts = [one.counts for one in data.read]
     return Plan(
         rows=rows,
-        columns={
-            "used": list(dict.fromkeys(name for one in counts for name in one.used)),
-            "unused": list(dict.fromkeys(name for one in counts for name in one.unused)),
-        },
+        columns=_columns([one.counts for one in data.read]),
         examples=list(itertools.islice(_in_turns([shown for _, shown in seen[: len(data.sources)]]), SHOWN)),
         steps=steps,
         parameters={
@@ -133,6 +130,12 @@ def plan(recipe: Recipe) -> Plan:
         tokens=args.train_batch_size * longest,
         dtype=next(p.dtype for p in trainer.model.parameters() if not p.requires_grad),
     )
+
+
+def _columns(counts: list[RowCounts]) -> dict[str, list[str]]:
+    """Columns of all sources, each once."""
+    kinds = {"used": [one.used for one in counts], "unused": [one.unused for one in counts]}
+    return {kind: list(dict.fromkeys(itertools.chain(*names))) for kind, names in kinds.items()}
 
 
 def _unplaced(args: Any) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 3  # counts up when the same rows become other examples, so that cached ones are not reused
+CONVERSION = 4  # counts up when the same rows become other examples, so that cached ones are not reused
 
 
 @dataclass
@@ -188,16 +188,8 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> Read:
             examples = token_windows.cut(examples, windows, data.path) if is_tokenised else examples
             return with_counts(examples, reading.counts)
 
-        parts = (
-            CONVERSION,
-            stamp,
-            name,
-            columns,
-            data.turns,
-            data.drop_unlabelled,
-            astuple(windows) if is_tokenised else (),
-        )
-        key = Hasher.hash(parts if data.template is None else (*parts, data.template))
+        cut = astuple(windows) if is_tokenised else ()
+        key = Hasher.hash((CONVERSION, stamp, name, columns, data.turns, data.drop_unlabelled, cut, data.template))
         try:
             examples = Dataset.from_generator(generate, fingerprint=key)
         except DatasetGenerationError as error:
