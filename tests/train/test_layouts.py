@@ -52,3 +52,43 @@ def test_the_page_has_the_table():
     for name, entry in FORMATS.items():
         optional = f"; optional {', '.join(entry.optional)}" if entry.optional else ""
         assert f"| `{name}` | {', '.join(entry.needed)}{optional} | {entry.learned} |" in lines
+
+
+def test_the_older_forms_of_calls_are_read_as_today_s():
+    functions = [{"name": "look", "parameters": {}}]
+    turns = [
+        {"role": "User", "content": "a"},
+        {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"where": "b"}'}},
+        {"role": "function", "name": "look", "content": ""},
+        {"role": "Assistant", "content": "c"},
+    ]
+    talk = json.loads(example_of({"messages": turns, "functions": functions})["conversation"])
+    call = {"type": "function", "function": {"name": "look", "arguments": {"where": "b"}}}
+    assert talk["messages"] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "", "name": "look"},
+        {"role": "assistant", "content": "c"},
+    ]
+    assert talk["tools"] == [{"type": "function", "function": functions[0]}]
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_of_the_last_answers_only_the_last_is_learned(format, turns):
+    column = FORMATS[format].needed[0]
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant") * 3]
+    (example,) = open_examples(iter([("d:1", {column: talk})]), "sft", "d", turns=turns).examples
+    wanted = [False, True] * 3 if turns == "all" else [False] * 5 + [True]
+    assert json.loads(example["conversation"])["learned"] == wanted
+
+
+def test_variables_of_the_chat_template_go_along():
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    row = {"messages": talk, "chat_template_kwargs": {"enable_thinking": False}}
+    assert json.loads(example_of(row)["conversation"])["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_questions_are_asked_with_their_context():
+    row = {"context": "a cat sat .", "question": "who ?", "answer": 3}
+    assert example_of(row, "exact_match") == {"question": "a cat sat .\n\nwho ?", "answer": "3"}

@@ -107,12 +107,20 @@ def test_a_user_s_turn_that_is_to_be_learned_is_refused():
         ({"query": "a", "response": "b", "tools": ["t"]}, "tools"),
         ({"instruction": "a", "output": "b", "context": "c"}, "context"),
         ({"messages": TALK, "documents": ["d"]}, "documents"),
+        ({"query": "a", "response": "b", "system_prompt": "s"}, "system_prompt"),
     ],
 )
 def test_what_an_answer_may_depend_on_is_refused_unless_columns_are_named(row, name):
     with pytest.raises(FormatError, match=rf"d:1: format .* does not read '{name}', which the answer may depend on"):
         examples_of(row)
     assert examples_of({**row, name: None}) == examples_of({k: v for k, v in row.items() if k != name})
+
+
+def test_answers_that_are_marked_as_bad_are_refused():
+    with pytest.raises(FormatError, match="d:1: 'label' is false, which marks an answer that is not wanted"):
+        examples_of({**PAIR, "label": False})
+    assert examples_of({**PAIR, "label": True}) == [PAIR]
+    assert examples_of({"text": "a", "label": False}) == [{"text": "a"}]
 
 
 def test_named_columns_leave_the_rest_out(jsonl, caplog):

@@ -145,10 +145,10 @@ def _message(number: int, turn: Any) -> Turn:
     if keys[0] not in turn or (keys[1] not in turn and not calls):
         raise FormatError(f"{where} needs {keys[0]!r} and {keys[1]!r}")
     name, content = turn[keys[0]], turn.get(keys[1])
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise FormatError(f"{where}: unknown {keys[0]} {name!r}; one of {', '.join(ROLES)}")
-    if name in CALLS:
+    if name.lower() in CALLS:
         calls, content = _wrapped(where, _listed(f"{where}: {keys[1]!r}", content)), None
     if calls and role != "assistant":
         raise FormatError(f"{where}: the {role} calls a tool; only the assistant can")

@@ -15,7 +15,10 @@ MARKS = frozenset({
 })  # fmt: skip
 TURN_MARKS = MARKS - {"weight", *FLAGS}  # `conversations` reads these two kinds
 # Columns that an answer depends on, where a row has one.
-CONTEXT = ("context", "input", "system", "history", "tools", "functions", "documents")
+CONTEXT = (
+    "context", "input", "system", "system_prompt", "system_message", "history", "chat_history", "tools", "functions",
+    "documents", "passage",
+)  # fmt: skip
 
 
 def is_harmless(name: str, mark: Any) -> bool:
@@ -54,7 +57,7 @@ def check_marks(row: dict[str, Any], read: Collection[str], turns: Collection[st
 
 
 def check_context(row: dict[str, Any], read: Collection[str], format: str) -> None:
-    """Refuse columns that are not read and that the answer may depend on.
+    """Refuse columns that are not read and that the answer may depend on, and answers that are marked as bad.
 
     Raises:
         FormatError: there is one.
@@ -64,4 +67,9 @@ def check_context(row: dict[str, Any], read: Collection[str], format: str) -> No
         raise FormatError(
             f"format {format} does not read {', '.join(map(repr, unread))}, which the answer may depend on; give the "
             "rows as messages, or name what is learned in data.columns, which leaves the rest out"
+        )
+    if row.get("label") is False and "label" not in read:
+        raise FormatError(
+            "'label' is false, which marks an answer that is not wanted (as in KTO's data), but it would be learned; "
+            "leave such rows out"
         )

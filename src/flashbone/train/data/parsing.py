@@ -12,6 +12,7 @@ from flashbone.errors import FormatError
 
 MAX_DEPTH = 100  # of lists and objects in a row; what reads it later recurses
 DEEP = f"is nested more than {MAX_DEPTH} levels deep"
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # of characters; two make one
 _BLANKS = re.compile(r"[ \t\n\r]*")
 SEPARATORS = (",", ";", "\t", "|")
 
@@ -85,7 +86,7 @@ def _value_at(text: str, place: int) -> tuple[Any, int]:
         raise FormatError(DEEP) from None
     if text.count("[", place, end) + text.count("{", place, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise FormatError(DEEP)
-    if text.find("\\u", place, end) >= 0:
+    if _HALVES.search(text, place, end):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
