@@ -43,6 +43,8 @@ def other_end(tmp_path_factory):
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes, **ends)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    settings = folder / "generation_config.json"  # as Llama 2 came, which transformers reads and does not write
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"temperature": 0.9, "do_sample": False}))
     return folder
 
 

@@ -99,7 +99,8 @@ def _save(folder: RunFolder, trainer: Any) -> None:
         if main:
             trainer.processing_class.save_pretrained(partial)
             if getattr(trainer, "stops_anew", False):
-                trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(partial)
+                settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
+                settings.to_json_file(partial / "generation_config.json")  # save_pretrained refuses what bases may have
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
 
 
