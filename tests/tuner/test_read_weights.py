@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model.weight_reads import uses_of
+from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close
-from helpers.layers import adapted, oracle_weight
+from helpers.layers import adapted, gradients, oracle_weight
 
 IDS = torch.arange(12).view(2, 6)
 TINY = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1}
@@ -218,3 +219,60 @@ def test_outside_of_reading_hosts_the_weight_is_the_parameter_itself():
     model = adapted(nn.Sequential(nn.Linear(4, 4)), "bone", target_modules=["0"])
     layer = model.base_model.model[0]
     assert layer.weight is layer.get_base_layer().weight
+
+
+class Router(nn.Linear):
+    """As Llama 4's and PhiMoE's: it returns a pair."""
+
+    top_k = 2
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: its output has another size than its weight."""
+
+    def forward(self, x):
+        return torch.einsum("bgi,goi->bgo", x.view(len(x), 2, 3), self.weight.view(2, 3, -1)[:, :, :3]).flatten(1)
+
+
+class WithOwnForwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.grouped = Router(6, 6), Grouped(6, 6)
+        self.conv, self.table = nn.Conv1d(6, 6, 3, padding=1), nn.Embedding(5, 6, padding_idx=1)
+
+    def forward(self, x):
+        ids = torch.full((len(x),), self.table.padding_idx)
+        patches = self.conv(x[:, :, None]).flatten(1) * self.conv.kernel_size[0]
+        scores, logits = self.router(x + patches + self.table(ids))
+        return self.grouped(scores * self.router.top_k + logits)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_a_linear_layer_with_a_forward_of_its_own_computes_it_with_the_shifted_weight(variant):
+    base = WithOwnForwards().double()
+    model = adapted(copy.deepcopy(base), variant, target_modules=["router", "grouped"])
+    blocks = [p for p in model.parameters() if p.requires_grad]
+    wanted = [block.detach().clone().requires_grad_(True) for block in blocks]
+    values = {
+        f"{name}.weight": oracle_weight(base.get_submodule(name).weight, variant, block)
+        for name, block in zip(("router", "grouped"), wanted, strict=True)
+    }
+    got, want = model(X), torch.func.functional_call(base, values, (X,))
+    assert close(got, want)
+    for g, w in zip(gradients(got, blocks), gradients(want, wanted), strict=True):
+        assert close(g, w)
+    assert close(model.merge_and_unload()(X), want)
+
+
+def test_hosts_see_the_attributes_of_the_base():
+    model = adapted(WithOwnForwards().double(), "bone", target_modules=["router", "conv", "table"])
+    assert model(X).shape == (2, 6)
+    conv = model.base_model.model.conv
+    assert (conv.stride, conv.in_channels) == ((1,), 6)
+    assert not hasattr(conv, "no_such_attribute")
+    with pytest.raises(ConfigError, match="Router has a forward of its own"):
+        get_peft_model(WithOwnForwards(), BoneConfig(r=2, dropout=0.1, target_modules=["router"]))

@@ -20,7 +20,7 @@ from flashbone.tuner.layers.kinds import BaseKind, is_plain
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
 from flashbone.tuner.layers.quantized import linear_kind
-from flashbone.tuner.layers.read_weights import ReadWeight
+from flashbone.tuner.layers.read_weights import BaseAttributes, ReadWeight
 from flashbone.variants.merged import Term
 from flashbone.variants.orthogonal import DEFAULT_EPS
 
@@ -173,7 +173,7 @@ class BoneLayer(ReadWeight, MergeableLayer):
         return [name for name in self.active_adapters if name in self.bone_block]
 
 
-class BoneLinear(nn.Module, BoneLayer):
+class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
     """A `torch.nn.Linear` or transformers `Conv1D` with adapters."""
 
     def __init__(

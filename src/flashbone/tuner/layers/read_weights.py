@@ -1,7 +1,8 @@
-"""ReadWeight: the weight of an adapted layer, for hosts that read `layer.weight` where others call the layer."""
+"""What hosts read off an adapted layer: its weight, where others call the layer, and attributes of its base."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError
@@ -18,10 +19,12 @@ class ReadWeight:
         weight_reader: The class of the host that computes with the weight. Set by `model/weight_reads.py`; None: hosts
             call the layer, and ask its weight for nothing but dtype, device and shape, which the base's has, too.
         is_only_read: Whether that host never calls the layer.
+        on_read: Called at each read, while `model/acting.py` watches.
     """
 
     weight_reader: str | None = None
     is_only_read = False
+    on_read: Callable[[], None] | None = None
 
     @property
     def weight(self: Any) -> Any:
@@ -30,6 +33,8 @@ class ReadWeight:
         Raises:
             ConfigError: an adapter has a dropout, the base is quantised, or see `adapters_to_apply`.
         """
+        if self.base_kind.parameter_name != "weight":  # the adapters are on another parameter of the module
+            return self.base_layer.weight
         names = adapters_to_apply(self) if self.weight_reader is not None else []
         if not names:
             base = self.get_base_layer()
@@ -38,7 +43,22 @@ class ReadWeight:
             check_readable(self, {name: getattr(self.bone_dropout[name], "p", 0.0) for name in names})
         if self.base_kind.is_refetched(self.get_base_layer()):
             raise ConfigError(_says(self, "and it is quantised; leave the layer out, or load it unquantised"))
+        if self.on_read is not None:
+            self.on_read()
         return shifted_parameter(self, names)
+
+
+class BaseAttributes:
+    """Gives hosts what they read off the base besides its weight: `stride`, `padding_idx`, fields of a subclass."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_"):
+                raise
+        return getattr(base, name)
 
 
 def check_readable(layer: BoneLinear, dropouts: dict[str, float]) -> None:

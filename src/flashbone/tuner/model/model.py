@@ -28,6 +28,7 @@ from flashbone.tuner.layers.mixed_batch import row_names
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
 from flashbone.tuner.model import keys, saved_parameters
+from flashbone.tuner.model.acting import watch
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.controls import Controls
 from flashbone.tuner.model.loading import check_state_dict, take_back, trained_names
@@ -101,6 +102,7 @@ class BoneModel(Controls, BaseTuner):
             raise TargetError(f"{error} Linear layers of this model end in: {names}.") from None
         if adapter_name == REFERENCE:
             self._start_as_a_copy(config)
+        watch(self, model)
 
     def _inject_layers(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]

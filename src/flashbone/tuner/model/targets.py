@@ -26,6 +26,7 @@ from flashbone.tuner.layers.conv import CONVOLUTIONS, BoneConv
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.kinds import with_article
 from flashbone.tuner.layers.layer import BoneLinear
+from flashbone.tuner.layers.own_forward import BoneOwnForward, has_own_forward
 from flashbone.tuner.layers.parameters import ParamWrapper
 from flashbone.tuner.layers.quantized import linear_problem, quantized_kind_of
 from flashbone.tuner.model.roles import DERIVED, NAMES, ROLES, roles_of_name
@@ -49,7 +50,9 @@ def layer_class(base: nn.Module) -> type[BoneLinear]:
     """The class of layer that adapts a base layer for which `why_not` returns None."""
     if isinstance(base, CONVOLUTIONS):
         return BoneConv
-    return BoneEmbedding if isinstance(base, nn.Embedding) else BoneLinear
+    if isinstance(base, nn.Embedding):
+        return BoneEmbedding
+    return BoneOwnForward if has_own_forward(base) else BoneLinear
 
 
 def why_not(base: nn.Module) -> str | None:

@@ -8,8 +8,9 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from flashbone.errors import ConfigError
@@ -62,6 +63,8 @@ def _children(module: nn.Module, path: Path, before: str = "") -> Iterator[tuple
     if not path:
         yield before, module
         return
+    while isinstance(module, BaseTunerLayer):
+        module = cast(nn.Module, module.get_base_layer())
     for name, child in module.named_children():
         if path[0] in (name, _ANY):
             yield from _children(child, path[1:], f"{before}.{name}" if before else name)
