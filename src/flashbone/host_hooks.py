@@ -16,6 +16,7 @@ from flashbone.import_hook import when_imported
 _METHODS = {
     "transformers.integrations.peft": ("add_adapter", "load_adapter"),
     "diffusers.loaders.peft": ("add_adapter", "save_lora_adapter"),
+    "transformers.trainer": ("_load_best_model",),
 }
 
 
@@ -28,7 +29,7 @@ def wrap_when_imported() -> None:
 def _wrap(host: ModuleType) -> None:
     if not floors.are_met():
         return
-    mixin = host.PeftAdapterMixin
+    mixin: Any = host.Trainer if hasattr(host, "Trainer") else host.PeftAdapterMixin  # pyright: ignore
     for name in _METHODS[host.__name__]:
         if hasattr(mixin, name):  # older versions lack some
             setattr(mixin, name, _wrapped(getattr(mixin, name), name))

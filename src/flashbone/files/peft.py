@@ -44,6 +44,8 @@ class BoneFolder(BlockFolder):
         "bias": fields.bias("bone_only"),
         "target_parameters": fields.NAMES,
         "parameters_to_save": fields.NAMES,
+        "trainable_token_indices": fields.ANY,
+        "ensure_weight_tying": fields.ANY,
         "rank_pattern": fields.patterned(fields.is_size, "positive integers"),
         "init_weights": ConfigField(lambda v: isinstance(v, bool) or v == "bat", "true, false or 'bat'", True),
         "variant": ConfigField(lambda v: isinstance(v, str), "a name"),

@@ -55,7 +55,7 @@ def run_by_rows(
     else:
         y = base(flat(x)) if is_flat else base(x)
         own = is_flat and not y._is_view()
-        y = y.view(*x.shape[:-1], y.shape[-1])
+        y = _shaped(y, x)
     own = own and not (torch.is_grad_enabled() or transforms.are_active())
     finished = []
     for part in parts:
@@ -70,11 +70,16 @@ def _beside_replaced(x: Tensor, replaced: Sequence[Part], base: Callable, weight
     starts = [*(part.start for part in replaced), len(x)]
     gaps = [x[end:start] for end, start in zip(ends, starts, strict=True)]
     rest = torch.cat([gap for gap in gaps if len(gap)]) if any(map(len, gaps)) else None
-    y_rest = iter(()) if rest is None else iter(base(flat(rest)).view(*rest.shape[:-1], -1).split([*map(len, gaps)]))
+    y_rest = iter(()) if rest is None else iter(_shaped(base(flat(rest)), rest).split([*map(len, gaps)]))
     pieces = [next(y_rest, None)]
     for part in replaced:
         pieces += [part.moves.run(base, weight, True), next(y_rest, None)]
     return torch.cat([piece for piece in pieces if piece is not None])
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (tokens, out) in the shape of x (rows, ..., in); either may be empty."""
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _assembled(t: Tensor, replaced: Sequence[tuple[Part, Tensor]]) -> Tensor:

@@ -7,6 +7,7 @@ what the file lacks. Adapters of other methods pass through.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft.utils import load_peft_weights, set_peft_model_state_dict
@@ -86,6 +87,19 @@ def load_adapter(
                 if isinstance(keys, set):  # parameters_to_save: all are loaded now, else that would have raised
                     keys.clear()
         return info
+
+
+def _load_best_model(original: Callable, trainer: Any) -> None:
+    """`Trainer._load_best_model`, which looks for an adapter called "default" only: others lie in a folder of their
+    name."""
+    model, best = trainer.model, trainer.state.best_model_checkpoint
+    names = list(getattr(model, "active_adapters", ())) if hasattr(model, "peft_config") else []
+    folder = Path(best or "") / (names[0] if names else "")
+    is_bone = bool(names) and names[0] != "default" and isinstance(model.peft_config.get(names[0]), BoneConfig)
+    if is_bone and (folder / "adapter_config.json").is_file():
+        model.load_adapter(str(folder), names[0], is_trainable=True)
+    else:
+        original(trainer)
 
 
 def _read(source: Any, load_config: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:

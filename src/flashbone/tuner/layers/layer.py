@@ -141,6 +141,10 @@ class BoneLayer(ReadWeight, MergeableLayer):
         if keep_dtype and block.dtype != before.dtype:
             block.data = before.to(block.device)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = adapter_names if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        super().set_adapter(names, inference_mode)
+
     @property
     def row_names(self) -> RowNames | None:
         """The adapter of each row, while this thread calls the model with `adapter_names`. PEFT passes names by a hook

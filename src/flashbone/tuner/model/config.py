@@ -59,6 +59,9 @@ class BoneConfig(PeftConfig):
         rank_pattern: Block sizes of single modules, by name or regular expression: {"mlp.down_proj": 32}.
         bias: Which biases are trained along: "none", "all" or "bone_only" (those of adapted layers).
         modules_to_save: Modules that are trained as a whole and saved with the adapter, such as a new classifier.
+        trainable_token_indices: Ids of tokens whose rows of the embedding are trained along, or ids by the name of an
+            embedding: {"embed_tokens": [32000, 32001]}. TRL sets it where it adds tokens.
+        ensure_weight_tying: Whether rows of tied embeddings stay tied, see PEFT's LoraConfig.
         parameters_to_save: Names (suffixes) of single parameters of an RWKV model of flashbone that are trained as a
             whole and saved with the adapter, such as "time_decay". Injection turns them into full names.
 
@@ -83,6 +86,8 @@ class BoneConfig(PeftConfig):
     bias: str = "none"
     modules_to_save: list[str] | None = None
     parameters_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

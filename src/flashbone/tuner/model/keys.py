@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ BLOCK = "bone_block"
 BLOCK_OF_TRANSPOSED = "bone_transposed"
 FSDP1 = "_fsdp_wrapped_module."
 VALUE = "bone_value"  # of a single parameter, whose key in a file is the parameter's name
+_ROOT = "base_model.model."  # PEFT's, of a PeftModel
 _WRAPPED_BY_HOSTS = (FSDP1, "_orig_mod.")
 _WRAPPERS = re.compile(r"(?:^|\.)(?:base_layer|original_module|_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
 _VALUE = re.compile(rf"\.{VALUE}(\.[^.]+)?$")
@@ -23,6 +26,10 @@ _VALUE = re.compile(rf"\.{VALUE}(\.[^.]+)?$")
 
 def file_keys(model: nn.Module) -> dict[str, str]:
     """Key of a block in the model -> key in a file, both without the adapter's name, where they differ."""
+    return {live: key for live, key in _block_keys(model).items() if live != key}
+
+
+def _block_keys(model: nn.Module) -> dict[str, str]:
     modules = [(plain(name), module) for name, module in model.named_modules()]
     wrappers = [name for name, module in modules if isinstance(module, ParamWrapper)]
     names = {}
@@ -33,7 +40,7 @@ def file_keys(model: nn.Module) -> dict[str, str]:
         is_transposed = isinstance(layer, BoneEmbedding) or (isinstance(kind, ParameterKind) and kind.is_transposed)
         block = BLOCK_OF_TRANSPOSED if is_transposed else BLOCK
         names[f"{name}.{BLOCK}"] = f"{own_name(name, layer, wrappers)}.{block}"
-    return {live: key for live, key in names.items() if live != key}
+    return names
 
 
 def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
@@ -44,11 +51,38 @@ def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> di
 
 
 def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """A file's state under the model's names where they differ; those end in the adapter's name."""
-    names = {}
-    for live, key in file_keys(model).items():
-        names[key] = names[f"base_model.model.{key}"] = f"{live}.{adapter_name}"
-    return {names.get(key, key): tensor for key, tensor in state.items()}
+    """A file's state under the model's names where they differ; those of blocks that differ end in the adapter's name.
+
+    Keys of files that were saved from a wrapped model (torch.compile, DDP, FSDP1) or for transformers' former names of
+    modules are read, too.
+    """
+    blocks = _block_keys(model)
+    names = {key: f"{live}.{adapter_name}" if live != key else key for live, key in blocks.items()}
+    names |= {f"{_ROOT}{key}": name if name != key else f"{_ROOT}{key}" for key, name in names.items()}
+    # In the model of a PeftModel the names begin with the root themselves.
+    renamed = _renaming(model)
+    mapped = {}
+    for key, tensor in state.items():
+        name = plain(key)
+        name = name.removeprefix("module.") if name.startswith(f"module.{_ROOT}") else name
+        if name not in names and name.endswith((f".{BLOCK}", f".{BLOCK_OF_TRANSPOSED}")):
+            now = renamed(name.removeprefix(_ROOT))
+            name = next((known for known in (now, f"{_ROOT}{now}") if known in names), name)
+        mapped[names.get(name, name)] = tensor
+    return mapped
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """What transformers renames in the names of older checkpoints of this model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
+    except (ImportError, AttributeError):  # older transformers, where PEFT renames by itself; no model of transformers
+        return lambda name: name
+    return lambda name: rename_source_key(name, renamings, [])[0]
 
 
 def bare(name: str) -> str:

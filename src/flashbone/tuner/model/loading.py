@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -33,7 +34,10 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     """
     blocks, values = f".{BLOCK}.{adapter_name}", f".{VALUE}.{adapter_name}"
     layers = {plain(name): module for name, module in model.named_modules() if isinstance(module, BoneLayer)}
-    tensors = {plain(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {
+        plain(name): tensor
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    }
     in_files = file_keys(model)  # so that an error names a wrapped parameter, not its place among wrappers
     loaded_names, problems = set(map(plain, state_dict)), []
     for name in tensors:
@@ -44,7 +48,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     sharded = any(FSDP1 in name for name, _ in model.named_modules())
     for key, loaded in state_dict.items():
         # With bias="all", PEFT also writes biases of saved modules, without the adapter's name; nothing reads those.
-        name = plain(key).replace(".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
+        name = re.sub(r"\.modules_to_save\.bias$", f".modules_to_save.{adapter_name}.bias", plain(key))
         present = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
         if present is None:
             problems.append(f"{_short(key)}: the model has no such tensor")

@@ -42,6 +42,7 @@ from flashbone.tuner.model.targets import (
     layer_class,
     nearest_names,
     resolve,
+    warn_of_missing,
     why_not,
 )
 from flashbone.tuner.model.whole import matches, warn_of_unsaved
@@ -82,10 +83,20 @@ class BoneModel(Controls, BaseTuner):
     _check_target_module_exists: Any = staticmethod(matches)
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if hasattr(model, "_orig_mod"):  # of torch.compile; its wrapper would be part of every name
+            model, compiled = model._orig_mod, model.dynamo_ctx
+            model._compiled_call_impl = compiled(model._call_impl)
+        super().__init__(model, *args, **kwargs)
+
     @changes_model
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
+        if not adapter_name or "." in adapter_name:
+            self.peft_config.pop(adapter_name)
+            raise ConfigError(f"adapter name: got {adapter_name!r}, wanted one that is not empty and has no dot")
+        warn_of_missing(model, config.modules_to_save)
         trained, asked = trained_names(model), (config.target_modules, config.parameters_to_save)
         try:
             self._inject_layers(model, adapter_name, *args, **kwargs)
@@ -211,7 +222,7 @@ class BoneModel(Controls, BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The key in a file: that of the bare layer, or parameter, also where another adapter is around it."""
-        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        key = super()._remove_adapter_name_from_key(keys.plain(key), adapter_name)
         return keys.bare(key) if key.endswith(f".{keys.VALUE}") else _INSIDE.sub(".bone_block", key)
 
     @classmethod
@@ -250,10 +261,10 @@ class BoneModel(Controls, BaseTuner):
         Raises:
             ConfigError: two of them have a value of their own for one parameter (parameters_to_save).
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         for saved in saved_parameters.find(self.model):
             saved.holder(names)
-        super().set_adapter(adapter_name, inference_mode)
+        super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     @changes_model
     def delete_adapter(self, adapter_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from flashbone.tuner.model.weight_reads import mark_read_weights
 from flashbone.tuner.model.whole import matches, saved_names
 
 MAX_SUGGESTIONS = 8
+_SAVED_BY_PEFT = {"classifier", "score", "qa_outputs"}  # added to every config of such a task
 # How adapters of different methods in one layer add up. A LoRA inside a Bone adapter would see the shifted input.
 BONE_FIRST = (
     "the BONE adapter first, then the others, with model.add_adapter of transformers or peft.inject_adapter_in_model"
@@ -204,6 +206,24 @@ def resolve(model: nn.Module, config: Any) -> set[str] | str:
     if missing:
         raise TargetError(_missing_roles(model, missing, [role for role in roles if role in NAMES]))
     return for_peft | exact_names(model, config, expanded - named, named) if expanded else for_peft
+
+
+def warn_of_missing(model: nn.Module, modules_to_save: Iterable[str] | None) -> None:
+    """Warn of modules to save that no module's name ends in; PEFT would pass over them."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    missing = [
+        entry
+        for entry in modules_to_save or ()
+        if entry not in _SAVED_BY_PEFT and not any(name.endswith(entry) for name in names)
+    ]
+    if missing:
+        near = [match for entry in missing for match in difflib.get_close_matches(entry, _last_parts(names), n=2)]
+        hint = f"; did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
+        warnings.warn(f"modules_to_save: this model has no {', '.join(map(repr, missing))}{hint}", stacklevel=3)
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def _linear_of_other_classes(model: nn.Module) -> set[str]:
