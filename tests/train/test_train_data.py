@@ -205,6 +205,20 @@ def test_an_unknown_hub_id_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "a", "text": "b"}', "specified twice"),
+        ('{"text": ' + "[" * 3000 + "]" * 3000 + "}", "(recursion|depth)"),
+    ],
+)
+def test_a_folder_of_rows_that_cannot_be_read_says_why_in_one_line(tmp_path, row, reason):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' + row + "\n")
+    with pytest.raises(ConfigError, match=rf"no dataset of that id could be loaded: .*{reason}") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_with_a_script_is_refused_in_one_line(tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()

@@ -195,8 +195,9 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
 
     try:
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, ValueError, DatasetsError, RecursionError) as error:
+        cause = error.__cause__ or error  # of one that only says that there was one
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ConfigError(
             f"data.path {path} ({split}): no such file, and no dataset of that id could be loaded: {reason}"
         ) from None
