@@ -3,7 +3,7 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
 include environments.mk
 
-.PHONY: help check docs test test-all test-floors test-newest test-anywhere coverage mutants test-peft test-triton test-fla \
+.PHONY: help check docs test test-all test-floors test-newest test-anywhere test-hostile coverage mutants test-peft test-triton test-fla \
 	test-deepspeed test-llamacpp demo demo-classification demo-orthogonal notebooks compare-classification compare-sft golden \
 	golden-llamacpp benchmarks benchmarks-quick clean
 .DEFAULT_GOAL := help
@@ -15,6 +15,7 @@ help:
 	@echo "make docs    the documentation, a site in site/   make demo-orthogonal    the same with rotations"
 	@echo "make test-floors    the tests with the lowest versions that pyproject.toml allows; make test-newest with the newest"
 	@echo "make test-anywhere  the tests as other machines run them: instruction sets, threads, orders, two at once; 40 minutes"
+	@echo "make test-hostile   thousands of damaged files of every kind, through every command"
 	@echo "make test-peft   PEFT's own tests, for BONE"
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make test-fla    flash-linear-attention's RWKV-7 and RWKV-6, interpreted on the CPU"
@@ -60,6 +61,10 @@ test-newest: .venv/.newest
 # The first tier as other machines would run it.
 test-anywhere: .venv/.randomly
 	$(BIN)/python tests/anywhere.py
+
+# Thousands of damaged files through every command; part of the second tier, four minutes.
+test-hostile: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hostile
 
 # Which lines of src the tests run, in every process that they start. Beside the environment. The limits of starting
 # times do not hold where lines are counted; the Triton kernels have tests of their own, test-triton.

@@ -2,6 +2,7 @@
 
 Whole folders are also tested by what writes them (tests/merge)."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -267,3 +268,31 @@ def test_where_there_are_no_links_a_file_is_renamed_and_still_never_over_another
         write()
     assert out.read_bytes() == (b"theirs" if is_taken else b"ours")
     assert listing(tmp_path) == ["adapter.pth"]
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_all_of_an_output_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, is_file):
+    out, synced = tmp_path / "out", []
+    sync = outputs._sync
+    monkeypatch.setattr(outputs, "_sync", lambda path: (synced.append((path.name, out.exists())), sync(path)))
+    with outputs.whole_or_absent(out, is_file=is_file) as place:
+        if is_file:
+            place.write_text("a")
+        else:
+            (place / "inner").mkdir()
+            (place / "inner/file").write_text("a")
+    wanted = ["out"] if is_file else ["file", "inner", place.name]
+    assert synced == [*((name, False) for name in wanted), (tmp_path.name, True)]
+
+
+def test_a_file_system_that_cannot_sync_is_no_error_and_a_broken_disk_is(tmp_path, monkeypatch):
+    for code in (errno.EINVAL, errno.EIO):
+
+        def fsync(handle, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        expected = pytest.raises(OSError, match="error") if code == errno.EIO else contextlib.nullcontext()
+        with expected, outputs.whole_or_absent(tmp_path / f"out{code}") as place:
+            (place / "file").write_text("a")
+    assert listing(tmp_path) == [f"out{errno.EINVAL}", f"out{errno.EINVAL}/file"]

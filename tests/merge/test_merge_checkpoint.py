@@ -169,13 +169,13 @@ def test_files_beside_the_weights_come_along_and_stale_weights_do_not(tmp_path):
 
 
 def test_links_of_a_hub_cache_become_files(tmp_path):
-    base = tiny_llama()
+    base, snapshot = tiny_llama(), tmp_path / "snapshots/1"
     base.save_pretrained(tmp_path / "blobs")
-    (tmp_path / "base").mkdir()
+    snapshot.mkdir(parents=True)
     for file in (tmp_path / "blobs").iterdir():
-        (tmp_path / "base" / file.name).symlink_to(file)
+        (snapshot / file.name).symlink_to(file)
     write_adapter(tmp_path / "adapter", "bone", blocks_for(base, "bone", ("q_proj",), 4))
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_checkpoint(snapshot, tmp_path / "adapter", tmp_path / "out")
     shutil.rmtree(tmp_path / "blobs")
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

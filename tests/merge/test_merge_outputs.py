@@ -231,3 +231,19 @@ def test_a_link_to_nothing_in_the_base_is_refused_by_name(place):
     with pytest.raises(FormatError, match=r"base: not regular files, or broken links: README.md; "):
         merge_checkpoint(place / "base", place / "adapter", place / "out")
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", "tokenizer.json"])
+def test_a_link_that_leads_out_of_the_base_is_refused_and_one_inside_is_copied(place, name):
+    (place / "secret").write_text("secret")
+    link = place / "base" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(place / "secret")
+    with pytest.raises(FormatError, match=rf"base: links that lead out of the folder: {name}; "):
+        merge_checkpoint(place / "base", place / "adapter", place / "out")
+    assert not (place / "out").exists()
+    link.unlink()
+    link.symlink_to(place / "base/config.json")
+    merge_checkpoint(place / "base", place / "adapter", place / "out")
+    assert (place / "out" / name).read_text() == (place / "base/config.json").read_text()

@@ -8,7 +8,8 @@ from typing import Any
 
 from flashbone.cli import hub
 from flashbone.cli.places import expand
-from flashbone.cli.terminal import progress_bars
+from flashbone.cli.terminal import name_leftovers, progress_bars
+from flashbone.errors import visible
 
 EPILOG = """\
 formats:
@@ -29,6 +30,7 @@ def run(argv: list[str]) -> int:
         parser.error("one of --to FORMAT and --for ENGINE is needed")
     from flashbone.conversion import convert
 
+    name_leftovers("convert", args.out)
     with progress_bars() as bar:
         task = bar.add_task("converting", total=None)
         report = convert(
@@ -57,7 +59,7 @@ def _print(report: Any) -> None:
     if report.errors:
         print(f"relative error of the delta, the worst of {len(report.errors)} modules first:")
         for module in report.errors[:shown]:
-            print(f"  {module.error:.2e}  rank {module.rank:<5}  {module.name}")
+            print(f"  {module.error:.2e}  rank {module.rank:<5}  {visible(module.name)}")
     if report.beside:
         print(report.beside)
     if report.serve:

@@ -1,6 +1,7 @@
 """`flashbone eval MODEL [--adapter A]`: measure a model's quality, each figure with its interval of 95%."""
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def run(argv: list[str]) -> int:
     adapter = None if args.adapter is None else hub.folder(args.adapter)
     results = evaluate(Request(**given, adapter=adapter), _bar)
     if args.json:
-        print(to_json(results), end="")
+        print(json.dumps(json.loads(to_json(results)), indent=2))  # in ASCII, for any terminal
     else:
         print_table(results)
     return 0

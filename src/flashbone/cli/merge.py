@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from flashbone.cli import hub
 from flashbone.cli.places import expand
-from flashbone.cli.terminal import progress_bars
+from flashbone.cli.terminal import name_leftovers, progress_bars
 from flashbone.errors import FlashboneError
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ def _progress(out: Path) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, if that is a terminal; names what killed runs left."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
-    from flashbone.files import outputs
-
-    for leftover in outputs.leftovers(out):
-        print(f"flashbone merge: {leftover} is left of a run that was killed, or is still under way", file=sys.stderr)
+    name_leftovers("merge", out)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with progress_bars(*columns) as bar:
         task = bar.add_task("merging", total=None)

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from flashbone.errors import one_line
@@ -43,6 +44,15 @@ def set_up_notices() -> None:
         handler.setFormatter(_OneLine("flashbone: %(message)s"))
         log.addHandler(handler)
         log.propagate = False
+
+
+def name_leftovers(command: str, out: Path) -> None:
+    """Name what killed runs left beside an output, on stderr."""
+    from flashbone.files import outputs
+
+    for leftover in outputs.leftovers(out):
+        words = f"{leftover} is left of a run that was killed, or is still under way; remove it if none is"
+        print(f"flashbone {command}: {one_line(words)}", file=sys.stderr)
 
 
 def progress_bars(*columns: Any) -> Any:

@@ -1,11 +1,12 @@
 """The model that is evaluated, with its adapter, and what the run that trained the adapter recorded."""
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import GenerationConfig
 
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, FormatError
 from flashbone.files.beside import GENERATION, beside_model
 from flashbone.files.records import read_record
 from flashbone.train.adapters import attach_adapter
@@ -14,27 +15,30 @@ from flashbone.train.recipe import Recipe, is_pth
 from flashbone.train.summary import Summary
 from flashbone.train.tokenizers import load_tokenizer
 
-REMEDY = "move the adapter elsewhere, or repair the file"
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def recorded_labels(adapter: Path | None) -> list[str]:
-    """The classes, in the order of the head's outputs, by the run that trained the adapter; none if that is unknown.
-
-    Raises:
-        FormatError: its summary.json is broken.
-    """
-    file = _beside(adapter, "summary.json")
-    return read_record(Summary, file, REMEDY).labels if file else []
+    """The classes, in the order of the head's outputs, by the run that trained the adapter; none if that is unknown."""
+    summary = _recorded(Summary, adapter, "summary.json")
+    return summary.labels if summary else []
 
 
 def recorded_max_length(adapter: Path | None) -> int | None:
-    """The tokens of a row that the run that trained the adapter read; None if that is unknown.
+    """The tokens of a row that the run that trained the adapter read; None if that is unknown."""
+    recipe = _recorded(Recipe, adapter, "recipe.json")
+    return recipe.training.get("max_length") if recipe else None
 
-    Raises:
-        FormatError: its recipe.json is broken.
-    """
-    file = _beside(adapter, "recipe.json")
-    return read_record(Recipe, file, REMEDY).training.get("max_length") if file else None
+
+def _recorded(kind: type[T], adapter: Path | None, name: str) -> T | None:
+    """What the run that left this adapter wrote; a file of that name that is another program's is named and left."""
+    file = _beside(adapter, name)
+    try:
+        return read_record(kind, file, "it is ignored") if file else None
+    except FormatError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _beside(adapter: Path | None, name: str) -> Path | None:

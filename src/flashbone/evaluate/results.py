@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashbone.errors import visible
 from flashbone.evaluate.intervals import Interval
 from flashbone.files.records import read_record
 
@@ -92,14 +93,14 @@ def print_table(results: EvalResults) -> None:
     from rich.text import Text
 
     adapter = f" with {results.adapter}{', merged' if results.merged else ''}" if results.adapter else ""
-    table = Table(title=Text(f"{results.model}{adapter}"))
+    table = Table(title=Text(visible(f"{results.model}{adapter}")))
     for name in ("of", "rows", "figure", "value", "95% interval"):
         table.add_column(name, justify="left" if name in ("of", "figure") else "right")
     for evaluation in results.evaluations:
         name = evaluation.of if evaluation.kind == "task" else Path(evaluation.of).name
         for number, figure in enumerate(evaluation.figures):
             head = (name, f"{evaluation.rows:,}") if number == 0 else ("", "")
-            table.add_row(*(Text(cell) for cell in (*head, figure.name, shown(figure.value), _range(figure))))
+            table.add_row(*(Text(visible(cell)) for cell in (*head, figure.name, shown(figure.value), _range(figure))))
     console = Console()
     console.print(table)
     for evaluation in results.evaluations:
@@ -130,5 +131,5 @@ def _classes(details: dict[str, Any]) -> Any:
     for number, entry, counts in zip(numbers, details["classes"], details["confusion"], strict=True):
         scores = ["" if entry[key] is None else f"{entry[key]:.3f}" for key in ("precision", "recall", "f1")]
         cells = (number, entry["label"], f"{entry['rows']:,}", *scores, *map(str, counts))
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     return table

@@ -172,11 +172,23 @@ def _companions(folder: Path, single: bool) -> list[Path]:
             stale = name.endswith(_WEIGHTS) and name != INDEX
             if whole or not (stale or name == folders.CONFIG or (name == INDEX and single)):
                 (kept if (folder / inside / name).is_file() else broken).append(inside / name)
+    if outside := [path for path in kept if not _is_inside(folder, path)]:
+        raise FormatError(
+            f"{folder}: links that lead out of the folder: {', '.join(map(str, outside))}; a merge would copy what they"
+            " point at: put the files themselves there, or remove the links"
+        )
     if broken:
         raise FormatError(
             f"{folder}: not regular files, or broken links: {', '.join(map(str, broken))}; restore or remove them"
         )
     return kept
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    """Whether a file is where its path says; the files of the hub's cache are links to its blobs."""
+    home, target = folder.resolve(), (folder / path).resolve()
+    blobs = home.parent.parent / "blobs"
+    return target.is_relative_to(home) or (home.parent.name == "snapshots" and target.parent == blobs)
 
 
 def _module_folders(folder: Path) -> set[tuple[str, ...]]:

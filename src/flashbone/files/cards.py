@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashbone.errors import visible
 from flashbone.files.adapter import AdapterFormat
 
 BEGIN, END = "<!-- flashbone: begin -->", "<!-- flashbone: end -->"
@@ -100,8 +101,9 @@ def _targets(names: Iterable[str]) -> str:
 
 
 def _code(text: str) -> str:
-    """Text that Markdown does not read, in one cell of a table."""
-    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"
+    """Foreign text that Markdown does not read, in one cell of a table; it cannot end our part of the card."""
+    plain = " ".join(text.split()).replace("`", "'").replace("|", "\\|").replace("<!--", "<! --").replace("-->", "-- >")
+    return f"`{visible(plain)}`"
 
 
 def part(title: str, *paragraphs: str) -> str:

@@ -81,23 +81,48 @@ def whole_or_absent(out: Path, is_file: bool = False, replace: bool = False) -> 
             partial.mkdir()
         if replace:
             yield partial
+            _to_disk(partial)
             if not is_file and out.exists():
                 shutil.rmtree(out)
             os.replace(partial, out)
         elif is_file:
             file = partial / out.name  # readers go by the suffix, and read it before it gets its place
             yield file
+            _to_disk(file)
             _rename_new(file, out)
             partial.rmdir()
         else:
             yield partial
+            _to_disk(partial)
             os.rename(partial, out)
+        _sync(out.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True) if is_file and replace else shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(out.parent, keep)
         if isinstance(error, OSError) and error.errno in _REASONS:
             raise FlashboneError(f"{out}: {_REASONS[error.errno]}; nothing was written") from error
         raise
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or all in a folder, is on the disk: a new name could get there before."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            _to_disk(inner)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # cannot be opened there
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):  # file systems that cannot
+            raise
+    finally:
+        os.close(handle)
 
 
 def _rename_new(file: Path, out: Path) -> None:

@@ -8,11 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flashbone.errors import visible
 from flashbone.inspect.reports import AdapterReport, Costs, LayerGroup, ModelReport, TrainedGroup
 from flashbone.inspect.writing import broken, number, percent, size, sizes, times
 
 WIDE = 110  # columns of a terminal from which on shapes and shares are shown, too
 SHORTEST = 24  # columns that names get at least
+WHOLE = 1000  # characters of a line
 NAMED = 3  # bad tensors that are named
 
 
@@ -28,9 +30,9 @@ def print_report(report: ModelReport | AdapterReport) -> None:
         tables += [_others(report, console.width)] if report.others else []
         tables += [_engines(report)] if report.engines else []
         notes = [_how_to_serve(report)] if report.engines and report.method != "LORA" else []
-    console.print(title, soft_wrap=True)  # paths stay whole
+    console.print("\n".join(visible(line, WHOLE) for line in title.split("\n")), soft_wrap=True)  # paths stay whole
     for line in facts:
-        console.print(line)
+        console.print(visible(line, WHOLE))
     for table in tables:
         console.print()
         console.print(table)
@@ -53,7 +55,7 @@ def _name_table(
     for i, header in enumerate(headers[1:], 1):
         table.add_column(header, footer[i] if footer else "", justify="right", no_wrap=True)
     for names, *cells in rows:
-        table.add_row(broken(names, room), *cells)
+        table.add_row(broken(visible(names), room), *cells)
     return table
 
 

@@ -10,7 +10,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.files.sources import hub_problem
+from flashbone.files import claims
+from flashbone.files.sources import hub_problem, read_json
 from flashbone.train.recipe import TASK_TYPES, Recipe, is_pth, quantization_of
 from flashbone.tuner.model.skeleton import skeleton
 
@@ -148,6 +149,8 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
         raise ConfigError(
             f"model {name}: the folder has no config.json, so it holds no model that transformers can load"
         )
+    if looks_local:
+        claims.check(path / "config.json", read_json(path / "config.json"))
     return (str(path) if looks_local else name), {}
 
 

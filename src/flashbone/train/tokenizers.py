@@ -11,6 +11,7 @@ from flashbone.train.data.origins import named
 from flashbone.train.data.tokens import text_ids
 from flashbone.train.models import load, locate
 from flashbone.train.recipe import Recipe, is_pth
+from flashbone.train.templates import check_template
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def _with_padding(tokenizer: Any, name: str) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ConfigError(f"model {name}: its tokenizer has no padding, end or unknown token; add one and save it")
+    check_template(tokenizer, name)
     return tokenizer
 
 

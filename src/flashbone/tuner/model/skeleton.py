@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flashbone.errors import ConfigError
+from flashbone.files import claims
 from flashbone.files.sources import hub_problem, is_hub_id, read_json
 
 CONFIG = "config.json"
@@ -70,6 +71,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
     """
     file = _config_file(source)
     fields = read_json(file)
+    claims.check(file, fields)
     model_type = fields.get("model_type")
     kind = model_type if isinstance(model_type, str) else ""
     if kind not in CONFIG_MAPPING:

@@ -1,0 +1,69 @@
+"""Chat templates are programs of a stranger's: a trial shows whether one ends, before any row is written with it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flashbone.errors import ConfigError, one_line
+
+LONGEST, SECONDS, MEMORY = 1 << 18, 2.0, 300 << 20  # characters of a template, and limits of its trial
+_TRIAL = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class _TooMuch(Exception):
+    pass
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Refuse a chat template that is malformed, forbidden, or that two short turns keep busy for two seconds.
+
+    Raises:
+        ConfigError: it is.
+    """
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template]
+    if not template:
+        return
+    if any(not isinstance(text, str) or len(text) > LONGEST for text in texts):
+        raise ConfigError(f"model {name}: a chat template has to be text of at most {LONGEST:,} characters")
+    from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+
+    try:
+        with _limited():
+            tokenizer.apply_chat_template(_TRIAL, tokenize=False)
+    except (_TooMuch, MemoryError, OverflowError, RecursionError):
+        raise ConfigError(
+            f"model {name}: its chat template takes more than {SECONDS:g} seconds or {MEMORY >> 20} MiB for two short"
+            " turns; give another with training.chat_template_path"
+        ) from None
+    except (SecurityError, TemplateSyntaxError) as error:
+        raise ConfigError(f"model {name}: its chat template cannot be used: {one_line(error, 200)}") from error
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+        return  # it may want other turns than these
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """A limit of time in the main thread, and of memory where the system tells it."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    import resource
+
+    def stop(*_: Any) -> None:
+        raise _TooMuch
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        with suppress(OSError, ValueError):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

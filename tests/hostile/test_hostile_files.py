@@ -1,0 +1,57 @@
+"""Thousands of damaged files of every kind, through every command that reads them: `make test-hostile`.
+
+Code 0 or 1, one line of error, nothing written outside OUT, under limits of time and memory. The seeds are the numbers
+from 0 on; FLASHBONE_HOSTILE=7 begins at seven million.
+"""
+
+import importlib
+import json
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+
+from hostile.originals import COMMANDS, write
+from hostile.trying import attempt, limit_memory
+
+pytestmark = pytest.mark.slow
+FIRST = 10**6 * int(os.environ.get("FLASHBONE_HOSTILE", "0"))
+HEAVY = ("transformers", "peft", "datasets", "trl", "flashbone.evaluate.run", "flashbone.inspect.model")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    write(folder)
+    for name in HEAVY:  # once, not in each child
+        importlib.import_module(name)
+    return folder
+
+
+def in_a_child(originals: Path, place: Path, file: str, seeds: range) -> list[str]:
+    """What is wrong with the answers, tried in a forked process, whose memory is limited and whose end is seen."""
+    place.mkdir()
+    child = os.fork()
+    if not child:
+        try:
+            limit_memory()
+            wrong = [problem for seed in seeds for problem in attempt(originals, place / "work", file, seed)]
+        except BaseException:
+            wrong = [traceback.format_exc()]
+        (place / "wrong.json").write_text(json.dumps(wrong))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status or not (place / "wrong.json").exists():
+        return [f"{file} {seeds}: the process ended with status {status}"]
+    return json.loads((place / "wrong.json").read_text())
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_damaged_files_are_read_or_refused_in_one_line(originals, tmp_path, file):
+    count = COMMANDS[file][0]
+    assert in_a_child(originals, tmp_path / "child", file, range(FIRST, FIRST + count)) == []
+
+
+def test_there_are_over_three_thousand():
+    assert sum(count for count, _ in COMMANDS.values()) > 3000

@@ -1,0 +1,105 @@
+"""A kilobyte that asks for minutes or gigabytes: refused in one line, within two seconds and 300 MiB."""
+
+import json
+import resource
+import time
+
+import pytest
+import torch
+
+from flashbone.cli import main
+from flashbone.errors import ConfigError
+from flashbone.files import claims
+from flashbone.train.templates import check_template
+from helpers.adapter_folders import tiny_llama, write_adapter
+from helpers.tiny_llama import tiny_tokenizer
+
+
+@pytest.fixture
+def within_limits():
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.process_time() - start < 4  # two for the limit, two for what is right beside it
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
+
+
+LARGE = [
+    *({"num_hidden_layers": 20_000}, {"hidden_size": 10**9}, {"vocab_size": 10**400}, {"n_layer": 10**6}),
+    *({"text_config": {"num_hidden_layers": 5000}}, {"a": {"b": {"intermediate_size": 1 << 30}}}),
+]
+
+
+@pytest.mark.parametrize("fields", LARGE)
+def test_a_config_that_no_model_has_is_refused_before_it_is_built(tmp_path, capsys, within_limits, fields):
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    for command in (["inspect", str(tmp_path)], ["eval", str(tmp_path), "--perplexity", str(tmp_path / "rows.jsonl")]):
+        assert main(command) == 1
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert "wanted at most" in line
+
+
+def test_a_hidden_size_that_the_weights_could_not_hold_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    claims.check(tmp_path / "config.json", {"hidden_size": 64})
+    with pytest.raises(ValueError, match=r"hidden_size: got 10,000, but the weights beside it have only 1,000 bytes"):
+        claims.check(tmp_path / "config.json", {"hidden_size": 10_000})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}a{% endfor %}{% endfor %}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+        "{{ lipsum(n=10 ** 7) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_refused(within_limits, template):
+    with pytest.raises(ConfigError, match=r"its chat template takes more than 2 seconds or 300 MiB"):
+        check_template(tiny_tokenizer(template), "m")
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "a" * 300_000])
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(template):
+    with pytest.raises(ConfigError, match="chat template") as caught:
+        check_template(tiny_tokenizer(template), "m")
+    assert "\n" not in str(caught.value)
+
+
+def test_usual_templates_are_taken():
+    check_template(tiny_tokenizer(), "m")
+    check_template(tiny_tokenizer(None), "m")
+    check_template(tiny_tokenizer("{{ raise_exception('a system turn is needed') }}"), "m")
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(a+)+$"},
+        {"rank_pattern": {"(x+x+)+y": 4}},
+        {"rank_pattern": {f"q{n}": 4 for n in range(9**5)}},
+    ],
+    ids=["endless", "endless pattern", "many"],
+)
+def test_patterns_that_never_end_are_refused_by_the_commands(tmp_path, capsys, within_limits, command, fields):
+    folder = write_adapter(tmp_path / "a", "bone", {"a" * 60 + "b": torch.ones(4, 8)}, **fields)
+    rest = [] if command == "inspect" else [str(tmp_path / "out"), "--to", "miss"]
+    assert main([command, str(folder), *rest]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert len(line) < 540
+
+
+def test_a_header_of_many_axes_is_refused(tmp_path, capsys, within_limits):
+    folder = write_adapter(tmp_path / "a", "bone", {"q": torch.ones(4, 8)})
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert main(["inspect", str(folder)]) == 1
+    assert "tensor a has 100000 axes, at most 64" in capsys.readouterr().err
