@@ -59,8 +59,9 @@ def imported(source: str) -> set[str]:
 
 def test_no_call_in_the_source_runs_what_a_file_says():
     found = {str(path.relative_to(ROOT / "src/flashbone")): risks(path.read_text(encoding="utf-8")) for path in SOURCES}
-    # git is asked for the commit of the package's own checkout.
-    assert {path: set(names) for path, names in found.items() if names} == {"compare/about.py": {"subprocess.run"}}
+    # git is asked for the commit of the package's own checkout; the loader of YAML is a subclass of the safe one.
+    known = {"compare/about.py": {"subprocess.run"}, "files/plain_yaml.py": {"yaml.load"}}
+    assert {path: set(names) for path, names in found.items() if names} == known
 
 
 @pytest.mark.parametrize(
