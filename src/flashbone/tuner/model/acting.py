@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -198,7 +198,7 @@ class _Watch:
 class _Uses(TorchFunctionMode):
     """Collects the layers whose weight is computed with while they do not run."""
 
-    def __init__(self, weights: dict[int, tuple[str, Tensor]], running: list[str]) -> None:
+    def __init__(self, weights: Mapping[int, tuple[str, Tensor]], running: list[str]) -> None:
         super().__init__()
         self.uses: set[str] = set()
         self._weights, self._running = weights, running
