@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +46,14 @@ HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "matplotlib", "nump
 # Names that `flashbone` itself gives, and the rooms that they are from.
 PUBLIC = dict.fromkeys(("BoneConfig", "BoneLayer", "BoneLinear", "BoneModel"), "tuner")
 PUBLIC |= {"FlashboneError": "errors", "__version__": "__init__"}
+
+# Imports that close a circle of modules, late ones and those for types included: to be cut, never to be added to.
+CIRCLES = {
+    ("tuner.layers.read_weights", "tuner.layers.layer"),
+    ("tuner.layers.shifts", "tuner.layers.layer"),
+    ("train.recipe", "train.data.origins"),
+    ("train.summary", "train.fitting"),
+}
 
 UNREADABLE = "flashbone.?"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -252,3 +261,36 @@ def test_commands_and_hooks_import_nothing_heavy_when_they_are_loaded():
     for path in FILES:
         if room(path) in LIGHT:
             assert not {name.split(".")[0] for name, at_load in imported(path) if at_load} & HEAVY, name_of(path)
+
+
+def module(path: Path) -> str:
+    """The name of a file's module, without `flashbone.`; of the package itself it is empty."""
+    return ".".join(part for part in path.relative_to(SOURCE).with_suffix("").parts if part != "__init__")
+
+
+def modules_imported(path: Path, modules: set[str]) -> set[str]:
+    """The modules that a file names in import statements, wherever they are. Public names that an `__init__` loads on
+    first use, and lists for type checkers, do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name == "__init__.py":
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and _run_later(node))]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name.removeprefix("flashbone.") in modules else str(node.module) for name in inner}
+    named = {name.removeprefix("flashbone").removeprefix(".") for name in names if name.split(".")[0] == "flashbone"}
+    return (named & modules) - {module(path)}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {module(path) for path in FILES}
+    graph = {module(path): modules_imported(path, modules) for path in FILES}
+    assert {(here, there) for here, there in CIRCLES if there not in graph[here]} == set()
+    cut = {here: {there for there in theirs if (here, there) not in CIRCLES} for here, theirs in graph.items()}
+    try:
+        graphlib.TopologicalSorter(cut).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))

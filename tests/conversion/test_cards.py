@@ -14,6 +14,7 @@ from flashbone import BoneConfig, variants
 from flashbone.conversion import card_of, convert
 from flashbone.files import cards, peft
 from flashbone.files.adapter import Adapter
+from flashbone.files.formats import AdapterCard
 from flashbone.files.reading import FORMATS
 from flashbone.rwkv import from_pth
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
@@ -22,7 +23,7 @@ from helpers.comparison import Promise, same_bits
 from helpers.rwkv import write_rwkv
 
 
-def card(format="peft", **fields) -> cards.AdapterCard:
+def card(format="peft", **fields) -> AdapterCard:
     given = {
         "format": FORMATS[format],
         "variant": "bone",
@@ -33,7 +34,7 @@ def card(format="peft", **fields) -> cards.AdapterCard:
         "fits_lora": True,
         "fits_rwkv": True,
     }
-    return cards.AdapterCard(**(given | fields))
+    return AdapterCard(**(given | fields))
 
 
 def commands(text: str) -> list[str]:

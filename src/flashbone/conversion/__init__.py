@@ -10,9 +10,10 @@ from flashbone.conversion import engines, factors
 from flashbone.conversion.factors import ModuleError
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files import cards, gguf, outputs, reading
-from flashbone.files.adapter import Adapter, AdapterFormat
+from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel, open_base
 from flashbone.files.beside import beside
+from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.files.lora import Lora
 from flashbone.files.names import rwkv_lead
 from flashbone.files.sources import is_hub_id
@@ -186,10 +187,10 @@ def _size(adapted: Adapter | Lora) -> int:
     return sum(t.nbytes for t in (*factors, *blocks, *adapted.replacements.values()))
 
 
-def card_of(form: AdapterFormat, adapted: Adapter | Lora) -> cards.AdapterCard:
+def card_of(form: AdapterFormat, adapted: Adapter | Lora) -> AdapterCard:
     """The card of an adapter in a format."""
     if isinstance(adapted, Lora):
-        return cards.AdapterCard(
+        return AdapterCard(
             form,
             None,
             (adapted.rank,),
@@ -200,7 +201,7 @@ def card_of(form: AdapterFormat, adapted: Adapter | Lora) -> cards.AdapterCard:
         )
     is_plain = not adapted.parameters and not adapted.config.get("parameters_to_save")
     lead = rwkv_lead([*adapted.blocks, *adapted.replacements])
-    return cards.AdapterCard(
+    return AdapterCard(
         form,
         adapted.variant.name,
         tuple(sorted({block.shape[-2] for block in adapted.blocks.values()})),

@@ -1,20 +1,12 @@
-"""The neutral in-memory `Adapter` that formats are read into and written from, and what a format is."""
+"""The neutral in-memory `Adapter` that formats are read into and written from."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashbone.variants import Variant
-
-if TYPE_CHECKING:
-    from flashbone.files.cards import AdapterCard
-    from flashbone.files.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -58,26 +50,3 @@ def is_same(a: Adapter, b: Adapter) -> bool:
         return x.variant, x.base_model, x.transposed, x.parameters, *ids
 
     return identity(a) == identity(b)
-
-
-@dataclass(frozen=True)
-class AdapterFormat:
-    """A format of adapter files; each has a file of its own, and a line in `reading.FORMATS`.
-
-    Attributes:
-        name: as users write it.
-        holds: `Adapter` or `Lora`: what it is read into and written from.
-        read: from a path; None: it is only written.
-        write: to an empty folder, or to a new file where the format is one file.
-        usage: of a card, in Markdown: how such an adapter is loaded, converted and merged.
-        peft_type: PEFT's name of the method; empty: PEFT does not read the format.
-        suffix: of the file; empty: the format is a folder.
-    """
-
-    name: str
-    holds: type[Adapter] | type[Lora]
-    read: Callable[[Path], Adapter | Lora] | None
-    write: Callable[[Any, Path], None]
-    usage: Callable[[AdapterCard], str]
-    peft_type: str = ""
-    suffix: str = ""

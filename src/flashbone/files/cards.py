@@ -3,52 +3,17 @@
 How it is used is in the words of its format (`AdapterFormat.usage`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from flashbone.errors import visible
-from flashbone.files.adapter import AdapterFormat
+from flashbone.files.formats import AdapterCard
 
 BEGIN, END = "<!-- flashbone: begin -->", "<!-- flashbone: end -->"
 TAGS = ("bone", "flashbone")
 _MOST_NAMES = 12
 _OURS = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class AdapterCard:
-    """The contents of a card.
-
-    Attributes:
-        format: of the adapter.
-        variant: of the adapter; None: it is a plain LoRA.
-        r: its block sizes, or the rank.
-        targets: names of the adapted layers, or a pattern.
-        base: folder or hub id of the base model, if known.
-        linear_only: it adapts linear layers, and nothing else; a LoRA: and holds nothing else.
-        fits_lora: a LoRA has a place for all that it adapts.
-        fits_rwkv: it adapts linear layers of RWKV, by the names of RWKV's own checkpoints.
-        is_rwkv: the names are those of RWKV's own checkpoints as they are: flashbone's classes have these, no others.
-    """
-
-    format: AdapterFormat
-    variant: str | None
-    r: tuple[int, ...]
-    targets: tuple[str, ...]
-    base: str | None
-    linear_only: bool = False
-    fits_lora: bool = False
-    fits_rwkv: bool = False
-    is_rwkv: bool = False
-
-    @property
-    def has_pth_base(self) -> bool:
-        """Whether the base is an RWKV model's `.pth` file, as far as is known."""
-        return self.base.endswith(".pth") if self.base else self.is_rwkv
 
 
 def put(card: AdapterCard, file: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashbone.errors import BackendError, FormatError
 from flashbone.files import cards
-from flashbone.files.adapter import AdapterFormat
+from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.files.lora import Lora
 
 MERGE = "merge it into the base instead, and convert that with llama.cpp's convert_hf_to_gguf.py"
@@ -220,7 +220,7 @@ def _values(factor: Tensor):
     return factor.detach().to("cpu", torch.float32).contiguous().numpy()
 
 
-def _usage(card: cards.AdapterCard) -> str:
+def _usage(card: AdapterCard) -> str:
     return cards.part("Load", "With llama.cpp:", cards.shell("llama-cli -m BASE.gguf --lora adapter.gguf"))
 
 

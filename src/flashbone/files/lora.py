@@ -20,8 +20,8 @@ from torch import Tensor
 
 from flashbone.errors import FormatError
 from flashbone.files import cards, fields, folders
-from flashbone.files.adapter import AdapterFormat
 from flashbone.files.fields import ConfigField
+from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.files.states import read_state
 from flashbone.variants.lowrank import pad
 
@@ -206,7 +206,7 @@ def _scaled(B: Tensor, scale: float) -> Tensor:
     return exact.to(B.dtype if is_exact else torch.promote_types(B.dtype, torch.float32))
 
 
-def _usage(card: cards.AdapterCard) -> str:
+def _usage(card: AdapterCard) -> str:
     is_served = card.linear_only and not card.is_rwkv
     engines = ", and every engine that serves LoRAs" if is_served else ""
     load = cards.part("Load", f"Any version of PEFT{engines}:", cards.load(card))

@@ -14,9 +14,10 @@ from typing import Any
 
 from flashbone import variants
 from flashbone.files import cards, fields
-from flashbone.files.adapter import Adapter, AdapterFormat
+from flashbone.files.adapter import Adapter
 from flashbone.files.blocks import BlockFolder, block_sizes, mini_r, refuse
 from flashbone.files.fields import ConfigField
+from flashbone.files.formats import AdapterCard, AdapterFormat
 
 _BY_INIT = variants.by_tool_name("miss_init_weights")
 
@@ -86,7 +87,7 @@ BLOCK = FOLDER.block
 read, write = FOLDER.read, FOLDER.write
 
 
-def _usage(card: cards.AdapterCard) -> str:
+def _usage(card: AdapterCard) -> str:
     how = "the model is of a class of flashbone" if card.is_rwkv else "without flashbone"
     load = cards.part("Load", f"PEFT 0.17 and newer, {how}:", cards.load(card))
     convert = cards.part("Convert", cards.shell("flashbone convert ADAPTER OUT --to peft"))

@@ -15,10 +15,11 @@ from typing import Any
 from flashbone import variants
 from flashbone.errors import FormatError
 from flashbone.files import cards, fields
-from flashbone.files.adapter import Adapter, AdapterFormat
+from flashbone.files.adapter import Adapter
 from flashbone.files.blocks import BlockFolder, block_sizes, mini_r
 from flashbone.files.fields import ConfigField
 from flashbone.files.folders import CONFIG, PICKLE, ROOT, SAFETENSORS, weights_file
+from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.variants.orthogonal import DEFAULT_EPS, MAX_EPS
 
 __all__ = ["BLOCK", "BLOCK_OF_TRANSPOSED", "CONFIG", "PICKLE", "ROOT", "SAFETENSORS", "read", "weights_file", "write"]
@@ -97,14 +98,14 @@ FOLDER = BoneFolder()
 read, write = FOLDER.read, FOLDER.write
 
 
-def _usage(card: cards.AdapterCard) -> str:
+def _usage(card: AdapterCard) -> str:
     words, commands = _ways_out(card)
     without = [" ".join(words), *([cards.shell(*commands)] if commands else [])]
     load = cards.part("Load with flashbone", cards.load(card, with_bone=True))
     return load + cards.part("Load without flashbone", *without) + cards.merging(card)
 
 
-def _ways_out(card: cards.AdapterCard) -> tuple[list[str], list[str]]:
+def _ways_out(card: AdapterCard) -> tuple[list[str], list[str]]:
     """The sentences on life without flashbone, and the conversions that will not be refused."""
     words, commands = [], []
     # PEFT's BONE and MISS have linear layers and one r; only flashbone's classes of RWKV have such names.

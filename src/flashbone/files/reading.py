@@ -4,7 +4,8 @@ from pathlib import Path
 
 from flashbone.errors import FormatError
 from flashbone.files import fields, folders, gguf, lora, miss, peft, pth, rwkv
-from flashbone.files.adapter import Adapter, AdapterFormat
+from flashbone.files.adapter import Adapter
+from flashbone.files.formats import AdapterFormat
 from flashbone.files.lora import Lora
 from flashbone.files.sources import read_json
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from flashbone import variants
 from flashbone.errors import FormatError
 from flashbone.files import cards
-from flashbone.files.adapter import Adapter, AdapterFormat
+from flashbone.files.adapter import Adapter
 from flashbone.files.blocks import refuse
+from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.files.names import RWKV_NAME, not_rwkv, rwkv_lead
 from flashbone.files.states import read_state, write_pickle
 
@@ -172,7 +173,7 @@ def write(adapter: Adapter, file: Path) -> None:
     write_pickle(state, file)
 
 
-def _usage(card: cards.AdapterCard) -> str:
+def _usage(card: AdapterCard) -> str:
     how = "RWKV-PEFT reads the `.pth` file here (`merge/merge_disha.py`, or as the checkpoint to train on from)."
     convert = cards.part("Convert", cards.shell("flashbone convert ADAPTER OUT --to peft"))
     return cards.part("Load", how) + convert + cards.merging(card)

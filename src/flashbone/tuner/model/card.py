@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from flashbone.files import cards, peft
+from flashbone.files.formats import AdapterCard
 from flashbone.files.names import rwkv_lead
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLinear, bone_layers
@@ -67,7 +68,7 @@ def has_lora(layer: BoneLinear) -> bool:
     return layer.converts_to_lora or isinstance(layer, BoneEmbedding)
 
 
-def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.AdapterCard:
+def _card(model: Any, adapter_name: str, config: BoneConfig) -> AdapterCard:
     targets = config.target_modules or ()
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     bare = model.get_base_model()
@@ -76,7 +77,7 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> cards.AdapterCar
     single = list(config.parameters_to_save or ())
     lead = rwkv_lead([*layers, *saved, *single])
     is_linear = all(layer.converts_to_lora and _is_linear(layer) for layer in layers.values())
-    return cards.AdapterCard(
+    return AdapterCard(
         format=peft.FORMAT,
         variant=config.variant,
         r=tuple(sorted({config.r, *config.rank_pattern.values()})),

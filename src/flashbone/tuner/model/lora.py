@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.files import cards
 from flashbone.files import lora as lora_files
+from flashbone.files.formats import AdapterCard
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLinear, bone_layers
@@ -98,11 +99,11 @@ def save_as_lora(model: BaseTuner, path: str | Path, adapter_name: str, rank: in
             os.replace(new / name, folder / name)
 
 
-def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> cards.AdapterCard:
+def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> AdapterCard:
     """The card of a LoRA whose `target_modules` are names of layers."""
     targets = config.target_modules or ()
     base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
-    return cards.AdapterCard(
+    return AdapterCard(
         lora_files.FORMAT,
         None,
         (config.r,),
