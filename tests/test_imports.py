@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "flashbone"
 # is an entry that nothing needs.
 ALLOWED = {
     "errors": set(),
+    "printing": {"errors"},
     "floors": {"errors"},
     "import_hook": set(),
     "host_hooks": {"floors", "import_hook", "tuner"},  # the tuner once a host has been imported
@@ -26,11 +27,11 @@ ALLOWED = {
     "merge": {"errors", "variants", "files", "rwkv"},  # RWKV's models in merge/verify alone
     "tuner": {"errors", "files", "shards", "ops", "variants", "rwkv"},
     "rwkv": {"errors", "files", "ops"},
-    "train": {"errors", "tuner", "files", "variants", "rwkv", "merge"},
-    "evaluate": {"errors", "files", "train"},
-    "inspect": {"errors", "tuner", "files", "variants", "conversion", "rwkv"},
-    "compare": {"errors", "files", "tuner", "variants", "train", "evaluate"},
-    "cli": {"errors", "floors", "files", "train", "inspect", "merge", "conversion", "evaluate", "compare"},
+    "train": {"errors", "printing", "tuner", "files", "variants", "rwkv", "merge"},
+    "evaluate": {"errors", "printing", "files", "train"},
+    "inspect": {"errors", "printing", "tuner", "files", "variants", "conversion", "rwkv"},
+    "compare": {"errors", "printing", "files", "tuner", "variants", "train", "evaluate"},
+    "cli": {"errors", "floors", "printing", "files", "train", "inspect", "merge", "conversion", "evaluate", "compare"},
     "__main__": {"cli"},
     "__init__": {"errors", "floors", "import_hook", "host_hooks", "tuner", "merge", "conversion", "rwkv"},
 }

@@ -40,21 +40,22 @@ def visible(text: object, most: int = MOST_OF_A_NAME) -> str:
     plain = str(text)
     if len(plain) > 2 * most:
         plain = f"{plain[:most]}...{plain[-most:]}"
-    plain = _escaped(plain)
+    plain = escaped(plain)
     if len(plain) <= most:
         return plain
     end = most // 3
     return f"{plain[: most - end - 3]}...{plain[-end:]}"
 
 
-def _escaped(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def escaped(text: str, keep: str = "") -> str:
+    """Text with control characters, marks of direction and the like as escapes, but for those to keep."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(message: object, most: int = MOST_OF_AN_ERROR) -> str:
     """A message as one line: of many clauses or names the first few, how many are left out, and the last, which is
     the remedy."""
-    text = _escaped(re.sub(r"\s*[\r\n]+\s*", " ", str(message).strip()))
+    text = escaped(re.sub(r"\s*[\r\n]+\s*", " ", str(message).strip()))
     for separator in ("; ", ", "):
         text = _first_few(text, separator, most)
     return visible(text, most)

@@ -155,18 +155,25 @@ def test_a_long_error_names_the_first_few_the_count_and_the_remedy(command, caps
     assert f"; and {300 - shown} more; " in line
 
 
-@pytest.mark.parametrize("args", [["--help"], ["inspect", "config.json", "--json"]])
-def test_a_reader_that_is_gone_gets_no_traceback(tmp_path, args):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [["--help"], ["inspect", "config.json", "--json"], ["inspect", "config.json"]])
+def test_a_reader_that_is_gone_ends_a_command_as_other_programs(tmp_path, args, unbuffered):
     """As `| true`: stdout is a pipe that nobody reads."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 2}')
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "flashbone", *args]
-    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    pipes = {"stdout": writer, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, timeout=120, **pipes)
     os.close(writer)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "the program that read the output closed it" in done.stderr
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(command, capfd):
+    command(raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert cli.main(["train"]) == 1
+    assert "BrokenPipeError" in capfd.readouterr().err
 
 
 def test_helper_processes_say_who_speaks(command, capsys, monkeypatch):

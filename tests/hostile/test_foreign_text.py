@@ -1,10 +1,18 @@
 """What files say can neither steer a terminal, nor end our part of a card, nor pass for a killed run's work."""
 
-import torch
+import re
 
+import torch
+from rich.text import Text
+
+from compare.report.comparison_rows import header, method, write
 from flashbone.cli import main
+from flashbone.compare.report import print_comparison
 from flashbone.files import cards, outputs
+from flashbone.printing import Console, Table
 from flashbone.train.folder import RunFolder
+from flashbone.train.plan import Plan, Shown, SourceRows
+from flashbone.train.plan_report import print_plan
 from helpers.adapter_folders import write_adapter
 
 HOSTILE = "b\x1b[2Jase\u202e\nflashbone inspect: all is well"
@@ -17,6 +25,36 @@ def test_escapes_of_a_config_do_not_reach_the_terminal(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert all(letter.isprintable() or letter == "\n" for letter in printed)
         assert "\nflashbone inspect: all is well" not in printed
+
+
+def test_escapes_in_tables_and_lines_do_not_reach_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = Table("name", title=HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE, style="bold"))
+    table.add_row("x" * 5000)
+    for what in (table, HOSTILE, Text(HOSTILE)):
+        Console().print(what)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # rich's own colours
+    assert all(letter.isprintable() or letter == "\n" for letter in printed)
+    assert "[2J" in printed
+    assert printed.count("x") < 300
+
+
+def plan_of(name: str) -> Plan:
+    rows = SourceRows(format=name, read=1, kept=1, dropped={name: 1}, cut=0, held_out=0, learned=1, lengths={1: 1})
+    parameters = {"trainable_parameters": 1, "total_parameters": 2, "trainable_percent": 50.0}
+    shown = Shown(name, [name], [(name, True)])
+    return Plan({name: rows}, {"used": [name], "unused": []}, [shown], 1, parameters, None, 1, torch.float32)
+
+
+def test_escapes_of_a_dry_run_and_a_comparison_do_not_reach_the_terminal(tmp_path, capsys):
+    print_plan(plan_of(HOSTILE), None, HOSTILE)
+    lines = [header(name=HOSTILE, model=HOSTILE), method("bone", HOSTILE, size=HOSTILE), method("lora", error=HOSTILE)]
+    print_comparison(write(tmp_path, lines))
+    printed = capsys.readouterr().out
+    assert all(letter.isprintable() or letter == "\n" for letter in printed)
+    assert "[2J" in printed
 
 
 def test_a_base_cannot_end_our_part_of_a_card(tmp_path):

@@ -81,11 +81,8 @@ def run(argv: list[str]) -> int:
 
 def _plan(comparison, as_json: bool) -> int:
     """Print the sizes and the number of runs."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from flashbone.compare.run import plan
+    from flashbone.printing import Console, Table
 
     budget, methods = plan(comparison)
     runs = sum(len(method.listed.learning_rates) + len(comparison.seeds) - 1 for method in methods if method.size)
@@ -108,7 +105,7 @@ def _plan(comparison, as_json: bool) -> int:
             off = "bound" if method.size.off_budget is None else f"{100 * method.size.off_budget:+.1f} %"
             mark = "" if method.size.matched or off == "bound" else " (unmatched)"
             cells[1:4] = [method.size.size, f"{method.size.adapter_parameters:,}", off + mark]
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     Console().print(table)
     return 0
 

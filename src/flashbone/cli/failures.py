@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import traceback
 
@@ -20,7 +21,6 @@ _DISK = {
     errno.ENFILE: "too many open files on this machine; close some programs",
     errno.ENOMEM: "not enough memory; use a smaller model or batch, or close other programs",
     errno.ELOOP: "its links lead in circles; replace them by the files",
-    errno.EPIPE: "the program that read the output closed it; the output is cut short",
 }
 # By the names of the classes, so that none is imported for it. The first that fits an error's classes is taken.
 _KINDS = {
@@ -32,13 +32,15 @@ _KINDS = {
     "TemplateError": "the chat template cannot be rendered",
     "YAMLError": "a YAML file is malformed",
 }
+READER_GONE = 141  # what a shell reports for other programs whose reader closed the pipe, as `| head -1` does
 _MOST_OF_A_REASON = 250  # characters
 
 
 def report(error: Exception, who: str, with_traceback: bool) -> int:
     """Print one line on stderr, after the traceback if that is wanted; returns the exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) and _is_unread():
         _forget_stdout()
+        return READER_GONE
     rank = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun launched
     prefix = "" if rank == "0" else f"[process {rank}] "
     try:
@@ -77,6 +79,19 @@ def _package(error: Exception) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
     return names[-1] if names and names[-1] else "flashbone"
+
+
+def _is_unread() -> bool:
+    """Whether the reader of stdout is gone."""
+    try:
+        sys.stdout.flush()
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)  # errors are always told
+        return any(events & select.POLLERR for _, events in watched.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):  # it is no file, or this system has no poll
+        return False
 
 
 def _forget_stdout() -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashbone.errors import visible
 from flashbone.evaluate.intervals import Interval
 from flashbone.files.records import read_record
 
@@ -88,19 +87,17 @@ def read_results(folder: Path) -> EvalResults | None:
 
 def print_table(results: EvalResults) -> None:
     """Print all figures on stdout, and of classifiers the score of each class."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from flashbone.printing import Console, Table
 
     adapter = f" with {results.adapter}{', merged' if results.merged else ''}" if results.adapter else ""
-    table = Table(title=Text(visible(f"{results.model}{adapter}")))
+    table = Table(title=f"{results.model}{adapter}")
     for name in ("of", "rows", "figure", "value", "95% interval"):
         table.add_column(name, justify="left" if name in ("of", "figure") else "right")
     for evaluation in results.evaluations:
         name = evaluation.of if evaluation.kind == "task" else Path(evaluation.of).name
         for number, figure in enumerate(evaluation.figures):
             head = (name, f"{evaluation.rows:,}") if number == 0 else ("", "")
-            table.add_row(*(Text(visible(cell)) for cell in (*head, figure.name, shown(figure.value), _range(figure))))
+            table.add_row(*head, figure.name, shown(figure.value), _range(figure))
     console = Console()
     console.print(table)
     for evaluation in results.evaluations:
@@ -121,8 +118,7 @@ def _range(figure: Figure) -> str:
 
 def _classes(details: dict[str, Any]) -> Any:
     """A row for each class: precision, recall, F1, and how its rows were classified."""
-    from rich.table import Table
-    from rich.text import Text
+    from flashbone.printing import Table
 
     table = Table(title="classes, and how often each (row) was taken for each (column)")
     numbers = [str(number) for number in range(1, len(details["classes"]) + 1)]
@@ -130,6 +126,5 @@ def _classes(details: dict[str, Any]) -> Any:
         table.add_column(name, justify="left" if name == "class" else "right")
     for number, entry, counts in zip(numbers, details["classes"], details["confusion"], strict=True):
         scores = ["" if entry[key] is None else f"{entry[key]:.3f}" for key in ("precision", "recall", "f1")]
-        cells = (number, entry["label"], f"{entry['rows']:,}", *scores, *map(str, counts))
-        table.add_row(*(Text(visible(cell)) for cell in cells))
+        table.add_row(number, entry["label"], f"{entry['rows']:,}", *scores, *map(str, counts))
     return table

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from flashbone.errors import visible
 from flashbone.inspect.reports import AdapterReport, Costs, LayerGroup, ModelReport, TrainedGroup
 from flashbone.inspect.writing import broken, number, percent, size, sizes, times
+from flashbone.printing import Console, Table
 
 WIDE = 110  # columns of a terminal from which on shapes and shares are shown, too
 SHORTEST = 24  # columns that names get at least
@@ -20,7 +20,7 @@ NAMED = 3  # bad tensors that are named
 
 def print_report(report: ModelReport | AdapterReport) -> None:
     """Print what an adapter on a model would cost, or what an adapter's file holds."""
-    console = Console(markup=False, emoji=False, highlight=False)  # names and paths are printed as they are
+    console = Console()
     if isinstance(report, ModelReport):
         title, facts = _title(report), []
         tables, notes = [_layers(report, console.width), _comparison(report)], _notes(report)
@@ -55,7 +55,7 @@ def _name_table(
     for i, header in enumerate(headers[1:], 1):
         table.add_column(header, footer[i] if footer else "", justify="right", no_wrap=True)
     for names, *cells in rows:
-        table.add_row(broken(visible(names), room), *cells)
+        table.add_row(Text(broken(visible(names), room)), *map(Text, cells))  # in lines of their own
     return table
 
 

@@ -3,10 +3,10 @@
 from collections import Counter
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from flashbone.errors import visible
+from flashbone.printing import Console, Table
 from flashbone.train.plan import Plan, Shown
 
 BARS = 10  # of the histogram
@@ -23,10 +23,10 @@ def print_plan(plan: Plan, memory: dict[str, int] | None, note: str) -> None:
         memory: Bytes of a training step by what needs them; None where that is not known.
         note: On what is counted, or why nothing is.
     """
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = Console()
     console.print(_rows(plan))
     for kind, names in plan.columns.items():
-        console.print(f"columns {kind}: {', '.join(names) or 'none'}")
+        console.print(f"columns {kind}: {', '.join(map(visible, names)) or 'none'}")
     console.print(_lengths(plan))
     trained, total = plan.parameters["trainable_parameters"], plan.parameters["total_parameters"]
     console.print(f"steps: {plan.steps:,}")
@@ -45,7 +45,7 @@ def _rows(plan: Plan) -> Table:
         numbers = (source.cut, source.held_out, source.learned)
         dropped = "; ".join(f"{count:,}: {reason}" for reason, count in source.dropped.items()) or "0"
         cells = (name, source.format, f"{source.read:,}", f"{source.kept:,}", dropped, *(f"{n:,}" for n in numbers))
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     return table
 
 

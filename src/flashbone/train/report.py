@@ -74,19 +74,17 @@ def _figure(width: float, count: int) -> tuple[Figure, list[Axes]]:
 
 def print_summary(summary: dict[str, Any], folder: Path, figures: list[Path]) -> None:
     """Print the table of a run on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from flashbone.printing import Console, Table
 
     table = Table(title=f"{summary['task']} with {summary['variant']}, block size {summary['block_size']}")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in _lines(summary):
-        table.add_row(Text(name), Text(value))
+        table.add_row(name, value)
     console = Console()
     console.print(table)
     for name, path in _files(folder, figures):
-        console.print(Text(f"{name:<8} {path}"), soft_wrap=True)
+        console.print(f"{name:<8} {path}", soft_wrap=True)
 
 
 def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:

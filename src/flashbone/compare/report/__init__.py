@@ -12,6 +12,8 @@ from flashbone.compare.report.tables import markdown, results_table, terminal
 from flashbone.compare.report.verdict import judge
 from flashbone.files.outputs import write_text
 
+MOST_OF_A_LINE = 2000  # characters of the verdict on a terminal
+
 
 def write_report(results: Path, folder: Path) -> list[Path]:
     """Write report.html and its charts as PNGs into `folder`, each whole or not at all; returns their paths.
@@ -34,16 +36,18 @@ def print_comparison(results: Path) -> None:
     Raises:
         FormatError: the results are not what `flashbone compare` writes.
     """
-    from rich.console import Console
     from rich.text import Text
+
+    from flashbone.errors import one_line
+    from flashbone.printing import Console
 
     ranking = rank(read_results(results))
     verdict, console = judge(ranking), Console()
     for table in terminal(results_table(ranking), ranking.results.header.name):
         console.print(table)
-    console.print(Text(verdict.text, style="bold"))
+    console.print(Text(one_line(verdict.text, MOST_OF_A_LINE), style="bold"))
     for note in verdict.notes:
-        console.print(Text(f"- {note}"))
+        console.print(one_line(f"- {note}", MOST_OF_A_LINE))
 
 
 def comparison_markdown(results: Path) -> str:

@@ -12,7 +12,7 @@ from flashbone.compare.report.statistics import Ranking
 from flashbone.compare.results import MethodRow
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from flashbone.printing import Table
 
 GROUPS = ("tied", "matched", "bound", "unmatched", "unfinished", "failed")  # in the order of the table
 
@@ -176,8 +176,10 @@ def _escape(text: str) -> str:
 def terminal(table: ResultsTable, name: str) -> Iterator[Table]:
     """Two tables for the terminal, which is narrow: what methods reached, and what they cost."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
+
+    from flashbone.errors import visible
+    from flashbone.printing import Table
 
     for part, title in (("quality", "what the methods reached"), ("cost", "what they cost")):
         shown = Table(title=f"{name}: {title}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -189,7 +191,7 @@ def terminal(table: ResultsTable, name: str) -> Iterator[Table]:
             if part == "cost" and row.group in ("failed", "unfinished"):
                 continue
             cells = [row.cells[column.key] for column in columns]
-            texts = [Text(cell.text, style="bold" if cell.best else "") for cell in cells]
+            texts = [Text(visible(cell.text), style="bold" if cell.best else "") for cell in cells]
             texts[0].append(f" ({row.note})" if row.note else "", style="dim")
             shown.add_row(*texts, style="dim" if row.group == "failed" else "")
         yield shown
