@@ -155,8 +155,15 @@ def test_a_long_error_names_the_first_few_the_count_and_the_remedy(command, caps
     assert f"; and {300 - shown} more; " in line
 
 
+_INSPECT = ["inspect", "config.json"]
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("args", [["--help"], ["inspect", "config.json", "--json"], ["inspect", "config.json"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], *(pytest.param(args, marks=pytest.mark.slow) for args in ([*_INSPECT, "--json"], _INSPECT))],
+    ids=["help", "json", "tables"],
+)
 def test_a_reader_that_is_gone_ends_a_command_as_other_programs(tmp_path, args, unbuffered):
     """As `| true`: stdout is a pipe that nobody reads."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 2}')
