@@ -145,6 +145,31 @@ def test_a_quoted_value_stays_a_string(load, quoted, text):
     assert (flags.data.columns, flags.training) == ({"label": text}, {"run_name": text})
 
 
+@pytest.mark.parametrize("word", ["no", "Yes", "off", "1", "1e-3", "0x1F", "~", "null", ".inf", "2024-01-01"])
+def test_a_key_is_text_as_it_is_written(load, word):
+    assert load(MINIMAL.replace("a.jsonl", f"a.jsonl, columns: {{{word}: text}}")).data.columns == {word: "text"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {run_name: no}\n", "training.run_name: got False, wanted a string or null; put it in quotes if"),
+        ("training: {run_name: 1e3}\n", "training.run_name: got 1000.0, wanted .*; put it in quotes if it is text$"),
+        ("seed: on\n", "seed: got True, wanted a whole number$"),
+        ("init_adapter: 5\n", "init_adapter: got 5, wanted a string or null; put it in quotes if it is text$"),
+        ("training: {hub_strategy: 5}\n", "training.hub_strategy: got 5, wanted end or every_save or .* or a string"),
+    ],
+)
+def test_a_word_that_yaml_reads_as_no_text_is_refused_with_the_remedy(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(MINIMAL + text)
+
+
+def test_columns_have_to_be_names(load):
+    with pytest.raises(ConfigError, match=r"columns: got \{'text': False\}, wanted an object, each value a string"):
+        load(MINIMAL.replace("a.jsonl", "a.jsonl, columns: {text: no}"))
+
+
 @pytest.mark.parametrize(
     "text", ["2024-01-01", "007", "1:30", "Q: {prompt}\n", "@file", "[abc", "%x", "!!set {a}", "#"]
 )
@@ -170,7 +195,7 @@ def test_a_word_on_the_command_line_is_text_where_text_is_wanted(load, text):
         ('init_adapter: "a\\ud800b"\n', "surrogates not allowed"),
         ("? [a, b]\n: 3\n", "a key that is no word"),
         ("data.path: b.jsonl\n", r"'data\.path' \(write it as a field inside its section\)"),
-        ("5: x\nnull: y\n", "unknown fields: 5; None"),
+        ("5: x\nnull: y\n", "unknown fields: 5; null"),
     ],
 )
 def test_yaml_that_is_more_than_plain_data_is_refused_in_one_line(load, yaml, message):
@@ -215,7 +240,8 @@ def test_home_and_variables_are_filled_in_wherever_a_place_is_named(load, monkey
     )
     assert (recipe.rwkv, recipe.training) == ({"vocabulary": "/rows/v"}, {"chat_template_path": "/home/me/t.jinja"})
     with pytest.raises(
-        ConfigError, match=r"^\$NOWHERE_AT_ALL/m: the variable NOWHERE_AT_ALL is not set; set it, or write"
+        ConfigError,
+        match=r"c\.yaml: model: \$NOWHERE_AT_ALL/m: the variable NOWHERE_AT_ALL is not set; set it, or write",
     ):
         load(MINIMAL, "--model", "$NOWHERE_AT_ALL/m")
 

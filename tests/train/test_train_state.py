@@ -15,11 +15,12 @@ from training_runs import kill_at_step_seven, metrics_of, recipe_for
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import LOCK
+from flashbone.train import fitting
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.checkpoints import MANIFEST, checkpoints, problem, write_manifest
 from flashbone.train.folder import RunFolder
-from flashbone.train.inputs import Inputs, _base, _rows, _tokenizer, check_same
+from flashbone.train.inputs import Inputs, _base_files, _hash, _rows, _tokenizer, check_same
 from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
 from helpers.tiny_llama import tiny_tokenizer, write_tiny_llama
@@ -164,11 +165,11 @@ def test_tokenizers_are_told_apart_by_template_tokens_and_words():
 def test_bases_are_told_apart_by_the_content_of_their_files(tmp_path, monkeypatch, whole):
     monkeypatch.setattr("flashbone.train.inputs.WHOLE", whole)  # also as files too large to be read whole
     recipe = recipe_for(write_tiny_llama(tmp_path / "m"), "q", tmp_path / "out")
-    before = _base(recipe)
+    before = _hash(_base_files(recipe))
     shutil.copytree(tmp_path / "m", tmp_path / "copy")
-    assert _base(replace(recipe, model=str(tmp_path / "copy"))) == before
+    assert _hash(_base_files(replace(recipe, model=str(tmp_path / "copy")))) == before
     flip(tmp_path / "m/model.safetensors")
-    assert _base(recipe) != before
+    assert _hash(_base_files(recipe)) != before
 
 
 def test_a_second_start_is_refused_with_the_process_that_has_the_folder(tmp_path):
@@ -198,6 +199,24 @@ def test_a_second_start_is_refused_with_the_process_that_has_the_folder(tmp_path
         ["--training.report_to", "wandb"],
         ["--training.report_to", "wandbb"],
         ["--training.optim", "nothing"],
+        ["--training.optim", "galore_adamw"],
+        ["--training.adam_beta1", "2"],
+        ["--training.lr_scheduler_kwargs", "{a: 1}"],
+        ["--training.lr_scheduler_kwargs", "x"],
+        ["--training.learning_rate", "-1"],
+        ["--training.max_steps", "0"],
+        ["--training.max_steps", "-5"],
+        ["--training.num_train_epochs", "0"],
+        ["--training.per_device_train_batch_size", "0"],
+        ["--training.gradient_accumulation_steps", "-1"],
+        ["--training.dataloader_num_workers", "-1"],
+        ["--training.eval_steps", "-1"],
+        ["--training.packing_strategy", "best"],
+        ["--training.train_sampling_strategy", "x"],
+        ["--training.log_level", "loud"],
+        ["--training.accelerator_config", "nope.json"],
+        ["--training.dataset_text_field", "body"],
+        ["--training.metric_for_best_model", "f1"],
         ["--early_stopping", "{patience: 0}"],
         ["--early_stopping.patience", "3", "--data.eval", "null"],
         ["--early_stopping.patience=3", "--training.load_best_model_at_end=false"],
@@ -218,7 +237,35 @@ def test_a_refused_start_is_one_line_and_leaves_no_folder(llama, questions_file,
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1
     assert lines[0].startswith("flashbone train: error: ")
+    assert "report what that prints" not in lines[0]
     assert [str(place) for place in Path().iterdir()] == ["c.yaml"]
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_run(llama, questions_file, tmp_path, monkeypatch):
+    recipe = recipe_for(llama, questions_file, tmp_path / "a/run")
+
+    def fails(trainer, checkpoint):
+        raise RuntimeError(f"{len(list(Path(recipe.output).glob('*.json')))} files are written")
+
+    monkeypatch.setattr(fitting, "_fit", fails)
+    with pytest.raises(RuntimeError, match="2 files are written"):
+        train(recipe)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_adapter_to_go_on_with_may_not_change(llama, questions_file, tmp_path):
+    """Also where no checkpoint was written yet."""
+    train(recipe_for(llama, questions_file, tmp_path / "first", training={"max_steps": 1}))
+    adapter = tmp_path / "first/adapter"
+    recipe = recipe_for(llama, questions_file, tmp_path / "second", training={"save_strategy": "no", "max_steps": 1})
+    recipe = replace(recipe, adapter={}, init_adapter=str(adapter))
+    train(recipe)
+    (tmp_path / "second/summary.json").unlink()  # killed at the end
+    flip(adapter / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="changed since its run began: the files of init_adapter; resume with what"):
+        train(recipe, resume=True)
+    flip(adapter / "adapter_model.safetensors")
+    assert train(recipe, resume=True).summary["steps"] == 1
 
 
 def test_a_folder_of_the_users_own_stays(questions_file, tmp_path):

@@ -20,6 +20,8 @@ _CORE = {  # what a word without quotes is, and the characters that it may begin
     "null": (r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     "merge": (r"<<", "<"),
 }
+_TAG = "tag:yaml.org,2002:"
+_WORDS = [f"{_TAG}{name}" for name in ("null", "bool", "int", "float")]
 _KEPT = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -67,8 +69,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Makes numbers of what YAML 1.2 calls numbers, 2e-4 too, and keeps dates and 007 as text. Refuses other tags,
-    keys that come twice, and what grows beyond the limits above."""
+    """Makes numbers of what YAML 1.2 calls numbers, 2e-4 too, and keeps dates, 007 and all keys as text. Refuses other
+    tags, keys that come twice, and what grows beyond the limits above."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
     yaml_constructors: dict[Any, Any] = {
@@ -110,6 +112,8 @@ class PlainLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(None, None, "a key that is no word", key.start_mark)
+            if key.tag in _WORDS:  # `no` and `1` are names here
+                key.tag = f"{_TAG}str"
             if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"the key {key.value} comes twice", key.start_mark)
             seen.add(key.value)
@@ -117,4 +121,4 @@ class PlainLoader(yaml.SafeLoader):
 
 
 for _name, (_pattern, _first) in _CORE.items():
-    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+    PlainLoader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))

@@ -1,6 +1,7 @@
 """JSON on disk with one schema: a dataclass, from which it is written and by whose types it is read."""
 
 import dataclasses
+import enum
 import json
 import math
 import types
@@ -97,6 +98,10 @@ def wanted(hint: Any) -> str:
         return " or ".join(map(str, inner))
     if origin in (list, tuple, set):
         return f"a list, each {wanted(inner[0])}"
+    if origin is dict and inner[1] is not Any:
+        return f"an object, each value {wanted(inner[1])}"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return " or ".join(str(member.value) for member in hint)
     return NAMES.get(hint, "an object")
 
 

@@ -1,5 +1,6 @@
 """An adapter on a model: a new one as the recipe describes it, or a saved one of any format, by PEFT."""
 
+import itertools
 import logging
 import os
 import tempfile
@@ -22,7 +23,7 @@ from flashbone.train.recipe import TASK_TYPES, Recipe
 log = logging.getLogger(__name__)
 
 
-def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = None) -> Any:
+def adapter_config(recipe: Recipe, *also_trained: dict[str, list[str]]) -> Any:
     """The recipe's BoneConfig; all linear layers when no target is given.
 
     Args:
@@ -32,7 +33,7 @@ def adapter_config(recipe: Recipe, also_trained: dict[str, list[str]] | None = N
     from flashbone import BoneConfig
 
     fields = {"target_modules": "all-linear", **recipe.adapter}
-    for name, entries in (also_trained or {}).items():
+    for name, entries in itertools.chain.from_iterable(more.items() for more in also_trained):
         fields[name] = list(dict.fromkeys([*(fields.get(name) or ()), *entries]))
     try:
         return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])

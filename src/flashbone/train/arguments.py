@@ -10,6 +10,22 @@ from flashbone.train.data.origins import holds_out
 from flashbone.train.recipe import Recipe, arguments_class, early_stopping_of
 
 _STRATEGIES = ("eval_strategy", "save_strategy")
+# What transformers and TRL do not check: with some values they fail after the start, others they take for defaults.
+_POSITIVE = ("num_train_epochs", "eval_steps", "save_steps", "logging_steps")
+_AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("save_total_limit", "eval_accumulation_steps", "pad_to_multiple_of"),
+)
+_WORDS = {
+    "packing_strategy": ("bfd", "bfd_split", "bfd-requeue", "wrapped"),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "log_level": ("passive", "debug", "info", "warning", "error", "critical", "detail"),
+}
+_NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "dataset_num_proc", "eval_delay"),
+    *("neftune_noise_alpha", "data_seed", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 
 
 def trainer_arguments(recipe: Recipe) -> Any:
@@ -25,14 +41,64 @@ def trainer_arguments(recipe: Recipe) -> Any:
     training |= {key: "no" for key, value in training.items() if key.endswith("_strategy") and value is False}
     if wrong := problems(arguments_class(recipe.task), training):
         raise ConfigError("; ".join(f"training.{name}: {problem}" for name, problem in wrong.items()))
+    _check_ranges(training)
     training = _checkpointing(training, recipe)
     aligned = {**_defaults(recipe), **_for_the_best(training, recipe), **training}
     try:
         args = arguments_class(recipe.task)(**aligned, output_dir=recipe.output, seed=recipe.seed)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, ImportError, LookupError, OSError) as error:
+        kind = "unknown value " if isinstance(error, LookupError) else ""
+        raise ConfigError(f"training: {kind}{' '.join(str(error).split())}") from error
     _check_trackers(args.report_to)
     return args
+
+
+def _check_ranges(training: dict[str, Any]) -> None:
+    """Raise ConfigError that names every number and word out of range."""
+    wrong = [
+        f"training.{name}: got {training[name]!r}, wanted {' or '.join(words)}"
+        for name, words in _WORDS.items()
+        if training.get(name, words[0]) not in words
+    ]
+    for names, is_right, wanted in (
+        (_POSITIVE, lambda number: number > 0, "a number above 0"),
+        (_AT_LEAST_ONE, lambda number: number >= 1, "1 or more"),
+        (_NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
+        (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to go by num_train_epochs"),
+    ):
+        set_here = [(name, training[name]) for name in names if training.get(name) is not None]
+        wrong += [
+            f"training.{name}: got {number}, wanted {wanted}" for name, number in set_here if not is_right(number)
+        ]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def check_optimizer(trainer: Any) -> None:
+    """Refuse an optimiser or a schedule that cannot be made, which transformers would only notice at the first step.
+
+    Raises:
+        ConfigError: a package is missing, or an argument does not fit.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    args = trainer.args
+    try:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        if not {"params", "model", "optimizer_dict"} & options.keys():
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(f"training.optim {args.optim.value}: {_reason(error)}") from None
+    try:
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, stand_in, 1, 10, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training.lr_scheduler_type {args.lr_scheduler_type.value}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _for_the_best(training: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -70,7 +136,7 @@ def _check_trackers(names: list[str]) -> None:
 
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(f"training.report_to: got {name}, wanted none or {', '.join(INTEGRATION_TO_CALLBACK)}")
+            raise ConfigError(f"training.report_to: got {name!r}, wanted none or {', '.join(INTEGRATION_TO_CALLBACK)}")
         if name not in (*get_available_reporting_integrations(), "flyte"):
             raise ConfigError(f"training.report_to: {name} is not installed; install it, or leave it out")
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flashbone.errors import FormatError
+from flashbone.files.beside import GENERATION
 from flashbone.files.outputs import write_text
 from flashbone.files.records import read_record, to_json
 from flashbone.files.sources import sha256
@@ -63,6 +64,13 @@ def problem(checkpoint: Path) -> str | None:
     return None
 
 
+def write_stops(trainer: Any, folder: Path) -> None:
+    """Write the model's generation settings beside its adapter, where training has changed at what answers stop."""
+    if getattr(trainer, "stops_anew", False):
+        settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
+        settings.to_json_file(folder / GENERATION)  # save_pretrained refuses what bases may have
+
+
 def write_manifest(checkpoint: Path) -> None:
     """Note size and hash of everything in the checkpoint."""
     names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
@@ -81,7 +89,7 @@ class Checkpoints(TrainerCallback):
     """
 
     def __init__(self, trainer: Any):
-        self.accelerator = trainer.accelerator
+        self.trainer, self.accelerator = trainer, trainer.accelerator
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -93,6 +101,7 @@ class Checkpoints(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir))
+        write_stops(self.trainer, folder / f"checkpoint-{state.global_step}")
         write_manifest(folder / f"checkpoint-{state.global_step}")
         best = Path(state.best_model_checkpoint or "").name
         for old in checkpoints(folder)[: -self.limit] if self.limit and self.limit > 0 else ():

@@ -63,10 +63,16 @@ class Schema(Generic[T]):
             raise ConfigError(f"{where}: missing {', '.join(missing)}")
         values = [(name, value) for name, value in self._named(filled) if not fits(value, types[name])]
         if values:
-            wrong = [f"{name}: got {value!r:.60}, wanted {wanted(types[name])}" for name, value in values]
+            wrong = [
+                f"{name}: got {value!r:.60}, wanted {wanted(types[name])}{_quotes(value, types[name])}"
+                for name, value in values
+            ]
             raise ConfigError(f"{where}: {'; '.join(wrong)}")
         for name in self.paths:
-            _expand(filled, name.split("."))
+            try:
+                _expand(filled, name.split("."))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {name}: {error}") from None
         try:
             return from_json(self.kind, filled, where)
         except FormatError as error:
@@ -153,6 +159,11 @@ def _value(text: str, kind: Any, flag: str) -> Any:
             raise ConfigError(str(error)) from None
         return text
     return text if not fits(value, kind) and fits(text, kind) else value
+
+
+def _quotes(value: Any, kind: Any) -> str:
+    """The remedy where a word that YAML reads as something else was meant as text."""
+    return "; put it in quotes if it is text" if isinstance(value, int | float) and fits("", kind) else ""
 
 
 def _put(content: dict[str, Any], path: Names, value: Any, where: str) -> None:

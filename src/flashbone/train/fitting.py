@@ -109,6 +109,14 @@ class Recorder(TrainerCallback):
         row = asdict(line) | {key: value for key, value in logs.items() if not key.endswith(skipped)}
         self.metrics.append({key: _json_number(value) for key, value in row.items()})
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any):
+        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if metrics and name not in metrics:
+            measured = [key.removeprefix("eval_") for key in metrics if key != "epoch" and not key.endswith(DROPPED)]
+            raise ConfigError(
+                f"training.metric_for_best_model: got {args.metric_for_best_model!r}, wanted {' or '.join(measured)}"
+            )
+
 
 def _refuse_divergence(logs: dict[str, Any], step: int) -> None:
     for key in ("loss", "eval_loss"):
@@ -177,12 +185,13 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None] | None = None
     trainer.add_callback(Checkpoints(trainer))
     recorder = _install_callbacks(trainer, metrics)
     has_held_out = trainer.eval_dataset is not None
-    if has_held_out and metrics.evaluation(0) is None and checkpoint is None:
-        if _prepares_once(trainer):
-            trainer.args.eval_on_start = True
-        else:
-            trainer.evaluate()
-    _fit(trainer, checkpoint)
+    with folder.forgotten_unless(lambda: trainer.state.global_step or trainer.args.process_index):
+        if has_held_out and metrics.evaluation(0) is None and checkpoint is None:
+            if _prepares_once(trainer):
+                trainer.args.eval_on_start = True
+            else:
+                trainer.evaluate()
+        _fit(trainer, checkpoint)
     step = best_step(trainer) or trainer.state.global_step
     if has_held_out and _of_main(trainer, lambda: metrics.evaluation(step) is None):
         trainer.evaluate()

@@ -9,7 +9,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ class RunFolder:
         for place in self.path.glob(f"*{PARTIAL}"):
             if place.name != LOCK:
                 shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def forgotten_unless(self, has_begun: Callable[[], Any]) -> Iterator[None]:
+        """Take the start of a run back that fails before its first step: the folder then holds none."""
+        try:
+            yield
+        except Exception:
+            if not has_begun() and not checkpoints(self.path):
+                for file in (self.recipe, self.inputs, self.metrics):
+                    file.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -113,13 +124,14 @@ def _report_checkpoints(folder: RunFolder) -> None:
 
 
 def check_inputs(folder: RunFolder, inputs: Inputs) -> None:
-    """Check that a run that goes on from a checkpoint reads what it read before.
+    """Check that a run that is resumed reads what it read before; without a checkpoint its batch may be another.
 
     Raises:
         ConfigError: it does not; what changed is named.
     """
-    if folder.last_checkpoint() is not None:
-        check_same(read_record(Inputs, folder.inputs, REMEDY), inputs, folder.path)
+    is_kept = folder.last_checkpoint() is not None
+    if is_kept or folder.inputs.exists():
+        check_same(read_record(Inputs, folder.inputs, REMEDY), inputs, folder.path, with_batch=is_kept)
 
 
 def record(recipe: Recipe, inputs: Inputs) -> None:

@@ -25,6 +25,7 @@ class Inputs:
         held_out: of the held-out examples.
         tokenizer: of its vocabulary, its rules, its special tokens and its chat template.
         base: of the model's configuration and weights.
+        adapter: of the adapter that it goes on with, if it does.
         processes: that train together.
         batch: rows of each process at a time.
         accumulated: such batches make a step.
@@ -37,6 +38,7 @@ class Inputs:
     processes: int
     batch: int
     accumulated: int
+    adapter: str | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -51,20 +53,22 @@ def inputs_of(recipe: Recipe, trainer: Any, data: Any) -> Inputs:
         rows=_rows(data.train),
         held_out=None if data.eval is None else _rows(data.eval),
         tokenizer=_tokenizer(trainer.processing_class),
-        base=_base(recipe),
+        base=_hash(_base_files(recipe)),
+        adapter=None if recipe.init_adapter is None else _hash(_adapter_files(recipe.init_adapter)),
         processes=args.world_size,
         batch=args.train_batch_size,
         accumulated=args.gradient_accumulation_steps,
     )
 
 
-def check_same(before: Inputs, now: Inputs, output: Path) -> None:
-    """Raise ConfigError that names what changed since the run began."""
+def check_same(before: Inputs, now: Inputs, output: Path, with_batch: bool = True) -> None:
+    """Raise ConfigError that names what changed since the run began; the batch may where no step is kept."""
     names = {
         "rows": "the training rows (their order or content)",
         "held_out": "the held-out rows",
         "tokenizer": "the tokenizer (vocabulary, special tokens or chat template)",
         "base": "the model's files",
+        "adapter": "the files of init_adapter",
     }
     changed = [words for name, words in names.items() if getattr(before, name) != getattr(now, name)]
     if changed:
@@ -72,7 +76,7 @@ def check_same(before: Inputs, now: Inputs, output: Path) -> None:
             f"output {output}: changed since its run began: {'; '.join(changed)}; resume with what it began with, or"
             " choose another output"
         )
-    if before.rows_per_step != now.rows_per_step:
+    if with_batch and before.rows_per_step != now.rows_per_step:
         raise ConfigError(
             f"output {output}: its run began with {_batches(before)}, and this is {_batches(now)};"
             f" {_remedy(before, now)}, or choose another output"
@@ -145,9 +149,9 @@ def _tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(_plain(parts)).hexdigest()
 
 
-def _base(recipe: Recipe) -> str:
+def _hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in _base_files(recipe):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as content:
@@ -170,3 +174,13 @@ def _base_files(recipe: Recipe) -> list[Path]:
         revision = (recipe.training.get("model_init_kwargs") or {}).get("revision")
         path = Path(cached_file(recipe.model, "config.json", revision=revision) or "").parent
     return sorted(file for file in path.iterdir() if file.suffix in WEIGHTS or file.name == "config.json")
+
+
+def _adapter_files(adapter: str) -> list[Path]:
+    from transformers.utils.hub import cached_file
+
+    path = Path(adapter).expanduser()
+    if not path.exists():
+        path = Path(cached_file(adapter, "adapter_config.json") or "").parent
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    return [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]

@@ -123,6 +123,7 @@ OURS = {
     "adapter.inference_mode": "a run always trains",
     "training.output_dir": "set `output` instead",
     "training.seed": "set `seed` instead",
+    "training.dataset_text_field": "name the column in `data.columns: {text: ...}` instead",
     "training.resume_from_checkpoint": "use --resume instead",
 }
 

@@ -15,7 +15,8 @@ from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.files.records import finite, to_json
 from flashbone.train import folder as run_folder
-from flashbone.train.arguments import check_launch, trainer_arguments
+from flashbone.train.arguments import check_launch, check_optimizer, trainer_arguments
+from flashbone.train.checkpoints import write_stops
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.origins import sources_of
 from flashbone.train.data.windows import windows_for
@@ -59,7 +60,7 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
     args = trainer_arguments(recipe)
     check_launch(recipe, args)
     claimed = run_folder.claimed(recipe, resume) if args.process_index == 0 else contextlib.nullcontext()
-    with claimed, run_folder.disk_errors(folder), _out_of_memory(), _hub_errors(args), _bars_if_long(recipe):
+    with claimed, run_folder.disk_errors(folder), _known_failures(), _hub_errors(args), _bars_if_long(recipe):
         return _train(recipe, folder, args)
 
 
@@ -68,6 +69,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
     trainer, load_plain = build_trainer(recipe, args, data)
+    check_optimizer(trainer)
     merge_base = find_merge_base(recipe, folder, trainer) if recipe.merge and args.process_index == 0 else None
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
@@ -100,9 +102,7 @@ def _save(folder: RunFolder, trainer: Any) -> None:
         trainer.save_model(str(partial))  # sharded models need every process here
         if main:
             trainer.processing_class.save_pretrained(partial)
-            if getattr(trainer, "stops_anew", False):
-                settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
-                settings.to_json_file(partial / "generation_config.json")  # save_pretrained refuses what bases may have
+            write_stops(trainer, partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
 
 
@@ -141,9 +141,12 @@ def _hub_errors(args: Any):
 
 
 @contextlib.contextmanager
-def _out_of_memory():
+def _known_failures():
+    """One line where the GPU is full, or a package is missing that `training` asks for."""
     try:
         yield
+    except ImportError as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())[:300]}") from error
     except torch.cuda.OutOfMemoryError as error:
         raise FlashboneError(
             "the GPU is out of memory; lower training.per_device_train_batch_size (and raise "

@@ -108,7 +108,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has
     elif recipe.init_adapter is not None:
         model = start_from(model, recipe)
     else:
-        peft_config = adapter_config(recipe, {**saved_along(model, recipe), **along})
+        peft_config = adapter_config(recipe, saved_along(model, recipe), along)
     trainer = trainer_class(
         model=model,
         args=args,
