@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data import windows as token_windows
 from flashbone.train.data.counts import RowCounts, split_counts, with_counts
-from flashbone.train.data.formats import check_template, in_template, open_examples
+from flashbone.train.data.formats import open_examples
 from flashbone.train.data.layouts import FORMATS, Example
-from flashbone.train.data.origins import Part, elsewhere, named, sources_of
-from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows, readable
+from flashbone.train.data.origins import Part, elsewhere, named, open_place, open_rows, sources_of
+from flashbone.train.data.rows import local_files, read_rows, readable
 from flashbone.train.data.sources import Source, joined, repeated, without_held_out
 from flashbone.train.data.streaming import check_streaming, streamed
 from flashbone.train.data.windows import Windows, count, without_numbers
@@ -174,17 +174,13 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> Read:
 
     stamp, source = open_rows(data)
     with contextlib.closing(source) as rows:
-        reading = open_examples(
-            rows, task, data.path, data.format, data.columns, data.turns, drop_unlabelled=data.drop_unlabelled
-        )
-        name, columns, read = reading.format, reading.columns, reading.examples
+        reading = open_place(rows, data, task)
+        name, columns = reading.format, reading.columns
         log.info("data: %s is read as %s%s", data.path, name, f" with {columns}" if columns else "")
         is_tokenised = FORMATS[name].is_tokenised
-        if data.template is not None:
-            check_template(data.template, name)
 
         def generate() -> Iterator[Example]:
-            examples = read if data.template is None else in_template(read, data.template)
+            examples = reading.examples
             examples = token_windows.cut(examples, windows, data.path) if is_tokenised else examples
             return with_counts(examples, reading.counts)
 
@@ -206,23 +202,6 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> Read:
         log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
     is_whole = not local_files(Path(data.path)) or data.split == "train"
     return Read(data.path, name, counts, is_whole, examples if is_whole else _slice(examples, data))
-
-
-def open_rows(data: DataRecipe) -> tuple[Any, Rows]:
-    """What changes when the rows that `data` names do, and these rows."""
-    if files := local_files(Path(data.path)):
-        return [_stamp(file) for file in files], read_rows(Path(data.path))
-    dataset = open_dataset(data.path, data.subset, data.split)
-    return dataset._fingerprint, dataset_rows(dataset, data.path)
-
-
-def _stamp(file: Path) -> tuple[str, int, int]:
-    """Changes when the file does."""
-    try:
-        about = file.stat()
-    except FileNotFoundError:  # reading raises the error
-        return str(file), 0, 0
-    return str(file.resolve()), about.st_mtime_ns, about.st_size
 
 
 def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":

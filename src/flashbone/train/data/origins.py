@@ -1,11 +1,14 @@
-"""Where the rows of a run come from: one place or several, and the places of held-out and test rows."""
+"""Where the rows of a run come from: one place or several, those of held-out and test rows, and what each holds."""
 
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
 from flashbone.files.sources import expanded
+from flashbone.train.data.formats import Reading, check_template, in_template, open_examples
+from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows
 from flashbone.train.fields import field_names
 from flashbone.train.recipe import DataRecipe, section
 
@@ -63,3 +66,36 @@ def named(data: DataRecipe) -> str:
 def holds_out(data: DataRecipe) -> bool:
     """Whether any rows are held out."""
     return elsewhere(data, data.eval) is not None or any(place.eval for place in sources_of(data))
+
+
+def open_rows(place: DataRecipe, streaming: bool = False) -> tuple[Any, Rows]:
+    """What changes when the rows of a place do, and these rows; a stream's are read one by one."""
+    if files := local_files(Path(place.path)):
+        return [_stamp(file) for file in files], read_rows(Path(place.path))
+    dataset = open_dataset(place.path, place.subset, place.split, streaming)
+    return getattr(dataset, "_fingerprint", None), dataset_rows(dataset, place.path)
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    """Changes when the file does."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:  # reading raises the error
+        return str(file), 0, 0
+    return str(file.resolve()), status.st_mtime_ns, status.st_size
+
+
+def open_place(rows: Rows, place: DataRecipe, task: str) -> Reading:
+    """The examples in the rows of a place, with its template around their prompts.
+
+    Raises:
+        ConfigError: as `choose_format`; or rows of their format take no template.
+        FormatError: as `choose_format`.
+    """
+    reading = open_examples(
+        rows, task, place.path, place.format, place.columns, place.turns, drop_unlabelled=place.drop_unlabelled
+    )
+    if place.template is not None:
+        check_template(place.template, reading.format)
+        reading.examples = in_template(reading.examples, place.template)
+    return reading

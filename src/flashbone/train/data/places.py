@@ -4,9 +4,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 
-from flashbone.train.data.formats import in_template, open_examples
 from flashbone.train.data.layouts import Example
-from flashbone.train.data.loading import open_rows
+from flashbone.train.data.origins import open_place, open_rows
 from flashbone.train.recipe import DataRecipe
 
 
@@ -26,9 +25,7 @@ def places(data: DataRecipe, task: str, wanted: list[Example]) -> list[str]:
         left.setdefault(_key(example), []).append(number)
     found = [data.path] * len(wanted)
     with contextlib.closing(open_rows(data)[1]) as rows:
-        reading = open_examples(watched(), task, data.path, data.format, data.columns, data.turns)
-        examples = reading.examples if data.template is None else in_template(reading.examples, data.template)
-        for example in examples:
+        for example in open_place(watched(), data, task).examples:
             if numbers := left.get(_key(example)):
                 found[numbers.pop(0)] = last
             if not any(left.values()):

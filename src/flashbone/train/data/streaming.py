@@ -4,15 +4,12 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError
-from flashbone.train.data.formats import check_template, in_template, open_examples
 from flashbone.train.data.layouts import FORMATS, Example
-from flashbone.train.data.origins import sources_of
+from flashbone.train.data.origins import open_place, open_rows, sources_of
 from flashbone.train.data.prepared import Counts, Limits, prepare, prepared_rows
-from flashbone.train.data.rows import dataset_rows, local_files, open_dataset, read_rows
 from flashbone.train.recipe import DataRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -88,14 +85,8 @@ def _as_json(place: DataRecipe, task: str) -> Iterator[dict[str, str]]:
 
 def _examples(place: DataRecipe, task: str) -> Iterator[Example]:
     """The examples of one source, from its first row on."""
-    if local_files(Path(place.path)):
-        source = read_rows(Path(place.path))
-    else:
-        source = dataset_rows(open_dataset(place.path, place.subset, place.split, streaming=True), place.path)
-    with contextlib.closing(source) as rows:
-        reading = open_examples(rows, task, place.path, place.format, place.columns, place.turns)
+    with contextlib.closing(open_rows(place, streaming=True)[1]) as rows:
+        reading = open_place(rows, place, task)
         if FORMATS[reading.format].is_tokenised:
             raise ConfigError(f"data.streaming: {place.path} holds token ids, which are memory maps; leave it out")
-        if place.template is not None:
-            check_template(place.template, reading.format)
-        yield from reading.examples if place.template is None else in_template(reading.examples, place.template)
+        yield from reading.examples
