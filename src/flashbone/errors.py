@@ -1,6 +1,7 @@
 """The errors that flashbone raises, one subclass for each kind of wrong input; and foreign text as it is shown."""
 
 import re
+from collections.abc import Iterable
 
 
 class FlashboneError(Exception):
@@ -50,6 +51,14 @@ def visible(text: object, most: int = MOST_OF_A_NAME) -> str:
 def escaped(text: str, keep: str = "") -> str:
     """Text with control characters, marks of direction and the like as escapes, but for those to keep."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(items: Iterable[object], most: int, separator: str = ", ") -> str:
+    """The first `most` of these in a row, and how many more there are."""
+    texts = [str(item) for item in items]
+    rest = len(texts) - most
+    before = " " if separator == ", " else separator
+    return separator.join(texts[:most]) + (f"{before}and {rest} more" if rest > 0 else "")
 
 
 def one_line(message: object, most: int = MOST_OF_AN_ERROR) -> str:

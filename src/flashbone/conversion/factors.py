@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashbone import variants
-from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeError
+from flashbone.errors import ConfigError, FormatError, NonFiniteError, ShapeError, shortened
 from flashbone.files import names, tensors
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel
@@ -238,9 +238,9 @@ def to_adapter(lora: Lora, where: Path) -> Adapter:
     """
     sizes = {name: _block_size(A, B) for name, (A, B) in lora.factors.items()}
     if free := [name for name, r in sizes.items() if r == 0]:
-        shown = ", ".join(free[:3]) + (f" and {len(free) - 3} more" if len(free) > 3 else "")
         raise FormatError(
-            f"{where}: a LoRA with a trained A is not a Bone adapter ({shown}); use it with PEFT as it is, or merge it"
+            f"{where}: a LoRA with a trained A is not a Bone adapter ({shortened(free, 3)}); use it with PEFT as it is,"
+            " or merge it"
         )
     # Where r is not below the input features, any larger one is the same function: that of the other modules.
     known = max((r for name, r in sizes.items() if r < lora.factors[name][0].shape[1]), default=lora.rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from flashbone import variants
-from flashbone.errors import FormatError
+from flashbone.errors import FormatError, shortened
 from flashbone.files import fields, folders
 from flashbone.files.adapter import Adapter, is_same
 from flashbone.files.states import read_state
@@ -187,7 +187,9 @@ def mini_r(adapter: Adapter, where: str) -> int:
     """
     widths = {adapter.variant.block_fields(block).get("mini_r", 1) for block in adapter.blocks.values()}
     if len(widths) > 1:
-        raise FormatError(f"{where}: its blocks have {_some(sorted(widths))} columns, and mini_r is one number")
+        raise FormatError(
+            f"{where}: its blocks have {shortened(sorted(widths), _FIRST_NAMED)} columns, and mini_r is one number"
+        )
     return widths.pop()
 
 
@@ -221,12 +223,8 @@ def refuse(adapter: Adapter, reasons: Mapping[str, Any], what: str) -> None:
     Raises:
         FormatError: some reason holds.
     """
-    problems = [why if about is True else f"{why} ({_some(about)})" for why, about in reasons.items() if about]
+    problems = [
+        why if about is True else f"{why} ({shortened(about, _FIRST_NAMED)})" for why, about in reasons.items() if about
+    ]
     if problems:
         raise FormatError(f"this {adapter.variant.name} adapter cannot be written as {what}: {'; '.join(problems)}")
-
-
-def _some(names: Iterable[Any]) -> str:
-    names = list(map(str, names))
-    rest = len(names) - _FIRST_NAMED
-    return ", ".join(names[:_FIRST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from flashbone.errors import visible
+from flashbone.errors import shortened, visible
 from flashbone.files.formats import AdapterCard
 
 BEGIN, END = "<!-- flashbone: begin -->", "<!-- flashbone: end -->"
@@ -61,8 +61,7 @@ def with_section(text: str, card: AdapterCard) -> str:
 def _targets(names: Iterable[str]) -> str:
     """The last parts of the names, since layers are many and roles few."""
     last = sorted({name.rpartition(".")[2] if re.fullmatch(r"[\w.]+", name) else name for name in names})
-    more = len(last) - _MOST_NAMES
-    return ", ".join(map(_code, last[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
+    return shortened(map(_code, last), _MOST_NAMES)
 
 
 def _code(text: str) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FormatError, shortened
 
 VOCABULARY_NAME = "rwkv_vocab_v20230424.txt"
 _SHOWN = 3  # bad lines that an error quotes
@@ -55,8 +55,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> list[bytes]:
             taken.add(index)
             ids[token] = index
     if bad:
-        more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise FormatError(f"{path}: not an RWKV vocabulary: {'; '.join(bad[:_SHOWN])}{more}")
+        raise FormatError(f"{path}: not an RWKV vocabulary: {shortened(bad, _SHOWN, '; ')}")
     _check_complete(path, ids)
     return [b"", *sorted(ids, key=ids.__getitem__)]
 

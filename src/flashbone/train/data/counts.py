@@ -1,11 +1,11 @@
 """What became of the rows of a source: how many were kept, and which columns were used; notices of what was not."""
 
-import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flashbone.errors import shortened
 from flashbone.train.data.conversations import unread_keys
 from flashbone.train.data.layouts import Example
 
@@ -57,9 +57,7 @@ class RowCounts:
 
 def listed(names: Collection[str]) -> str:
     """The names of columns on one line."""
-    shown = [name if name.isprintable() and name else repr(name) for name in itertools.islice(names, SHOWN)]
-    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return ", ".join([*shown, *more]) or "none"
+    return shortened((name if name.isprintable() and name else repr(name) for name in names), SHOWN) or "none"
 
 
 def _add(names: list[str], name: str) -> None:

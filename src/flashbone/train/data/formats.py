@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FormatError, shortened
 from flashbone.train.data.conversations import packed
 from flashbone.train.data.counts import RowCounts, listed
 from flashbone.train.data.layouts import FORMATS, Example, Unlabelled
@@ -206,8 +206,7 @@ def _converted(
     if not counts.read:
         raise FormatError(f"{where}: no rows")
     if bad:
-        more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-        raise FormatError("; ".join(bad[:SHOWN_BAD_ROWS]) + more)
+        raise FormatError(shortened(bad, SHOWN_BAD_ROWS, "; "))
     if not counts.kept:
         raise FormatError(f"{where}: all {counts.read} rows are left out; none has a class")
     if unseen := [theirs for theirs in reading.columns.values() if theirs not in counts.used]:
