@@ -27,6 +27,7 @@ CONFIG.yaml:
   init_adapter: path             # go on with this adapter, in any format of the family; then leave adapter out
   merge: true                    # also write the merged model
   monitor: true                  # log the rotations of the variant orthogonal, and draw them
+  samples: 3                     # show answers to held-out prompts before and after; 0 for none
   seed: 42
   quantization: {bits: 4}        # the base in few bits, by bitsandbytes
   rwkv: {chunk_ctx: 512, l2_wrap: false, train_parts: [ln, time]}  # of RWKV models: docs/rwkv.md

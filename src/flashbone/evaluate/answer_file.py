@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.evaluate.exact_match import Answered
@@ -21,26 +21,36 @@ from flashbone.files.outputs import PARTIAL, alone, make_folder, write_text
 from flashbone.files.records import from_json
 from flashbone.files.sources import read_json
 
+T = TypeVar("T")
+
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
 
 @contextmanager
-def claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+def claimed(
+    folder: Path, settings: dict[str, Any], results: Path | None = None, what: str = "an evaluation"
+) -> Iterator[None]:
     """Have the folder for this run alone; where the block fails before its first answer, nothing is left of it.
+
+    Args:
+        folder: Where answers are kept.
+        settings: What decides the results.
+        results: The file that exists when the run has ended; None for results.json in the folder.
+        what: What the folder holds, for errors.
 
     Raises:
         ConfigError: another run has it now; or as `claim` does.
     """
     with alone(folder):
-        claim(folder, settings)
+        claim(folder, settings, what)
         try:
             yield
         except BaseException:
-            _release(folder)
+            _release(folder, folder / RESULTS if results is None else results)
             raise
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(folder: Path, settings: dict[str, Any], what: str = "an evaluation") -> None:
     """Make the folder, or find that it is of a run with the same settings.
 
     Raises:
@@ -51,7 +61,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / SETTINGS
     if not file.exists():
         if any(not path.name.endswith(PARTIAL) for path in folder.iterdir()):
-            raise ConfigError(f"output {folder}: holds files, but none of an evaluation; choose another output")
+            raise ConfigError(f"output {folder}: holds files, but none of {what}; choose another output")
         write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     before = read_json(file)
@@ -59,20 +69,20 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if names:
         parts = [f"{name} was {_short(before.get(name))}, is {_short(settings.get(name))}" for name in names]
         raise ConfigError(
-            f"output {folder} holds an evaluation with other settings: {'; '.join(parts)}; choose another output"
+            f"output {folder} holds {what} with other settings: {'; '.join(parts)}; choose another output"
         )
 
 
-def _release(folder: Path) -> None:
+def _release(folder: Path, results: Path) -> None:
     """Leave nothing behind a run that failed before its first answer: the same folder may then hold another."""
     answers = folder / ANSWERS
-    if (folder / RESULTS).exists() or (answers.exists() and answers.stat().st_size):
+    if results.exists() or (answers.exists() and answers.stat().st_size):
         return
     for file in (answers, folder / SETTINGS):
         file.unlink(missing_ok=True)
 
 
-def read_answers(folder: Path) -> list[Answered]:
+def read_answers(folder: Path, kind: type[T] = Answered) -> list[T]:
     """What was answered before; a last line that a kill cut short is taken off the file.
 
     Raises:
@@ -85,14 +95,14 @@ def read_answers(folder: Path) -> list[Answered]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(file, len(whole))
-    return [_answered(line, f"{file}:{number}") for number, line in enumerate(whole.splitlines(), 1)]
+    return [_answered(line, f"{file}:{number}", kind) for number, line in enumerate(whole.splitlines(), 1)]
 
 
-def _answered(line: bytes, where: str) -> Answered:
+def _answered(line: bytes, where: str, kind: type[T]) -> T:
     try:
-        return from_json(Answered, dict(json.loads(line)), where)
+        return from_json(kind, dict(json.loads(line)), where)
     except (ValueError, TypeError) as error:  # a FormatError is a ValueError
-        raise FormatError(f"{where}: is not an answer of an evaluation ({error}); remove the file") from None
+        raise FormatError(f"{where}: is not an answer of this run ({error}); remove the file") from None
 
 
 @contextmanager
@@ -111,7 +121,7 @@ class Appender:
     def __init__(self, file: TextIO | None):
         self._file = file
 
-    def add(self, answered: Answered) -> None:
+    def add(self, answered: Any) -> None:
         if self._file is not None:
             self._file.write(json.dumps(asdict(answered), ensure_ascii=False) + "\n")
             self._file.flush()

@@ -1,6 +1,7 @@
 """The model that is evaluated, with its adapter, and what the run that trained the adapter recorded."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,9 +10,9 @@ from transformers import GenerationConfig
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files.beside import GENERATION, beside_model
 from flashbone.files.records import read_record
-from flashbone.train.adapters import attach_adapter
-from flashbone.train.models import load_causal_lm, load_classifier, load_config
-from flashbone.train.recipe import Recipe, is_pth
+from flashbone.train.adapters import attach_adapter, attach_adapters
+from flashbone.train.models import load_causal_lm, load_classifier, load_config, quantized
+from flashbone.train.recipe import Quantization, Recipe, is_pth
 from flashbone.train.summary import Summary
 from flashbone.train.tokenizers import load_tokenizer
 
@@ -48,30 +49,44 @@ def _beside(adapter: Path | None, name: str) -> Path | None:
 
 
 def load_language_model(
-    name: str, adapter: Path | None, dtype: Any, device: Any, *, merge: bool = False, vocabulary: str | None = None
+    name: str,
+    adapter: Path | Mapping[str, Path] | None,
+    dtype: Any,
+    device: Any,
+    *,
+    merge: bool = False,
+    vocabulary: str | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[Any, Any]:
     """The model in eval mode on the device, with its adapter, and the tokenizer.
 
     Args:
         name: A folder, hub id, .gguf file, or an RWKV model's .pth file.
-        adapter: Of any format that flashbone reads, or a folder of any of PEFT's methods.
+        adapter: Of any format that flashbone reads, or a folder of any of PEFT's methods; or several by their names.
         dtype: Of the base.
         device: Where it goes.
         merge: Put the adapter into the weights.
         vocabulary: A file of an RWKV model's tokens.
+        quantization: Load the base in few bits.
 
     Raises:
         ConfigError: there is no such model or adapter, or the adapter is a classifier's.
         FormatError, ShapeError: the adapter cannot be read, or does not fit the model.
     """
-    tokenizer = load_tokenizer(name, vocabulary, adapter)
-    model = load_causal_lm(name, dtype)
-    if adapter is not None:
-        model = attach_adapter(model, adapter, "CAUSAL_LM", merge)
-    generation = beside_model(name, adapter).files.get(GENERATION)
+    adapters = {"default": adapter} if isinstance(adapter, Path) else dict(adapter or {})
+    brought = beside_model(name, [*adapters.values()])
+    if "differ" in brought.words:
+        log.warning("%s", brought.words)
+    tokenizer = load_tokenizer(name, vocabulary, [*adapters.values()])
+    few_bits = quantized(name, quantization, dtype)
+    model = load_causal_lm(name, dtype, **few_bits, **({"device_map": {"": device}} if few_bits else {}))
+    if adapters:
+        model = attach_adapters(model, adapters, "CAUSAL_LM")
+        model = model.merge_and_unload() if merge else model
+    generation = brought.files.get(GENERATION)
     if generation is not None:
         model.generation_config = GenerationConfig.from_pretrained(str(generation.parent))
-    return model.to(device).eval(), tokenizer
+    return (model if few_bits else model.to(device)).eval(), tokenizer
 
 
 def load_labelled_classifier(
@@ -93,7 +108,7 @@ def load_labelled_classifier(
     """
     if is_pth(name):
         raise ConfigError(f"model {name}: an RWKV model cannot classify; a classifier has no .pth format")
-    tokenizer = load_tokenizer(name, adapter=adapter)
+    tokenizer = load_tokenizer(name, adapters=() if adapter is None else [adapter])
     config = load_config(name)
     has_head = any("SequenceClassification" in architecture for architecture in config.architectures or ())
     labels = labels or recorded_labels(adapter) or (_labels_of(config) if has_head else [])

@@ -84,8 +84,9 @@ def tokenizer_folder(merged: Path) -> Path:
     return merged.with_suffix(".tokenizer")
 
 
-def beside_model(model: str, adapter: Path | None) -> Beside:
-    """What takes the place of a model's own when it is run: what its adapter brings, or what its merge left."""
-    folders = [] if adapter is None else [adapter]
-    folders += [tokenizer_folder(Path(model).expanduser())] if model.endswith(".pth") else []
-    return next((brought for folder in folders if (brought := beside([folder])).files), Beside())
+def beside_model(model: str, adapters: Sequence[Path]) -> Beside:
+    """What takes the place of a model's own when it is run: what its adapters bring, or what its merge left."""
+    brought = beside(adapters)
+    if not brought.files and model.endswith(".pth"):
+        return beside([tokenizer_folder(Path(model).expanduser())])
+    return brought

@@ -5,8 +5,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +120,50 @@ def attach_adapter(model: Any, adapter: Path, task_type: str, merge: bool = Fals
             as a classification head.
         FormatError, ShapeError: it cannot be read, or does not fit the model.
     """
-    with _peft_folder(adapter) as folder, _misfits(adapter):
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        task = getattr(config.task_type, "value", config.task_type)
-        if task is not None and task != task_type:
-            remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
-            raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
-        _refuse_random_modules(model, config, adapter)
-        _grow_vocabulary(model, folder)
-        with same_compilers():
-            adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
+    adapted = attach_adapters(model, {"default": adapter}, task_type)
     return adapted.merge_and_unload() if merge else adapted
+
+
+def attach_adapters(model: Any, adapters: Mapping[str, Path], task_type: str) -> Any:
+    """The model with several adapters of one method to infer with, unmerged, by these names; the first is active.
+
+    Raises:
+        ConfigError: as `attach_adapter`; or they are of several methods.
+        FormatError, ShapeError: as there.
+    """
+    with ExitStack() as stack:
+        loaded = []
+        for name, adapter in adapters.items():
+            folder = stack.enter_context(_peft_folder(adapter))
+            with _misfits(adapter):
+                loaded.append((name, adapter, folder, _config_for(model, folder, adapter, task_type)))
+        kinds = [getattr(config.peft_type, "value", config.peft_type) for *_, config in loaded]
+        if len(set(kinds)) > 1:
+            names = ", ".join(f"{adapter} ({kind})" for (_, adapter, *_), kind in zip(loaded, kinds, strict=True))
+            raise ConfigError(
+                f"adapters of several methods cannot be on one model: {names}; `flashbone convert --to peft` makes one"
+                " of the family BONE"
+            )
+        adapted: Any = None
+        for name, adapter, folder, config in loaded:
+            with _misfits(adapter), same_compilers():
+                if adapted is None:
+                    _grow_vocabulary(model, folder)
+                    adapted = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
+                else:
+                    adapted.load_adapter(str(folder), adapter_name=name)
+        return adapted
+
+
+def _config_for(model: Any, folder: Path, adapter: Path, task_type: str) -> Any:
+    """The adapter's configuration, if it is one for this task and model."""
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    task = getattr(config.task_type, "value", config.task_type)
+    if task is not None and task != task_type:
+        remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
+        raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
+    _refuse_random_modules(model, config, adapter)
+    return config
 
 
 def _refuse_random_modules(model: Any, config: Any, adapter: Path) -> None:

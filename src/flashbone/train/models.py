@@ -12,7 +12,7 @@ from typing import Any
 from flashbone.errors import ConfigError
 from flashbone.files import claims
 from flashbone.files.sources import hub_problem, read_json
-from flashbone.train.recipe import TASK_TYPES, Recipe, is_pth, quantization_of
+from flashbone.train.recipe import TASK_TYPES, Quantization, Recipe, is_pth, quantization_of
 from flashbone.tuner.model.skeleton import skeleton
 
 
@@ -110,17 +110,19 @@ def quantized_loading(recipe: Recipe, dtype: Any) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be.
     """
-    quantization = quantization_of(recipe)
+    return quantized(recipe.model, quantization_of(recipe), dtype)
+
+
+def quantized(name: str, quantization: Quantization | None, dtype: Any) -> dict[str, Any]:
+    """The same for the model of this name."""
     if quantization is None:
         return {}
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             "quantization: the package bitsandbytes is not installed; pip install flashbone[quant], or leave it out"
         )
-    if recipe.model.endswith(".gguf"):
-        raise ConfigError(
-            f"quantization: {recipe.model} is dequantised on loading; use the model's own folder or hub id"
-        )
+    if name.endswith(".gguf"):
+        raise ConfigError(f"quantization: {name} is dequantised on loading; use the model's own folder or hub id")
     from transformers import BitsAndBytesConfig
 
     if quantization.bits == 8:

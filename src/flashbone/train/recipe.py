@@ -54,6 +54,7 @@ class Recipe:
     early_stopping: dict[str, Any] = field(default_factory=dict)  # end when held-out loss no longer falls: fields below
     merge: bool = False  # also write the merged model
     monitor: bool = True  # log how far the orthogonal variant turns, and how orthogonal it is
+    samples: int = 3  # answers to so many held-out prompts, before and after; of a classifier rows of a wrong class
     seed: int = 42  # of the adapter's start, the order of rows, and the held-out draw
 
 
@@ -220,6 +221,8 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         rwkv_of(recipe)
         sources_of(recipe.data)
         early_stopping_of(recipe)
+        if recipe.samples < 0:
+            raise ConfigError(f"samples: got {recipe.samples}, wanted a number of held-out rows, or 0 for none")
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from None
     return recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashbone.errors import visible
 from flashbone.files.outputs import read_json_lines
 from flashbone.train import drawing
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_OF_A_SAMPLE = 300  # characters
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
 ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
     ("rotation/error", "largest entry of |QᵀQ - I|"),
@@ -83,6 +85,8 @@ def print_summary(summary: dict[str, Any], folder: Path, figures: list[Path]) ->
         table.add_row(name, value)
     console = Console()
     console.print(table)
+    for line in _sample_lines(summary.get("samples") or []):
+        console.print(line, soft_wrap=True)
     for name, path in _files(folder, figures):
         console.print(f"{name:<8} {path}", soft_wrap=True)
 
@@ -112,6 +116,18 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary.get("tokens_per_s") else ""
     lines.append(("training time", f"{summary['train_s']:,.1f} s{speed}"))
     lines.append((f"peak {summary['peak_of']}", f"{summary['peak_mib']:,.0f} MiB on {summary['device']}"))
+    return lines
+
+
+def _sample_lines(samples: list[dict[str, Any]]) -> list[str]:
+    """Each sample in a few lines of its own."""
+    lines = []
+    for sample in samples:
+        names = {"prompt": "held out", "wanted": "wanted", "before": "before", "after": "after"}
+        if sample["before"] is None:
+            names = {"prompt": "text", "wanted": "its class", "after": "taken for"}
+        lines += [f"{shown:<9} {visible(sample[name].strip(), MOST_OF_A_SAMPLE)}" for name, shown in names.items()]
+        lines.append("")
     return lines
 
 

@@ -28,6 +28,7 @@ from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe, early_stopping_of, refuse_classification
+from flashbone.train.samples import Samples
 from flashbone.train.summary import summarise
 from flashbone.train.trainers import build_trainer
 
@@ -81,9 +82,12 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
         inputs = inputs_of(recipe, trainer, data)
         run_folder.check_inputs(folder, inputs)
         begin = functools.partial(run_folder.record, recipe, inputs)
+    samples = Samples(trainer, data, recipe.samples)
+    samples.ask_before()
     metrics, recorder = fit(trainer, folder, begin)
     summary = summarise(recipe, trainer, data, metrics, recorder)
     _save(folder, trainer)
+    summary = dataclasses.replace(summary, samples=samples.after())
     if recipe.merge and args.process_index == 0:
         write_merged(folder, merge_base, trainer, load_plain if recipe.quantization else None)
     if args.process_index == 0:

@@ -15,6 +15,7 @@ from flashbone.train.data.loading import Data
 from flashbone.train.data.sources import Source
 from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
 from flashbone.train.recipe import Recipe
+from flashbone.train.samples import Sample
 
 if TYPE_CHECKING:
     from flashbone.train.fitting import MetricsLog, Recorder
@@ -27,6 +28,7 @@ class Summary:
     Attributes:
         train_rows: null where they were a stream.
         sources: what each place of rows brought.
+        samples: answers to held-out prompts, or held-out rows of a wrong class.
         rotation: the last figures of the variant orthogonal, the largest of all modules.
         best_step: the step whose weights the adapter has, where the best are kept and not the last; the figures "after"
             are those of this step.
@@ -64,6 +66,7 @@ class Summary:
     eval_macro_f1_before: float | None = None
     eval_macro_f1_after: float | None = None
     sources: list[Source] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
 
 def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", recorder: "Recorder") -> Summary:

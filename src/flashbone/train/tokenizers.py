@@ -1,7 +1,7 @@
 """The tokenizer that goes with a model or an adapter: its padding, chat template and end tokens, and texts as ids."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,20 @@ from flashbone.train.templates import check_template
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(name: str, vocabulary: str | None = None, adapter: Path | None = None, **kwargs: Any) -> Any:
+def load_tokenizer(name: str, vocabulary: str | None = None, adapters: Sequence[Path] = (), **kwargs: Any) -> Any:
     """The tokenizer of a model, with a padding token.
 
     Args:
         name: The model: a folder, hub id, .gguf file, or an RWKV model's .pth file.
         vocabulary: A file of the tokens of an RWKV model; that of the package rwkv if None.
-        adapter: A folder whose own tokenizer goes first, since training may have given it a chat template.
+        adapters: Folders whose own tokenizer goes first, since training may have given it a chat template.
         kwargs: For transformers.
 
     Raises:
         ConfigError: there is no such model, or it has no tokenizer.
         FormatError: the adapter's tokenizer cannot be read.
     """
-    brought = beside_model(name, adapter).files
+    brought = beside_model(name, adapters).files
     if vocabulary is None and TOKENIZER_CONFIG in brought:
         return _with_padding(_of_adapter(name, brought[TOKENIZER_CONFIG].parent), name)
     if is_pth(name):
