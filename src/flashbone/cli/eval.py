@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from flashbone.cli import hub
 from flashbone.cli.places import expand
-from flashbone.cli.terminal import progress_bars, set_up_notices
+from flashbone.cli.terminal import rows_bar, set_up_notices
+from flashbone.evaluate.bases import is_adapter
 
 EPILOG = """\
 examples:
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
 
     given = {key: value for key, value in vars(args).items() if key not in ("json", "adapter")}
     adapter = None if args.adapter is None else hub.folder(args.adapter)
-    results = evaluate(Request(**given, adapter=adapter), _bar)
+    results = evaluate(Request(**given, adapter=adapter), rows_bar)
     if args.json:
         print(json.dumps(json.loads(to_json(results)), indent=2))  # in ASCII, for any terminal
     else:
@@ -52,7 +52,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("nothing to measure; give --tasks, --exact-match, --classification or --perplexity")
     if args.classification and any(generative):
         parser.error("--classification needs another kind of model than the rest; measure it on its own")
-    if args.merge and args.adapter is None:
+    if args.merge and args.adapter is None and not is_adapter(args.model):
         parser.error("--merge needs an --adapter")
     belong = [
         ("--include-path", args.include_path, "--tasks", args.tasks),
@@ -68,17 +68,6 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{option} needs {other}")
 
 
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress_bars(*columns) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda rows: progress.advance(task, rows)
-
-
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
@@ -86,7 +75,8 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _columns(text: str) -> dict[str, str]:
+def columns(text: str) -> dict[str, str]:
+    """Pairs of OURS=THEIRS."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted OURS=THEIRS,... as in question=query,answer=response")
@@ -122,7 +112,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder, hub id, .gguf file, or an RWKV model's .pth file")
+    add(
+        "model",
+        metavar="MODEL",
+        help="folder, hub id, .gguf file, or an RWKV model's .pth file; or an adapter's folder, for its base with it",
+    )
     add("--adapter", metavar="A", help="adapter of any format that flashbone reads, or of PEFT's other methods")
     add("--merge", action="store_true", help="put the adapter into the weights first, in memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the model (fp32 on a CPU, bf16 on a GPU)")
@@ -139,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--perplexity", type=Path, metavar="FILE", help="texts, or rows as `flashbone train` reads them")
     how = parser.add_argument_group("how")
     add = how.add_argument
-    add("--columns", type=_columns, default={}, metavar="O=T,...", help="our column names to the file's")
+    add("--columns", type=columns, default={}, metavar="O=T,...", help="our column names to the file's")
     add("--prompt", type=_template, metavar="T", help="'alpaca', or a text with {question} in it (the question)")
     add("--no-chat-template", dest="chat_template", action="store_false", help="questions as plain text")
     add("--max-new-tokens", type=_at_least(1), default=512, metavar="N", help="longest answer (512)")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from flashbone.errors import ConfigError
+from flashbone.evaluate.bases import base_of, is_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,7 +16,7 @@ class Request:
     """What is to be measured; fields are the options of `flashbone eval`.
 
     Attributes:
-        model: folder, hub id, .gguf file, or an RWKV model's .pth file.
+        model: folder, hub id, .gguf file, or an RWKV model's .pth file; or an adapter's folder that names its base.
         adapter: a folder or file.
         merge: put the adapter into the weights first.
         tasks: of lm-evaluation-harness.
@@ -74,6 +75,10 @@ def settled(request: Request) -> Request:
         raise ConfigError("nothing to measure: give tasks, exact_match, classification or perplexity")
     if request.classification and any((request.tasks, request.exact_match, request.perplexity)):
         raise ConfigError("classification needs another kind of model than the rest; measure it on its own")
+    if is_adapter(request.model):
+        if request.adapter is not None:
+            raise ConfigError(f"model {request.model}: is an adapter; give the base in its place, or no other adapter")
+        request = replace(request, model=base_of(request.model), adapter=Path(request.model).expanduser())
     if request.merge and request.adapter is None:
         raise ConfigError("merge: there is no adapter to merge; give one, or leave it out")
     for name in ("batch_size", "max_new_tokens", "limit", "max_length"):
@@ -84,13 +89,23 @@ def settled(request: Request) -> Request:
         raise ConfigError(f"num_fewshot: got {request.num_fewshot}, wanted 0 or more")
     if request.prompt not in (None, "alpaca") and "{question}" not in (request.prompt or ""):
         raise ConfigError(f"prompt: got {request.prompt!r}, wanted 'alpaca' or a text with {{question}} in it")
+    device, dtype = device_and_dtype(request.device, request.dtype)
+    return replace(request, device=device, dtype=dtype)
+
+
+def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """Both as they are asked for, or a GPU where there is one; and bf16 there, fp32 on a CPU.
+
+    Raises:
+        ConfigError: there is no such device or dtype.
+    """
     try:
-        device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"device: got {request.device!r}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {request.device!r}, but torch finds no GPU; use cpu")
-    dtype = request.dtype or ("fp32" if device.type == "cpu" else "bf16")
+        raise ConfigError(f"device: got {device!r}: {str(error).splitlines()[0]}") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {device!r}, but torch finds no GPU; use cpu")
+    dtype = dtype or ("fp32" if place.type == "cpu" else "bf16")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, wanted {', '.join(DTYPES)}")
-    return replace(request, device=str(device), dtype=dtype)
+    return str(place), dtype
