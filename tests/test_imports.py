@@ -52,8 +52,6 @@ PUBLIC |= {"FlashboneError": "errors", "__version__": "__init__"}
 CIRCLES = {
     ("tuner.layers.read_weights", "tuner.layers.layer"),
     ("tuner.layers.shifts", "tuner.layers.layer"),
-    ("train.recipe", "train.data.origins"),
-    ("train.summary", "train.fitting"),
 }
 
 UNREADABLE = "flashbone.?"

@@ -25,7 +25,7 @@ GUIDES = {
 FIELDS = {
     "train": [
         ("flashbone.train.recipe", "Recipe", "Fields of the file"),
-        ("flashbone.train.recipe", "DataRecipe", "Fields of `data`"),
+        ("flashbone.train.data.origins", "DataRecipe", "Fields of `data`"),
         ("flashbone.train.recipe", "Quantization", "Fields of `quantization`"),
         ("flashbone.train.recipe", "RwkvSettings", "Fields of `rwkv`"),
     ],

@@ -17,7 +17,7 @@ import pytest
 from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import outputs
 from flashbone.files.outputs import alone, read_json_lines
-from flashbone.train.fitting import MetricsLog
+from flashbone.train.metrics import MetricsLog
 from helpers.adapter_folders import listing
 
 LINE = '{"step": 1, "of": "a\u2028b"}\n'

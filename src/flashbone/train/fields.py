@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files.plain_yaml import parse_yaml
-from flashbone.files.records import fits, from_json, wanted
+from flashbone.files.records import fits, from_json, problems, wanted
 from flashbone.files.sources import expanded
 
 T = TypeVar("T")
@@ -19,6 +19,22 @@ Names = tuple[str, ...]  # of a field, from the outside in
 def field_names(cls: Any) -> list[str]:
     """The fields of a dataclass that its constructor takes."""
     return [item.name for item in dataclasses.fields(cls) if item.init]
+
+
+def section(kind: type[T], name: str, fields: dict[str, Any]) -> T | None:
+    """A section of a configuration as its dataclass; None if it is empty.
+
+    Raises:
+        ConfigError: a field is unknown or out of range.
+    """
+    if not fields:
+        return None
+    names = field_names(kind)
+    if unknown := [name for name in fields if name not in names]:
+        raise ConfigError(f"{name}: got {', '.join(unknown)}, wanted {', '.join(names)}")
+    if wrong := problems(kind, fields):
+        raise ConfigError("; ".join(f"{name}.{field}: {problem}" for field, problem in wrong.items()))
+    return kind(**fields)
 
 
 @dataclass(frozen=True)

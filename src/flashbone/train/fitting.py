@@ -1,12 +1,11 @@
 """The training itself: held-out loss before, every step or those after the last checkpoint, held-out loss after."""
 
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +13,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from flashbone.errors import ConfigError, NonFiniteError
-from flashbone.files.outputs import read_json_lines, write_text
-from flashbone.files.records import from_json
 from flashbone.train.checkpoints import STATE, Checkpoints, best_step, problem, step_of
 from flashbone.train.folder import RunFolder
+from flashbone.train.metrics import LoggedStep, MetricsLog
 
 log = logging.getLogger(__name__)
 
@@ -25,43 +23,6 @@ T = TypeVar("T")
 
 # Wall-clock figures and counters that a resumed run would repeat differently; ours are tokens and train_s.
 DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time")
-
-
-@dataclass(frozen=True)
-class LoggedStep:
-    """A line of metrics.jsonl; the figures that the trainer logs follow under their own names, as numbers or null."""
-
-    step: int
-    tokens: int = 0  # learned from so far
-    train_s: float = 0.0  # seconds in optimiser steps so far
-
-
-class MetricsLog:
-    """metrics.jsonl: one object for each log event, each step once however often the run was resumed."""
-
-    def __init__(self, path: Path, keep_to_step: int | None = None):
-        """Open the log, dropping what was logged after `keep_to_step` (a checkpoint's), or everything."""
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if keep_to_step is not None:
-            rows = read_json_lines(path, after_kill=True)
-            self.rows = [row for row in rows if from_json(LoggedStep, row, str(path)).step <= keep_to_step]
-
-    def rewrite(self) -> None:
-        """Make the file hold the kept rows and nothing else."""
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def evaluation(self, step: int) -> dict[str, Any] | None:
-        """The held-out figures at a step."""
-        return next((row for row in self.rows if row["step"] == step and "eval_loss" in row), None)
-
-    def last(self, key: str, default: Any = None) -> Any:
-        return next((row[key] for row in reversed(self.rows) if key in row), default)
 
 
 class Recorder(TrainerCallback):

@@ -2,40 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from flashbone.errors import ConfigError
 from flashbone.files.plain_yaml import read_yaml
-from flashbone.files.records import problems
-from flashbone.train.fields import Schema, field_names, option_of
+from flashbone.train.data.origins import DataRecipe, sources_of
+from flashbone.train.fields import Schema, option_of, section
 
 Task = Literal["sft", "classification"]
 TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
-
-
-T = TypeVar("T")
-
-
-@dataclass
-class DataRecipe:
-    """Where the examples come from and how a row becomes one."""
-
-    path: str = ""  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
-    # held out: a share, a number of rows, another file, where it is and how it is read (path...), or nothing
-    eval: int | float | str | dict[str, Any] | None = 0.1
-    format: str = "auto"  # of the rows, as in docs/training.md; auto goes by the columns
-    columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name
-    split: str = "train"  # also slices: train[:5000]
-    subset: str | None = None  # configuration of a hub dataset
-    turns: Literal["all", "last"] = "all"  # which answers of a conversation are learned
-    drop_unlabelled: bool = False  # leave out rows without a class, which are refused otherwise
-    template: str | None = None  # around each prompt, which stands for {prompt} in it
-    seed: int | None = None  # of the held-out draw; the run's seed when not given
-    allow_cut: bool = False  # train even if training.max_length cuts more than half of the rows
-    weight: float = 1.0  # how often the rows appear in an epoch: 2 repeats each, 0.5 draws half of them
-    # several places instead of `path`: each a path, or the fields above, which else are those of `data`
-    sources: list[str | dict[str, Any]] = field(default_factory=list)
-    streaming: bool = False  # read rows while they are learned: for what does not fit on disk
 
 
 @dataclass
@@ -129,22 +104,6 @@ OURS = {
 }
 
 
-def section(kind: type[T], name: str, fields: dict[str, Any]) -> T | None:
-    """A section of a configuration as its dataclass; None if it is empty.
-
-    Raises:
-        ConfigError: a field is unknown or out of range.
-    """
-    if not fields:
-        return None
-    names = field_names(kind)
-    if unknown := [name for name in fields if name not in names]:
-        raise ConfigError(f"{name}: got {', '.join(unknown)}, wanted {', '.join(names)}")
-    if wrong := problems(kind, fields):
-        raise ConfigError("; ".join(f"{name}.{field}: {problem}" for field, problem in wrong.items()))
-    return kind(**fields)
-
-
 def quantization_of(recipe: Recipe) -> Quantization | None:
     """How the base is quantised; None if it is not.
 
@@ -197,8 +156,6 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         ConfigError: fields are unknown, missing, or of the wrong type; all of them are named.
         FormatError: the file is no YAML mapping; the message gives the line.
     """
-    from flashbone.train.data.origins import sources_of
-
     overrides, content = list(overrides or []), read_yaml(Path(config))
     if isinstance(content.get("data"), list):
         content["data"] = {"sources": content["data"]}

@@ -85,7 +85,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     samples = Samples(trainer, data, recipe.samples)
     samples.ask_before()
     metrics, recorder = fit(trainer, folder, begin)
-    summary = summarise(recipe, trainer, data, metrics, recorder)
+    summary = summarise(recipe, trainer, data, metrics, recorder.train_s)
     _save(folder, trainer)
     summary = dataclasses.replace(summary, samples=samples.after())
     if recipe.merge and args.process_index == 0:

@@ -3,7 +3,7 @@
 import resource
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
@@ -13,12 +13,10 @@ from flashbone import __version__
 from flashbone.train.checkpoints import best_step
 from flashbone.train.data.loading import Data
 from flashbone.train.data.sources import Source
+from flashbone.train.metrics import MetricsLog
 from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
 from flashbone.train.recipe import Recipe
 from flashbone.train.samples import Sample
-
-if TYPE_CHECKING:
-    from flashbone.train.fitting import MetricsLog, Recorder
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Summary:
     samples: list[Sample] = field(default_factory=list)
 
 
-def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", recorder: "Recorder") -> Summary:
+def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, train_s: float) -> Summary:
     """The figures of a run that has been trained to its end."""
     trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
     step, best = trainer.state.global_step, best_step(trainer)
@@ -98,8 +96,8 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: "MetricsLog", r
         train_loss=metrics.last("loss"),
         rotation=None if rotation["error"] is None else rotation,
         tokens=tokens,
-        train_s=round(recorder.train_s, 3),
-        tokens_per_s=round(tokens / recorder.train_s, 1) if recorder.train_s else None,
+        train_s=round(train_s, 3),
+        tokens_per_s=round(tokens / train_s, 1) if train_s else None,
         **peak_memory(),
         device=str(trainer.args.device),
         processes=trainer.accelerator.num_processes,

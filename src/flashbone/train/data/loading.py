@@ -14,12 +14,12 @@ from flashbone.train.data import windows as token_windows
 from flashbone.train.data.counts import RowCounts, split_counts, with_counts
 from flashbone.train.data.formats import open_examples
 from flashbone.train.data.layouts import FORMATS, Example
-from flashbone.train.data.origins import Part, elsewhere, named, open_place, open_rows, sources_of
+from flashbone.train.data.origins import DataRecipe, Part, elsewhere, named, open_place, open_rows, sources_of
 from flashbone.train.data.rows import local_files, read_rows, readable
 from flashbone.train.data.sources import Source, joined, repeated, without_held_out
 from flashbone.train.data.streaming import check_streaming, streamed
 from flashbone.train.data.windows import Windows, count, without_numbers
-from flashbone.train.recipe import DataRecipe, Recipe
+from flashbone.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,16 +1,38 @@
 """Where the rows of a run come from: one place or several, those of held-out and test rows, and what each holds."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flashbone.errors import ConfigError
 from flashbone.files.sources import expanded
 from flashbone.train.data.formats import Reading, check_template, in_template, open_examples
 from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows
-from flashbone.train.fields import field_names
-from flashbone.train.recipe import DataRecipe, section
+from flashbone.train.fields import field_names, section
+
+
+@dataclass
+class DataRecipe:
+    """Where the examples come from and how a row becomes one."""
+
+    path: str = ""  # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id or folder
+    # held out: a share, a number of rows, another file, where it is and how it is read (path...), or nothing
+    eval: int | float | str | dict[str, Any] | None = 0.1
+    format: str = "auto"  # of the rows, as in docs/training.md; auto goes by the columns
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the data's name
+    split: str = "train"  # also slices: train[:5000]
+    subset: str | None = None  # configuration of a hub dataset
+    turns: Literal["all", "last"] = "all"  # which answers of a conversation are learned
+    drop_unlabelled: bool = False  # leave out rows without a class, which are refused otherwise
+    template: str | None = None  # around each prompt, which stands for {prompt} in it
+    seed: int | None = None  # of the held-out draw; the run's seed when not given
+    allow_cut: bool = False  # train even if training.max_length cuts more than half of the rows
+    weight: float = 1.0  # how often the rows appear in an epoch: 2 repeats each, 0.5 draws half of them
+    # several places instead of `path`: each a path, or the fields above, which else are those of `data`
+    sources: list[str | dict[str, Any]] = field(default_factory=list)
+    streaming: bool = False  # read rows while they are learned: for what does not fit on disk
+
 
 # Rows that are not learned: a share, a number of rows, another file, or where they are and how they are read.
 Part = int | float | str | dict[str, Any] | DataRecipe | None

@@ -5,8 +5,7 @@ import json
 from collections.abc import Iterator
 
 from flashbone.train.data.layouts import Example
-from flashbone.train.data.origins import open_place, open_rows
-from flashbone.train.recipe import DataRecipe
+from flashbone.train.data.origins import DataRecipe, open_place, open_rows
 
 
 def places(data: DataRecipe, task: str, wanted: list[Example]) -> list[str]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError
 from flashbone.train.data.layouts import FORMATS, Example
-from flashbone.train.data.origins import open_place, open_rows, sources_of
+from flashbone.train.data.origins import DataRecipe, open_place, open_rows, sources_of
 from flashbone.train.data.prepared import Counts, Limits, prepare, prepared_rows
-from flashbone.train.recipe import DataRecipe, Recipe
+from flashbone.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
