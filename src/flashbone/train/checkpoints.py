@@ -38,13 +38,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def best_step(trainer: Any) -> int | None:
-    """The step whose weights the model has at the end, where the best are kept and not the last."""
+    """The step of the best weights, if the run keeps those and not the last."""
     is_kept = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
     return trainer.state.best_global_step if is_kept else None
 
 
 def problem(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks; None if every file is as it was written."""
+    """What is wrong with a checkpoint; None if every file is as it was written."""
     if not (checkpoint / MANIFEST).exists():
         return UNFINISHED
     try:
@@ -65,14 +65,14 @@ def problem(checkpoint: Path) -> str | None:
 
 
 def write_stops(trainer: Any, folder: Path) -> None:
-    """Write the model's generation settings beside its adapter, where training has changed at what answers stop."""
+    """Write the model's generation settings beside its adapter if training changed which tokens end an answer."""
     if getattr(trainer, "stops_anew", False):
         settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
         settings.to_json_file(folder / GENERATION)  # save_pretrained refuses what bases may have
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Note size and hash of everything in the checkpoint."""
+    """Record the size and hash of every file in the checkpoint."""
     names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
     names = [name for name in names if name != MANIFEST]
     sizes = {name: (checkpoint / name).stat().st_size for name in names}
@@ -81,8 +81,8 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 class Checkpoints(TrainerCallback):
-    """Completes each checkpoint with its manifest, and only then removes those beyond `save_total_limit`, so that a
-    kill at any moment leaves one that is whole. The best one is always kept.
+    """Adds the manifest to each checkpoint, and only then removes those beyond `save_total_limit`, so a kill at any
+    moment leaves a whole one. Always keeps the best.
 
     Args:
         trainer: Whose checkpoints they are; it no longer removes any itself.
@@ -93,7 +93,7 @@ class Checkpoints(TrainerCallback):
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.best_model_checkpoint:  # of a run that was moved
+        if state.best_model_checkpoint:  # the run may have been moved
             state.best_model_checkpoint = str(Path(str(args.output_dir)) / Path(state.best_model_checkpoint).name)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

@@ -1,5 +1,5 @@
 """Configurations as YAML files with `--dotted.field value` on top: plain data put into a dataclass, its types checked,
-every field named that is none. Nothing in them can name a class or a function."""
+and unknown fields are named. Nothing in them can name a class or a function."""
 
 import dataclasses
 import difflib
@@ -46,7 +46,7 @@ class Schema(Generic[T]):
         sections: its fields that hold others, each with the dataclass that has these; empty they mean their defaults.
         elsewhere: names that exist but are decided elsewhere, with what to do instead.
         more: further names in sections, with their types.
-        required: names that have to be there though they have a default.
+        required: required names, though they have a default.
         paths: names that are places on disk, in which `~` and `$NAME` mean what they mean to a shell.
     """
 
@@ -58,7 +58,7 @@ class Schema(Generic[T]):
     paths: Collection[str] = ()
 
     def fill(self, content: Mapping[str, Any], overrides: list[str], where: str) -> T:
-        """The dataclass, with what a file gives and the overrides on top.
+        """The dataclass, filled from a file's content with the overrides on top.
 
         Args:
             content: What the file holds.
@@ -69,9 +69,9 @@ class Schema(Generic[T]):
             ConfigError: fields are unknown, missing or of another type; all are named.
         """
         types = self._types()
-        given = _flags(overrides)
+        flags = _flags(overrides)
         filled = _copy(content)
-        for path, text in given:
+        for path, text in flags:
             _put(filled, path, _value(text, self._type_at(path, types), "--" + ".".join(path)), where)
         check_names([name for name, _ in self._named(filled)], list(types), where, self.elsewhere)
         filled = {name: value for name, value in filled.items() if value is not None or name not in self.sections}
@@ -167,7 +167,7 @@ def option_of(overrides: list[str], name: str) -> str | None:
 
 
 def _value(text: str, kind: Any, flag: str) -> Any:
-    """What a word of the command line means to a field: YAML, or where that does not fit, the text itself."""
+    """The value of a command-line word for a field: parsed as YAML, or the text itself if that does not fit."""
     try:
         value = parse_yaml(text, flag)
     except FormatError as error:
@@ -206,7 +206,7 @@ def _expand(content: Any, path: list[str]) -> None:
 
 
 def _copy(value: Any) -> Any:
-    """Mappings and lists of its own at every depth, also where aliases share them."""
+    """A deep copy in which nothing is shared, not even by aliases."""
     if isinstance(value, Mapping):
         return {key: _copy(inner) for key, inner in value.items()}
     return [_copy(inner) for inner in value] if isinstance(value, list) else value

@@ -112,7 +112,7 @@ class Progress(ProgressCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers', which counts on where a resumed run was."""
+    """transformers' early stopping, which also goes on counting in a resumed run."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         states: Any = state.stateful_callbacks
@@ -248,7 +248,7 @@ def _prepares_once(trainer: Any) -> bool:
 
 
 def _of_main(trainer: Any, ask: Callable[[], T]) -> T:
-    """What the main process finds, which alone looks; all processes get its answer."""
+    """The answer of the main process, which alone asks, in all processes."""
     from accelerate.utils import broadcast_object_list
 
     answer = [ask() if trainer.args.process_index == 0 else None]

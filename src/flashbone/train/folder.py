@@ -49,7 +49,7 @@ class RunFolder:
         return next((place for place in reversed(checkpoints(self.path)) if problem(place) is None), None)
 
     def remove_partial(self) -> None:
-        """Take away what a failed or killed save left behind, and checkpoints that are damaged."""
+        """Remove damaged checkpoints and what a failed or killed save left."""
         for place in checkpoints(self.path):
             if problem(place) is not None:
                 shutil.rmtree(place, ignore_errors=True)
@@ -59,7 +59,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def forgotten_unless(self, has_begun: Callable[[], Any]) -> Iterator[None]:
-        """Take the start of a run back that fails before its first step: the folder then holds none."""
+        """Undo the start of a run that fails before its first step, so that the folder holds none."""
         try:
             yield
         except Exception:
@@ -124,7 +124,7 @@ def _report_checkpoints(folder: RunFolder) -> None:
 
 
 def check_inputs(folder: RunFolder, inputs: Inputs) -> None:
-    """Check that a run that is resumed reads what it read before; without a checkpoint its batch may be another.
+    """Check that a resumed run reads what it read before; its batch may differ if there is no checkpoint yet.
 
     Raises:
         ConfigError: it does not; what changed is named.
@@ -135,7 +135,7 @@ def check_inputs(folder: RunFolder, inputs: Inputs) -> None:
 
 
 def record(recipe: Recipe, inputs: Inputs) -> None:
-    """Write down what the run is and reads: from here on the folder holds a run."""
+    """Record the recipe and the inputs: from here on the folder holds a run."""
     folder = RunFolder(recipe.output)
     folder.summary.unlink(missing_ok=True)
     write_text(folder.recipe, to_json(recipe))

@@ -1,4 +1,4 @@
-"""What a run reads, as hashes in its folder: one that is resumed has to read the same to come to the same losses."""
+"""Hashes of what a run reads: a resumed run has to read the same to reach the same losses."""
 
 import hashlib
 import itertools
@@ -42,7 +42,7 @@ class Inputs:
 
     @property
     def rows_per_step(self) -> int:
-        """Of all processes."""
+        """The rows of a step, of all processes."""
         return self.processes * self.batch * self.accumulated
 
 
@@ -62,7 +62,7 @@ def inputs_of(recipe: Recipe, trainer: Any, data: Any) -> Inputs:
 
 
 def check_same(before: Inputs, now: Inputs, output: Path, with_batch: bool = True) -> None:
-    """Raise ConfigError that names what changed since the run began; the batch may where no step is kept."""
+    """Raise ConfigError that names what changed since the run began; the batch may change while no step is kept."""
     names = {
         "rows": "the training rows (their order or content)",
         "held_out": "the held-out rows",
@@ -121,7 +121,7 @@ def _rows(dataset: Any) -> str:
 
 
 def _parts(column: Any) -> Iterator[bytes]:
-    """The bytes of an arrow array; lists of whole numbers, which may be billions, without making objects of them."""
+    """The bytes of an arrow array. Lists of integers, maybe billions, are not turned into Python objects."""
     import pyarrow
 
     kind = column.type

@@ -1,4 +1,4 @@
-"""How many tokens of a row a model reads: what was asked for, within what the model and its tokenizer take."""
+"""How many tokens of a row a model reads, within the limits of the model and its tokenizer."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def limit_length(recipe: Recipe, args: Any) -> None:
 def fitting_length(
     asked: int | None, default: int | None, config: Any, of_tokenizer: int | None, field: str
 ) -> int | None:
-    """The number of tokens that was asked for, or the default, at most as many as model and tokenizer take.
+    """The length that the user set, or the default, within the limits of the model and its tokenizer.
 
     Args:
         asked: What the user set.
@@ -46,7 +46,7 @@ def fitting_length(
         field: The setting's name, for errors.
 
     Raises:
-        ConfigError: more was asked for, or no number of tokens.
+        ConfigError: the length is beyond a limit, or below 2.
     """
     if asked is not None and (not isinstance(asked, int) or asked < 2):
         raise ConfigError(f"{field} is {asked!r}; 2 or more was wanted: one token and the next")

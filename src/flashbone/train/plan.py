@@ -61,7 +61,7 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example, and the pieces of its text that are learned; of a classifier the class."""
+    """An example with the pieces of its text that are learned, or its class."""
 
     text: str
     learned: list[str]
@@ -111,14 +111,14 @@ def plan(recipe: Recipe) -> Plan:
         trainer, _ = build_trainer(recipe, _unplaced(args), data, has_weights=False)
         steps = total_steps(trainer)
     numbers = [(source.held_out, source.learned) for source in data.sources]
-    numbers += [(len(one.examples), 0) for one in data.read[len(numbers) :]]
-    seen = [_seen(one, *of, data, trainer, args) for one, of in zip(data.read, numbers, strict=True)]
+    numbers += [(len(place.examples), 0) for place in data.read[len(numbers) :]]
+    seen = [_seen(place, *of, data, trainer, args) for place, of in zip(data.read, numbers, strict=True)]
     rows = {name: source for name, (source, _) in zip(_names(data.read), seen, strict=True)}
     trainable, total = trainer.model.get_nb_trainable_parameters()
     longest = max(max(source.lengths, default=1) for source in rows.values())
     return Plan(
         rows=rows,
-        columns=_columns([one.counts for one in data.read]),
+        columns=_columns([place.counts for place in data.read]),
         examples=list(itertools.islice(_in_turns([shown for _, shown in seen[: len(data.sources)]]), SHOWN)),
         steps=steps,
         parameters={
@@ -133,28 +133,28 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _columns(counts: list[RowCounts]) -> dict[str, list[str]]:
-    """Columns of all sources, each once."""
-    kinds = {"used": [one.used for one in counts], "unused": [one.unused for one in counts]}
+    """The columns of all sources, without repeats."""
+    kinds = {"used": [rows.used for rows in counts], "unused": [rows.unused for rows in counts]}
     return {kind: list(dict.fromkeys(itertools.chain(*names))) for kind, names in kinds.items()}
 
 
 def _unplaced(args: Any) -> Any:
-    """The arguments, which leave the model where it is: the meta device has nothing to move."""
+    """The arguments, changed to leave the model on the meta device."""
     args.__class__ = type(type(args).__name__, (type(args),), {"place_model_on_device": False})
     return args
 
 
 def _names(read: list[Read]) -> list[str]:
-    """A name for each place of rows: its path, with a number where several have the same."""
-    times = Counter(one.path for one in read)
-    return [one.path if times[one.path] == 1 else f"{one.path} ({n})" for n, one in enumerate(read, 1)]
+    """A name for each place of rows: its path, numbered where several share it."""
+    times = Counter(place.path for place in read)
+    return [place.path if times[place.path] == 1 else f"{place.path} ({n})" for n, place in enumerate(read, 1)]
 
 
 def _seen(
-    one: Read, held_out: int, learned: int, data: Data, trainer: Any, args: Any
+    place: Read, held_out: int, learned: int, data: Data, trainer: Any, args: Any
 ) -> tuple[SourceRows, list[Shown]]:
     """What becomes of the rows of one place, and its first examples."""
-    rows, dropped = without_numbers(one.examples), dict(one.counts.dropped)
+    rows, dropped = without_numbers(place.examples), dict(place.counts.dropped)
     tokenizer = trainer.processing_class
     if data.labels:
         lengths = untruncated(rows, tokenizer)
@@ -167,12 +167,12 @@ def _seen(
         cut, empty = counts.cut, counts.dropped
         lengths = [len(ids) for ids in made["input_ids"]]
         examples = [_shown(made, number, tokenizer) for number in range(min(SHOWN, len(made)))]
-    short = one.counts.kept - count(one.examples) if one.is_whole else 0
+    short = place.counts.kept - count(place.examples) if place.is_whole else 0
     dropped |= {reason: n for reason, n in ((NOTHING_LEFT, empty), (TOO_SHORT, short)) if n}
-    read = one.counts.read if one.is_whole else count(one.examples)
+    read = place.counts.read if place.is_whole else count(place.examples)
     kept = read - sum(dropped.values())
     return SourceRows(
-        one.format, read, kept, dropped, cut, held_out, learned, dict(sorted(Counter(lengths).items()))
+        place.format, read, kept, dropped, cut, held_out, learned, dict(sorted(Counter(lengths).items()))
     ), examples
 
 

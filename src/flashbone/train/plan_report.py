@@ -21,7 +21,7 @@ def print_plan(plan: Plan, memory: dict[str, int] | None, note: str) -> None:
     Args:
         plan: What the run would do.
         memory: Bytes of a training step by what needs them; None where that is not known.
-        note: On what is counted, or why nothing is.
+        note: What was counted, or why nothing was.
     """
     console = Console()
     console.print(_rows(plan))

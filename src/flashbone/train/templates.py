@@ -1,4 +1,4 @@
-"""Chat templates are programs of a stranger's: a trial shows whether one ends, before any row is written with it."""
+"""A trial of chat templates, which are strangers' programs: it shows whether one ends, before rows go through it."""
 
 import signal
 import threading
@@ -47,7 +47,7 @@ def check_template(tokenizer: Any, name: str) -> None:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """A limit of time in the main thread, and of memory where the system tells it."""
+    """Limits the time, in the main thread, and the memory, where the system reports it."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -42,7 +42,7 @@ def build_trainer(
         args: The trainer's.
         data: The rows; test rows are made ready like held-out ones and left in `trainer.test_dataset`.
         adapt: Makes the model that trains out of the loaded one; None for the recipe's adapter.
-        has_weights: Load the model's weights; else everything is there but them.
+        has_weights: Load the model's weights; without them everything else is built.
 
     Raises:
         ConfigError: the recipe does not fit the model.
@@ -200,8 +200,9 @@ def _places(origins: list[DataRecipe], task: str, rows: Any, numbers: list[int])
     if min(numbers) < 0:
         return [", ".join(dict.fromkeys(origin.path for origin in origins))]
     wanted = [{name: value for name, value in rows[number].items() if value is not None} for number in numbers]
-    found = [""] * len(wanted)
+    where = [""] * len(wanted)
     for origin in origins:
         for number, place in enumerate(places(origin, task, wanted)):
-            found[number] = place if found[number] in ("", *(origin.path for origin in origins)) else found[number]
-    return found
+            if where[number] in ("", *(origin.path for origin in origins)):
+                where[number] = place
+    return where

@@ -69,17 +69,17 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
     if recipe.data.streaming:
         return _streamed(recipe, windows or Windows())
     windows, places = windows or Windows(), sources_of(recipe.data)
-    split = [_read(place, recipe, windows, test) for place in places]
-    read: list[Read] = [*split]
-    held = [[part for part in (one.held_out, one.tested) if part] for one in split]
+    loaded = [_read(place, recipe, windows, test) for place in places]
+    read: list[Read] = [*loaded]
+    held = [[part for part in (source.held_out, source.tested) if part] for source in loaded]
     learned, sources = [], []
-    kept = without_held_out([one.learned for one in split], held, [place.path for place in places])
-    for place, one, rows in zip(places, split, kept, strict=True):
+    kept = without_held_out([source.learned for source in loaded], held, [place.path for place in places])
+    for place, source, rows in zip(places, loaded, kept, strict=True):
         weighted = repeated(rows, place.weight, _seed(place, recipe), place.path)
-        counts = count(one.examples), count(one.held_out), count(weighted)
-        sources.append(Source(place.path, place.split, one.format, place.weight, *counts))
+        counts = count(source.examples), count(source.held_out), count(weighted)
+        sources.append(Source(place.path, place.split, source.format, place.weight, *counts))
         learned.append(weighted)
-    held_out, tested = [one.held_out for one in split], [one.tested for one in split]
+    held_out, tested = [source.held_out for source in loaded], [source.tested for source in loaded]
     for parts, part, name in ((held_out, recipe.data.eval, "eval"), (tested, test, "test")):
         if place := elsewhere(recipe.data, part, name):
             read.append(_load(place, recipe.task, windows))
@@ -94,7 +94,7 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
 
 
 def _streamed(recipe: Recipe, windows: Windows) -> Data:
-    """Rows that are read while they are learned; only held-out ones are on disk."""
+    """Rows that are read while they are learned; only held-out rows are stored on disk."""
     check_streaming(recipe)
     rows, talks = streamed(recipe)
     apart = elsewhere(recipe.data, recipe.data.eval)
@@ -105,8 +105,8 @@ def _streamed(recipe: Recipe, windows: Windows) -> Data:
 
 def _log(data: Data) -> None:
     for source in data.sources if len(data.sources) > 1 else ():
-        about = source.path, source.rows, source.held_out, source.learned, source.weight
-        log.info("data: %s: of %d rows %d are held out; %d to learn in an epoch (weight %g)", *about)
+        figures = source.path, source.rows, source.held_out, source.learned, source.weight
+        log.info("data: %s: of %d rows %d are held out; %d to learn in an epoch (weight %g)", *figures)
     counts = f", {len(data.test)} to test" if data.test else ""
     log.info("data: %d training rows, %d held out%s", len(data.train), len(data.eval or ()), counts)
 
@@ -159,7 +159,7 @@ class Read:
 
 @dataclass
 class _Source(Read):
-    """Those of a source, and the parts that they are split into."""
+    """The rows of a source, and the parts that they are split into."""
 
     learned: "Dataset"
     held_out: "Dataset | None"
@@ -198,8 +198,8 @@ def _load(data: DataRecipe, task: str, windows: Windows) -> Read:
     for notice in counts.notices(f"data: {data.path}"):
         log.warning(notice)
     if is_tokenised:
-        about = data.path, count(examples), len(examples), windows.length or "any number of"
-        log.info("data: %s: %d documents make %d windows of at most %s tokens", *about)
+        figures = data.path, count(examples), len(examples), windows.length or "any number of"
+        log.info("data: %s: %d documents make %d windows of at most %s tokens", *figures)
     is_whole = not local_files(Path(data.path)) or data.split == "train"
     return Read(data.path, name, counts, is_whole, examples if is_whole else _slice(examples, data))
 
@@ -220,7 +220,7 @@ def _slice(examples: "Dataset", data: DataRecipe) -> "Dataset":
 
 
 def _read(place: DataRecipe, recipe: Recipe, windows: Windows, test: Part) -> _Source:
-    """What one source holds; the draws depend on the seed only."""
+    """The rows of one source, split by draws that depend only on the seed."""
     loaded = _load(place, recipe.task, windows)
     learned, tested = _draw(loaded.examples, place, recipe, test, "test")
     if apart := elsewhere(place, place.eval):
@@ -234,7 +234,7 @@ def _read(place: DataRecipe, recipe: Recipe, windows: Windows, test: Part) -> _S
 def _draw(
     examples: "Dataset", place: DataRecipe, recipe: Recipe, held: Part, field: str
 ) -> "tuple[Dataset, Dataset | None]":
-    """The rows without those of `data.<field>`, and these; nothing is drawn where it names a place of its own."""
+    """The rows that stay, and those drawn for `data.<field>`; none are drawn if it names a place of its own."""
     if not held or not isinstance(held, int | float):
         return examples, None
     if held < 0 or (isinstance(held, float) and held >= 1 and not held.is_integer()):

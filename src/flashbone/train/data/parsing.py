@@ -1,4 +1,4 @@
-"""Rows out of JSON and CSV: strict where a lax reader would lose or change something without a word."""
+"""Rows out of JSON and CSV: strict where a lax reader would silently lose or change something."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_items(text: str) -> Iterator[Any]:
-    """The items of a text that is a JSON list; in place of one that cannot be kept, a FormatError that says why.
+    """The items of a JSON list; an item that cannot be kept becomes a FormatError with the reason.
 
     Raises:
         json.JSONDecodeError: it is no JSON list.
@@ -135,7 +135,7 @@ def csv_columns(path: Path) -> tuple[list[str], str]:
             headers[separator] = next(filter(None, csv_cells(lines, separator)), [])
     if not headers:
         raise FormatError(f"{path}:1: not valid CSV: a quote that is not closed, or in the middle of a name")
-    separator = next((one for one, names in headers.items() if len(names) > 1), next(iter(headers)))
+    separator = next((other for other, names in headers.items() if len(names) > 1), next(iter(headers)))
     names = headers[separator]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FormatError(f"{path}: several columns have the name {', '.join(map(repr, twice))}; rename or remove them")

@@ -1,4 +1,4 @@
-"""Where a row is: found by reading the data again, since that is wanted only for an error."""
+"""Where a row is. The data are read again for it, since only errors need to know."""
 
 import contextlib
 import json
@@ -22,14 +22,14 @@ def places(data: DataRecipe, task: str, wanted: list[Example]) -> list[str]:
     left: dict[str, list[int]] = {}
     for number, example in enumerate(wanted):
         left.setdefault(_key(example), []).append(number)
-    found = [data.path] * len(wanted)
+    where = [data.path] * len(wanted)
     with contextlib.closing(open_rows(data)[1]) as rows:
         for example in open_place(watched(), data, task).examples:
             if numbers := left.get(_key(example)):
-                found[numbers.pop(0)] = last
+                where[numbers.pop(0)] = last
             if not any(left.values()):
                 break
-    return found
+    return where
 
 
 def _key(example: Example) -> str:

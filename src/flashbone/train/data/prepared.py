@@ -49,7 +49,7 @@ class Counts:
         empty: Rows with nothing (left) to learn, which are dropped.
         dropped: Examples of which nothing is kept.
         ends: How many answers end in each token; NOTHING for those that end in none that generation could stop at.
-        problems: What is wrong with rows, by their number.
+        problems: What is wrong with a row, by its number.
     """
 
     rows: int = 0
@@ -66,7 +66,7 @@ def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None
 
     Rows with problems are left out; `check` refuses them.
     """
-    if rows.column_names == ["input_ids"]:  # windows, cut already: all is learned, and a copy of every token costs much
+    if rows.column_names == ["input_ids"]:  # windows: every token is learned, and a copy of them all is large
         unknown = _unknown([largest_id(rows)], tokenizer, limits)
         return rows, Counts(rows=len(rows), problems={ANY: unknown} if unknown else {})
     made = rows.map(
@@ -81,19 +81,19 @@ def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None
     counts, kept, columns = Counts(), [], made.column_names[2:]
     known, used = set(), set()
     for place, values in enumerate(zip(*(made[name] for name in columns), strict=True)):
-        about = dict(zip(columns, values, strict=True))
-        if about["problem"]:
-            counts.problems[about["row"]] = about["problem"]
+        outcome = dict(zip(columns, values, strict=True))
+        if outcome["problem"]:
+            counts.problems[outcome["row"]] = outcome["problem"]
             continue
         counts.rows += 1
-        known.add(about["row"])
-        counts.cut += about["is_cut"]
-        counts.lost_ends += about["lost_ends"]
-        counts.empty += about["is_empty"]
-        counts.ends.update(about["ends"])
-        if not about["is_empty"]:
+        known.add(outcome["row"])
+        counts.cut += outcome["is_cut"]
+        counts.lost_ends += outcome["lost_ends"]
+        counts.empty += outcome["is_empty"]
+        counts.ends.update(outcome["ends"])
+        if not outcome["is_empty"]:
             kept.append(place)
-            used.add(about["row"])
+            used.add(outcome["row"])
     counts.dropped = len(known) - len(used)
     made = made.select_columns(["input_ids", "labels"])
     return (made if len(kept) == len(made) else made.select(kept)), counts
@@ -107,10 +107,10 @@ def check(
     allow_cut: bool,
     places: Callable[[list[int]], list[str]],
 ) -> None:
-    """Refuse rows that cannot be learned as they are meant, and say what was cut and dropped.
+    """Refuse rows that cannot be learned as intended; log what was cut and dropped.
 
     Args:
-        counts: From `prepare`.
+        counts: What `prepare` counted.
         where: The data's name.
         kind: What the rows are for: training, held-out or test.
         length: Tokens of a row that are kept.
@@ -151,7 +151,7 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
     marks = end_marks(tokenizer)
     entries = []
     for place, number in enumerate(numbers):
-        # of several sources, each has its own columns
+        # sources may have different columns
         example = {name: values[place] for name, values in batch.items() if values[place] is not None}
         problem, made = "", []
         try:
@@ -177,7 +177,7 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
 
 
 def prepared_rows(example: Example, number: int, tokenizer: Any, limits: Limits) -> Iterator[dict[str, list[int]]]:
-    """What the trainer takes of one example: the rows with something to learn.
+    """The rows of one example that have something to learn.
 
     Raises:
         FormatError: the row of this number has a problem.
@@ -193,7 +193,7 @@ def prepared_rows(example: Example, number: int, tokenizer: Any, limits: Limits)
 
 
 def _unknown(ids: list[int], tokenizer: Any, limits: Limits) -> str:
-    """What is wrong if the model does not know a token; on a GPU it would be an assertion in the first step."""
+    """Names a token that the model has no embedding for; on a GPU it would fail an assertion in the first step."""
     top = max(ids, default=0)
     if limits.embeddings is None or top < limits.embeddings:
         return ""

@@ -149,18 +149,18 @@ def _parquet(path: Path) -> Rows:
 
 
 def _class_names(schema: Any) -> "Callable[[str, dict[str, Any]], Row | BadRow]":
-    """Puts names in place of a row's numbers of classes; datasets keeps them in the schema of its files."""
+    """Replaces class numbers by names, which datasets keeps in the schema of its files."""
     from datasets import Features
 
     try:
         features = Features.from_arrow_schema(schema)
-    except (ValueError, TypeError, KeyError):  # a broken note beside sound columns
+    except (ValueError, TypeError, KeyError):  # the note is broken, the columns are fine
         features = {}
     return _naming(features)
 
 
 def _naming(features: Mapping[str, Any]) -> "Callable[[str, dict[str, Any]], Row | BadRow]":
-    """The same, by the features of a dataset; nested nulls go, which Arrow adds where other rows have other keys."""
+    """The same, by a dataset's features. Drops nested nulls, which Arrow adds for keys that only other rows have."""
     classes = {key: kind for key, kind in features.items() if hasattr(kind, "int2str")}
     nested = [key for key, kind in features.items() if _holds_objects(kind)]
 
@@ -196,7 +196,7 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
     try:
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
-        cause = error.__cause__ or error  # of one that only says that there was one
+        cause = error.__cause__ or error  # some only report that there was a cause
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ConfigError(
             f"data.path {path} ({split}): no such file, and no dataset of that id could be loaded: {reason}"

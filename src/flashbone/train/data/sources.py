@@ -1,4 +1,4 @@
-"""Several data sets in one run: how often each row appears, which rows another one holds out, and all as one."""
+"""Several data sets in one run: rows are repeated by weight, kept apart from held-out ones, and joined."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ class Source:
 
 
 def repeated(examples: "Dataset", weight: float, seed: int, where: str) -> "Dataset":
-    """Each row as often as the whole part of `weight`, and as many drawn ones as the rest of it makes.
+    """Each row repeated by the whole part of `weight`, and randomly drawn rows for its fraction.
 
     Raises:
         ConfigError: no row is left.
@@ -58,7 +58,7 @@ def repeated(examples: "Dataset", weight: float, seed: int, where: str) -> "Data
 def without_held_out(
     parts: "Sequence[Dataset]", held_out: "Sequence[Sequence[Dataset]]", paths: Sequence[str]
 ) -> "list[Dataset]":
-    """The parts without rows that another source of the same path holds out: their splits may overlap.
+    """The parts, without rows that another source of the same path holds out; splits may overlap.
 
     Args:
         parts: What is learned of each source.

@@ -12,7 +12,7 @@ from typing import Any
 
 from flashbone.errors import FormatError
 
-REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")  # as templates call what a model thinks
+REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")  # templates' names for the thoughts of a model
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 IGNORED = -100  # the label of a token that is not learned
 Example = dict[str, Any]
@@ -48,8 +48,8 @@ class Tokens:
 
 
 def tokenise(example: Example, tokenizer: Any, learn_all: bool = False) -> list[Tokens]:
-    """The rows that an example becomes: one; of a conversation one for each learned answer, where the chat template
-    writes an answer otherwise once the conversation goes on (models that drop their earlier reasoning).
+    """The rows of an example. A conversation is one row, or one row for each learned answer where the chat template
+    changes earlier answers as it goes on, as models do that drop their earlier reasoning.
 
     Args:
         example: A text, a prompt with its completion, a conversation or token ids, as in `data.formats`.
@@ -93,7 +93,7 @@ def with_end(text: str, tokenizer: Any) -> str:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text; it ends in an end token just once where it does, and the tokenizer adds its own, too."""
+    """The tokens of a text, without a second end token where the tokenizer adds its own."""
     ids, end = list(tokenizer(text)["input_ids"]), tokenizer.eos_token_id
     if end is not None and ids[-1:] == [end] and (ids[-2:-1] == [end] or not text.endswith(tokenizer.eos_token)):
         ids.pop()
@@ -101,15 +101,15 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def end_marks(tokenizer: Any) -> set[int]:
-    """The tokens that may end an answer: those that no text holds by itself."""
+    """The special and added tokens, which may end an answer."""
     return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def end_token(row: Tokens, end: int, tokenizer: Any, marks: set[int]) -> int | None:
-    """The token by which the model is to end an answer, white space after it aside; None if it ends in nothing.
+    """The token that ends an answer, apart from white space after it; None if none does.
 
-    That is one of `end_marks`, such as `<|im_end|>`, or a blank line that the answer does not hold elsewhere, as
-    RWKV's models have it.
+    It is one of `end_marks`, such as `<|im_end|>`, or, as for RWKV's models, a blank line that occurs nowhere else in
+    the answer.
     """
     start = end - len(list(takewhile(bool, reversed(row.learned[:end]))))
     answer = row.ids[start:end]
@@ -169,9 +169,9 @@ class Talk:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
 
     def answer(self, number: int) -> tuple[Tokens, str]:
-        """The conversation up to its answer of this number, which alone is learned; and as text.
+        """The conversation up to the answer of this number, with only that answer learned; and its text.
 
-        It is learned from where the prompt, which ends where the model has to answer, and the whole differ.
+        Tokens are learned from where the whole differs from the prompt, which ends where the model has to answer.
         """
         so_far = self.messages[: number + 1]
         text = self.written(so_far)
@@ -207,16 +207,16 @@ class Talk:
         calls = [call.get("function", call) for call in answer.get("tool_calls") or ()]
         tools = [tool.get("function", tool) for tool in self.kwargs["tools"] or ()]
         wanted += [("tool_calls", call.get("name")) for call in calls] + [("tools", tool.get("name")) for tool in tools]
-        for what, part in wanted:
+        for kind, part in wanted:
             if isinstance(part, str) and part.strip() not in text:
                 raise FormatError(
-                    f"the chat template leaves out the {what} ({part.strip()[:40]!r}); leave it out of the row, or give"
+                    f"the chat template leaves out the {kind} ({part.strip()[:40]!r}); leave it out of the row, or give"
                     " a template that writes it in training.chat_template_path"
                 )
 
 
 def _conversation(talk: Talk) -> list[Tokens]:
-    """One row, if each learned answer has the same tokens before it and in it there as in a row of its own."""
+    """One row, if every learned answer and what precedes it have the same tokens there as in a row of their own."""
     answers = [talk.answer(number)[0] for number, is_learned in enumerate(talk.learned) if is_learned]
     if not answers:
         return []
@@ -225,7 +225,7 @@ def _conversation(talk: Talk) -> list[Tokens]:
     for row in before:
         ids = row.ids
         if ids != last.ids[: len(ids)] and ids[-1] == talk.tokenizer.eos_token_id:
-            ids = ids[:-1]  # some templates end every text so
+            ids = ids[:-1]  # some templates end every text with it
         if ids != last.ids[: len(ids)]:
             return answers
         learned[: len(ids)] = [a or b for a, b in zip(learned, row.learned[: len(ids)], strict=False)]
@@ -238,5 +238,5 @@ def _from(start: int, ids: list[int]) -> Tokens:
 
 
 def _shared(a: list[int], b: list[int]) -> list[int]:
-    """What both begin with."""
+    """The tokens that both begin with."""
     return [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
