@@ -54,7 +54,7 @@ def escaped(text: str, keep: str = "") -> str:
 
 
 def shortened(items: Iterable[object], most: int, separator: str = ", ") -> str:
-    """The first `most` of these in a row, and how many more there are."""
+    """The first `most` items as text, and how many more there are."""
     texts = [str(item) for item in items]
     rest = len(texts) - most
     before = " " if separator == ", " else separator
@@ -62,7 +62,7 @@ def shortened(items: Iterable[object], most: int, separator: str = ", ") -> str:
 
 
 def one_line(message: object, most: int = MOST_OF_AN_ERROR) -> str:
-    """A message as one line: of many clauses or names the first few, how many are left out, and the last, which is
+    """A message as one line. Of a long list of clauses or names it keeps the first few, a count, and the last, which is
     the remedy."""
     text = escaped(re.sub(r"\s*[\r\n]+\s*", " ", str(message).strip()))
     for separator in ("; ", ", "):

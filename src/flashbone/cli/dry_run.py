@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flashbone.train.recipe import Recipe
 
 MEMORY = ("base_bytes", "weight_bytes", "state_bytes", "activation_bytes", "training_bytes")
-# Fields of an adapter's configuration that do not decide what it costs, or that a model without weights has not.
+# Fields of an adapter's configuration that do not decide what it costs, or that a model without weights lacks.
 OF_FILES = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 

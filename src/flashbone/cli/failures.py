@@ -1,4 +1,4 @@
-"""What ends a command, in one line: our own errors, and whatever other libraries raise."""
+"""Every failure of a command as one line: our own errors, and those of other libraries."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ _DISK = {
     errno.ENOMEM: "not enough memory; use a smaller model or batch, or close other programs",
     errno.ELOOP: "its links lead in circles; replace them by the files",
 }
-# By the names of the classes, so that none is imported for it. The first that fits an error's classes is taken.
+# Classes are named, so that none has to be imported. The first name among an error's classes decides.
 _KINDS = {
     "MemoryError": "not enough memory; use a smaller model or batch, or close other programs",
     "OutOfMemoryError": "not enough memory; use a smaller model or batch, or close other programs",
@@ -62,15 +62,15 @@ def _words(error: Exception) -> str:
     names = [kind.__name__ for kind in type(error).__mro__]
     if words := next((_KINDS[name] for name in names if name in _KINDS), ""):
         return f"{words}{f': {reason}' if reason else ''}"
-    what = f"{names[0]}: {reason}"
+    failure = f"{names[0]}: {reason}"
     if error.__cause__ is not None:
-        what += f" ({type(error.__cause__).__name__}: {one_line(error.__cause__, 100)})"
+        failure += f" ({type(error.__cause__).__name__}: {one_line(error.__cause__, 100)})"
     package = _package(error)
     if package == "flashbone":
-        return f"{what}; this is a bug of flashbone: run it again with --traceback, and report what that prints"
+        return f"{failure}; this is a bug of flashbone: run it again with --traceback, and report what that prints"
     return (
-        f"{what}, raised by {package}; a file or a setting may be wrong; if they are right this is a bug: run it again"
-        " with --traceback, and report what that prints"
+        f"{failure}, raised by {package}; a file or a setting may be wrong; if they are right this is a bug: run it"
+        " again with --traceback, and report what that prints"
     )
 
 
@@ -86,19 +86,19 @@ def _is_unread() -> bool:
     try:
         sys.stdout.flush()
         watched = select.poll()
-        watched.register(sys.stdout.fileno(), 0)  # errors are always told
+        watched.register(sys.stdout.fileno(), 0)  # errors are always reported
         return any(events & select.POLLERR for _, events in watched.poll(0))
     except BrokenPipeError:
         return True
-    except (OSError, ValueError, AttributeError):  # it is no file, or this system has no poll
+    except (OSError, ValueError, AttributeError):  # not a file, or no poll on this system
         return False
 
 
 def _forget_stdout() -> None:
-    """Let nothing more be written there: Python would try once more when it closes."""
+    """Send further output nowhere; Python would try to write once more as it exits."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    except (OSError, ValueError, AttributeError):  # it has no file
+    except (OSError, ValueError, AttributeError):  # not a file
         sys.stdout = None

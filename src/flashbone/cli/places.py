@@ -1,4 +1,4 @@
-"""Places on disk on a command line: `~` and `$NAME` mean in all of them what they mean in a configuration."""
+"""Paths on a command line: `~` and `$NAME` in them mean what they mean in a configuration."""
 
 import argparse
 

@@ -185,7 +185,7 @@ def _companions(folder: Path, single: bool) -> list[Path]:
 
 
 def _is_inside(folder: Path, path: Path) -> bool:
-    """Whether a file is where its path says; the files of the hub's cache are links to its blobs."""
+    """Whether a file lies inside the folder; those of the hub's cache may link to its blobs."""
     home, target = folder.resolve(), (folder / path).resolve()
     blobs = home.parent.parent / "blobs"
     return target.is_relative_to(home) or (home.parent.name == "snapshots" and target.parent == blobs)

@@ -111,7 +111,7 @@ def _are_layers(value: object) -> bool:
 
 
 def is_pattern(value: object) -> bool:
-    """Whether it is a regular expression that is matched in bounded time, by itself and where PEFT puts it."""
+    """Whether this is a regular expression that matches in bounded time, alone and where PEFT uses it."""
     return is_text(value) and not patterns.problem(str(value), is_key=True)
 
 
@@ -128,7 +128,7 @@ def is_targeted(name: str, targets: str | Collection[str]) -> bool:
 
 
 def refuse_slow_patterns(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse the config of an adapter of any of PEFT's methods whose regular expressions could take forever.
+    """Refuse an adapter's config, of any PEFT method, whose regular expressions could take forever.
 
     Raises:
         FormatError: some could; all are named.

@@ -105,7 +105,7 @@ def whole_or_absent(out: Path, is_file: bool = False, replace: bool = False) -> 
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or all in a folder, is on the disk: a new name could get there before."""
+    """Wait until a file, or a whole folder, is on the disk; otherwise its new name could get there first."""
     if path.is_dir():
         for inner in path.iterdir():
             _to_disk(inner)
@@ -201,8 +201,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make a folder and keep every other run out of it; it goes again, with the folders that were made around it, if it
-    is empty at the end.
+    """Make a folder and keep other runs out of it; if it is empty at the end, remove it and the folders made around it.
 
     The system frees the folder however this process ends. On file systems without locks the run goes on with a notice.
 
@@ -225,7 +224,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _take(lock: Any, folder: Path) -> None:
-    """Lock a folder, which is made, and note in the lock whose it is."""
+    """Make and lock a folder, and write this process's number into the lock."""
     from filelock import Timeout
 
     file = folder / LOCK

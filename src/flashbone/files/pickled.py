@@ -69,7 +69,7 @@ class PickledTensor(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Bytes from its first number to its last; of a contiguous tensor, all of them."""
+        """Bytes from its first number to its last; for a contiguous tensor, all its bytes."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return 0 if 0 in self.shape else (last + 1) * DTYPES[self.dtype].itemsize
 
@@ -110,7 +110,7 @@ def dump(table: Mapping[str, PickledTensor]) -> bytes:
 
 
 def value(path: Path, file: BinaryIO) -> Any:
-    """The next pickle of a file; it may hold numbers, texts, lists and dicts, besides records of tensors.
+    """The next pickle of a file: numbers, texts, lists, dicts and records of tensors.
 
     Raises:
         FormatError: it asks for code.

@@ -47,8 +47,7 @@ class PlacedTensor:
 
     @property
     def grown(self) -> int:
-        """The rows of a replacement that is an embedding with more than the base's, since the adapter grew the
-        vocabulary; else 0."""
+        """The rows of an embedding that the adapter grew with the vocabulary; 0 for other replacements."""
         if self.replacement is None or self.block is not None or not names.is_embedding(self.tensor, _EMBEDDINGS):
             return 0
         rows, *others = self.replacement.shape

@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no such file.
-        FormatError: it is no YAML mapping of plain data; the message gives the line.
+        FormatError: it is not a YAML mapping of plain data; the message gives the line.
     """
     try:
         with path.open("rb") as file:
@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain value that a text is as YAML.
+    """The value of a YAML text.
 
     Raises:
         FormatError: it is not valid, or more than plain data; the message begins with `where` and gives the line.
@@ -69,8 +69,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Makes numbers of what YAML 1.2 calls numbers, 2e-4 too, and keeps dates, 007 and all keys as text. Refuses other
-    tags, keys that come twice, and what grows beyond the limits above."""
+    """Reads the numbers of YAML 1.2, such as 2e-4, as numbers; dates, 007 and all keys stay text. Refuses other tags,
+    repeated keys, and what exceeds the limits above."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
     yaml_constructors: dict[Any, Any] = {

@@ -38,10 +38,10 @@ def scan(path: Path) -> TensorFile:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in memory that is the mapped file: nothing that it only claims is made.
+    """All tensors of a file, which is mapped into memory; nothing is allocated for bytes that it only claims.
 
     Raises:
-        FormatError: as `scan`; or they claim far more bytes than the file has.
+        FormatError: as `scan`; or the tensors claim far more bytes than the file has.
     """
     places, size = _places(path, views=True), path.stat().st_size
     claimed = sum(tensor.nbytes for _, tensor in places)
@@ -63,7 +63,7 @@ def _mapped(mapped: Any, entry: TensorEntry, tensor: pickled.PickledTensor) -> T
 
 
 def _places(path: Path, views: bool) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
-    """Where each tensor is, and what the pickle holds of it.
+    """Where each tensor is, and its record in the pickle.
 
     `views`: as `read` takes them: also tensors that are not contiguous, and files of torch before 1.6.
     """
@@ -84,8 +84,8 @@ def _places(path: Path, views: bool) -> list[tuple[TensorEntry, pickled.PickledT
 
 
 def _bare_entries(path: Path, file: BinaryIO) -> list[tuple[TensorEntry, pickled.PickledTensor]]:
-    """Of a file of torch before 1.6: four pickles, the last of which is the dict, one of the keys of storages, then for
-    each of these the number of its numbers, and them."""
+    """The tensors in a file of torch before 1.6: four pickles, the last of which is the dict; a pickle of the keys of
+    storages; then for each storage its count of numbers, and the numbers."""
     file.seek(0)
     if pickled.value(path, file) != _MAGIC:
         raise ValueError("it begins like a pickle that torch.save() did not write")

@@ -71,7 +71,7 @@ def problems(kind: Any, fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON or YAML is of a type."""
+    """Whether a value of JSON or YAML has a type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in inner)

@@ -44,7 +44,7 @@ def sha256(file: Path) -> str:
 
 
 def expanded(name: str) -> str:
-    """What a user calls a place, with `~` and `$NAME` or `${NAME}` filled in as a shell does.
+    """A path, with `~` and `$NAME` or `${NAME}` expanded as in a shell.
 
     Raises:
         ConfigError: the environment has no such variable.

@@ -27,7 +27,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    tensors.scan(file)  # what the library says of a damaged header is long
+    tensors.scan(file)  # its errors are shorter than the library's
     try:
         return load_file(file)
     except (SafetensorError, ValueError, RuntimeError) as error:

@@ -197,7 +197,7 @@ def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _with_vocabulary(config: dict[str, Any], rows: int, more: int) -> dict[str, Any]:
-    """A model's config with a larger vocabulary, in its parts, too."""
+    """A model's config and its parts with a larger vocabulary."""
     changed = {key: _with_vocabulary(part, rows, more) for key, part in config.items() if isinstance(part, dict)}
     return config | changed | ({"vocab_size": more} if config.get("vocab_size") == rows else {})
 

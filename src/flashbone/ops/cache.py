@@ -1,4 +1,4 @@
-"""What a call of a model builds from parameters and uses again in its next steps: sums of blocks, a shifted weight."""
+"""What a call of a model builds from its parameters and uses again in later steps: sums of blocks, shifted weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 class Kept:
     """Tensors by role and settings, for as long as one call of a model runs, in which its parameters do not change.
 
-    No signal of torch's tells every write (fused optimisers and `.data` raise no version), so nothing outlives a call.
+    torch does not signal every write (fused optimisers and `.data` raise no version), so nothing outlives a call.
 
     Attributes:
         keeps_weights: whether tensors as large as a weight are to be kept.
@@ -31,7 +31,7 @@ class Kept:
         return value
 
     def is_worth_keeping(self, key: Hashable) -> bool:
-        """Whether a tensor that costs as much as many calls is kept, or asked for the second time."""
+        """Whether to keep a tensor that costs as much as many calls: yes if it is kept or wanted a second time."""
         if key in self.values or key in self._asked:
             return True
         self._asked.add(key)

@@ -166,7 +166,7 @@ def rows_for(model: PreTrainedModel, path: Path) -> list[Tensor]:
 
 
 class Answer(NamedTuple):
-    """The beginning of an answer: its prompt, and what a model generates."""
+    """A prompt, and the beginning of the model's answer."""
 
     prompt: list[int]
     tokens: list[int]
