@@ -17,6 +17,8 @@ GUIDES = {
     "train": "training.md",
     "compare": "comparing.md",
     "eval": "evaluating.md",
+    "generate": "chatting.md",
+    "chat": "chatting.md",
     "inspect": "inspect.md",
     "merge": "merging.md",
     "convert": "converting.md",

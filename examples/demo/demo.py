@@ -72,7 +72,8 @@ def main() -> int:
     print(f"\nHeld-out loss: {summary['eval_loss_before']:.3f} before, {summary['eval_loss_after']:.3f} after")
     difference = logit_difference(adapted, merged, tokenizer)
     print(f"Merged against adapter: logits differ by at most {difference:.1e} of their RMS (limit {TOLERANCE:.0e})")
-    print(f"Done in {time.perf_counter() - started:.0f} s; the merged model is in {out / 'merged'}")
+    print(f"Done in {time.perf_counter() - started:.0f} s. Talk to the result (flashbone is in .venv/bin):")
+    print(f"  flashbone chat {out / 'merged'}")
     return int(not difference <= TOLERANCE)
 
 

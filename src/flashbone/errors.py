@@ -33,6 +33,8 @@ class BackendError(FlashboneError, RuntimeError):
 
 
 MOST_OF_A_NAME, MOST_OF_AN_ERROR = 200, 500  # characters on a terminal
+# What text of several lines may hold besides: white space that moves the cursor over itself alone, and joiners.
+LINES = "\n\t\u00a0\u202f\u3000\u200c\u200d"
 
 
 def visible(text: object, most: int = MOST_OF_A_NAME) -> str:

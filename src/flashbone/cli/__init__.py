@@ -12,6 +12,8 @@ COMMANDS = {
     "train": ("flashbone.cli.train", "fine-tune a model as a YAML file says"),
     "compare": ("flashbone.cli.compare", "train methods side by side, and say which did best"),
     "eval": ("flashbone.cli.eval", "measure a model's quality, with or without an adapter"),
+    "generate": ("flashbone.cli.generate", "have a model answer prompts, with any of several adapters"),
+    "chat": ("flashbone.cli.chat", "talk to a model, with adapters to choose from"),
     "inspect": ("flashbone.cli.inspect", "say what an adapter would cost, or what a file holds"),
     "merge": ("flashbone.cli.merge", "write adapters into a checkpoint's weights"),
     "convert": ("flashbone.cli.convert", "write an adapter in another format, or for a serving engine"),
@@ -79,7 +81,7 @@ def _help() -> str:
         [
             "usage: flashbone COMMAND ...",
             "",
-            "Bone-family adapters: fine-tune, compare, inspect, merge and convert.",
+            "Bone-family adapters: fine-tune, compare, try out, inspect, merge and convert.",
             "",
             "commands:",
             *lines,

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from flashbone.cli import hub
+from flashbone.cli.asking import MODEL_HELP, at_least
 from flashbone.cli.places import expand
 from flashbone.cli.terminal import rows_bar, set_up_notices
 from flashbone.evaluate.bases import is_adapter
@@ -90,19 +90,6 @@ def _template(text: str) -> str:
     return text
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number, {least} or more")
-        return value
-
-    return number
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone eval",
@@ -112,18 +99,14 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "model",
-        metavar="MODEL",
-        help="folder, hub id, .gguf file, or an RWKV model's .pth file; or an adapter's folder, for its base with it",
-    )
+    add("model", metavar="MODEL", help=MODEL_HELP)
     add("--adapter", metavar="A", help="adapter of any format that flashbone reads, or of PEFT's other methods")
     add("--merge", action="store_true", help="put the adapter into the weights first, in memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the model (fp32 on a CPU, bf16 on a GPU)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     add("--vocabulary", metavar="FILE", help="the tokens of an RWKV model")
-    add("--limit", type=_at_least(1), metavar="N", help="only the first N rows of each file and task")
-    add("--batch-size", type=_at_least(1), default=8, metavar="N", help="rows at once (8)")
+    add("--limit", type=at_least(1), metavar="N", help="only the first N rows of each file and task")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="rows at once (8)")
     add("--output", type=Path, metavar="DIR", help="also write results.json there, and answers as they come")
     add("--json", action="store_true", help="print the results as one JSON object")
     what = parser.add_argument_group("what is measured")
@@ -136,10 +119,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--columns", type=columns, default={}, metavar="O=T,...", help="our column names to the file's")
     add("--prompt", type=_template, metavar="T", help="'alpaca', or a text with {question} in it (the question)")
     add("--no-chat-template", dest="chat_template", action="store_false", help="questions as plain text")
-    add("--max-new-tokens", type=_at_least(1), default=512, metavar="N", help="longest answer (512)")
+    add("--max-new-tokens", type=at_least(1), default=512, metavar="N", help="longest answer (512)")
     add("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
-    add("--num-fewshot", type=_at_least(0), metavar="N", help="solved examples before each question (the task's)")
+    add("--num-fewshot", type=at_least(0), metavar="N", help="solved examples before each question (the task's)")
     add("--apply-chat-template", action="store_true", help="questions of tasks in the tokenizer's chat template")
     add("--labels", type=_names, default=(), metavar="L,...", help="the classes, in the order of the head's outputs")
-    add("--max-length", type=_at_least(2), metavar="N", help="tokens of a row (512; perplexity: 1024)")
+    add("--max-length", type=at_least(2), metavar="N", help="tokens of a row (512; perplexity: 1024)")
     return parser
