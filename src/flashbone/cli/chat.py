@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 EPILOG = """\
 in the conversation:
   /adapter NAME|off    answer with another adapter, or with the base alone
-  /compare [QUESTION]  the base and all adapters side by side (without a question: the last one again)
+  /compare [QUESTION]  base and adapters side by side (alone: once more)
   /system [TEXT]       another system prompt, or none
   /reset               forget what was said
-  /save FILE           write the conversation, as a row that `flashbone train` reads
+  /save FILE           write the conversation, a row for `flashbone train`
   /help, /exit
 
-Ctrl-C stops an answer, Ctrl-D ends. A line that ends in \\ goes on in the next one.
+Ctrl-C stops an answer, Ctrl-D ends. A line ending in \\ goes on in the next.
 
 examples:
   flashbone chat runs/first/merged
@@ -101,6 +101,7 @@ class Terminal:
                 self._note("\n(stopped)")
             except FlashboneError as error:
                 print(f"flashbone chat: {one_line(error)}", file=sys.stderr)
+                self._note("")
 
     def _read(self) -> str:
         """The next line that is not blank, with those that it goes on in."""
@@ -156,7 +157,7 @@ class Terminal:
         for name, _ in answers:
             table.add_column(visible(name), ratio=1, overflow="fold")
         table.add_row(*(Text(escaped(answer.strip(), LINES)) for _, answer in answers))
-        console.print(table)
+        console.print(table, end="\n\n" if self.is_terminal else "\n")
 
     def _system(self, text: str) -> None:
         self.chat.system, self.chat.memory = text or None, None
