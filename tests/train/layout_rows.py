@@ -1,5 +1,6 @@
 """A small row of every layout: its format, the texts that are learned of it, and those that are context."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,104 @@ LAYOUT_ROWS = {
     ),
     "prompt and completion of turns": LayoutRow(
         {"prompt": talk(*TWICE[:3]), "completion": talk(TWICE[3])}, "prompt-completion", (SECOND,), (FIRST, ASKED[1])
+    ),
+    "OpenOrca": LayoutRow(
+        {"system_prompt": "be short .", "question": "the cat ?", "response": FIRST, "id": "1"},
+        "question-response",
+        (FIRST,),
+        ("be short .\n\nthe cat ?",),
+    ),
+    "columns in other letters": LayoutRow(
+        {"Prompt": "the cat ?", " Completion": FIRST}, "prompt-completion", (FIRST,), ("the cat ?",)
+    ),
+    "instruction and completion": LayoutRow(
+        {"instruction": "the cat ?", "completion": FIRST}, "instruction-completion", (FIRST,), ("the cat ?",)
+    ),
+    "instruction and answer": LayoutRow(
+        {"instruction": "the cat ?", "answer": FIRST}, "instruction-answer", (FIRST,), ("the cat ?",)
+    ),
+    "Hendrycks' MATH": LayoutRow(
+        {"problem": "1 + 1 ?", "solution": "it is 2", "level": "1"}, "problem-solution", ("it is 2",), ("1 + 1 ?",)
+    ),
+    "OpenMathInstruct": LayoutRow(
+        {"problem": "1 + 1 ?", "generated_solution": "it is 2", "expected_answer": "2"},
+        "problem-generated_solution",
+        ("it is 2",),
+        ("1 + 1 ?",),
+    ),
+    "user, assistant and system": LayoutRow(
+        {"user": "the cat ?", "assistant": FIRST, "system": "be short ."},
+        "user-assistant",
+        (FIRST,),
+        ("be short .\n\nthe cat ?",),
+    ),
+    "human and assistant": LayoutRow(
+        {"human": "the cat ?", "assistant": FIRST}, "human-assistant", (FIRST,), ("the cat ?",)
+    ),
+    "natural instructions": LayoutRow(
+        {"definition": "find it", "inputs": "the cat ?", "targets": FIRST},
+        "inputs-targets",
+        (FIRST,),
+        ("find it\n\nthe cat ?",),
+    ),
+    "input and output": LayoutRow({"input": "the cat ?", "output": FIRST}, "input-output", (FIRST,), ("the cat ?",)),
+    "xLAM": LayoutRow(
+        {
+            "query": "the cat ?",
+            "tools": '[{"name": "look", "description": "to find"}]',
+            "answers": '[{"name": "look", "arguments": {"where": "tree"}}]',
+        },
+        "query-answers",
+        ('{"where": "tree"}',),
+        ("the cat ?", "to find"),
+    ),
+    "glaive's calls": LayoutRow(
+        {
+            "system": "SYSTEM: be short .",
+            "chat": "USER: the cat ?\n\n\nASSISTANT: <functioncall> {} <|endoftext|>\n\n\n"
+            "FUNCTION RESPONSE: a cat\n\n\nASSISTANT: on the mat . <|endoftext|>\n\n\n",
+        },
+        "system-chat",
+        ("<functioncall> {}", FIRST),
+        ('"be short ."', "the cat ?", '"a cat"'),
+    ),
+    "LIMA": LayoutRow({"conversations": ["the cat ?", FIRST], "source": "s"}, "sharegpt", (FIRST,), ("the cat ?",)),
+    "Capybara": LayoutRow(
+        {"conversation": [{"input": "the cat ?", "output": FIRST}, {"input": "the dog ?", "output": SECOND}]},
+        "messages",
+        (FIRST, SECOND),
+        ("the cat ?", "the dog ?"),
+    ),
+    "ShareGPT with speakers and texts": LayoutRow(
+        {"items": [{"speaker": "human", "text": "the cat ?"}, {"speaker": "bot", "text": FIRST}]},
+        "messages",
+        (FIRST,),
+        ("the cat ?",),
+    ),
+    "Gemini": LayoutRow(
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "be short ."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "the "}, {"text": "cat ?"}]},
+                {"role": "model", "parts": [{"text": FIRST}]},
+            ],
+        },
+        "messages",
+        (FIRST,),
+        ("be short .", "the cat ?"),
+    ),
+    "messages and a system prompt": LayoutRow(
+        {"messages": talk(*TWICE[:2]), "system_prompt": "be short ."}, "messages", (FIRST,), ("be short .", ASKED[1])
+    ),
+    "messages as JSON text": LayoutRow({"messages": json.dumps(talk(*TWICE[:2]))}, "messages", (FIRST,), (ASKED[1],)),
+    "messages as lists of keys": LayoutRow(
+        {"messages": {"role": ["user", "assistant"], "content": [ASKED[1], FIRST]}}, "messages", (FIRST,), (ASKED[1],)
+    ),
+    "a prompt of turns and a text": LayoutRow(
+        {"prompt": talk(ASKED), "completion": FIRST}, "prompt-completion", (FIRST,), (ASKED[1],)
+    ),
+    "a text and a completion of turns": LayoutRow(
+        {"prompt": ASKED[1], "completion": talk(TWICE[1])}, "prompt-completion", (FIRST,), (ASKED[1],)
     ),
     "tokens": LayoutRow({"input_ids": [5, 6, 7]}, "tokens", ()),
 }

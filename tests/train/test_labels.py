@@ -9,9 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from flashbone.errors import FormatError
+from flashbone.train.classify import encoded
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.rows import read_rows
 from flashbone.train.recipe import DataRecipe, Recipe
+from helpers.tiny_llama import WORDS, word_tokenizer
 
 NAMES = ["bad", "good"]
 
@@ -101,7 +103,7 @@ def test_labels_that_look_like_numbers_are_names(jsonl, labels):
     assert load(jsonl(rows)).labels == sorted(labels)
 
 
-@pytest.mark.parametrize("label", [True, 1.5, ["a"], {"a": 1}])
+@pytest.mark.parametrize("label", [1.5, ["a"], {"a": 1}])
 def test_what_is_neither_a_name_nor_a_whole_number_is_refused(jsonl, label):
     with pytest.raises(FormatError, match=r"rows\.jsonl:1: 'label' is of type .*a name or a whole number was wanted"):
         load(jsonl([{"text": "t", "label": label}]))
@@ -112,3 +114,46 @@ def test_a_broken_row_has_one_line_however_it_is_written(jsonl):
     with pytest.raises(FormatError) as error:
         load(jsonl(rows))
     assert "\n" not in str(error.value)
+
+
+def test_truth_values_are_names(jsonl):
+    path = jsonl([{"text": f"a {i}", "label": bool(i % 2)} for i in range(4)])
+    assert load(path).labels == ["False", "True"]
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"premise": "a cat", "hypothesis": "a dog"}, ("a cat", "a dog")),
+        ({"sentence1": "a cat", "sentence2": "a dog"}, ("a cat", "a dog")),
+        ({"question1": "a cat", "question2": "a dog"}, ("a cat", "a dog")),
+        ({"question": "a cat", "sentence": "a dog"}, ("a cat", "a dog")),
+        ({"text": "a cat", "text_pair": "a dog"}, ("a cat", "a dog")),
+        ({"Sentence": "a cat"}, ("a cat", None)),
+        ({"content": "a cat", "title": "no"}, ("a cat", None)),
+    ],
+)
+@pytest.mark.parametrize("label", ["label", "labels", "Sentiment"])
+def test_texts_and_pairs_of_texts_are_read_under_the_names_that_data_sets_have(jsonl, row, pair, label):
+    path = jsonl([{**row, label: name} for name in "ab" for _ in range(2)])
+    data = load(path)
+    assert (data.train["text"][0], data.train[0].get("text_pair")) == pair
+    assert data.labels == ["a", "b"]
+
+
+def test_of_two_names_that_may_be_meant_none_is_taken(jsonl):
+    with pytest.raises(FormatError, match="columns review, sentence, label fit no format of task classification"):
+        load(jsonl([{"review": "a", "sentence": "b", "label": "c"}]))
+
+
+@pytest.mark.parametrize("separator", [None, "[SEP]"])
+def test_a_pair_is_read_as_the_tokenizer_writes_pairs_and_else_with_a_blank_line(separator):
+    words = [*WORDS.split(), "<pad>", "[CLS]", "[SEP]", "<unk>"]
+    tokenizer = word_tokenizer(words, "<pad>", "[CLS]", "[SEP]", "<unk>")
+    tokenizer.sep_token = separator
+    rows = {"text": ["the cat", "a dog"], "text_pair": ["a dog", "it"]}
+    whole = ["the cat\n\na dog", "a dog\n\nit"]
+    wanted = tokenizer(rows["text"], rows["text_pair"]) if separator else tokenizer(whole)
+    assert encoded(rows, tokenizer) == wanted
+    some = {**rows, "text_pair": ["a dog", None]}  # of several sources
+    assert encoded(some, tokenizer)["input_ids"] == tokenizer([whole[0], "a dog"])["input_ids"]

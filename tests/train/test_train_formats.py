@@ -5,7 +5,6 @@ import json
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data.conversations import answers
 from flashbone.train.data.formats import choose_format, converter, open_examples
 from flashbone.train.data.layouts import ALPACA, FORMATS, RowFormat
 
@@ -26,14 +25,13 @@ from flashbone.train.data.layouts import ALPACA, FORMATS, RowFormat
     ],
 )
 def test_the_format_is_found_by_the_columns(names, task, format):
-    assert choose_format(dict.fromkeys(names, "a"), task, "d") == format
+    assert choose_format(dict.fromkeys(names, "a"), task, "d") == (format, {})
 
 
 def test_mapped_columns_decide_the_format_and_fill_it():
     columns = {"prompt": "q", "completion": "a"}
-    format = choose_format({"q": "one", "a": "two"}, "sft", "d", columns=columns)
-    assert format == "prompt-completion"
-    assert converter(format, columns)({"q": "one", "a": "two"}) == {"prompt": "one", "completion": "two"}
+    assert choose_format({"q": "one", "a": "two"}, "sft", "d", columns=columns) == ("prompt-completion", columns)
+    assert converter("prompt-completion", columns)({"q": "one", "a": "two"}) == {"prompt": "one", "completion": "two"}
 
 
 def test_columns_that_fit_nothing_are_listed_with_the_remedy():
@@ -77,12 +75,10 @@ def test_sharegpt_rows_become_conversations():
     assert talk["learned"] == [False, False, True]
 
 
-def test_every_answer_of_a_conversation_is_learned_once_in_its_context():
+def test_every_answer_of_a_conversation_is_learned_or_the_last_alone():
     talk = [{"role": role, "content": str(i)} for i, role in enumerate(["user", "assistant", "user", "assistant"])]
-    packed = converter("messages", {})({"messages": talk})["conversation"]
-    both = [{"prompt": talk[:1], "completion": [talk[1]]}, {"prompt": talk[:3], "completion": [talk[3]]}]
-    assert answers(packed) == both
-    assert answers(converter("messages", {}, "last")({"messages": talk})["conversation"]) == both[1:]
+    assert talk_of("messages", {"messages": talk}) == {"messages": talk, "learned": [False, True, False, True]}
+    assert talk_of("messages", {"messages": talk}, "last")["learned"] == [False, False, False, True]
 
 
 def test_an_opening_line_of_the_assistant_is_context_only():
@@ -109,7 +105,7 @@ def test_of_a_prompt_and_a_completion_that_are_turns_the_completion_alone_is_lea
         ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "'input' is of type int"),
         ("messages", {"messages": []}, "the conversation is empty"),
         ("messages", {"messages": [{"role": "user"}]}, "turn 1 needs 'role' and 'content'"),
-        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "turn 1: unknown role 'bot'"),
+        ("messages", {"messages": [{"role": "cat", "content": "x"}]}, "turn 1: unknown role 'cat'"),
         ("messages", {"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant's answer"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "turn 1: 'content' is empty"),
         ("classification", {"text": "a", "label": 1.5}, "'label' is of type float"),

@@ -125,8 +125,8 @@ def test_documents_of_one_token_alone_are_refused(pair):
 
 
 def test_columns_of_text_come_before_tokens_unless_they_are_asked_for():
-    assert choose_format({"input_ids": [3], "labels": [3]}, "sft", "d") == "tokens"
-    assert choose_format({"text": "a", "input_ids": [3]}, "sft", "d") == "text"
+    assert choose_format({"input_ids": [3], "labels": [3]}, "sft", "d") == ("tokens", {})
+    assert choose_format({"text": "a", "input_ids": [3]}, "sft", "d") == ("text", {})
     assert converter("tokens", {"input_ids": "ids"})({"ids": [3], "text": "a"}) == {"input_ids": [3]}
     with pytest.raises(FormatError, match="fit no format of task classification"):
         choose_format({"input_ids": [3]}, "classification", "d")

@@ -107,7 +107,7 @@ def test_a_user_s_turn_that_is_to_be_learned_is_refused():
         ({"query": "a", "response": "b", "tools": ["t"]}, "tools"),
         ({"instruction": "a", "output": "b", "context": "c"}, "context"),
         ({"messages": TALK, "documents": ["d"]}, "documents"),
-        ({"query": "a", "response": "b", "system_prompt": "s"}, "system_prompt"),
+        ({"query": "a", "response": "b", "passage": "s"}, "passage"),
     ],
 )
 def test_what_an_answer_may_depend_on_is_refused_unless_columns_are_named(row, name):

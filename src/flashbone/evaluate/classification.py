@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import DataCollatorWithPadding
 
 from flashbone.errors import FormatError
 from flashbone.evaluate.intervals import bootstrap, bootstrap_ratio, wilson
 from flashbone.evaluate.results import Evaluation, figure
-from flashbone.evaluate.scoring import by_length, padded, row_classes
-from flashbone.train.classify import confusion, macro_f1
+from flashbone.evaluate.scoring import by_length, row_classes
+from flashbone.train.classify import confusion, encoded, macro_f1
 from flashbone.train.data.layouts import Example
 from flashbone.train.lengths import CLASSIFIED, fitting_length
 
@@ -46,12 +47,16 @@ def classification(
     if unknown:
         raise FormatError(f"{of}: has the labels {', '.join(unknown)}, but the model knows {', '.join(labels)}")
     length = fitting_length(max_length, CLASSIFIED, model.config, tokenizer.model_max_length, "max_length")
-    ids = [tokenizer(example["text"], truncation=True, max_length=length)["input_ids"] for example in examples]
+    texts = {name: [example.get(name) for example in examples] for name in examples[0] if name != "label"}
+    read = encoded(texts, tokenizer, truncation=True, max_length=length)
+    ids = read["input_ids"]
     right = np.array([number[example["label"]] for example in examples])
     predicted, losses = np.zeros(len(ids), int), np.zeros(len(ids))
     batches = by_length(ids, batch_size)
+    fill = DataCollatorWithPadding(tokenizer)
     made = (
-        padded([ids[row] for row in rows], tokenizer.pad_token_id, classes=right[rows].tolist()) for rows in batches
+        fill([{**{name: read[name][row] for name in read}, "labels": int(right[row])} for row in rows])
+        for rows in batches
     )
     scored = row_classes(model, made)
     for rows in batches:

@@ -74,7 +74,6 @@ def padded(
     ids: Sequence[Sequence[int]],
     pad: int | None,
     labels: Sequence[Sequence[int]] | None = None,
-    classes: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """A batch for a model: `input_ids` and `attention_mask` of shape (rows, longest), int64, and `labels`.
 
@@ -82,7 +81,6 @@ def padded(
         ids: The rows' tokens.
         pad: The token that fills up; 0 where the tokenizer has none, since the mask hides it.
         labels: As long as the rows each; they become `labels` of shape (rows, longest).
-        classes: Or one label a row, of shape (rows,).
     """
     longest = max(map(len, ids))
 
@@ -92,6 +90,4 @@ def padded(
     batch = {"input_ids": filled(ids, pad or 0), "attention_mask": filled([[1] * len(row) for row in ids], 0)}
     if labels is not None:
         batch["labels"] = filled(labels, IGNORED)
-    if classes is not None:
-        batch["labels"] = torch.tensor(classes)
     return batch

@@ -1,5 +1,6 @@
 """Text classification: tokenized rows, a Trainer on an adapted model with a new head, accuracy and macro-F1."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,15 +45,26 @@ def _tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: i
     number = {label: index for index, label in enumerate(labels)}
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
-        tokens = tokenizer(batch["text"], truncation=True, max_length=max_length)
+        tokens = encoded(batch, tokenizer, truncation=True, max_length=max_length)
         return {**tokens, "labels": [number[label] for label in batch["label"]]}
 
     return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
+def encoded(rows: Mapping[str, Any], tokenizer: Any, **limits: Any) -> Any:
+    """What a classifier reads of texts, or of pairs of texts: with the tokenizer's separator, or else a blank line,
+    between the two."""
+    texts, pairs = rows["text"], rows.get("text_pair")
+    if pairs is None:
+        return tokenizer(texts, **limits)
+    if tokenizer.sep_token is None or not all(pairs):  # of several sources, some rows may have one text
+        return tokenizer(["\n\n".join(filter(None, pair)) for pair in zip(texts, pairs, strict=True)], **limits)
+    return tokenizer(texts, pairs, **limits)
+
+
 def untruncated(rows: "Dataset", tokenizer: Any) -> list[int]:
-    """How many tokens each text has before it is cut."""
-    return [len(ids) for ids in tokenizer(rows["text"][:], truncation=False)["input_ids"]]
+    """How many tokens each row has before it is cut."""
+    return [len(ids) for ids in encoded(rows[:], tokenizer, truncation=False)["input_ids"]]
 
 
 def scores(logits: Any, labels: Any) -> dict[str, float]:

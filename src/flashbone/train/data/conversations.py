@@ -1,5 +1,6 @@
 """Conversations in rows: roles and keys of their turns, what is learned of them, and the example that they become."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,13 @@ ROLES = {
     "developer": "system",
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "chatbot": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "model": "assistant",
     "assistant": "assistant",
     "function_call": "assistant",  # the value is a call, as JSON
@@ -29,7 +35,10 @@ CALLS = ("function_call", "tool_call")
 # Keys that go to the chat template as they are. Templates have several names for what a model thinks.
 PASSED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")
 FLAGS = ("train", "training", "trainable", "learn", "loss")  # true or false: whether a turn is learned
-KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", "weight", *FLAGS, *PASSED}
+KEYS = {"tool_calls", "function_call", "weight", *FLAGS, *PASSED}
+SPEAKERS = ("user", "assistant")
+NAMED = {"role": "content", "from": "value", "speaker": "text"}  # keys of who speaks, with the usual ones of what
+CONTENTS = ("content", "value", "text", "parts")
 PART_KEYS = {"type", "text"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -42,7 +51,7 @@ def conversation(
     """An example of the turns of a row.
 
     Args:
-        turns: Messages with role and content, or with ShareGPT's from and value.
+        turns: Messages with role and content, or in another form that `as_turns` reads.
         context: So many turns are never learned.
         system: A system prompt that goes before the turns.
         tools: Descriptions of tools for the chat template: a list, or JSON text.
@@ -56,7 +65,9 @@ def conversation(
     messages = [_message(number, turn) for number, turn in enumerate(turns, 1)]
     last = messages[-1]["role"]
     if last != "assistant" or len(messages) < 2:
-        raise FormatError(f"a conversation must end with the assistant's answer, not with the {last}")
+        raise FormatError(
+            f"a conversation must end with the assistant's answer, not with the {last}; take the rest out"
+        )
     learned = [_is_learned(i + 1, turn, messages[i]["role"]) and i >= context for i, turn in enumerate(turns)]
     if not is_blank(system):
         text = _text_of("'system'", system)
@@ -100,27 +111,42 @@ def packed(example: dict[str, Any], turns: str) -> dict[str, Any]:
         raise FormatError(f"holds what JSON has no form for: {error}") from None
 
 
-def answers(text: str) -> list[dict[str, Any]]:
-    """A prompt and completion for each learned answer of a conversation.
+def as_turns(value: Any) -> Any:
+    """The turns in a column, one object for each, also out of JSON text; anything else as it is.
 
-    Each prompt is the conversation up to that answer, which is what the model sees when it gives it; masking one
-    long sequence instead would need a chat template that marks the answers, and few do.
+    A list of texts is what the user and the assistant say in turns. An object with `input` and `output` is what both
+    say. An object of lists is what datasets makes of a list of objects.
     """
-    talk = json.loads(text)
-    messages, tools = talk["messages"], talk.get("tools")
-    along = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
-    ends = [number for number, is_learned in enumerate(talk["learned"]) if is_learned]
-    return [{"prompt": messages[:i], "completion": [messages[i]], **along} for i in ends]
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, dict) and value and all(isinstance(items, list) for items in value.values()):
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=False)]
+    if not isinstance(value, list):
+        return value
+    if value and all(isinstance(turn, str) for turn in value):
+        return [{"role": SPEAKERS[number % 2], "content": text} for number, text in enumerate(value)]
+    return [turn for item in value for turn in _said(item)]
+
+
+def _said(item: Any) -> list[Any]:
+    """The turns of one item: two where it holds an input and an output."""
+    if not isinstance(item, dict) or not {"input", "output"} <= item.keys() or item.keys() & NAMED.keys():
+        return [item]
+    answer = {key: value for key, value in item.items() if key not in ("input", "output")}
+    user, assistant = SPEAKERS
+    return [{"role": user, "content": item["input"]}, {**answer, "role": assistant, "content": item["output"]}]
 
 
 def unread_keys(turns: Any) -> Iterator[str]:
     """The keys of turns, and of the parts of their contents, that nothing reads."""
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict):
-            yield from (key for key in turn if key not in KEYS)
-            content = turn.get("content")
+            said = _names(turn)
+            yield from (key for key in turn if key not in KEYS and key not in said)
+            content = turn.get(said[1])
             parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-            yield from (f"content.{key}" for part in parts for key in part if key not in PART_KEYS)
+            yield from (f"{said[1]}.{key}" for part in parts for key in part if key not in PART_KEYS)
 
 
 def is_blank(value: Any) -> bool:
@@ -140,7 +166,7 @@ def _message(number: int, turn: Any) -> Turn:
     where = f"turn {number}"
     if not isinstance(turn, dict):
         raise FormatError(f"{where} is {kind(turn)}; an object with role and content was wanted")
-    keys = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    keys = _names(turn)
     calls = _calls(where, turn)
     if keys[0] not in turn or (keys[1] not in turn and not calls):
         raise FormatError(f"{where} needs {keys[0]!r} and {keys[1]!r}")
@@ -162,8 +188,16 @@ def _message(number: int, turn: Any) -> Turn:
     return message | passed
 
 
+def _names(turn: Turn) -> tuple[str, str]:
+    """The keys of a turn that say who speaks, and what."""
+    who = next((key for key in NAMED if key in turn), "role")
+    return who, next((key for key in (NAMED[who], *CONTENTS) if key in turn), NAMED[who])
+
+
 def _text_of(where: str, content: Any) -> str:
     """A content as text: of a list of parts, those of all."""
+    if isinstance(content, dict) and content.keys() <= {"role", "parts"}:  # a system prompt of Gemini's
+        content = content.get("parts")
     if content is None:
         return ""
     if isinstance(content, str):
@@ -172,8 +206,8 @@ def _text_of(where: str, content: Any) -> str:
         raise FormatError(f"{where} is {kind(content)}; text was wanted")
     texts = []
     for part in content:
-        if isinstance(part, dict) and part.get("type") not in TEXT_PARTS:
-            raise FormatError(f"{where} has a part of type {part.get('type')!r}; only text is read")
+        if isinstance(part, dict) and part.get("type", "text") not in TEXT_PARTS:
+            raise FormatError(f"{where} has a part of type {part['type']!r}; only text is read")
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             raise FormatError(f"{where} has a part that is {kind(text)}; text was wanted")

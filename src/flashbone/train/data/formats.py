@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError, shortened
-from flashbone.train.data.conversations import packed
+from flashbone.train.data.conversations import as_turns, packed
 from flashbone.train.data.counts import RowCounts, listed
-from flashbone.train.data.layouts import FORMATS, Example, Unlabelled
+from flashbone.train.data.layouts import FORMATS, REFUSED, Example, RowFormat, Unlabelled
 from flashbone.train.data.marks import check_context, check_marks
 from flashbone.train.data.rows import BadRow, Row
 
@@ -40,15 +40,20 @@ def column_names(task: str) -> list[str]:
     return list(dict.fromkeys(name for entry in formats for name in entry.columns))
 
 
-def choose_format(row: Any, task: str, where: str, asked: str = "auto", columns: Columns | None = None) -> str:
-    """The format of rows like this one.
+def choose_format(
+    row: Any, task: str, where: str, asked: str = "auto", columns: Columns | None = None
+) -> tuple[str, Columns]:
+    """The format of rows like this one, and our names of its columns to the data's, where they differ.
+
+    Columns have to have our names, or those that `columns` names; where no format fits so, other letters (`Prompt`) and
+    the other names of the table are taken.
 
     Args:
         row: The first row of the data that has columns; None if there is none.
         task: sft, classification or exact_match.
         where: The data's name, for errors.
         asked: The format, or auto: the first in the table whose columns exist, and that reads all that `columns` names.
-        columns: Our names to the data's.
+        columns: Our names to the data's, as the user gives them.
 
     Raises:
         ConfigError: no such format, or one of another task; a column that no format reads, or that does not exist.
@@ -61,17 +66,22 @@ def choose_format(row: Any, task: str, where: str, asked: str = "auto", columns:
     if asked != "auto" and asked not in names:
         raise ConfigError(f"data.format {asked} does not go with task {task}")
     if not isinstance(row, dict) or not row:  # reading on reports what is wrong
-        return names[0] if asked == "auto" else asked
+        return (names[0] if asked == "auto" else asked), columns
     _check_columns(row, columns, task, where)
     fitting = [name for name in names if {*row, *columns}.issuperset(FORMATS[name].needed)]
+    others = {name: _other_names(row, FORMATS[name], columns) for name in names}
+    if not fitting:
+        fitting = [name for name in names if {*row, *others[name]}.issuperset(FORMATS[name].needed)]
     for name in fitting if asked == "auto" else [asked]:
         if columns.keys() <= set(FORMATS[name].columns):
-            return name
+            return name, others[name]
     if fitting or asked != "auto":
         name = fitting[0] if asked == "auto" else asked
         unread = [ours for ours in columns if ours not in FORMATS[name].columns]
         reads = listed(FORMATS[name].columns)
         raise ConfigError(f"data.columns: format {name} does not read {listed(unread)}; it reads {reads}")
+    if remedy := next((words for known, words in REFUSED.items() if row.keys() >= set(known)), None):
+        raise FormatError(f"{where}: columns {listed(row)}: {remedy}")
     remedy = {
         "sft": "data.columns: {prompt: question, completion: answer}",
         "classification": "data.columns: {text: review, label: stars}",
@@ -80,9 +90,29 @@ def choose_format(row: Any, task: str, where: str, asked: str = "auto", columns:
     raise FormatError(f"{where}: columns {listed(row)} fit no format of task {task}; name them, as in {remedy}")
 
 
+def _other_names(row: Collection[str], entry: RowFormat, columns: Columns) -> Columns:
+    """Our names to the data's: as the user gives them, and those that the row has otherwise; where the user names
+    columns, only what a row needs."""
+    theirs = {name: _folded(name) for name in row if name not in columns.values()}
+    known = dict(columns)
+    for ours in entry.needed if columns else entry.columns:
+        if ours in known or ours in row:
+            continue
+        alike = [name for name, folded in theirs.items() if folded == ours]
+        others = alike or [name for name, folded in theirs.items() if folded in entry.names.get(ours, ())]
+        if len(others) == 1:  # else nobody knows which is meant
+            known[ours] = others[0]
+    return known
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower().replace(" ", "_")
+
+
 def _check_columns(row: Collection[str], columns: Columns, task: str, where: str) -> None:
     known = column_names(task)
-    needed = {name for entry in FORMATS.values() if entry.task == task for name in entry.needed}
+    formats = [entry for entry in FORMATS.values() if entry.task == task]
+    needed = {name for entry in formats for name in entry.needed} - {n for entry in formats for n in entry.optional}
     problems = [f"{name!r} is not a name of task {task} ({', '.join(known)})" for name in columns if name not in known]
     problems += [
         f"no column {theirs!r} in {where}, which has {listed(row)}"
@@ -113,6 +143,8 @@ def converter(
         named = _named(row, columns)
         missing = [columns.get(name, name) for name in entry.needed if named.get(name) is None and name != "label"]
         if missing:
+            if missing[0] in row:
+                raise FormatError(f"{missing[0]!r} is null; text was wanted")
             raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {listed(row)}")
         check_marks(named, entry.columns, entry.turns)
         if depends:
@@ -162,9 +194,9 @@ def open_examples(
         if not isinstance(row, BadRow) and isinstance(row[1], dict) and row[1]:
             first = row[1]
             break
-    columns = columns or {}
-    reading = Reading(choose_format(first, task, where, asked, columns), columns, iter(()), RowCounts())
-    convert = converter(reading.format, columns, turns, refuse_context=not columns)
+    format, names = choose_format(first, task, where, asked, columns)
+    reading = Reading(format, names, iter(()), RowCounts())
+    convert = converter(format, names, turns, refuse_context=not columns)
     everything = itertools.chain(start, rows)
     reading.examples = _converted(everything, convert, where, reading, drop_unlabelled)
     return reading
@@ -181,6 +213,7 @@ def _converted(
     counts, entry = reading.counts, FORMATS[reading.format]
     used = {reading.columns.get(name, name) for name in entry.columns}
     turns = [reading.columns.get(name, name) for name in entry.turns]
+    of_turns = () if entry.has_prompt else turns
     for row in rows:
         counts.read += 1
         if isinstance(row, BadRow):
@@ -188,6 +221,7 @@ def _converted(
             continue
         place, content = row
         if isinstance(content, dict):
+            content = content | {name: as_turns(content[name]) for name in of_turns if name in content}
             counts.see(content, used, turns)
         try:
             example = convert(content)

@@ -5,13 +5,14 @@ An example is one of
     {"prompt", "completion"}    the completion is learned, as in TRL's prompt-completion data
     {"conversation"}            JSON text: "messages" as the chat template sees them, "learned" (a truth for each
                                 message), and "tools" and "chat_template_kwargs" where a row has them
-    {"text", "label"}           classification
+    {"text", "label"}           classification; {"text_pair"}, too, where two texts are compared
     {"input_ids"}               token ids: every one is learned
     {"question", "answer"}      the model's answer is compared with this one
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from flashbone.errors import FormatError
@@ -29,6 +30,19 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+
+# Other names of columns.
+SYSTEM = {"system": ("system_prompt", "system_message", "system_instruction", "systeminstruction")}
+_LABELS = ("labels", "category", "sentiment", "stars", "intent", "emotion", "class")
+CLASSIFIED = {
+    "text": ("sentence", "review", "content", "comment", "comment_text", "tweet", "utterance"),
+    "label": _LABELS,
+}
+PAIRED = {
+    "text": ("premise", "sentence1", "question1", "text1", "question"),
+    "text_pair": ("hypothesis", "sentence2", "question2", "text2", "sentence", "passage"),
+    "label": _LABELS,
+}
 
 UNLABELLED = (-1, -100)  # what datasets writes for a class that is not known, and what losses ignore
 MAX_ID = 2**31  # what datasets stores token ids in
@@ -53,6 +67,7 @@ class RowFormat:
         task: The task whose rows have this format: sft, classification or exact_match.
         has_prompt: A template may go around the example's prompt.
         turns: Columns that may hold the turns of a conversation.
+        names: Other names of its columns, which are read where only one of them exists.
         is_tokenised: Its examples are documents of token ids, which are cut into windows.
     """
 
@@ -63,6 +78,7 @@ class RowFormat:
     task: str = "sft"
     has_prompt: bool = False
     turns: tuple[str, ...] = ()
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_tokenised: bool = False
 
     @property
@@ -89,13 +105,17 @@ def _joined(row: Row, names: tuple[str, ...], needed: str) -> str:
     return "\n\n".join(text for text in texts if text is not None)
 
 
-def _pair(prompt: str, completion: str, before: tuple[str, ...] = (), after: tuple[str, ...] = ()) -> RowFormat:
+def _pair(
+    prompt: str, completion: str, before: tuple[str, ...] = ("context",), after: tuple[str, ...] = ("input",)
+) -> RowFormat:
     """Rows of a prompt and its completion, with more texts before and after the prompt."""
+    before = ("system", *before)
 
     def convert(row: Row) -> Example:
         return {"prompt": _joined(row, (*before, prompt, *after), prompt), "completion": text_of(row, completion)}
 
-    return RowFormat(convert, (prompt, completion), (*before, *after), f"the {completion}", has_prompt=True)
+    optional = (*before, *after)
+    return RowFormat(convert, (prompt, completion), optional, f"the {completion}", has_prompt=True, names=SYSTEM)
 
 
 def _text(row: Row) -> Example:
@@ -104,7 +124,10 @@ def _text(row: Row) -> Example:
 
 def _prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if isinstance(prompt, list) or isinstance(completion, list):  # one may be a text
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": text_of(row, "prompt")}]
+        if not isinstance(completion, list):
+            completion = [{"role": "assistant", "content": text_of(row, "completion")}]
         return conversation([*prompt, *completion], len(prompt) or 1, **_along(row))
     if names := [name for name in ("system", "tools", "chat_template_kwargs") if not is_blank(row.get(name))]:
         raise FormatError(f"{' and '.join(map(repr, names))} needs a prompt and a completion that are lists of turns")
@@ -156,9 +179,14 @@ def _classification(row: Row) -> Example:
             f"'label' is {label!r}, which marks a row without a class; "
             "name its class, or leave such rows out of training with data.drop_unlabelled: true"
         )
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise FormatError(f"'label' is {kind(label)}; a name or a whole number was wanted")
-    return {"text": text_of(row, "text"), "label": str(label)}
+    if not isinstance(label, str | int):
+        more = "; a text has one class here" if isinstance(label, list) else ""
+        raise FormatError(f"'label' is {kind(label)}; a name or a whole number was wanted{more}")
+    return {"text": text_of(row, "text"), "label": str(label).strip()}
+
+
+def _pair_classification(row: Row) -> Example:
+    return {**_classification(row), "text_pair": text_of(row, "text_pair")}
 
 
 def _is_unlabelled(label: Any) -> bool:
@@ -196,15 +224,40 @@ def _tokens(row: Row) -> Example:
     return {"input_ids": ids}
 
 
+def _calls(row: Row) -> Example:
+    turns = [{"role": "user", "content": row["query"]}, {"from": "tool_call", "value": row["answers"]}]
+    return conversation(turns, **_along(row))
+
+
+def _chat(row: Row) -> Example:
+    chat = row["chat"]
+    if not isinstance(chat, list):
+        start, *parts = re.split(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ", text_of(row, "chat"))
+        if start.strip() or not parts:
+            raise FormatError(f"'chat' is {kind(chat)}; 'USER: ' and 'ASSISTANT: ' were wanted before what they say")
+        said = [text.strip().removesuffix("<|endoftext|>").rstrip() for text in parts[1::2]]
+        roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+        chat = [{"role": roles[name], "content": text} for name, text in zip(parts[::2], said, strict=True)]
+    system = row.get("system")
+    return conversation(chat, system=system.removeprefix("SYSTEM: ") if isinstance(system, str) else system)
+
+
 _ALONG = ("system", "tools", "functions", "chat_template_kwargs")
 _ANSWERS = "the assistant's answers"
 
 # The table. The first format of a task whose columns exist is taken in `auto`.
 FORMATS = {
-    "messages": RowFormat(_messages, ("messages",), _ALONG, _ANSWERS, turns=("messages",)),
-    "sharegpt": RowFormat(_sharegpt, ("conversations",), _ALONG, _ANSWERS, turns=("conversations",)),
+    "messages": RowFormat(
+        _messages,
+        ("messages",),
+        _ALONG,
+        _ANSWERS,
+        turns=("messages",),
+        names={**SYSTEM, "messages": ("conversation", "dialog", "dialogue", "chat", "items", "contents", "data")},
+    ),
+    "sharegpt": RowFormat(_sharegpt, ("conversations",), _ALONG, _ANSWERS, turns=("conversations",), names=SYSTEM),
     "alpaca": RowFormat(
-        _alpaca, ("instruction", "output"), ("input", "history", "system"), "the output", has_prompt=True
+        _alpaca, ("instruction", "output"), ("input", "history", "system"), "the output", has_prompt=True, names=SYSTEM
     ),
     "prompt-completion": RowFormat(
         _prompt_completion,
@@ -213,15 +266,50 @@ FORMATS = {
         "the completion",
         has_prompt=True,
         turns=("prompt", "completion"),
+        names=SYSTEM,
     ),
     "text": RowFormat(_text, ("text",), learned="every token"),
     "tokens": RowFormat(_tokens, ("input_ids",), MASKS, "every token", is_tokenised=True),
-    "query-response": _pair("query", "response", before=("context",), after=("input",)),
-    "question-answer": _pair("question", "answer", before=("context",), after=("input",)),
-    "prompt-response": _pair("prompt", "response", before=("context",), after=("input",)),
-    "instruction-response": _pair("instruction", "response", after=("input", "context")),
-    "classification": RowFormat(_classification, ("text", "label"), learned="the label", task="classification"),
+    "query-response": _pair("query", "response"),
+    "query-answers": RowFormat(_calls, ("query", "answers", "tools"), ("system",), "the answers: calls of tools"),
+    "question-response": _pair("question", "response"),
+    "question-answer": _pair("question", "answer"),
+    "prompt-response": _pair("prompt", "response"),
+    "instruction-response": _pair("instruction", "response", before=(), after=("input", "context")),
+    "instruction-completion": _pair("instruction", "completion", before=(), after=("input", "context")),
+    "instruction-answer": _pair("instruction", "answer", before=(), after=("input", "context")),
+    "problem-solution": _pair("problem", "solution"),
+    "problem-generated_solution": _pair("problem", "generated_solution"),
+    "user-assistant": _pair("user", "assistant"),
+    "human-assistant": _pair("human", "assistant"),
+    "inputs-targets": _pair("inputs", "targets", before=("definition",), after=()),
+    "input-output": _pair("input", "output", after=()),
+    "system-chat": RowFormat(_chat, ("chat", "system"), (), "the assistant's answers"),
+    "pair-classification": RowFormat(
+        _pair_classification, ("text", "text_pair", "label"), learned="the label", task="classification", names=PAIRED
+    ),
+    "classification": RowFormat(
+        _classification, ("text", "label"), learned="the label", task="classification", names=CLASSIFIED
+    ),
     "questions": RowFormat(
         _questions, ("question", "answer"), ("context",), "nothing: answers are compared", task="exact_match"
     ),
+}
+
+_CHOSEN = (
+    "are preferences, for DPO and the like; task sft learns one answer: data.columns: {prompt: prompt, completion:"
+    " chosen}, or {messages: chosen} where it holds the whole conversation, {text: chosen} where it is a text"
+)
+# Columns of rows that no format reads, and what to do.
+REFUSED = {
+    ("chosen", "rejected"): _CHOSEN,
+    ("preferred_output", "non_preferred_output"): _CHOSEN.replace("chosen", "preferred_output"),
+    (
+        "prompt",
+        "completions",
+    ): "hold several completions of a prompt; task sft learns one, as rows of prompt, completion",
+    (
+        "role",
+        "content",
+    ): "are one message a row; give whole conversations: {messages: [{role: ..., content: ...}, ...]}",
 }
