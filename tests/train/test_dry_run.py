@@ -183,5 +183,17 @@ def test_people_get_a_table_lengths_and_brackets_where_there_is_no_colour(weight
     assert main(["train", str(path), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "where was the big dog ?[[on the tree . yes it sat </s>]]" in out
+    assert f"{file} (prompt-completion)\n  20 rows read, 20 kept, 0 cut; 2 held out, 18 learned in an epoch\n" in out
     for words in ("steps: 10", "tokens of a row, as cut", "14  ██", "columns used: prompt, completion"):
         assert words in out
+
+
+def test_of_a_long_prompt_the_begin_and_the_end_are_shown_and_what_is_learned(weightless, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "red " + "cat " * 150 + "blue", "completion": " yes"}] * 4)
+    path = config_file(recipe_for(weightless, file, tmp_path / "out"), tmp_path / "c.yaml")
+    assert main(["train", str(path), "--dry-run"]) == 0
+    shown = capsys.readouterr().out.partition("example 1")[2].partition("example 2")[0]
+    assert len(shown) < 600
+    assert "\nred cat" in shown
+    assert " … " in shown
+    assert "cat blue[[yes </s>]]" in shown

@@ -1,9 +1,11 @@
 """Files named .json: a list, a list under "data", one object, and JSON Lines under that name; what is refused."""
 
+import datasets
 import pytest
 
-from flashbone.errors import FormatError
-from flashbone.train.data.rows import BadRow, read_rows
+from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.parsing import parse_json
+from flashbone.train.data.rows import BadRow, open_dataset, read_rows
 
 
 def rows_of(tmp_path, text: str) -> list:
@@ -105,3 +107,46 @@ def test_texts_that_break_off_are_refused_in_one_line(tmp_path, text):
 def test_keys_beside_data_are_named(tmp_path, caplog):
     rows_of(tmp_path, '{"version": 1, "license": "x", "data": [{"a": 1}]}')
     assert "keys not used: version, license; the rows are those of data" in caplog.text
+
+
+def test_rows_under_data_that_cannot_be_kept_are_named(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('{"version": {"a": [1]}, "data": [{"a": 1}, {"a": 1, "a": 2}, {"a": 3}], "more": 1}')
+    good, bad, last = read_rows(file)
+    assert (good, last) == ((f"{file}: row 1", {"a": 1}), (f"{file}: row 3", {"a": 3}))
+    assert str(bad) == f"{file}: row 2: has the key 'a' twice"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.ndjson", "a.json"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_files_are_read_in_the_encoding_that_they_name(tmp_path, name, encoding):
+    lines = ["a", "é"] if name[-2:] == "sv" else ['{"a": "é"}']
+    (tmp_path / name).write_bytes("\r\n".join(lines).encode(encoding))
+    assert [row for _, row in read_rows(tmp_path / name)] == [{"a": "é"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("a.jsonl.gz", "unpack it"), ("a.xlsx", "save the sheet as .csv"), ("a.txt", "write each text")]
+)
+def test_files_of_other_kinds_are_refused_with_what_to_do(tmp_path, name, words):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(FormatError, match=rf"unknown kind of file; .* are read; {words}"):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_pair_of_escaped_halves_is_a_character_and_one_half_is_refused():
+    assert parse_json(r'{"a": "\ud83d\ude00 \\ud83d"}') == {"a": "\U0001f600 \\ud83d"}
+    for text in (r'{"a": ["\ud83d"]}', r'{"\ude00": 1}', r'"\ud83d x \ude00"'):
+        with pytest.raises(FormatError, match="half of a character that takes two"):
+            parse_json(text)
+
+
+def test_what_save_to_disk_wrote_is_a_dataset(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
+    assert open_dataset(str(tmp_path / "one"), None, "train")["text"][:] == ["a", "b"]
+    assert open_dataset(str(tmp_path / "two"), None, "test")["text"][:] == ["b"]
+    assert next(iter(open_dataset(str(tmp_path / "two"), None, "train", streaming=True))) == {"text": "a"}
+    with pytest.raises(ConfigError, match=r"data\.split dev: .* has train, test"):
+        open_dataset(str(tmp_path / "two"), None, "dev")

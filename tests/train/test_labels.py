@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from flashbone.errors import FormatError
-from flashbone.train.classify import encoded
+from flashbone.train.classify import encoded, tokenized
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.rows import read_rows
 from flashbone.train.recipe import DataRecipe, Recipe
@@ -157,3 +157,12 @@ def test_a_pair_is_read_as_the_tokenizer_writes_pairs_and_else_with_a_blank_line
     assert encoded(rows, tokenizer) == wanted
     some = {**rows, "text_pair": ["a dog", None]}  # of several sources
     assert encoded(some, tokenizer)["input_ids"] == tokenizer([whole[0], "a dog"])["input_ids"]
+
+
+def test_the_log_counts_the_texts_that_are_cut(caplog):
+    caplog.set_level("INFO")
+    tokenizer = word_tokenizer([*WORDS.split(), "<pad>", "[CLS]", "[SEP]", "<unk>"], "<pad>", "[CLS]", "[SEP]", "<unk>")
+    rows = datasets.Dataset.from_dict({"text": ["the cat", "the cat sat", "the cat sat on a mat"], "label": ["a"] * 3})
+    made = tokenized(rows, ["a"], tokenizer, 5)
+    assert [len(ids) for ids in made["input_ids"]] == [4, 5, 5]
+    assert caplog.messages[-1] == "data: of 3 rows 1 are cut at training.max_length 5"

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 
 from flashbone.errors import FormatError
+from flashbone.train.data.prepared import Limits, check, prepare
 from flashbone.train.data.tokens import Tokens, bracketed, end_marks, end_token, tokenise
 from helpers.comparison import close
 from helpers.tiny_llama import CHAT, tiny_tokenizer, word_tokenizer
@@ -55,6 +57,35 @@ def test_answers_that_the_template_writes_otherwise_later_are_rows_of_their_own(
     assert rows[0].endswith("[[yes on the mat </s>]]")
     assert "<|assistant|> on the mat </s>" in rows[1]
     assert rows[1].endswith("[[yes no . small </s>]]")
+
+
+# As Phi-3's: the tokenizer's end token comes once, after the whole text.
+ENDS_ONCE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} END{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% else %}</s>{% endif %}"
+)
+
+
+def test_where_a_template_ends_the_whole_text_each_answer_learns_an_end_of_its_own():
+    with_marks = shown(conversation(), tiny_tokenizer(ENDS_ONCE.replace("END", "<unk> ")))
+    assert [text.count("[[") for text in with_marks] == [2]
+    assert "[[on the mat <unk>]]" in with_marks[0]
+    assert with_marks[0].endswith("[[no . small <unk> </s>]]")
+    without = shown(conversation(), tiny_tokenizer(ENDS_ONCE.replace("END", "")))
+    assert [text.partition("[[")[2] for text in without] == ["on the mat </s>]]", "no . small </s>]]"]
+
+
+def test_names_of_speakers_are_counted_where_the_template_leaves_them_out(caplog):
+    caplog.set_level("INFO")
+    named = json.loads(conversation()["conversation"])
+    named["messages"][0]["name"] = "Zoe"
+    rows = Dataset.from_list([{"conversation": json.dumps(named)}, conversation()])
+    _, counts = prepare(rows, tiny_tokenizer(), Limits())
+    assert counts.unnamed == 1
+    check(counts, "d", "training", None, False, list)
+    assert "data: d: the chat template leaves out 'name' in 1 training rows" in caplog.messages
+    writes = CHAT.replace("{{ m['content'] }}", "{{ m.name or '' }} {{ m['content'] }}")
+    assert prepare(rows, tiny_tokenizer(writes), Limits())[1].unnamed == 0
 
 
 def test_generation_marks_of_the_template_decide_what_of_an_answer_is_learned():

@@ -178,3 +178,23 @@ def test_what_a_layout_cannot_use_is_refused_by_name(row, message):
         examples_of(row)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "learned"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "prompt", "completion": "chosen"}, "b"),
+        ({"chosen": TALK, "rejected": TALK}, {"messages": "chosen"}, "conversation"),
+        ({"input": "a", "preferred_output": "b", "non_preferred_output": "c"}, None, "preferences"),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, None, "several completions"),
+        ({"role": "user", "content": "a"}, None, "one message a row"),
+    ],
+)
+def test_rows_for_other_trainings_are_refused_with_what_to_do(row, columns, learned):
+    with pytest.raises(FormatError, match=r"d: columns .* (are preferences|hold several|are one message)") as error:
+        examples_of(row)
+    if columns is None:
+        assert learned in str(error.value)
+    else:
+        (example,) = examples_of(row, columns=columns)
+        assert learned in (*example, example.get("completion"))

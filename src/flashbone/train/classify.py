@@ -1,5 +1,6 @@
 """Text classification: tokenized rows, a Trainer on an adapted model with a new head, accuracy and macro-F1."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from flashbone.train.data.loading import Data
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 
 def classification_trainer(model: Any, args: Any, data: Data, held_out: Any, tokenizer: Any, max_length: int) -> Any:
@@ -24,31 +27,36 @@ def classification_trainer(model: Any, args: Any, data: Data, held_out: Any, tok
     """
     from transformers import DataCollatorWithPadding, Trainer
 
-    def tokenized(rows: Any) -> Any:
+    def ready(rows: Any) -> Any:
         if isinstance(rows, dict):
-            return {name: tokenized(part) for name, part in rows.items()}
-        return rows and _tokenized(rows, data.labels, tokenizer, max_length)
+            return {name: ready(part) for name, part in rows.items()}
+        return rows and tokenized(rows, data.labels, tokenizer, max_length)
 
     args.label_names = ["labels"]
     return Trainer(
         model=model,
         args=args,
-        train_dataset=tokenized(data.train),
-        eval_dataset=tokenized(held_out),
+        train_dataset=ready(data.train),
+        eval_dataset=ready(held_out),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda prediction: scores(prediction.predictions, prediction.label_ids),
     )
 
 
-def _tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: int) -> "Dataset":
+def tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: int) -> "Dataset":
+    """The rows as the Trainer takes them; the log counts those that are cut."""
     number = {label: index for index, label in enumerate(labels)}
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         tokens = encoded(batch, tokenizer, truncation=True, max_length=max_length)
         return {**tokens, "labels": [number[label] for label in batch["label"]]}
 
-    return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+    made = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+    full = [place for place, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
+    if cut := sum(length > max_length for length in untruncated(rows.select(full), tokenizer)) if full else 0:
+        log.info("data: of %d rows %d are cut at training.max_length %d", len(rows), cut, max_length)
+    return made
 
 
 def encoded(rows: Mapping[str, Any], tokenizer: Any, **limits: Any) -> Any:

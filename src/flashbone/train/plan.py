@@ -161,9 +161,10 @@ def _seen(
         cut, empty = sum(length > args.max_length for length in lengths), 0
         lengths = [min(length, args.max_length) for length in lengths]
         first: Any = rows.select(range(min(SHOWN, len(rows))))
-        examples = [Shown(row["text"], [row["label"]]) for row in first]
+        texts = [[text for text in (row["text"], row.get("text_pair")) if text] for row in first]
+        examples = [Shown("\n\n".join(of), [row["label"]]) for of, row in zip(texts, first, strict=True)]
     else:
-        made, counts = prepare(rows, tokenizer, limits_of(args, None), args.dataset_num_proc)
+        made, counts = prepare(rows, tokenizer, limits_of(args, trainer.model, tokenizer), args.dataset_num_proc)
         cut, empty = counts.cut, counts.dropped
         lengths = [len(ids) for ids in made["input_ids"]]
         examples = [_shown(made, number, tokenizer) for number in range(min(SHOWN, len(made)))]

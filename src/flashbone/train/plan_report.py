@@ -2,16 +2,16 @@
 
 from collections import Counter
 
-from rich import box
 from rich.text import Text
 
 from flashbone.errors import visible
-from flashbone.printing import Console, Table
+from flashbone.printing import Console
 from flashbone.train.plan import Plan, Shown
 
 BARS = 10  # of the histogram
 WIDTH = 40  # columns of its longest bar
 LONGEST = 2000  # characters of an example that are shown
+OF_A_PIECE = 400  # of them, of what is learned or is not, without a break: begin and end
 LEARNED = "bold green"
 
 
@@ -24,7 +24,7 @@ def print_plan(plan: Plan, memory: dict[str, int] | None, note: str) -> None:
         note: What was counted, or why nothing was.
     """
     console = Console()
-    console.print(_rows(plan))
+    console.print(_rows(plan), soft_wrap=True)
     for kind, names in plan.columns.items():
         console.print(f"columns {kind}: {', '.join(map(visible, names)) or 'none'}")
     console.print(_lengths(plan))
@@ -37,16 +37,16 @@ def print_plan(plan: Plan, memory: dict[str, int] | None, note: str) -> None:
         console.print(_marked(example, _colours(console)), soft_wrap=True)
 
 
-def _rows(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for name in ("rows of", "format", "read", "kept", "dropped", "cut", "held out", "learned, an epoch"):
-        table.add_column(name, justify="left" if name in ("rows of", "format", "dropped") else "right", overflow="fold")
+def _rows(plan: Plan) -> Text:
+    """What becomes of the rows of each source, in lines that fit a narrow terminal."""
+    text = Text()
     for name, source in plan.rows.items():
-        numbers = (source.cut, source.held_out, source.learned)
-        dropped = "; ".join(f"{count:,}: {reason}" for reason, count in source.dropped.items()) or "0"
-        cells = (name, source.format, f"{source.read:,}", f"{source.kept:,}", dropped, *(f"{n:,}" for n in numbers))
-        table.add_row(*cells)
-    return table
+        text.append(f"{visible(name)} ({source.format})\n")
+        text.append(f"  {source.read:,} rows read, {source.kept:,} kept, {source.cut:,} cut; ")
+        text.append(f"{source.held_out:,} held out, {source.learned:,} learned in an epoch\n")
+        for reason, count in source.dropped.items():
+            text.append(f"  {count:,} dropped: {visible(reason)}\n")
+    return text
 
 
 def _lengths(plan: Plan) -> Text:
@@ -92,6 +92,8 @@ def _marked(example: Shown, colours: bool) -> Text:
     pieces = example.pieces or [(example.text, False), *((f" {piece}", True) for piece in example.learned)]
     text = Text()
     for piece, is_learned in pieces:
+        if len(piece) > OF_A_PIECE:
+            piece = f"{piece[: OF_A_PIECE // 2]} … {piece[-OF_A_PIECE // 2 :]}"
         if is_learned and not colours:
             piece = f"[[{piece}]]"
         text.append(piece, LEARNED if is_learned else "")

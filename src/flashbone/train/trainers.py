@@ -18,6 +18,7 @@ from flashbone.train.data.origins import elsewhere, sources_of
 from flashbone.train.data.places import places
 from flashbone.train.data.prepared import Counts, Limits, check, prepare
 from flashbone.train.data.streaming import prepare_stream
+from flashbone.train.lengths import fitting_length
 from flashbone.train.models import (
     load_causal_lm,
     load_classifier,
@@ -94,7 +95,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has
     quantized = quantized_loading(recipe, model_dtype(args))
     model = load(**quantized) if has_weights else without_weights(load, recipe, model_dtype(args))
     trainer_class, along = _sft_trainer_class(model, settings, args, recipe.model)
-    data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model.get_input_embeddings().num_embeddings)
+    data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model)
     stops_anew = stop_at(model, tokenizer, learned.ends)
     args.assistant_only_loss = args.assistant_only_loss and not data.conversational
     if not (args.packing or args.eval_packing or args.shuffle_dataset):
@@ -146,20 +147,21 @@ def _sft_trainer_class(
     return functools.partial(rwkv.RwkvTrainer, settings=settings), rwkv.prepare(model, settings, args)
 
 
-def limits_of(args: Any, embeddings: int | None) -> Limits:
-    """What rows have to fit, by the trainer's arguments after `limit_length`, in a model of so many tokens."""
+def limits_of(args: Any, model: Any, tokenizer: Any) -> Limits:
+    """What rows have to fit, by the trainer's arguments after `limit_length`, the model and its tokenizer."""
+    length = args.max_length
+    if length is None and args.padding_free:  # where TRL takes no length, and the model still has its positions
+        length = fitting_length(None, None, model.config, tokenizer.model_max_length, "training.max_length")
     packs = args.packing and args.packing_strategy != "bfd"  # nothing is cut off where rows are split
     return Limits(
-        length=None if packs else args.max_length,
+        length=None if packs else length,
         keep_end=args.truncation_mode == "keep_end",
-        embeddings=embeddings,
+        embeddings=model.get_input_embeddings().num_embeddings,
         learn_all=args.completion_only_loss is False,
     )
 
 
-def tokenised(
-    recipe: Recipe, args: Any, data: Data, tokenizer: Any, embeddings: int | None
-) -> tuple[Data, list[Counts]]:
+def tokenised(recipe: Recipe, args: Any, data: Data, tokenizer: Any, model: Any) -> tuple[Data, list[Counts]]:
     """The data as the trainer of a language model takes it, and what became of the rows of each part.
 
     Args:
@@ -167,13 +169,13 @@ def tokenised(
         args: The trainer's, after `limit_length`.
         data: The rows.
         tokenizer: From `training_tokenizer`.
-        embeddings: How many tokens the model knows; None for any number.
+        model: It may be one without weights.
 
     Raises:
         FormatError: the chat template refuses rows, or a token has no embedding; the first few are named.
         ConfigError: nothing is left to learn, too much is cut, or answers have no end.
     """
-    limits, learned = limits_of(args, embeddings), sources_of(recipe.data)
+    limits, learned = limits_of(args, model, tokenizer), sources_of(recipe.data)
     apart = elsewhere(recipe.data, recipe.data.eval)
     held_out = [apart] if apart else [elsewhere(place, place.eval) or place for place in learned]
     parts, counts = [], []

@@ -8,8 +8,8 @@ from typing import Any
 from flashbone.errors import ConfigError, FormatError, shortened
 from flashbone.train.data.conversations import as_turns, packed
 from flashbone.train.data.counts import RowCounts, listed
-from flashbone.train.data.layouts import FORMATS, REFUSED, Example, RowFormat, Unlabelled
-from flashbone.train.data.marks import check_context, check_marks
+from flashbone.train.data.layouts import FORMATS, Example, RowFormat, Unlabelled
+from flashbone.train.data.marks import REFUSED, check_context, check_marks
 from flashbone.train.data.rows import BadRow, Row
 
 SHOWN_BAD_ROWS = 5

@@ -295,21 +295,3 @@ FORMATS = {
         _questions, ("question", "answer"), ("context",), "nothing: answers are compared", task="exact_match"
     ),
 }
-
-_CHOSEN = (
-    "are preferences, for DPO and the like; task sft learns one answer: data.columns: {prompt: prompt, completion:"
-    " chosen}, or {messages: chosen} where it holds the whole conversation, {text: chosen} where it is a text"
-)
-# Columns of rows that no format reads, and what to do.
-REFUSED = {
-    ("chosen", "rejected"): _CHOSEN,
-    ("preferred_output", "non_preferred_output"): _CHOSEN.replace("chosen", "preferred_output"),
-    (
-        "prompt",
-        "completions",
-    ): "hold several completions of a prompt; task sft learns one, as rows of prompt, completion",
-    (
-        "role",
-        "content",
-    ): "are one message a row; give whole conversations: {messages: [{role: ..., content: ...}, ...]}",
-}

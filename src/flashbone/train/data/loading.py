@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 4  # counts up when the same rows become other examples, so that cached ones are not reused
+CONVERSION = 5  # counts up when the same rows become other examples, so that cached ones are not reused
 
 
 @dataclass
@@ -262,5 +262,8 @@ def _labels(train: "Dataset", others: "list[Dataset | None]", where: str) -> lis
         raise FormatError(f"{where}: all training rows have the label {labels[0]!r}; two or more classes were wanted")
     unknown = sorted({label for part in others if part for label in part.unique("label")} - set(labels))
     if unknown:
-        raise FormatError(f"{where}: held-out rows have labels that no training row has: {', '.join(unknown)}")
+        raise FormatError(
+            f"{where}: held-out rows have labels that no training row has: {', '.join(unknown)}; draw others with"
+            " data.seed, give held-out rows of their own in data.eval, or leave the class out"
+        )
     return labels

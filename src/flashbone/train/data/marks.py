@@ -19,6 +19,17 @@ CONTEXT = (
     "context", "input", "system", "system_prompt", "system_message", "history", "chat_history", "tools", "functions",
     "documents", "passage",
 )  # fmt: skip
+_CHOSEN = (
+    "are preferences, for DPO and the like; task sft learns one answer: data.columns: {prompt: prompt, completion:"
+    " chosen}, or {messages: chosen} where it holds the whole conversation, {text: chosen} where it is a text"
+)
+# Columns of rows that no format reads, and what to do.
+REFUSED = {
+    ("chosen", "rejected"): _CHOSEN,
+    ("preferred_output", "non_preferred_output"): _CHOSEN.replace("chosen", "preferred_output"),
+    ("prompt", "completions"): "hold several completions; task sft learns one, as rows of prompt and completion",
+    ("role", "content"): "are one message a row; a row is a conversation, {messages: [{role: ..., content: ...}, ...]}",
+}
 
 
 def is_harmless(name: str, mark: Any) -> bool:

@@ -12,6 +12,7 @@ from flashbone.errors import FormatError
 
 MAX_DEPTH = 100  # of lists and objects in a row; what reads it later recurses
 DEEP = f"is nested more than {MAX_DEPTH} levels deep"
+# Half a character, without the other half that makes it one.
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # of characters; two make one
 _BLANKS = re.compile(r"[ \t\n\r]*")
 SEPARATORS = (",", ";", "\t", "|")
@@ -32,13 +33,37 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def json_items(text: str) -> Iterator[Any]:
+def encoding_of(path: Path) -> str:
+    """The encoding of a text file: UTF-16 where it begins with the mark of it, as Excel writes it, and else UTF-8."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def list_under(text: str, key: str) -> int | None:
+    """Where the list begins that a JSON object has under a key; None if there is none."""
+    place = _start(text, _start(text, 0) + 1)
+    with contextlib.suppress(ValueError, RecursionError):
+        while text[place : place + 1] == '"':
+            name, place = _LAX.raw_decode(text, place)
+            place = _start(text, _start(text, place) + 1)
+            if name == key and text[place : place + 1] == "[":
+                return place
+            place = _start(text, _LAX.raw_decode(text, place)[1])
+            place = _start(text, place + 1)
+    return None
+
+
+def json_items(text: str, inside: int | None = None) -> Iterator[Any]:
     """The items of a JSON list; an item that cannot be kept becomes a FormatError with the reason.
+
+    Args:
+        text: The text.
+        inside: Where the list begins, if it is a part of the text only.
 
     Raises:
         json.JSONDecodeError: it is no JSON list.
     """
-    place = _start(text, _start(text, 0) + 1)
+    place = _start(text, (_start(text, 0) if inside is None else inside) + 1)
     while text[place : place + 1] != "]":
         try:
             value, end = _value_at(text, place)
@@ -55,14 +80,14 @@ def json_items(text: str) -> Iterator[Any]:
         elif text[place : place + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
     place = _start(text, place + 1)
-    if place < len(text):
+    if place < len(text) and inside is None:
         raise json.JSONDecodeError("Extra data", text, place)
 
 
 def _end_of(text: str, place: int) -> int | None:
     """Where a value ends that cannot be kept; None where it is too deep to tell."""
     try:
-        return json.JSONDecoder(parse_int=str).raw_decode(text, place)[1]
+        return _LAX.raw_decode(text, place)[1]
     except RecursionError:
         return None
 
@@ -86,12 +111,8 @@ def _value_at(text: str, place: int) -> tuple[Any, int]:
         raise FormatError(DEEP) from None
     if text.count("[", place, end) + text.count("{", place, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise FormatError(DEEP)
-    if _HALVES.search(text, place, end):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start].encode("unicode_escape").decode()
-            raise FormatError(f"holds {half}, half of a character that takes two") from None
+    if _HALVES.search(text, place, end) and (half := _half(value)):
+        raise FormatError(f"holds {half}, half of a character that takes two")
     return value, end
 
 
@@ -108,6 +129,23 @@ def _refused(constant: str) -> Any:
     raise FormatError(f"holds {constant}, which is not JSON; write null, or a number")
 
 
+def _half(value: Any) -> str | None:
+    """A half of a character in the texts of a value, escaped."""
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += [*item, *item.values()]
+        elif isinstance(item, list):
+            rest += item
+        elif isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                return item[error.start].encode("unicode_escape").decode()
+    return None
+
+
 def _depth(value: Any) -> int:
     """How deep lists and objects are in each other, up to one more than the limit."""
     depth, level = 0, [value]
@@ -118,6 +156,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
+_LAX = json.JSONDecoder(parse_int=str)
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refused)
 
 
@@ -131,7 +170,7 @@ def csv_columns(path: Path) -> tuple[list[str], str]:
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     headers = {}
     for separator in (usual, *SEPARATORS):
-        with path.open(encoding="utf-8-sig", newline="") as lines, contextlib.suppress(csv.Error):
+        with path.open(encoding=encoding_of(path), newline="") as lines, contextlib.suppress(csv.Error):
             headers[separator] = next(filter(None, csv_cells(lines, separator)), [])
     if not headers:
         raise FormatError(f"{path}:1: not valid CSV: a quote that is not closed, or in the middle of a name")

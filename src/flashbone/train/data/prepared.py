@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.formats import SHOWN_BAD_ROWS
 from flashbone.train.data.layouts import Example
-from flashbone.train.data.tokens import Tokens, end_marks, end_token, tokenise
+from flashbone.train.data.tokens import Tokens, end_marks, end_token, has_names, tokenise, writes_names
 from flashbone.train.data.windows import largest_id
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Counts:
         empty: Rows with nothing (left) to learn, which are dropped.
         dropped: Examples of which nothing is kept.
         ends: How many answers end in each token; NOTHING for those that end in none that generation could stop at.
+        unnamed: Rows with names of speakers, which the chat template leaves out.
         problems: What is wrong with a row, by its number.
     """
 
@@ -57,6 +58,7 @@ class Counts:
     lost_ends: int = 0
     empty: int = 0
     dropped: int = 0
+    unnamed: int = 0
     ends: Counter[int] = field(default_factory=Counter)
     problems: dict[int, str] = field(default_factory=dict)
 
@@ -90,11 +92,14 @@ def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None
         counts.cut += outcome["is_cut"]
         counts.lost_ends += outcome["lost_ends"]
         counts.empty += outcome["is_empty"]
+        counts.unnamed += outcome["has_names"]
         counts.ends.update(outcome["ends"])
         if not outcome["is_empty"]:
             kept.append(place)
             used.add(outcome["row"])
     counts.dropped = len(known) - len(used)
+    if counts.unnamed and writes_names(tokenizer):
+        counts.unnamed = 0
     made = made.select_columns(["input_ids", "labels"])
     return (made if len(kept) == len(made) else made.select(kept)), counts
 
@@ -139,6 +144,8 @@ def check(
             f"{where}: training.max_length {length} cuts {counts.cut} of {counts.rows} {kind} rows, and"
             f" {counts.lost_ends} answers lose their end; raise it, or set data.allow_cut: true"
         )
+    if counts.unnamed:
+        log.info("data: %s: the chat template leaves out 'name' in %d %s rows", where, counts.unnamed, kind)
     if counts.cut or counts.empty:
         log.info(
             "data: %s: of %d %s rows %d are cut at training.max_length %s; %d answers lose their end, and %d rows have"
@@ -167,6 +174,7 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
                 "labels": short.labels,
                 "row": number,
                 "problem": problem,
+                "has_names": has_names(example),
                 "is_cut": len(short.ids) < len(row.ids),
                 "lost_ends": len(row.ends) - len(short.ends),
                 "is_empty": not any(short.learned[1:]),  # nothing predicts the first token

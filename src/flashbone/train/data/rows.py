@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.binidx import BinIdx, is_binidx, pair
-from flashbone.train.data.parsing import csv_cells, csv_columns, json_items, parse_json
+from flashbone.train.data.parsing import csv_cells, csv_columns, encoding_of, json_items, list_under, parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,9 @@ def read_rows(path: Path) -> Rows:
     reader = _binidx if is_binidx(path) else _READERS.get(path.suffix.lower())
     if reader is None:
         kinds = ", ".join([*_READERS, ".bin", ".idx"])
-        raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'unknown kind of file'}; {kinds} are read")
+        remedy = next((f"; {words}" for ends, words in _REMEDIES.items() if path.suffix.lower() in ends), "")
+        problem = "is a folder" if path.is_dir() else "unknown kind of file"
+        raise FormatError(f"{path}: {problem}; {kinds} are read{remedy}")
     with readable(path):
         yield from reader(path)
 
@@ -60,7 +62,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _jsonl(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding=encoding_of(path)) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -75,7 +77,7 @@ def _jsonl(path: Path) -> Rows:
 
 
 def _json(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding=encoding_of(path))
     try:
         for number, row in enumerate(_items(text, path), 1):
             where = f"{path}: row {number}"
@@ -92,6 +94,8 @@ def _items(text: str, path: Path) -> Iterable[Any]:
     try:
         rows = parse_json(text) if text.strip() else []
     except FormatError as error:
+        if (place := list_under(text, "data")) is not None:  # to name the row
+            return json_items(text, place)
         raise FormatError(f"{path}: {error}") from None
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         if others := [name for name in rows if name != "data"]:
@@ -108,7 +112,7 @@ def _csv(path: Path) -> Rows:
     names, separator = csv_columns(path)
     if separator != ("\t" if path.suffix.lower() == ".tsv" else ","):
         log.info("%s: its cells are separated by %r", path, separator)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding=encoding_of(path), newline="") as lines:
         reader = csv_cells(lines, separator)
         next(filter(None, reader), None)  # the names
         while True:
@@ -181,7 +185,14 @@ def _binidx(path: Path) -> Rows:
         yield f"{documents.index}: document {number}", {"input_ids": ids}
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+_READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+
+_REMEDIES = {
+    (".gz", ".zst", ".bz2", ".xz", ".zip"): "unpack it",
+    (".xlsx", ".xls", ".ods"): "save the sheet as .csv",
+    (".txt", ".md"): 'write each text as a line {"text": "..."} of a .jsonl file',
+    (".arrow", ".feather", ".pkl", ".pickle"): "save it as .parquet",
+}
 
 
 def open_dataset(path: str, subset: str | None, split: str, streaming: bool = False) -> "Dataset":
@@ -190,10 +201,16 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
     Raises:
         ConfigError: it cannot be loaded, or its rows come from a script.
     """
-    from datasets import load_dataset
+    from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     try:
+        if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            saved = load_from_disk(path)
+            saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+            if split not in saved:
+                raise ConfigError(f"data.split {split}: {path} has {', '.join(saved)}")
+            return saved[split].to_iterable_dataset() if streaming else saved[split]
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
         cause = error.__cause__ or error  # some only report that there was a cause

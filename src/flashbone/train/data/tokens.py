@@ -3,6 +3,7 @@
 Training, held-out rows, evaluation and the dry run all go through `tokenise`, so they cannot differ.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -98,6 +99,20 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     if end is not None and ids[-1:] == [end] and (ids[-2:-1] == [end] or not text.endswith(tokenizer.eos_token)):
         ids.pop()
     return ids
+
+
+def has_names(example: Example) -> bool:
+    """Whether messages of a conversation have a name of who speaks."""
+    text = example.get("conversation", "")
+    return '"name"' in text and any(m.get("name") and m["role"] != "tool" for m in json.loads(text)["messages"])
+
+
+def writes_names(tokenizer: Any) -> bool:
+    """Whether the chat template writes such a name; most do not."""
+    messages = [{"role": "user", "content": "a", "name": "Zoe"}, {"role": "assistant", "content": "b"}]
+    with contextlib.suppress(FormatError):
+        return "Zoe" in Talk(messages, [False, True], tokenizer, {"tools": None}).written(messages)
+    return True
 
 
 def end_marks(tokenizer: Any) -> set[int]:
@@ -225,7 +240,10 @@ def _conversation(talk: Talk) -> list[Tokens]:
     for row in before:
         ids = row.ids
         if ids != last.ids[: len(ids)] and ids[-1] == talk.tokenizer.eos_token_id:
-            ids = ids[:-1]  # some templates end every text with it
+            ids = ids[:-1]  # some templates end every text with it, after an end of each answer
+            shorter, marks = Tokens(ids, row.learned[:-1], []), end_marks(talk.tokenizer)
+            if end_token(shorter, len(ids), talk.tokenizer, marks) is None:
+                return answers
         if ids != last.ids[: len(ids)]:
             return answers
         learned[: len(ids)] = [a or b for a, b in zip(learned, row.learned[: len(ids)], strict=False)]
