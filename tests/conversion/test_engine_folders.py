@@ -76,14 +76,23 @@ def test_an_engine_gets_the_tokenizer_template_and_settings_that_the_adapter_bri
     base, adapter, engine, options, tmp_path
 ):
     names = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+    content = {name: json.dumps({"eos_token_id": [2, 7]}) for name in names} | {"chat_template.jinja": "{{ messages }}"}
     for name in names:
-        (adapter / name).write_text(name)
+        (adapter / name).write_text(content[name])
     report = convert(adapter, tmp_path / "out", engine=engine, base=base)
     assert report.serve is not None
     assert report.serve.endswith(options.format(tmp_path / "out"))
     assert options.format('"$PWD"') in (tmp_path / "out/SERVE.md").read_text()
-    assert all((tmp_path / "out" / name).read_text() == name for name in names)
-    assert report.beside == f"tokenizer of {adapter}, generation settings of {adapter}"
+    written = {name: (tmp_path / "out" / name).read_text() for name in names}
+    if engine == "tgi":  # reads the template there alone
+        both = json.loads(written.pop("tokenizer_config.json"))
+        assert both == {"eos_token_id": [2, 7], "chat_template": "{{ messages }}"}
+    assert written.items() <= content.items()
+    words, _, remedy = report.beside.partition("; ")
+    assert words == f"tokenizer of {adapter}, generation settings of {adapter}"
+    assert remedy.endswith("does not read the settings: send the stop tokens [2, 7] with each request") == (
+        engine != "vllm"
+    )
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)

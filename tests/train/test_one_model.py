@@ -152,6 +152,38 @@ def test_verification_compares_the_first_tokens_of_an_answer(base, tmp_path):
     assert (wrong.ok, wrong.same_answer) == (False, False)
 
 
+@pytest.mark.parametrize("what", ["eos", "sampling", "the tokenizer's end", "no settings"])
+def test_verification_compares_what_ends_an_answer(what, base, tmp_path):
+    """Also where none of the first tokens shows it."""
+    adapter = trained_in_python(base, tmp_path / "adapter")
+    GenerationConfig(eos_token_id=[2, 33]).save_pretrained(adapter)
+    out = merged_by_command(base, adapter, tmp_path / "out")
+    assert compare_logits(base, [adapter], None, out).ok
+    file = out / ("tokenizer_config.json" if "tokenizer" in what else "generation_config.json")
+    change = {
+        "eos": {"eos_token_id": [2]},
+        "sampling": {"do_sample": True},
+        "the tokenizer's end": {"eos_token": "<s>"},
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | change.get(what, {})))
+    if what == "no settings":
+        file.unlink()
+    wrong = compare_logits(base, [adapter], None, out)
+    assert (wrong.ok, wrong.same_answer) == (False, False)
+
+
+def test_a_checkpoint_is_an_adapter_that_stops_where_the_runs_does(base, jsonl, tmp_path):
+    for name in ("config.json", "generation_config.json"):  # generation would stop elsewhere
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | {"eos_token_id": 1}))
+    training = {"max_steps": 2, "save_steps": 2, "learning_rate": 2e-2}
+    train(recipe_for(base, jsonl(questions(24)), tmp_path / "run", training=training))
+    brought = [beside([tmp_path / "run" / name]).files for name in ("adapter", "checkpoint-2")]
+    assert {name: file.read_bytes() for name, file in brought[0].items()} == {
+        name: file.read_bytes() for name, file in brought[1].items()
+    }
+    assert set(json.loads(brought[1]["generation_config.json"].read_text())["eos_token_id"]) == {1, 2}
+
+
 def test_several_adapters_bring_what_they_agree_on(base, tmp_path):
     first, second = trained_in_python(base, tmp_path / "a"), trained_in_python(base, tmp_path / "b")
     for folder in (first, second):

@@ -15,6 +15,7 @@ from training_runs import kill_at_step_seven, metrics_of, recipe_for
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import LOCK
+from flashbone.files.records import to_json
 from flashbone.train import fitting
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import trainer_arguments
@@ -266,6 +267,14 @@ def test_an_adapter_to_go_on_with_may_not_change(llama, questions_file, tmp_path
         train(recipe, resume=True)
     flip(adapter / "adapter_model.safetensors")
     assert train(recipe, resume=True).summary["steps"] == 1
+
+
+def test_checkpoints_without_an_optimiser_are_no_place_to_go_on(tmp_path):
+    recipe = recipe_for("m", "q", tmp_path, training={"save_only_model": True})
+    write_checkpoint(tmp_path)
+    (tmp_path / "recipe.json").write_text(to_json(recipe))
+    with pytest.raises(ConfigError, match=r"its checkpoints hold no optimiser \(training.save_only_model\)"):
+        run_folder.claim(recipe_for("m", "q", tmp_path), resume=True)
 
 
 def test_a_folder_of_the_users_own_stays(questions_file, tmp_path):

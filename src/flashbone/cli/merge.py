@@ -115,7 +115,7 @@ def _check(
         )
         if verification.answer_tokens:
             same = "are the same" if verification.same_answer else "differ"
-            numbers += f"; the first {verification.answer_tokens} tokens of an answer {same}"
+            numbers += f"; the first {verification.answer_tokens} tokens of an answer and its settings {same}"
         if not verification.ok:
             raise FlashboneError(
                 f"verification failed: {numbers} from the unmerged model's; at most {verification.limit:.2e} was"

@@ -119,7 +119,7 @@ def convert(
         errors=errors,
         files=tuple(sorted(files)) or (out.name,),
         serve=server.command(adapted, out) if server is not None and isinstance(adapted, Lora) else None,
-        beside="" if is_file else brought.words,
+        beside="" if is_file or server is None else brought.words + server.unread(brought),
     )
 
 

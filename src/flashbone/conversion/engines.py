@@ -5,6 +5,7 @@ Taken from their sources and documentation in November 2026; the tests run llama
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections import defaultdict
@@ -15,8 +16,9 @@ from pathlib import Path
 from flashbone.conversion import factors
 from flashbone.errors import ConfigError, FormatError
 from flashbone.files import gguf
-from flashbone.files.beside import GENERATION, TEMPLATE, TOKENIZER_CONFIG
+from flashbone.files.beside import GENERATION, TEMPLATE, TOKENIZER_CONFIG, Beside
 from flashbone.files.lora import Lora
+from flashbone.files.sources import read_json
 
 GGUF = "adapter.gguf"  # in a folder
 _MODELFILE = """\
@@ -51,6 +53,7 @@ class ServingEngine:
         more: whether it takes ranks above the last, as they are.
         layers: pattern of the names of the layers that it adapts; empty: it refuses others itself.
         brings: files that an adapter may bring, and the option by which the engine takes each, with {folder}.
+        one_file: whether it reads the chat template in the tokenizer's configuration alone.
         all_alike: whether a kind of layer must be adapted in every layer of the base or in none.
     """
 
@@ -65,6 +68,7 @@ class ServingEngine:
     more: bool = False
     layers: str = ""
     brings: tuple[tuple[str, str], ...] = ()
+    one_file: bool = False
     all_alike: bool = False
 
     def rank(self, rank: int) -> int | None:
@@ -107,7 +111,20 @@ class ServingEngine:
         asked = self.asked.format(name=_name(out))
         text = _PAGE.format(title=self.title, command=command, asked=asked, hint=f" {self.hint}" if self.hint else "")
         (folder / "SERVE.md").write_text(text, encoding="utf-8")
+        template, tokenizer = folder / TEMPLATE, folder / TOKENIZER_CONFIG
+        if self.one_file and template.is_file() and tokenizer.is_file():
+            both = read_json(tokenizer) | {"chat_template": template.read_text(encoding="utf-8")}
+            tokenizer.write_text(json.dumps(both, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return "SERVE.md"
+
+    def unread(self, brought: Beside) -> str:
+        """What the engine does not read of the files that an adapter brings, and the remedy, for one line."""
+        if GENERATION not in brought.files or any(name == GENERATION for name, _ in self.brings):
+            return ""
+        ends = read_json(brought.files[GENERATION]).get("eos_token_id")
+        return (
+            f"; {self.title} does not read the settings: send the stop tokens {ends} with each request" if ends else ""
+        )
 
     def command(self, lora: Lora, out: Path) -> str:
         """The shell command that starts it with the adapter."""
@@ -215,6 +232,7 @@ ENGINES = {
             '`"parameters": {{"adapter_id": "{name}"}}`',
             ranks=(8, 16, 32, 64, 128),
             brings=((TOKENIZER_CONFIG, f"--tokenizer-config-path {{folder}}/{TOKENIZER_CONFIG}"),),
+            one_file=True,
             more=True,
             layers=r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj|lm_head",
             all_alike=True,

@@ -73,7 +73,9 @@ class Recorder(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any):
         name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
         if metrics and name not in metrics:
-            measured = [key.removeprefix("eval_") for key in metrics if key != "epoch" and not key.endswith(DROPPED)]
+            measured = [
+                key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(DROPPED)
+            ]
             raise ConfigError(
                 f"training.metric_for_best_model: got {args.metric_for_best_model!r}, wanted {' or '.join(measured)}"
             )

@@ -94,7 +94,12 @@ def claim(recipe: Recipe, resume: bool) -> None:
             f"output {folder.path} already holds a run; continue it with --resume, or choose another output"
         )
     if folder.recipe.exists():
-        _compare(recipe, folder)
+        before = _compare(recipe, folder)
+        if before.training.get("save_only_model") and checkpoints(folder.path):
+            raise ConfigError(
+                f"output {folder.path}: its checkpoints hold no optimiser (training.save_only_model), so the run cannot"
+                " go on to the same losses; begin again in another output, with a checkpoint as init_adapter"
+            )
     if resume:
         _report_checkpoints(folder)
 

@@ -78,6 +78,11 @@ def _classification_trainer(
     model = (
         load(**quantized_loading(recipe, dtype)) if has_weights else without_weights(load, recipe, dtype, data.labels)
     )
+    if model.config.is_encoder_decoder and tokenizer.eos_token_id not in tokenizer("")["input_ids"]:
+        raise ConfigError(
+            f"model {recipe.model}: {type(model).__name__} classifies at the end token, which its tokenizer does not"
+            " write; use a tokenizer that does"
+        )
     if adapt is None:
         adapted = get_peft_model(model, adapter_config(recipe, saved_along(model, recipe)))
     else:

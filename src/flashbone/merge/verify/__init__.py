@@ -44,7 +44,7 @@ class Verification:
         ok: whether `unexplained` is within the limit, and the answer the same.
         answer_tokens: how many tokens of an answer to a question in the chat template were compared, too; 0 for models
             without a template or a head for language, and for `.pth` files.
-        same_answer: whether prompt and answer are the same.
+        same_answer: whether prompt and answer are the same, and the settings that answers are generated with.
     """
 
     tokens: int

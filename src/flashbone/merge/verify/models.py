@@ -29,6 +29,8 @@ from flashbone.rwkv import from_pth, read_config
 LENGTHS = (24, 17)  # tokens of the rows that are run
 QUESTION, ANSWER = "What is two plus two?", 8  # of the chat template, and how many tokens of the answer are generated
 
+_OF_NO_EFFECT = ("transformers_version", "_from_model_config")  # in generation_config.json
+
 
 def check_loadable(path: Path) -> None:
     """Check that a model has a class, as far as its config or the names in its file tell.
@@ -166,10 +168,11 @@ def rows_for(model: PreTrainedModel, path: Path) -> list[Tensor]:
 
 
 class Answer(NamedTuple):
-    """A prompt, and the beginning of the model's answer."""
+    """A prompt, the beginning of the model's answer, and the settings that it is generated with."""
 
     prompt: list[int]
     tokens: list[int]
+    settings: dict[str, Any]
 
 
 def answer(model: Any, path: Path, brought: Beside) -> Answer:
@@ -182,23 +185,26 @@ def answer(model: Any, path: Path, brought: Beside) -> Answer:
     """
     source = brought.files.get(TOKENIZER_CONFIG, path / TOKENIZER_CONFIG).parent
     if path.is_file() or not (source / TOKENIZER_CONFIG).is_file() or model.get_output_embeddings() is None:
-        return Answer([], [])
+        return Answer([], [], {})
     with naming(source):
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(source))
         if TEMPLATE in brought.files:
             tokenizer.chat_template = brought.files[TEMPLATE].read_text(encoding="utf-8")
         if tokenizer.chat_template is None or model.config.is_encoder_decoder:
-            return Answer([], [])
+            return Answer([], [], {})
         turns = [{"role": "user", "content": QUESTION}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        settings = brought.files.get(GENERATION, path / GENERATION)
-        named = read_json(settings).get("eos_token_id") if settings.is_file() else None
+        file = brought.files.get(GENERATION, path / GENERATION)
+        settings = read_json(file) if file.is_file() else {"eos_token_id": model.config.eos_token_id}
+        settings = {name: value for name, value in settings.items() if name not in _OF_NO_EFFECT}
+        settings["end of the tokenizer"] = tokenizer.eos_token_id
+        named = settings.get("eos_token_id")
         stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
         tokens: list[int] = []
         while len(tokens) < ANSWER and stops.isdisjoint(tokens[-1:]):
             ids = torch.tensor([[*prompt, *tokens]])
             tokens.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
-    return Answer(prompt, tokens)
+    return Answer(prompt, tokens, settings)
 
 
 def amplifies_rounding(path: Path) -> bool:
