@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from flashbone import BoneLayer
-from flashbone.rwkv import Rwkv6Config, Rwkv7Config, kernels
+from flashbone.rwkv import Rwkv6Config, Rwkv7Config, kernels, wkv6, wkv7
 from flashbone.tuner.model.targets import resolved, roles_of
 from helpers import reference
 from helpers.comparison import Promise, close, relative_error, same_bits

@@ -75,7 +75,7 @@ def steps(model, count: int, **kwargs) -> None:
     [
         ("bypasses", "b: the model computes with the weights of these layers"),
         ("bypasses_in_eval", "b: the model computes with the weights of these layers"),
-        ("detaches", "b: these layers were called, and no gradient reached their adapters"),
+        ("detaches", "b: these layers were used, and no gradient reached their adapters"),
         ("multiplies_by_zero", f"b: the gradient of their adapters was exactly zero in {ZERO_PASSES} backward passes"),
     ],
 )
@@ -147,6 +147,6 @@ def test_a_training_run_stops_after_the_first_backward():
     model, callbacks = model_of("detaches"), []
     StopIfInert.attach(SimpleNamespace(model=model, add_callback=callbacks.append))
     model.train()(X).square().sum().backward()
-    with pytest.raises(ConfigError, match="b: these layers were called, and no gradient reached"):
+    with pytest.raises(ConfigError, match="b: these layers were used, and no gradient reached"):
         callbacks[0].on_pre_optimizer_step(None, None, None, model=model)
     callbacks[0].on_pre_optimizer_step(None, None, None, model=model)  # once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ class ReadWeight:
         weight_reader: The class of the host that computes with the weight. Set by `model/weight_reads.py`; None: hosts
             call the layer, and ask its weight for nothing but dtype, device and shape, which the base's has, too.
         is_only_read: Whether that host never calls the layer.
-        on_read: Called at each read, while `model/acting.py` watches.
+        on_read: Called at each read with what builds the result, and whether that is shifted, while
+            `model/acting.py` watches.
     """
 
     weight_reader: str | None = None
     is_only_read = False
-    on_read: Callable[[], None] | None = None
+    on_read: Callable[[Callable[[], Any], bool], Any] | None = None
 
     @property
     def weight(self: Any) -> Any:
@@ -36,16 +38,32 @@ class ReadWeight:
         if self.base_kind.parameter_name != "weight":  # the adapters are on another parameter of the module
             return self.base_layer.weight
         names = adapters_to_apply(self) if self.weight_reader is not None else []
-        if not names:
-            base = self.get_base_layer()
-            return base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's own property
-        if self.training:
-            check_readable(self, {name: getattr(self.bone_dropout[name], "p", 0.0) for name in names})
-        if self.base_kind.is_refetched(self.get_base_layer()):
-            raise ConfigError(_says(self, "and it is quantised; leave the layer out, or load it unquantised"))
-        if self.on_read is not None:
-            self.on_read()
-        return shifted_parameter(self, names)
+        build = functools.partial(_shifted, self, names) if names else functools.partial(_plain, self)
+        on_read = self.on_read  # another thread may end the watch
+        return build() if on_read is None else on_read(build, bool(names))
+
+    def become_read(self: Any, reader: str, only: bool) -> None:
+        """Give the host of this name the shifted weight from now on; `only`: no host calls the layer."""
+        self.weight_reader, self.is_only_read = reader, only
+        if only:
+            self.converts_to_lora = False  # a LoRA is not read
+
+
+def _plain(layer: Any) -> Any:
+    base = layer.get_base_layer()
+    return base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's own property
+
+
+def _shifted(layer: Any, names: list[str]) -> Any:
+    if layer.training:
+        check_readable(layer, {name: getattr(layer.bone_dropout[name], "p", 0.0) for name in names})
+    if layer.base_kind.is_refetched(layer.get_base_layer()):
+        raise ConfigError(_says(layer, "and it is quantised; leave the layer out, or load it unquantised"))
+    kept = layer._kept(layer.base_parameter())
+    key = "read", *((name, layer.bone_scale[name]) for name in names)
+    if kept is None or not kept.keeps_weights or not kept.is_worth_keeping(key):
+        return shifted_parameter(layer, names)
+    return kept.get(key, lambda: shifted_parameter(layer, names))  # a decoder reads it at each token
 
 
 class BaseAttributes:

@@ -45,14 +45,13 @@ def mark_read_weights(model: nn.Module) -> None:
             for child, layer in _children(host, path):
                 if isinstance(layer, BoneLinear):
                     if layer.weight_reader is None or not layer.is_only_read:
-                        layer.weight_reader = type(host).__name__
-                        layer.is_only_read = not any(_is_inside(path, called) for called in uses.called)
+                        called = any(_is_inside(path, called) for called in uses.called)
+                        layer.become_read(type(host).__name__, only=not called)
                     _check(f"{name}.{child}" if name else child, layer)
 
 
 def _check(name: str, layer: BoneLinear) -> None:
     if layer.is_only_read:
-        layer.converts_to_lora = False  # a LoRA is not read
         try:
             check_readable(layer, {adapter: getattr(d, "p", 0.0) for adapter, d in layer.bone_dropout.items()})
         except ConfigError as error:
@@ -92,21 +91,21 @@ def uses_of(host: type[nn.Module]) -> Uses:
 
 def _reachable(host: type[nn.Module]) -> Iterator[FunctionType]:
     """The forward and every function that is named in it: methods of the class, functions of the same module."""
-    waiting, seen = ["forward"], set()
+    waiting, seen = [getattr(host, "forward", None)], set()
     while waiting:
-        name = waiting.pop()
-        function = _function(getattr(host, name, None))
+        function = _function(waiting.pop())
         if function is None or function in seen or function.__module__ == nn.Module.__module__:
             continue
         seen.add(function)
         yield function
-        for code in _codes(function.__code__):
-            waiting += code.co_names
-            for helper in (function.__globals__.get(n) for n in code.co_names):
-                helper = _function(helper)
-                if helper is not None and helper.__module__ == function.__module__ and helper not in seen:
-                    seen.add(helper)
-                    yield helper
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        waiting += [getattr(host, name, None) for name in names]
+        helpers = [_function(function.__globals__.get(name)) for name in names]
+        waiting += [helper for helper in helpers if helper is not None and helper.__module__ == function.__module__]
+        if "super" in names or names & {cls.__name__ for cls in host.__mro__[1:]}:
+            waiting += [
+                vars(cls)[name] for cls in host.__mro__ for name in (*names, function.__name__) if name in vars(cls)
+            ]
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -143,33 +142,69 @@ class _Reader(ast.NodeVisitor):
             self.visit(statement)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        self._bind(node.targets[0], self._path(node.value))
+        for target in node.targets:
+            self._bind(target, node.value)
         self.generic_visit(node)
 
-    def visit_For(self, node: ast.For) -> None:
-        path = self._path(node.iter)
-        self._bind(node.target, None if path is None else (*path, _ANY))
+    def visit_AnnAssign(self, node: ast.AnnAssign | ast.NamedExpr) -> None:
+        if node.value is not None:
+            self._bind(node.target, node.value)
         self.generic_visit(node)
 
-    def _visit_comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> None:
-        for part in node.generators:
-            path = self._path(part.iter)
-            self._bind(part.target, None if path is None else (*path, _ANY))
+    visit_NamedExpr = visit_AnnAssign
+
+    def visit_For(self, node: ast.For | ast.comprehension) -> None:
+        self._bind_each(node.target, node.iter)
         self.generic_visit(node)
 
-    visit_ListComp = visit_SetComp = visit_GeneratorExp = _visit_comprehension
+    visit_comprehension = visit_For
 
-    def _bind(self, target: ast.expr, path: Path | None) -> None:
-        if isinstance(target, ast.Name) and path is not None:
+    def _visit_generators(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> None:
+        for part in node.generators:  # before what they are used in
+            self.visit(part)
+        self.visit(node.elt)
+
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = _visit_generators
+
+    def _bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for each, its in zip(target.elts, value.elts, strict=True):
+                self._bind(each, its)
+        elif isinstance(target, ast.Name) and (path := self._path(value)) is not None:
             self._names[target.id] = path
+
+    def _bind_each(self, target: ast.expr, values: ast.expr) -> None:
+        """Names of a loop: over a container, `zip` or `enumerate` of some, their `items()` or `values()`."""
+        name, args = "", []
+        if isinstance(values, ast.Call):
+            name = values.func.attr if isinstance(values.func, ast.Attribute) else getattr(values.func, "id", "")
+            args = values.args or ([values.func.value] if isinstance(values.func, ast.Attribute) else [])
+        targets = target.elts if isinstance(target, ast.Tuple) else [target]
+        if name in ("enumerate", "items", "named_children") and args:
+            self._bind_each(targets[-1], args[0])
+        elif name in ("values", "children", "reversed") and args:
+            self._bind_each(target, args[0])
+        elif name == "zip":
+            for each, its in zip(targets, args, strict=False):
+                self._bind_each(each, its)
+        elif isinstance(values, (ast.Tuple, ast.List)):
+            for value in values.elts:
+                self._bind(target, value)
+        elif isinstance(target, ast.Name) and (path := self._path(values)) is not None:
+            self._names[target.id] = (*path, _ANY)
 
     def visit_Call(self, node: ast.Call) -> None:
         if (path := self._path(node.func)) is not None:
             self.called.add(path)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        path = self._path(node)
+        if path and path[-1] == "weight":
+            self.read.add(path[:-1])
         self.visit(node.func)
         if name not in _COMPARISONS:
             for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+                if (path := self._path(argument)) and path[-1] != "weight":
+                    self.called.add(path)  # perhaps there
                 self.visit(argument)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -189,6 +224,11 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             before = self._path(node.value)
             return None if before is None else (*before, node.attr)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+            before, name = self._path(node.args[0]), node.args[1]
+            return (*before, name.value) if before is not None and isinstance(name, ast.Constant) else None
+        if isinstance(node, ast.IfExp):
+            return self._path(node.body) or self._path(node.orelse)
         if isinstance(node, ast.Subscript):
             before = self._path(node.value)
             index = node.slice.value if isinstance(node.slice, ast.Constant) else _ANY
