@@ -41,7 +41,16 @@ def set_up_notices() -> None:
     log = logging.getLogger("flashbone")
     main = os.environ.get("RANK", "0") == "0"
     log.setLevel(logging.INFO if main else logging.ERROR)
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if category.__module__.startswith("flashbone."):  # a notice, without the line of code that Python adds
+            log.warning("%s", message)
+        else:
+            shown(message, category, *args, **kwargs)
+
     if not log.handlers:
+        warnings.showwarning = show
         handler = _Notices()
         handler.setFormatter(_OneLine("flashbone: %(message)s"))
         log.addHandler(handler)

@@ -22,7 +22,6 @@ from flashbone.train.data.origins import sources_of
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import EarlyStopping, fit
 from flashbone.train.folder import RunFolder
-from flashbone.train.inert import StopIfInert
 from flashbone.train.inputs import inputs_of
 from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
@@ -74,7 +73,6 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     merge_base = find_merge_base(recipe, folder, trainer) if recipe.merge and args.process_index == 0 else None
     if recipe.monitor and trained_rotations(trainer.model):
         RotationMonitor.attach(trainer)
-    StopIfInert.attach(trainer)
     if (stopping := early_stopping_of(recipe)) is not None:
         trainer.add_callback(EarlyStopping(stopping.patience, stopping.min_delta))
     begin = None

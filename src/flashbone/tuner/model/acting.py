@@ -11,6 +11,7 @@ from threading import Lock, get_ident
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError
@@ -77,7 +78,8 @@ class Net:
         phase = model.training if learns or not model.training else None
         if phase not in self._unseen or not _can_watch(model):
             return
-        if layers := {name: layer for name, layer in bone_layers(model) if _acts(layer)}:
+        host = model.model if isinstance(model, BaseTuner) else model
+        if layers := {name: layer for name, layer in bone_layers(host) if _acts(layer)}:
             if learns:
                 self._await_gradients(layers)
             self._watch, self._phase = Watch(model, layers), phase

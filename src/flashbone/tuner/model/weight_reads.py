@@ -226,7 +226,7 @@ class _Reader(ast.NodeVisitor):
             return None if before is None else (*before, node.attr)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
             before, name = self._path(node.args[0]), node.args[1]
-            return (*before, name.value) if before is not None and isinstance(name, ast.Constant) else None
+            return (*before, str(name.value)) if before is not None and isinstance(name, ast.Constant) else None
         if isinstance(node, ast.IfExp):
             return self._path(node.body) or self._path(node.orelse)
         if isinstance(node, ast.Subscript):
