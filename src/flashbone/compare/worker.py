@@ -39,6 +39,7 @@ from flashbone.train.data.loading import load_data
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
+from flashbone.train.inert import StopIfInert
 from flashbone.train.lengths import limit_length
 from flashbone.train.recipe import TASK_TYPES
 from flashbone.train.trainers import build_trainer
@@ -116,6 +117,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
         return _in_fp32(adapted)
 
     trainer, _ = build_trainer(recipe, args, data, adapt)
+    StopIfInert.attach(trainer)
     check_prompts(spec, trainer, data)
     loaded_s = time.perf_counter() - began - startup.seconds
     watch = Watch(trainer, folder / "batches.jsonl", memory)

@@ -15,7 +15,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.train.checkpoints import STATE, Checkpoints, best_step, problem, step_of
 from flashbone.train.folder import RunFolder
-from flashbone.train.inert import StopIfInert
 from flashbone.train.metrics import LoggedStep, MetricsLog
 
 log = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None] | None = None
         begin: Called in the main process when everything is ready and nothing has been written or removed.
 
     Raises:
-        ConfigError: the processes that were launched would not train together, or an adapter does nothing.
+        ConfigError: the processes that were launched would not train together.
         NonFiniteError: a loss is NaN or infinite.
     """
     _check_engine(trainer)
@@ -146,7 +145,6 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None] | None = None
             begin()
         folder.remove_partial()
         metrics.rewrite()
-    StopIfInert.attach(trainer)
     trainer.add_callback(Checkpoints(trainer))
     recorder = _install_callbacks(trainer, metrics)
     has_held_out = trainer.eval_dataset is not None

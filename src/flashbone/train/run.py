@@ -22,6 +22,7 @@ from flashbone.train.data.origins import sources_of
 from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import EarlyStopping, fit
 from flashbone.train.folder import RunFolder
+from flashbone.train.inert import StopIfInert
 from flashbone.train.inputs import inputs_of
 from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
@@ -69,6 +70,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
     trainer, load_plain = build_trainer(recipe, args, data)
+    StopIfInert.attach(trainer)
     check_optimizer(trainer)
     merge_base = find_merge_base(recipe, folder, trainer) if recipe.merge and args.process_index == 0 else None
     if recipe.monitor and trained_rotations(trainer.model):
