@@ -105,7 +105,9 @@ def base() -> dict:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_no_field_makes_an_object_of_a_class_that_it_names(reader, trap):
+    start = base() if reader == "comparison" else {"model": "m", "output": "o", "data": {"path": "p"}}
     for field in READERS[reader][1]:
+        read(reader, trap, start, [f"--{field}.class_path={TRAP}", f"--{field}.init_args.x", "1"])
         for value in (
             {"class_path": TRAP},
             f"{{class_path: {TRAP}}}",
@@ -113,13 +115,9 @@ def test_no_field_makes_an_object_of_a_class_that_it_names(reader, trap):
             "evil.yaml",
             "@evil.yaml",
         ):
-            in_file = base() if reader == "comparison" else {"model": "m", "output": "o", "data": {"path": "p"}}
-            flags = [f"--{field}", value if isinstance(value, str) else json.dumps(value)]
-            read(reader, trap, in_file, flags)
-            read(reader, trap, in_file, [f"--{field}.class_path={TRAP}", f"--{field}.init_args.x", "1"])
+            read(reader, trap, start, [f"--{field}", value if isinstance(value, str) else json.dumps(value)])
             outer, _, inner = field.partition(".")
-            in_file[outer] = {inner: value} if inner else value
-            read(reader, trap, in_file, [])
+            read(reader, trap, start | {outer: {inner: value} if inner else value}, [])
 
 
 @pytest.mark.slow

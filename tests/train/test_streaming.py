@@ -31,7 +31,9 @@ def stream_of(llama, file, output, training=None, **data):
     return recipe_for(llama, "", output, data=recipe, training={"max_steps": 4, **(training or {})})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["conversation", *(pytest.param(n, marks=pytest.mark.slow) for n in ("text", "prompt"))]
+)
 def test_each_layout_is_learned_from_a_stream_with_held_out_rows_of_its_own(llama, tmp_path, layout):
     file, held = write(tmp_path / "a.jsonl", LAYOUTS[layout]), write(tmp_path / "h.jsonl", LAYOUTS[layout][:4])
     summary = train(stream_of(llama, file, tmp_path / "out", eval=held)).summary

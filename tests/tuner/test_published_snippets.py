@@ -74,7 +74,10 @@ def test_a_small_model_on_gpt2():
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize(("bottleneck_size", "dropout", "eps"), [(32, 0.0, 1e-8), (128, 0.15, 1e-5), (256, 0.3, 1e-4)])
+@pytest.mark.parametrize(
+    ("bottleneck_size", "dropout", "eps"),
+    [(128, 0.15, 1e-5), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((32, 0.0, 1e-8), (256, 0.3, 1e-4)))],
+)
 @pytest.mark.parametrize(
     ("make", "per_layer"), [pytest.param(bert, 2, id="bert"), pytest.param(gpt2, 2, id="gpt2", marks=pytest.mark.slow)]
 )
