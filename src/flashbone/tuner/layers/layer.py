@@ -145,15 +145,6 @@ class BoneLayer(ReadWeight, MergeableLayer):
         names = adapter_names if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         super().set_adapter(names, inference_mode)
 
-    @property
-    def row_names(self) -> RowNames | None:
-        """The adapter of each row, while this thread calls the model with `adapter_names`. PEFT passes names by a hook
-        on every layer, which costs more than the adapters in a decoding step."""
-        rows = CURRENT.rows
-        if rows is not None and rows.has_grad and not torch.compiler.is_compiling():
-            calls.check_not_checkpointed()
-        return rows
-
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply what the adapter adds by `scale`; 1 is the trained strength. A merged adapter keeps its strength."""
         if adapter in self.bone_scale:
@@ -171,10 +162,6 @@ class BoneLayer(ReadWeight, MergeableLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.converts_to_lora and self.base_kind.unreadable(self.get_base_layer()) is None
-
-    def active_here(self) -> list[str]:
-        """Names of the active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.bone_block]
 
 
 class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
@@ -235,19 +222,6 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
         refetch = self._is_refetched()
         plain = is_plain(base_layer) and not refetch
         return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
-
-    def block_of(self, name: str) -> Tensor:
-        """The adapter's block, whole, for autograd."""
-        # ParameterDict's own look-up is a chain of Python calls that shows in decoding.
-        block: Any = self.bone_block._parameters.get(name)
-        return block if offloading.is_materialized(block) else offloading.for_autograd(self.bone_block, name, self)
-
-    def check_rows(self) -> None:
-        """Raises a ConfigError where a batch cannot have an adapter for each row."""
-        if self.training:
-            raise ConfigError("adapter_names: the layer is in training mode; call eval() first")
-        if self.merged_adapters:
-            raise ConfigError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
 
     def _with_dropout(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]

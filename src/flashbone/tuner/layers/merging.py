@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from flashbone import shards, variants
 from flashbone.tuner.layers import offloading
-from flashbone.tuner.layers.kinds import BaseKind
+from flashbone.tuner.layers.adapted import AdaptedLayer
 from flashbone.variants.merged import Term, check_undoable, undo
 
 
@@ -37,7 +37,7 @@ def _on_whole_weights(write: bool = False) -> Callable[[Callable], Callable]:
     return decorate
 
 
-class MergeableLayer(BaseTunerLayer):
+class MergeableLayer(AdaptedLayer):
     """Merging for `BoneLayer`, which holds the adapters.
 
     Attributes:
@@ -46,13 +46,8 @@ class MergeableLayer(BaseTunerLayer):
             rounding. The original of a quantised base is small and always kept.
     """
 
-    bone_block: nn.ParameterDict
-    bone_scale: dict[str, float]
-    bone_variant: dict[str, variants.Variant]
-    base_kind: BaseKind
     keep_original = True
     _original_weight: Any = None
-    _merged_as: dict[str, Term]  # merged adapters as they were merged; blocks and scales may change afterwards
 
     @property
     def keeps_original(self) -> bool:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers.shifts import adapters_to_apply, shifted_parameter
-
-if TYPE_CHECKING:
-    from flashbone.tuner.layers.layer import BoneLinear
 
 
 class ReadWeight:
@@ -79,7 +76,7 @@ class BaseAttributes:
         return getattr(base, name)
 
 
-def check_readable(layer: BoneLinear, dropouts: dict[str, float]) -> None:
+def check_readable(layer: ReadWeight, dropouts: dict[str, float]) -> None:
     """Check that these dropouts can be applied, by adapter, where a host reads the layer's weight.
 
     Raises:
@@ -91,6 +88,6 @@ def check_readable(layer: BoneLinear, dropouts: dict[str, float]) -> None:
             raise ConfigError(_says(layer, f"{outcome}; use dropout=0, or put the layer into exclude_modules"))
 
 
-def _says(layer: BoneLinear, outcome: str) -> str:
+def _says(layer: ReadWeight, outcome: str) -> str:
     never = " and never calls it" if layer.is_only_read else ""
     return f"{layer.weight_reader} reads the weight of this layer{never}, {outcome}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from flashbone import shards
 from flashbone.errors import ConfigError
 from flashbone.ops.autocast import without_autocast
 from flashbone.tuner.layers import offloading
+from flashbone.tuner.layers.adapted import AdaptedLayer
 from flashbone.variants.merged import Term
 
-if TYPE_CHECKING:
-    from flashbone.tuner.layers.layer import BoneLayer, BoneLinear
 
-
-def adapters_to_apply(layer: BoneLayer) -> list[str]:
+def adapters_to_apply(layer: AdaptedLayer) -> list[str]:
     """Names of the adapters for a call: none while merged or disabled. Disabling unmerges.
 
     Raises:
@@ -37,7 +35,7 @@ def adapters_to_apply(layer: BoneLayer) -> list[str]:
     return [] if layer.disable_adapters or layer.merged else layer.active_here()
 
 
-def by_rows(layer: BoneLinear, x: Tensor, run: Callable[[Tensor, list[str]], Tensor]) -> Tensor:
+def by_rows(layer: AdaptedLayer, x: Tensor, run: Callable[[Tensor, list[str]], Tensor]) -> Tensor:
     """`run(x, names)` with the adapters to apply; with an adapter for each row, on the rows of each adapter in turn.
 
     Raises:
@@ -56,7 +54,7 @@ def by_rows(layer: BoneLinear, x: Tensor, run: Callable[[Tensor, list[str]], Ten
     return rows.restored(torch.cat(parts))
 
 
-def terms(layer: BoneLinear, names: list[str]) -> list[Term]:
+def terms(layer: AdaptedLayer, names: list[str]) -> list[Term]:
     """Variant, block and scale of each adapter."""
     return [(layer.bone_variant[name], layer.block_of(name), layer.bone_scale[name]) for name in names]
 
@@ -77,7 +75,7 @@ def shifted_weight(W: Tensor, adapters: list[Term]) -> Tensor:
     return total
 
 
-def shifted_parameter(layer: BoneLinear, names: list[str]) -> Tensor:
+def shifted_parameter(layer: AdaptedLayer, names: list[str]) -> Tensor:
     """The layer's parameter with these adapters, as the base stores it. Not kept: it is as large as the parameter.
 
     Raises:
@@ -101,7 +99,7 @@ def check_no_dropout(base: nn.Module, dropout: float) -> None:
         )
 
 
-def check_not_offloaded(layer: BoneLayer) -> None:
+def check_not_offloaded(layer: AdaptedLayer) -> None:
     """
     Raises:
         ConfigError: a host shards or offloads the base's weight, and would replace a shifted one by its own.
@@ -114,7 +112,7 @@ def check_not_offloaded(layer: BoneLayer) -> None:
         )
 
 
-def call_shifted(layer: BoneLinear, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_shifted(layer: AdaptedLayer, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call the wrapped module with the adapted parameter shifted by these adapters, for this call only."""
     path, inner = layer.base_kind.parameter_name, layer.base_layer
     while hasattr(inner, "base_layer"):  # adapters of other layers or methods inside this one
