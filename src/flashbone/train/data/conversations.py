@@ -33,7 +33,8 @@ ROLES = {
 CALLS = ("function_call", "tool_call")
 
 # Keys that go to the chat template as they are. Templates have several names for what a model thinks.
-PASSED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")
+REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")
+PASSED = ("name", "tool_call_id", *REASONING)
 FLAGS = ("train", "training", "trainable", "learn", "loss")  # true or false: whether a turn is learned
 KEYS = {"tool_calls", "function_call", "weight", *FLAGS, *PASSED}
 SPEAKERS = ("user", "assistant")

@@ -1,6 +1,6 @@
 """Where the rows of a run come from: one place or several, those of held-out and test rows, and what each holds."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flashbone.errors import ConfigError
 from flashbone.files.sources import expanded
 from flashbone.train.data.formats import Reading, check_template, in_template, open_examples
-from flashbone.train.data.rows import Rows, dataset_rows, local_files, open_dataset, read_rows
+from flashbone.train.data.rows import BadRow, Row, Rows, dataset_rows, local_files, open_dataset, read_rows
 from flashbone.train.fields import field_names, section
 
 
@@ -107,7 +107,7 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     return str(file.resolve()), status.st_mtime_ns, status.st_size
 
 
-def open_place(rows: Rows, place: DataRecipe, task: str) -> Reading:
+def open_place(rows: Iterator[Row | BadRow], place: DataRecipe, task: str) -> Reading:
     """The examples in the rows of a place, with its template around their prompts.
 
     Raises:

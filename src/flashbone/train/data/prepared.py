@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FormatError, shortened
 from flashbone.train.data.formats import SHOWN_BAD_ROWS
 from flashbone.train.data.layouts import Example
 from flashbone.train.data.tokens import Tokens, end_marks, end_token, has_names, tokenise, writes_names
@@ -127,10 +127,7 @@ def check(
         ConfigError: nothing is left to learn, too much is cut, or answers have no end.
     """
     if counts.problems:
-        numbers = list(counts.problems)[:SHOWN_BAD_ROWS]
-        shown = [f"{place}: {counts.problems[number]}" for number, place in zip(numbers, places(numbers), strict=True)]
-        more = len(counts.problems) - len(shown)
-        raise FormatError("; ".join(shown) + (f"; and {more} more" if more else ""))
+        raise FormatError(_named_problems(counts.problems, places))
     if counts.empty == counts.rows:
         raise ConfigError(f"no {kind} row has a token of its answer within training.max_length {length}; raise it")
     if endless := counts.ends[NOTHING]:
@@ -152,6 +149,13 @@ def check(
             " nothing left to learn and are dropped",
             *(where, counts.rows, kind, counts.cut, length, counts.lost_ends, counts.empty),
         )
+
+
+def _named_problems(problems: dict[int, str], places: Callable[[list[int]], list[str]]) -> str:
+    """The first few problems, each with its place; places are only looked up for these."""
+    numbers = list(problems)[:SHOWN_BAD_ROWS]
+    where = dict(zip(numbers, places(numbers), strict=True))
+    return shortened((f"{where.get(number)}: {text}" for number, text in problems.items()), SHOWN_BAD_ROWS, "; ")
 
 
 def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, limits: Limits) -> dict[str, list[Any]]:

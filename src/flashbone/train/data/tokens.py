@@ -12,8 +12,8 @@ from itertools import groupby, takewhile
 from typing import Any
 
 from flashbone.errors import FormatError
+from flashbone.train.data.conversations import REASONING
 
-REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")  # templates' names for the thoughts of a model
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 IGNORED = -100  # the label of a token that is not learned
 Example = dict[str, Any]
