@@ -5,6 +5,7 @@ import json
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.conversations import answers
 from flashbone.train.data.formats import choose_format, converter, open_examples
 from flashbone.train.data.layouts import ALPACA, FORMATS, RowFormat
 
@@ -77,7 +78,10 @@ def test_sharegpt_rows_become_conversations():
 
 def test_every_answer_of_a_conversation_is_learned_or_the_last_alone():
     talk = [{"role": role, "content": str(i)} for i, role in enumerate(["user", "assistant", "user", "assistant"])]
-    assert talk_of("messages", {"messages": talk}) == {"messages": talk, "learned": [False, True, False, True]}
+    packed = converter("messages", {})({"messages": talk})["conversation"]
+    assert json.loads(packed) == {"messages": talk, "learned": [False, True, False, True]}
+    both = [{"prompt": talk[:1], "completion": [talk[1]]}, {"prompt": talk[:3], "completion": [talk[3]]}]
+    assert answers(packed) == both
     assert talk_of("messages", {"messages": talk}, "last")["learned"] == [False, False, False, True]
 
 

@@ -112,6 +112,19 @@ def packed(example: dict[str, Any], turns: str) -> dict[str, Any]:
         raise FormatError(f"holds what JSON has no form for: {error}") from None
 
 
+def answers(text: str) -> list[dict[str, Any]]:
+    """A prompt and completion for each learned answer of a conversation.
+
+    Each prompt is the conversation up to that answer, which is what the model sees when it gives it; masking one
+    long sequence instead would need a chat template that marks the answers, and few do.
+    """
+    talk = json.loads(text)
+    messages, tools = talk["messages"], talk.get("tools")
+    along = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
+    ends = [number for number, is_learned in enumerate(talk["learned"]) if is_learned]
+    return [{"prompt": messages[:i], "completion": [messages[i]], **along} for i in ends]
+
+
 def as_turns(value: Any) -> Any:
     """The turns in a column, one object for each, also out of JSON text; anything else as it is.
 
