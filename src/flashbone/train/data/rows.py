@@ -201,16 +201,17 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
     Raises:
         ConfigError: it cannot be loaded, or its rows come from a script.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     try:
         if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
             saved = load_from_disk(path)
-            saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-            if split not in saved:
-                raise ConfigError(f"data.split {split}: {path} has {', '.join(saved)}")
-            return saved[split].to_iterable_dataset() if streaming else saved[split]
+            splits = {"train": saved} if isinstance(saved, Dataset) else {str(name): saved[name] for name in saved}
+            if split not in splits:
+                raise ConfigError(f"data.split {split}: {path} has {', '.join(splits)}")
+            rows: Any = splits[split]
+            return rows.to_iterable_dataset() if streaming else rows
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
         cause = error.__cause__ or error  # some only report that there was a cause
