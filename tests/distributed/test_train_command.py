@@ -38,6 +38,7 @@ def test_a_run_under_fsdp2_learns_and_leaves_a_whole_adapter(workplace):
     launch("fsdp2", str(HERE / "pretend.py"), "train", "c.yaml")
     summary = json.loads((workplace / "runs/a/summary.json").read_text())
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.1
+    assert summary["samples"] == [], "the model is sharded"
     assert summary["tokens"] == 6 * 2 * 4 * 14  # steps, processes, rows, tokens in a row
     base = AutoModelForCausalLM.from_pretrained("llama")
     model = PeftModel.from_pretrained(base, workplace / "runs/a/adapter")
@@ -120,3 +121,8 @@ def test_two_processes_of_ddp_train_one_model(workplace):
         got, want = ([row[key] for row in rows if key in row] for rows in (two, one))
         assert len(got) >= 4
         assert got == pytest.approx(want, rel=1e-3), key
+    shown, want = (
+        json.loads((workplace / "runs" / name / "summary.json").read_text())["samples"] for name in ("a", "one")
+    )
+    assert len(shown) == 3
+    assert [sample["before"] for sample in shown] == [sample["before"] for sample in want]
