@@ -1,5 +1,7 @@
 """Threads that share a model: each call has the adapters of its own rows; changes of the model wait for calls."""
 
+import copy
+import pickle
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.tuner.layers.calls import CURRENT
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import close
+from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
 
 SIZE, THREADS = 6, 8
@@ -223,3 +225,66 @@ def test_an_interrupted_call_leaves_the_model_usable():
     assert close(
         model(x, adapter_names=["BONE", "__base__"]).detach(), torch.stack([want["BONE"][0], want["__base__"][1]])
     )
+
+
+class Shifted(nn.Module):
+    """Layers whose weight takes a shifted value for the time of a call: forwards of their own, and a parameter."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight * 2, self.bias)
+
+    class Turned(nn.Conv1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv1d(x, self.weight.flip(-1), self.bias)
+
+    class Positions(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.embedding(ids + 1, self.weight)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(SIZE, SIZE) / 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.up.mT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = self.Scaled(SIZE, SIZE), self.Turned(SIZE, SIZE, 1)
+        self.table, self.experts = self.Positions(9, SIZE), self.Experts()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.table(ids))
+        return self.experts(self.conv(x.mT).mT)
+
+
+def test_layers_that_shift_their_weight_take_the_calls_of_threads_in_turn(often_switched):
+    torch.manual_seed(0)
+    config = BoneConfig(
+        r=3, target_modules=["linear", "conv", "table"], target_parameters=["experts.up"], init_weights=False
+    )
+    model = get_peft_model(Shifted().double(), config, adapter_name="a")
+    fill_blocks(model)
+    model.eval()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.arange(6).view(2, 3)
+    with torch.no_grad():
+        want = model(ids)
+        with model.disable_adapter():
+            bare = model(ids)
+
+    def run(seed: int) -> int:
+        wrong = 0
+        with torch.no_grad():
+            for n in range(40):
+                got = model(ids, adapter_names=["__base__"] * 2) if (n + seed) % 3 == 0 else model(ids)
+                wrong += not close(got, bare if (n + seed) % 3 == 0 else want)
+        return wrong
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert sum(pool.map(run, range(THREADS))) == 0
+    assert all(same_bits(p, weights[name], Promise.UNTOUCHED) for name, p in model.named_parameters())
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert close(other(ids).detach(), want)

@@ -28,6 +28,7 @@ class AdaptedLayer(BaseTunerLayer):
     bone_scale: dict[str, float]
     bone_dropout: nn.ModuleDict
     bone_block: nn.ParameterDict
+    turn: calls.Turn
     _merged_as: dict[str, Term]  # merged adapters as they were merged; blocks and scales may change afterwards
 
     def active_here(self) -> list[str]:

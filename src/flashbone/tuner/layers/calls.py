@@ -140,6 +140,22 @@ class Gate:
         return Gate, ()
 
 
+class Turn:
+    """A lock of one layer, which one thread may take again; copies and pickles are new."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 def pass_rows_to_saved_modules(model: nn.Module) -> None:
     """Let modules that are trained whole (`modules_to_save`) take each row's adapter in calls that name them."""
     for module in model.modules():

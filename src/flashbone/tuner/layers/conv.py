@@ -65,11 +65,11 @@ class BoneConv(BoneLinear):
         return by_rows(self, x, lambda rows, names: self._run(rows, names, *args, **kwargs))
 
     def _run(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
         base: Any = self.get_base_layer()
         if args or kwargs or not _calls_one_convolution(base):
             return call_shifted(self, names, (x, *args), kwargs)
+        if not names:
+            return self.base_layer(x)
         if _is_pointwise(base) and is_plain(self.base_layer, _FORWARDS):
             return self._as_linear(x, names)
         return self._with_shifts(x, names)

@@ -49,12 +49,11 @@ class BoneEmbedding(BoneLinear):
         return by_rows(self, ids, lambda rows, names: self._run(rows, names, *args, **kwargs))
 
     def _run(self, ids: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if not names:
-            return self.base_layer(ids, *args, **kwargs)
-        base: Any = self.get_base_layer()
-        if args or kwargs or not _looks_up_ids(base):
+        if args or kwargs or not _looks_up_ids(self.get_base_layer()):
             return call_shifted(self, names, (ids, *args), kwargs)
         y = self.base_layer(ids)
+        if not names:
+            return y
         factor = self._get_embed_scale()
         for name, (_, block, scale) in zip(names, terms(self, names), strict=True):
             rows = F.embedding(ids % block.shape[0], block * scale if scale != 1 else block)

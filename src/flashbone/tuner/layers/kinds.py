@@ -71,9 +71,13 @@ class BaseKind:
         """Set the module's weight to W; the parameter stays the same object."""
         self.parameter(module).data = self.stored(W, module).contiguous()
 
+    def hold(self, module: Any) -> Any:
+        """The weight's own storage, for `restore`: `write` allocates a new one."""
+        return self.parameter(module).data
+
     def keep(self, module: Any) -> Any:
-        """The weight in host memory, for `restore`. On the CPU this is its storage: `write` allocates a new one."""
-        return self.parameter(module).data.to("cpu")
+        """The weight in host memory, for `restore`; on the CPU its own storage."""
+        return self.hold(module).to("cpu")
 
     def kept_weight(self, module: Any, kept: Any) -> Tensor:
         """W from the result of `keep`, on the module's device."""

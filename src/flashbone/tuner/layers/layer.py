@@ -17,6 +17,7 @@ from flashbone.ops.rows import Part, run_by_rows
 from flashbone.tuner.layers import calls, offloading
 from flashbone.tuner.layers.calls import CURRENT
 from flashbone.tuner.layers.kinds import BaseKind, is_plain
+from flashbone.tuner.layers.merged_base import check_loadable
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
 from flashbone.tuner.layers.quantized import linear_kind
@@ -54,6 +55,7 @@ class BoneLayer(ReadWeight, MergeableLayer):
         self.merged_adapters: list[str] = []
         self._merged_as: dict[str, Term] = {}
         self.kwargs = kwargs
+        self.turn = calls.Turn()
 
         base = self.get_base_layer()
         self.base_kind = self._kind_of(base)
@@ -247,6 +249,10 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
     def _is_refetched(self) -> bool:
         base = self.get_base_layer()
         return offloading.is_sharded_or_offloaded(base) or self.base_kind.is_refetched(base)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_loadable(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n].name} r={r}" for n, r in self.bone_r.items())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashbone import shards, variants
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.adapted import AdaptedLayer
+from flashbone.tuner.layers.merged_base import check_not_written, fingerprint
 from flashbone.variants.merged import Term, check_undoable, undo
 
 
@@ -48,6 +49,7 @@ class MergeableLayer(AdaptedLayer):
 
     keep_original = True
     _original_weight: Any = None
+    merged_bits: Any = None  # the fingerprint of the merged weight
 
     @property
     def keeps_original(self) -> bool:
@@ -86,6 +88,7 @@ class MergeableLayer(AdaptedLayer):
             self._merged_weight(names, must_be_finite, undoable)
         elif names:
             self.base_kind.check_writable(self.get_base_layer())
+            check_not_written(self)
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -93,6 +96,7 @@ class MergeableLayer(AdaptedLayer):
 
     def _merged_weight(self, names: list[str], must_be_finite: bool, undoable: bool = False) -> Tensor:
         """W with these adapters and those that are merged, each as it was merged; checked."""
+        check_not_written(self)
         self.base_kind.check_writable(self.get_base_layer())
         terms = self._merged_as | self._as_now(names)
         pristine, where = self.pristine_weight(), f"adapter {', '.join(map(repr, terms))}"
@@ -113,7 +117,7 @@ class MergeableLayer(AdaptedLayer):
 
         Raises:
             NonFiniteError: see `safe_merge`.
-            ConfigError: the base weight cannot be set.
+            ConfigError: the base weight cannot be set, or see `check_not_written`.
             FlashboneError: `keep_original` is off, and the pristine weight could not be recomputed.
         """
         check_adapters_to_merge(self, adapter_names)  # PEFT's warnings
@@ -121,35 +125,62 @@ class MergeableLayer(AdaptedLayer):
         if not names:
             return
         merged = self._merged_weight(names, safe_merge, undoable=not self.keeps_original)
-        base = self.get_base_layer()
-        is_first_kept = self.keeps_original and self._original_weight is None
-        if is_first_kept:
-            if self.merged:  # by a merge that kept no original
-                self.base_kind.write(base, self._unmerged_by_subtraction())
-            self._original_weight = self.base_kind.keep(base)
+        now = {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
+        self._become(self._merged_as | now, merged)
+
+    def _become(self, merged_as: dict[str, Term], merged: Tensor) -> None:
+        """Be merged with these adapters; if it fails or is interrupted, base and layer are as they were."""
+        base, kind = self.get_base_layer(), self.base_kind
+        held, before = kind.hold(base), (self._original_weight, self._merged_as, self.merged_adapters, self.merged_bits)
         try:
-            self.base_kind.write(base, merged)
-        except Exception:
-            if is_first_kept:
-                self._original_weight = None
+            if self.keeps_original and self._original_weight is None:
+                if self.merged:  # by a merge that kept no original
+                    kind.write(base, self._unmerged_by_subtraction())
+                self._original_weight = kind.keep(base)
+            kind.write(base, merged)
+            self._merged_as, self.merged_adapters = merged_as, list(merged_as)
+            self.merged_bits = fingerprint(self.base_parameter())
+        except BaseException:
+            self._original_weight, self._merged_as, self.merged_adapters, self.merged_bits = before
+            kind.restore(base, held)
             raise
-        self._merged_as |= {n: (v, block.clone(), scale) for n, (v, block, scale) in self._as_now(names).items()}
-        self.merged_adapters.extend(names)
+
+    @_on_whole_weights(write=True)
+    def go_back(self, merged_as: dict[str, Term]) -> None:
+        """Be merged with fewer adapters, those that `merged_as` held before."""
+        if self._merged_as.keys() != merged_as.keys():
+            if merged_as:
+                self._become(merged_as, variants.merged_weight(self.pristine_weight(), merged_as.values()))
+            else:
+                self.unmerge()
 
     @_on_whole_weights(write=True)
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again: bit for bit where the original was kept."""
+        """Take all merged adapters out of the base weight again: bit for bit where the original was kept.
+
+        Raises:
+            ConfigError: see `check_not_written`.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        check_not_written(self)
         base = self.get_base_layer()
         if self._original_weight is not None:
             self.base_kind.restore(base, self._original_weight)
         else:
             self.base_kind.write(base, self._unmerged_by_subtraction())
-        self._original_weight = None
+        self._original_weight, self.merged_bits = None, None
         self._merged_as = {}
         self.merged_adapters = []
+
+    @_on_whole_weights()
+    def check_unmerge(self) -> None:
+        """
+        Raises:
+            ConfigError: see `check_not_written`.
+        """
+        check_not_written(self)
 
     @_on_whole_weights(write=True)
     def unload_and_optionally_merge_module(

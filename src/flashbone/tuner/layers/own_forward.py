@@ -26,10 +26,7 @@ class BoneOwnForward(BoneLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the base returns with its weight shifted by all active adapters."""
 
-        def run(rows: Tensor, names: list[str]) -> Any:
-            return call_shifted(self, names, (rows, *args), kwargs) if names else self.base_layer(rows, *args, **kwargs)
-
-        return by_rows(self, x, run)
+        return by_rows(self, x, lambda rows, names: call_shifted(self, names, (rows, *args), kwargs))
 
 
 def has_own_forward(base: nn.Module) -> bool:

@@ -81,8 +81,7 @@ class ParamWrapper(BoneLinear):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the shifted parameter."""
-        names = adapters_to_apply(self)
-        return call_shifted(self, names, args, kwargs) if names else self.base_layer(*args, **kwargs)
+        return call_shifted(self, adapters_to_apply(self), args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -77,6 +77,9 @@ class QuantizedKind(BaseKind):
             self._put(module, before)
             raise
 
+    def hold(self, module: Any) -> Any:
+        return self._state(module)
+
     def keep(self, module: Any) -> Any:
         """The quantised weight in host memory; on the CPU its own storage."""
         return _moved(self._state(module), "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -83,7 +84,14 @@ def shifted_parameter(layer: AdaptedLayer, names: list[str]) -> Tensor:
     """
     check_not_offloaded(layer)
     base, kind = layer.get_base_layer(), layer.base_kind
-    return kind.stored(shifted_weight(kind.weight(base), terms(layer, names)), base)
+    with alone(layer):
+        W = kind.weight(base)
+    return kind.stored(shifted_weight(W, terms(layer, names)), base)
+
+
+def alone(layer: AdaptedLayer) -> AbstractContextManager:
+    """Within the block no other thread's call has a shifted value in the place of the layer's parameter."""
+    return nullcontext() if torch.compiler.is_compiling() else layer.turn
 
 
 def check_no_dropout(base: nn.Module, dropout: float) -> None:
@@ -113,9 +121,13 @@ def check_not_offloaded(layer: AdaptedLayer) -> None:
 
 
 def call_shifted(layer: AdaptedLayer, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call the wrapped module with the adapted parameter shifted by these adapters, for this call only."""
-    path, inner = layer.base_kind.parameter_name, layer.base_layer
-    while hasattr(inner, "base_layer"):  # adapters of other layers or methods inside this one
-        path, inner = f"base_layer.{path}", cast(nn.Module, inner.base_layer)
-    shifted = {path: shifted_parameter(layer, names)}
-    return functional_call(layer.base_layer, shifted, args, kwargs, tie_weights=False)
+    """Call the wrapped module with the adapted parameter shifted by these adapters, for this call only. Calls of other
+    threads wait, those without adapters, too."""
+    with alone(layer):
+        if not names:
+            return layer.base_layer(*args, **kwargs)
+        path, inner = layer.base_kind.parameter_name, layer.base_layer
+        while hasattr(inner, "base_layer"):  # adapters of other layers or methods inside this one
+            path, inner = f"base_layer.{path}", cast(nn.Module, inner.base_layer)
+        shifted = {path: shifted_parameter(layer, names)}
+        return functional_call(layer.base_layer, shifted, args, kwargs, tie_weights=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashbone.errors import ConfigError
 from flashbone.ops import backend
 from flashbone.tuner.layers.calls import Gate, changes_model, one_call
-from flashbone.tuner.layers.layer import BoneLayer, bone_layers
+from flashbone.tuner.layers.layer import BoneLinear, bone_layers
 from flashbone.tuner.model import lora, weighted
 from flashbone.tuner.model.saved_parameters import SavedParameter
 
@@ -32,16 +32,45 @@ class Controls(BaseTuner):
         return vars(self).setdefault("_gate", Gate())
 
     @changes_model
-    def unmerge_adapter(self) -> None:
+    def unmerge_adapter(self, discard_writes: bool = False) -> None:
+        """Take all merged adapters out of the base again.
+
+        Args:
+            discard_writes: Drop what was written to base weights while adapters were merged into them.
+
+        Raises:
+            ConfigError: such weights exist, and `discard_writes` is not set; no layer was changed.
+        """
+        for _, layer in self._merged_layers() if discard_writes else ():
+            layer.merged_bits = None
+        self.check_unmerge()
         super().unmerge_adapter()
+
+    def check_unmerge(self) -> None:
+        """
+        Raises:
+            ConfigError: a base weight was written to while adapters were merged into it.
+        """
+        for name, layer in self._merged_layers():
+            try:
+                layer.check_unmerge()
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+
+    def _merged_layers(self) -> list[tuple[str, BoneLinear | SavedParameter]]:
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, (BoneLinear, SavedParameter)) and module.merged
+        ]
 
     @changes_model
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off; those that are merged are taken out, which layers would do in their next call."""
+        self.check_unmerge()
         super().disable_adapter_layers()
-        for module in self.model.modules():
-            if isinstance(module, (BoneLayer, SavedParameter)) and module.merged:
-                module.unmerge()
+        for _, layer in self._merged_layers():
+            layer.unmerge()
 
     @changes_model
     def enable_adapter_layers(self) -> None:

@@ -24,6 +24,7 @@ from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.calls import changes_model, one_call, pass_rows_to_saved_modules
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
+from flashbone.tuner.layers.merged_base import check_loadable
 from flashbone.tuner.layers.mixed_batch import row_names
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
@@ -259,11 +260,13 @@ class BoneModel(Controls, BaseTuner):
         """Make an adapter, or several, the active ones.
 
         Raises:
-            ConfigError: two of them have a value of their own for one parameter (parameters_to_save).
+            ConfigError: two of them have a value of their own for one parameter (parameters_to_save), or see
+                `check_unmerge`.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         for saved in saved_parameters.find(self.model):
             saved.holder(names)
+        self.check_unmerge()  # which PEFT does first
         super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
 
     @changes_model
@@ -282,7 +285,20 @@ class BoneModel(Controls, BaseTuner):
             FlashboneError: originals are not kept, and a merge could not be taken back.
         """
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names)
+        before = [(layer, dict(layer._merged_as)) for _, layer in bone_layers(self.model)]
+        saved = [module for module in saved_parameters.find(self.model) if not module.merged]
+        try:
+            super().merge_adapter(adapter_names=adapter_names)
+        except BaseException:  # KeyboardInterrupt, too
+            for layer, merged_as in before:
+                layer.go_back(merged_as)
+            for module in saved:
+                module.unmerge()
+            raise
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_loadable(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
         check_merge(self, adapter_names, safe_merge, unload)

@@ -17,6 +17,7 @@ from flashbone.errors import ConfigError, NonFiniteError
 from flashbone.rwkv.layers import RwkvHalf
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
+from flashbone.tuner.layers.merged_base import check_loadable, check_not_written, fingerprint
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.keys import VALUE, bare
 from flashbone.tuner.model.targets import TargetError
@@ -42,6 +43,7 @@ class SavedParameter(nn.Module, BaseTunerLayer):
         self.all_adapters: dict[str, None] = {}  # of the model: PEFT then activates the same next one in all layers
         self.merged_adapters: list[str] = []
         self._original: Tensor | None = None  # the base's value while an adapter is merged
+        self.merged_bits: Any = None
 
     def forward(self) -> Tensor:
         """The active adapter's value in the base's dtype, or the base's."""
@@ -73,12 +75,13 @@ class SavedParameter(nn.Module, BaseTunerLayer):
         """The adapter among these (None: the active ones), and those that are merged, that has a value.
 
         Raises:
-            ConfigError: several have, or a host shards or offloads the parameter.
+            ConfigError: several have, a host shards or offloads the parameter, or see `check_not_written`.
             NonFiniteError: `must_be_finite`, and the value holds NaN or infinity.
         """
         name = self.holder([*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)])
         if name is None:
             return None
+        check_not_written(self)
         if offloading.is_sharded_or_offloaded(self) or offloading.is_sharded_or_offloaded(self.bone_value):
             raise ConfigError(
                 f"{self.name}: it is sharded or offloaded, so an adapter's value (parameters_to_save) cannot be merged"
@@ -96,14 +99,26 @@ class SavedParameter(nn.Module, BaseTunerLayer):
         if name is not None and not self.merged:
             self._original, self.merged_adapters = base.data, [name]
             base.data = self.bone_value[name].to(base.device, base.dtype, copy=True)
+            self.merged_bits = fingerprint(base)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the parameter the base's value again, bit for bit."""
+        """Give the parameter the base's value again, bit for bit; see `check_not_written` for its error."""
+        self.check_unmerge()
         if self._original is not None:
             self.base_layer.data = self._original.to(self.base_layer.device, self.base_layer.dtype)
         self._original, self.merged_adapters = None, []
+
+    def check_unmerge(self) -> None:
+        check_not_written(self)
+
+    def base_parameter(self) -> nn.Parameter:
+        return self.base_layer
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_loadable(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's hook; the value keeps its dtype."""
