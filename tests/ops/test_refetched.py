@@ -5,7 +5,7 @@ import torch
 
 from flashbone import variants
 from flashbone.ops.bat_col import bat_col_linear, bat_col_linear_refetched
-from flashbone.ops.cache import Cache
+from flashbone.ops.cache import Kept
 from flashbone.ops.moves import Moves
 from helpers import reference
 from helpers.blocks import SIZES, random_block
@@ -139,12 +139,12 @@ def test_moves_call_the_base_and_fetch_the_weight_again_in_backward():
 
 def test_inference_keeps_nothing_of_a_fetched_weight():
     x, W, bias, (first, _) = tensors((8, 12, 4))
-    fetch, cache = Fetch(W), Cache()
+    fetch, kept = Fetch(W), Kept()
     with torch.no_grad():
         for count in (1, 2):
-            moves = Moves(x, cache)
+            moves = Moves(x, kept)
             variants.get("bat-col").move(moves, x, first, 1.0)
             got = moves.run(lambda x: torch.nn.functional.linear(x, W, bias), lambda: (fetch(), None), refetch=True)
             assert close(got, reference.forward(x, W, bias, [("bat-col", first, 1.0)]))
             assert fetch.count == count
-    assert len(cache) == 0
+    assert not kept.values

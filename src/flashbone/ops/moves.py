@@ -238,7 +238,7 @@ class Moves:
             or x.shape[0] >= KEPT_BELOW_TOKENS_PER_R * sum(shifts)
             or not self._kept.is_worth_keeping(key)
         ):
-            return bat_col_linear(x, W, bias, blocks(), with_base, composite=self._transformed)
+            return bat_col_linear(x, W, bias, blocks(), with_base, composite=self._composite)
         W_shifted = self._kept.get(key, lambda: shifted_weight(W, blocks(), with_base).to(x.dtype))
         return linear(x, W_shifted, None if bias is None else bias.to(x.dtype))
 

@@ -13,7 +13,7 @@ def register(peft: ModuleType) -> None:
     """Register BONE with an imported peft: `get_peft_model`, saving, loading, and the old import paths."""
     from flashbone.tuner.hosts import hotswap
     from flashbone.tuner.layers import layer
-    from flashbone.tuner.model import card, config, loading, model
+    from flashbone.tuner.model import card, config, keys, loading, model
 
     mapping, tuners = import_module("peft.mapping"), import_module("peft.tuners")
 
@@ -37,6 +37,9 @@ def register(peft: ModuleType) -> None:
         vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
         vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
     loading.wrap_peft_model(peft.PeftModel)
+    files: Any = import_module("peft.utils.save_and_load")
+    if hasattr(files, "_filter_state_dict_for_adapter_name"):  # older versions lack it
+        files._filter_state_dict_for_adapter_name = keys.of_other_adapters(files._filter_state_dict_for_adapter_name)
     card.write_cards(peft.PeftModel)
     _refuse_bone(import_module("peft.mixed_model"))
     hotswap.support_bone(import_module("peft.utils.hotswap"))

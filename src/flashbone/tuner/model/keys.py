@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ _ROOT = "base_model.model."  # PEFT's, of a PeftModel
 _WRAPPED_BY_HOSTS = (FSDP1, "_orig_mod.")
 _WRAPPERS = re.compile(r"(?:^|\.)(?:base_layer|original_module|_orig_mod|_fsdp_wrapped_module)(?=\.|$)")
 _VALUE = re.compile(rf"\.{VALUE}(\.[^.]+)?$")
+_OF_ADAPTERS = "bone_[a-z]+|modules_to_save|trainable_tokens_[a-z]+"  # what holds a tensor for each adapter
 
 
 def file_keys(model: nn.Module) -> dict[str, str]:
@@ -83,6 +85,38 @@ def _renaming(model: Any) -> Callable[[str], str]:
     except (ImportError, AttributeError):  # older transformers, where PEFT renames by itself; no model of transformers
         return lambda name: name
     return lambda name: rename_source_key(name, renamings, [])[0]
+
+
+def without_adapter(key: str, adapter_name: str) -> str:
+    """A key without the adapter's name, which may also be that of a module or a parameter."""
+    return re.sub(rf"\.({_OF_ADAPTERS})\.{re.escape(adapter_name)}(?=\.|$)", r".\1", key)
+
+
+def without_copies(state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The state without second copies from modules that are trained whole, which PEFT writes where it saves embeddings
+    or all biases, too: `lm_head.modules_to_save.weight` beside `lm_head.weight`, whose key has the adapter's name by
+    now."""
+
+    def is_copy(key: str) -> bool:
+        module, mark, leaf = key.rpartition(".modules_to_save.")
+        return bool(mark) and f"{module}{mark}{adapter_name}.{leaf}" in state
+
+    return {key: tensor for key, tensor in state.items() if not is_copy(key)}
+
+
+def of_other_adapters(original: Callable) -> Callable:
+    """PEFT's function that drops other adapters' tensors, which looks for their names anywhere in a key: adapters "0"
+    and "weight" would take layers 0 and all weights out of every file."""
+
+    @functools.wraps(original)
+    def filtered(state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]) -> dict[str, Tensor]:
+        if not any(f".{BLOCK}." in key for key in state_dict):
+            return original(state_dict, unwanted_adapter_names)
+        names = "|".join(map(re.escape, unwanted_adapter_names)) or "(?!)"
+        others = re.compile(rf"\.({_OF_ADAPTERS}|(?:lora|ia3|oft|hra)_\w+)\.({names})(\.|$)")
+        return {key: tensor for key, tensor in state_dict.items() if not others.search(key)}
+
+    return filtered
 
 
 def bare(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -47,8 +46,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             problems.append(f"{_short(where)}: the checkpoint has no {what}")
     sharded = any(FSDP1 in name for name, _ in model.named_modules())
     for key, loaded in state_dict.items():
-        # With bias="all", PEFT also writes biases of saved modules, without the adapter's name; nothing reads those.
-        name = re.sub(r"\.modules_to_save\.bias$", f".modules_to_save.{adapter_name}.bias", plain(key))
+        name = plain(key)
         present = tensors.get(name, tensors.get(name.removeprefix("base_model.model.")))
         if present is None:
             problems.append(f"{_short(key)}: the model has no such tensor")

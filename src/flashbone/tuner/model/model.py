@@ -46,7 +46,7 @@ from flashbone.tuner.model.targets import (
     warn_of_missing,
     why_not,
 )
-from flashbone.tuner.model.whole import matches, warn_of_unsaved
+from flashbone.tuner.model.whole import matches, saved_names, warn_of_unsaved
 
 REFERENCE = "ref"  # what TRL calls it
 _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
@@ -59,6 +59,18 @@ def _naming(layer: str) -> Iterator[None]:
         yield
     except (ShapeError, ConfigError) as error:
         raise type(error)(f"{layer}: {error}") from None
+
+
+def _problem_of_names(configs: dict[str, Any], new: str) -> str | None:
+    if not new or "." in new:
+        return "one that is not empty and has no dot"
+    if hasattr(nn.ModuleDict(), new) or hasattr(nn.ParameterDict(), new):
+        return "one that torch's modules have no attribute of"
+    saved = {entry for config in configs.values() for entry in saved_names(config)}
+    clashes = [(name, entry) for name in configs for entry in saved if name.endswith(entry)]
+    for name, entry in clashes[:1]:
+        return f"no adapter {name!r} beside the module {entry!r}, which is saved whole: PEFT compares endings"
+    return None
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[BoneLayer]:
@@ -94,9 +106,9 @@ class BoneModel(Controls, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        if not adapter_name or "." in adapter_name:
+        if problem := _problem_of_names(self.peft_config, adapter_name):
             self.peft_config.pop(adapter_name)
-            raise ConfigError(f"adapter name: got {adapter_name!r}, wanted one that is not empty and has no dot")
+            raise ConfigError(f"adapter name: got {adapter_name!r}, wanted {problem}")
         warn_of_missing(model, config.modules_to_save)
         trained, asked = trained_names(model), (config.target_modules, config.parameters_to_save)
         try:
@@ -223,7 +235,7 @@ class BoneModel(Controls, BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The key in a file: that of the bare layer, or parameter, also where another adapter is around it."""
-        key = super()._remove_adapter_name_from_key(keys.plain(key), adapter_name)
+        key = keys.without_adapter(keys.plain(key), adapter_name)
         return keys.bare(key) if key.endswith(f".{keys.VALUE}") else _INSIDE.sub(".bone_block", key)
 
     @classmethod
@@ -248,7 +260,7 @@ class BoneModel(Controls, BaseTuner):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map a checkpoint's keys to the model's, and check every one of them before any tensor is loaded."""
-        state_dict = keys.from_file(model, state_dict, adapter_name)
+        state_dict = keys.from_file(model, keys.without_copies(state_dict, adapter_name), adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, mapped)
         for layer in _layers_of(model, adapter_name):  # what is copied to an offloaded block is lost
