@@ -17,8 +17,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -102,36 +100,21 @@ def test_an_adapter_of_a_compiled_base_is_saved_plainly_and_loads_both_ways(save
         assert close(logits(PeftModel.from_pretrained(base, tmp_path)), want)
 
 
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+@pytest.mark.parametrize("adapter", ["default", "other"])
 @pytest.mark.parametrize(
     "old", ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "module.base_model.model."]
 )
-def test_files_with_the_names_of_wrappers_load(old, tmp_path):
-    model = get_peft_model(llama(), BoneConfig(r=4, target_modules=["q_proj"], init_weights=False))
+def test_files_with_the_names_of_wrappers_load(old, adapter, saved, tmp_path):
+    config = BoneConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, init_weights=False)
+    model = get_peft_model(llama(), config)
     fill_blocks(model)
+    if saved:
+        model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(-2)
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key.replace("base_model.model.", old, 1): t for key, t in load_file(file).items()}, file)
-    assert close(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
-
-
-def test_adapters_from_before_modules_of_vision_models_were_renamed_load(tmp_path):
-    def make() -> LlavaForConditionalGeneration:
-        torch.manual_seed(0)
-        text = LlamaConfig(vocab_size=40, **SMALL)
-        vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **SMALL}
-        return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=39))
-
-    targets = r".*language_model.*\.(q_proj|v_proj)"
-    model = get_peft_model(make(), BoneConfig(r=4, target_modules=targets, init_weights=False))
-    fill_blocks(model)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    state = load_file(file)
-    assert all("model.language_model.layers" in key for key in state)
-    save_file(
-        {k.replace("model.model.language_model.", "model.language_model.model."): t for k, t in state.items()}, file
-    )
-    assert close(logits(PeftModel.from_pretrained(make(), tmp_path)), logits(model))
+    assert close(logits(PeftModel.from_pretrained(llama(), tmp_path, adapter_name=adapter)), logits(model))
 
 
 @pytest.mark.parametrize("name", ["bias_of_mine", "bone_block", "value"])

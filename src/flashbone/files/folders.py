@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flashbone.errors import FormatError
@@ -29,6 +30,8 @@ PICKLE = "adapter_model.bin"
 ROOT = "base_model.model."
 # PEFT saves embeddings along with the adapter when they are targeted or were resized, listed nowhere.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+
+_TOKENS, _TABLE = ".token_adapter.trainable_tokens_delta", ".token_adapter.base_layer.weight"
 
 
 def read_config(folder: Path, method: str) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def sort_tensors(state: Mapping[str, Tensor], config: Mapping[str, Any], suffixe
     """
     parts: dict[str, dict[str, Tensor]] = {}
     replacements, problems = {}, []
+    state = _with_whole_tables(state, config, problems)
     for key, tensor in state.items():
         name = key.removeprefix(ROOT)
         suffix = next((s for s in suffixes if name.endswith(s)), "")
@@ -95,6 +99,38 @@ def sort_tensors(state: Mapping[str, Tensor], config: Mapping[str, Any], suffixe
                 problems.append(f"{key}: the file holds two different values of {parameter}")
             replacements[parameter] = tensor
     return SortedTensors(parts, replacements, problems)
+
+
+def _with_whole_tables(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], problems: list[str]
+) -> Mapping[str, Tensor]:
+    """The state with the table that it holds of an embedding, its trained rows put in, in their place
+    (`trainable_token_indices`)."""
+    asked, whole = config.get("trainable_token_indices"), dict(state)
+    for key in [key for key in state if key.endswith(_TOKENS)]:
+        module, rows = key.removesuffix(_TOKENS), whole.pop(key)
+        table = whole.pop(f"{module}{_TABLE}", None)
+        ids = _ids_of(asked, module)
+        if table is None:
+            problems.append(
+                f"{key}: these rows belong into a table that the file lacks; save with save_embedding_layers=True, or"
+                " merge with merge_and_unload()"
+            )
+        elif table.ndim != 2 or rows.shape != (len(ids), table.shape[1]) or not _are_in(ids, table):
+            problems.append(f"{key}: its rows are not those of trainable_token_indices, or not of the table's size")
+        else:
+            whole[f"{module}.weight"] = table.index_copy(0, torch.tensor(ids), rows.to(table.dtype))
+    return whole
+
+
+def _ids_of(asked: Any, module: str) -> list[int]:
+    if isinstance(asked, dict):
+        asked = next((ids for name, ids in asked.items() if f".{module}".endswith(f".{name}")), None)
+    return asked if isinstance(asked, list) and all(type(i) is int for i in asked) else []
+
+
+def _are_in(ids: list[int], table: Tensor) -> bool:
+    return all(0 <= i < len(table) for i in ids)
 
 
 def plain_name(name: str) -> str:

@@ -37,12 +37,25 @@ def register(peft: ModuleType) -> None:
         vars(target).update(BoneConfig=config.BoneConfig, BoneModel=model.BoneModel)
         vars(target)["__all__"] += [name for name in ("BoneConfig", "BoneModel") if name not in vars(target)["__all__"]]
     loading.wrap_peft_model(peft.PeftModel)
-    files: Any = import_module("peft.utils.save_and_load")
-    if hasattr(files, "_filter_state_dict_for_adapter_name"):  # older versions lack it
-        files._filter_state_dict_for_adapter_name = keys.of_other_adapters(files._filter_state_dict_for_adapter_name)
+    _extend_files(keys, loading)
     card.write_cards(peft.PeftModel)
     _refuse_bone(import_module("peft.mixed_model"))
     hotswap.support_bone(import_module("peft.utils.hotswap"))
+
+
+def _extend_files(keys: ModuleType, loading: ModuleType) -> None:
+    """Make PEFT's functions for the tensors of files tell adapters apart, and read former names of modules."""
+    files = import_module("peft.utils.save_and_load")
+    names = ("peft", "peft.functional", "peft.peft_model", "peft.utils", "peft.utils.save_and_load")
+    wrappers = {
+        "_filter_state_dict_for_adapter_name": keys.of_other_adapters,
+        "set_peft_model_state_dict": loading.names_as_now,
+    }
+    for name, wrapper in wrappers.items():
+        original = getattr(files, name, None)  # older versions lack the first
+        for module in map(import_module, names) if original is not None else ():
+            if vars(module).get(name) is original:
+                setattr(module, name, wrapper(original))
 
 
 def _refuse_bone(mixed_model: ModuleType) -> None:

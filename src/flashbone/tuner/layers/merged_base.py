@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flashbone.errors import ConfigError
-
-if TYPE_CHECKING:
-    from flashbone.tuner.layers.layer import BoneLinear
-    from flashbone.tuner.model.saved_parameters import SavedParameter
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -64,7 +60,7 @@ def check_loadable(model: nn.Module, state_dict: Container[str], prefix: str) ->
         )
 
 
-def check_not_written(layer: BoneLinear | SavedParameter) -> None:
+def check_not_written(layer: Any) -> None:
     """
     Raises:
         ConfigError: adapters are merged, and the base's parameter was written to since.

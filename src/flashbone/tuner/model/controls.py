@@ -8,18 +8,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from flashbone.errors import ConfigError
 from flashbone.ops import backend
 from flashbone.tuner.layers.calls import Gate, changes_model, one_call
-from flashbone.tuner.layers.layer import BoneLinear, bone_layers
+from flashbone.tuner.layers.layer import bone_layers
 from flashbone.tuner.model import lora, weighted
-from flashbone.tuner.model.saved_parameters import SavedParameter
+from flashbone.tuner.model.merges import Merges
 
 
-class Controls(BaseTuner):
+class Controls(Merges):
     """Base of BoneModel; PeftModel forwards to it."""
 
     _keeps_originals = True
@@ -30,39 +29,6 @@ class Controls(BaseTuner):
     def gate(self) -> Gate:
         """Lets changes of the model wait for its calls."""
         return vars(self).setdefault("_gate", Gate())
-
-    @changes_model
-    def unmerge_adapter(self, discard_writes: bool = False) -> None:
-        """Take all merged adapters out of the base again.
-
-        Args:
-            discard_writes: Drop what was written to base weights while adapters were merged into them.
-
-        Raises:
-            ConfigError: such weights exist, and `discard_writes` is not set; no layer was changed.
-        """
-        for _, layer in self._merged_layers() if discard_writes else ():
-            layer.merged_bits = None
-        self.check_unmerge()
-        super().unmerge_adapter()
-
-    def check_unmerge(self) -> None:
-        """
-        Raises:
-            ConfigError: a base weight was written to while adapters were merged into it.
-        """
-        for name, layer in self._merged_layers():
-            try:
-                layer.check_unmerge()
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from None
-
-    def _merged_layers(self) -> list[tuple[str, BoneLinear | SavedParameter]]:
-        return [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, (BoneLinear, SavedParameter)) and module.merged
-        ]
 
     @changes_model
     def disable_adapter_layers(self) -> None:

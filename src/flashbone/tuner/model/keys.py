@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from flashbone.tuner.layers.embedding import BoneEmbedding
@@ -53,25 +54,32 @@ def to_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> di
 
 
 def from_file(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """A file's state under the model's names where they differ; those of blocks that differ end in the adapter's name.
-
-    Keys of files that were saved from a wrapped model (torch.compile, DDP, FSDP1) or for transformers' former names of
-    modules are read, too.
-    """
-    blocks = _block_keys(model)
-    names = {key: f"{live}.{adapter_name}" if live != key else key for live, key in blocks.items()}
-    names |= {f"{_ROOT}{key}": name if name != key else f"{_ROOT}{key}" for key, name in names.items()}
+    """A file's state under the model's names where they differ; those of blocks then end in the adapter's name."""
+    names = {key: f"{live}.{adapter_name}" for live, key in file_keys(model).items()}
+    names |= {f"{_ROOT}{key}": name for key, name in names.items()}
     # In the model of a PeftModel the names begin with the root themselves.
-    renamed = _renaming(model)
-    mapped = {}
-    for key, tensor in state.items():
+    return {names.get(key, key): tensor for key, tensor in as_now(model, state, adapter_name).items()}
+
+
+def as_now(model: nn.Module, state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A file's state under the names of today's files: those of files that were saved from a wrapped model
+    (torch.compile, DDP, FSDP1), or for transformers' former names of modules, differ."""
+    known = {*_block_keys(model).values(), *(plain(name) for name in model.state_dict())}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            known |= {f"{plain(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
+    known |= {f"{_ROOT}{name}" for name in known}
+    renamed = functools.cache(functools.partial(_renaming, model))
+
+    def name_now(key: str) -> str:
         name = plain(key)
         name = name.removeprefix("module.") if name.startswith(f"module.{_ROOT}") else name
-        if name not in names and name.endswith((f".{BLOCK}", f".{BLOCK_OF_TRANSPOSED}")):
-            now = renamed(name.removeprefix(_ROOT))
-            name = next((known for known in (now, f"{_ROOT}{now}") if known in names), name)
-        mapped[names.get(name, name)] = tensor
-    return mapped
+        if key in known or name in known:
+            return key if key in known else name
+        now = renamed()(name.removeprefix(_ROOT))
+        return next((other for other in (f"{_ROOT}{now}", now) if other in known), name)
+
+    return {name_now(key): tensor for key, tensor in state.items()}
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashbone.errors import FormatError, ShapeError
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
-from flashbone.tuner.model.keys import BLOCK, FSDP1, VALUE, bare, file_keys, plain
+from flashbone.tuner.model.keys import BLOCK, FSDP1, VALUE, as_now, bare, file_keys, plain
 from flashbone.tuner.model.saved_parameters import SavedParameter, forget
 
 _LOADED = "_hf_peft_config_loaded"  # transformers' flag
@@ -189,6 +189,21 @@ def wrap_peft_model(peft_model: Any) -> None:
     peft_model._enable_peft_forward_hooks = _known_calls(peft_model._enable_peft_forward_hooks)
     peft_model.load_adapter = _clean_load_adapter(peft_model.load_adapter)
     peft_model.from_pretrained = classmethod(_clean_from_pretrained(peft_model.from_pretrained.__func__))
+
+
+def names_as_now(original: Callable) -> Callable:
+    """PEFT's `set_peft_model_state_dict`, which looks for modules that are trained whole before it asks its tuners."""
+
+    @functools.wraps(original)
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        state, config = peft_model_state_dict, model.peft_config.get(adapter_name)
+        if config is not None and config.peft_type == "BONE":
+            state = as_now(model, state, adapter_name)
+        return original(model, state, adapter_name, *args, **kwargs)
+
+    return set_peft_model_state_dict
 
 
 def _known_calls(original: Callable) -> Callable:

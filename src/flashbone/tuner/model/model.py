@@ -24,7 +24,6 @@ from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.calls import changes_model, one_call, pass_rows_to_saved_modules
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
-from flashbone.tuner.layers.merged_base import check_loadable
 from flashbone.tuner.layers.mixed_batch import row_names
 from flashbone.tuner.layers.parameters import ParamWrapper, check_targets, inside_wrappers
 from flashbone.tuner.layers.quantized import keep_trainable
@@ -33,7 +32,6 @@ from flashbone.tuner.model.acting import watch
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.controls import Controls
 from flashbone.tuner.model.loading import check_state_dict, take_back, trained_names
-from flashbone.tuner.model.merge_checks import check_merge
 from flashbone.tuner.model.saved_parameters import SavedParameter
 from flashbone.tuner.model.targets import (
     TargetError,
@@ -46,7 +44,7 @@ from flashbone.tuner.model.targets import (
     warn_of_missing,
     why_not,
 )
-from flashbone.tuner.model.whole import matches, saved_names, warn_of_unsaved
+from flashbone.tuner.model.whole import matches, problem_of_name, warn_of_unsaved
 
 REFERENCE = "ref"  # what TRL calls it
 _INSIDE = re.compile(r"(\.base_layer)+\.bone_block$")
@@ -59,18 +57,6 @@ def _naming(layer: str) -> Iterator[None]:
         yield
     except (ShapeError, ConfigError) as error:
         raise type(error)(f"{layer}: {error}") from None
-
-
-def _problem_of_names(configs: dict[str, Any], new: str) -> str | None:
-    if not new or "." in new:
-        return "one that is not empty and has no dot"
-    if hasattr(nn.ModuleDict(), new) or hasattr(nn.ParameterDict(), new):
-        return "one that torch's modules have no attribute of"
-    saved = {entry for config in configs.values() for entry in saved_names(config)}
-    clashes = [(name, entry) for name in configs for entry in saved if name.endswith(entry)]
-    for name, entry in clashes[:1]:
-        return f"no adapter {name!r} beside the module {entry!r}, which is saved whole: PEFT compares endings"
-    return None
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[BoneLayer]:
@@ -106,7 +92,7 @@ class BoneModel(Controls, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        if problem := _problem_of_names(self.peft_config, adapter_name):
+        if problem := problem_of_name(self.peft_config, adapter_name):
             self.peft_config.pop(adapter_name)
             raise ConfigError(f"adapter name: got {adapter_name!r}, wanted {problem}")
         warn_of_missing(model, config.modules_to_save)
@@ -285,49 +271,6 @@ class BoneModel(Controls, BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         saved_parameters.forget(self.model, adapter_name)
-
-    @changes_model
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (None: the active ones) into the base weights; if it fails, no layer was changed.
-
-        Raises:
-            ConfigError: an adapter of that name does not exist, or a weight is shared by two adapted layers or computed
-                by a parametrisation.
-            NonFiniteError: `safe_merge`, and a weight would hold NaN or infinity.
-            FlashboneError: originals are not kept, and a merge could not be taken back.
-        """
-        self._check_merge(adapter_names, safe_merge)
-        before = [(layer, dict(layer._merged_as)) for _, layer in bone_layers(self.model)]
-        saved = [module for module in saved_parameters.find(self.model) if not module.merged]
-        try:
-            super().merge_adapter(adapter_names=adapter_names)
-        except BaseException:  # KeyboardInterrupt, too
-            for layer, merged_as in before:
-                layer.go_back(merged_as)
-            for module in saved:
-                module.unmerge()
-            raise
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_loadable(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
-        check_merge(self, adapter_names, safe_merge, unload)
-        for saved in saved_parameters.find(self.model):
-            saved.check_merge(adapter_names, must_be_finite=safe_merge)
-
-    @changes_model
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge(adapter_names, safe_merge, unload=True)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -35,6 +35,19 @@ def saved_names(config: Any) -> list[str]:
     return list(dict.fromkeys([*(config.modules_to_save or ()), *_TASK_HEADS.get(task, ())]))
 
 
+def problem_of_name(configs: dict[str, Any], new: str) -> str | None:
+    """What was wanted instead of this name of a new adapter, whose config is among these; None where it can be had."""
+    if not new or "." in new:
+        return "one that is not empty and has no dot"
+    if hasattr(nn.ModuleDict(), new) or hasattr(nn.ParameterDict(), new):
+        return "one that torch's modules have no attribute of"
+    saved = {entry for config in configs.values() for entry in saved_names(config)}
+    clashes = [(name, entry) for name in configs for entry in saved if name.endswith(entry)]
+    for name, entry in clashes[:1]:
+        return f"no adapter {name!r} beside the module {entry!r}, which is saved whole: PEFT compares endings"
+    return None
+
+
 def matches(peft_config: Any, key: str) -> Any:
     """PEFT's `check_target_module_exists`, but for modules that PEFT would adapt and then try to save whole: for
     `classifier` it saves pre_classifier, too, and of some tasks it learns the heads after it has adapted them."""
