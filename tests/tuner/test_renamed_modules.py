@@ -20,6 +20,7 @@ BEFORE = [
     ("lm_head.", "language_model.lm_head."),
 ]
 FLAT = [("model.language_model.", "model."), ("model.visual.", "visual.")]
+ROPE = {"rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]}}
 RENAMED = {  # model type -> its config, and how its names began before transformers 4.52
     "llava": ({"text_config": {"model_type": "llama", **TEXT}, "vision_config": VISION}, BEFORE),
     "llava_next": ({"text_config": {"model_type": "llama", **TEXT}, "vision_config": VISION}, BEFORE),
