@@ -46,14 +46,15 @@ def register(peft: ModuleType) -> None:
 def _extend_files(keys: ModuleType, loading: ModuleType) -> None:
     """Make PEFT's functions for the tensors of files tell adapters apart, and read former names of modules."""
     files = import_module("peft.utils.save_and_load")
-    names = ("peft", "peft.functional", "peft.peft_model", "peft.utils", "peft.utils.save_and_load")
+    users = [import_module("peft"), import_module("peft.utils"), import_module("peft.peft_model")]
+    users += [files, import_module("peft.functional")]
     wrappers = {
         "_filter_state_dict_for_adapter_name": keys.of_other_adapters,
         "set_peft_model_state_dict": loading.names_as_now,
     }
     for name, wrapper in wrappers.items():
         original = getattr(files, name, None)  # older versions lack the first
-        for module in map(import_module, names) if original is not None else ():
+        for module in users if original is not None else ():
             if vars(module).get(name) is original:
                 setattr(module, name, wrapper(original))
 
