@@ -3,6 +3,7 @@
 import pytest
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.train.adapters import adapter_config
 from flashbone.train.recipe import load_recipe
 
 MINIMAL = "model: m\noutput: runs/x\ndata: {path: a.jsonl}\n"
@@ -96,6 +97,10 @@ def test_fields_that_the_recipe_decides_itself_are_refused_with_the_remedy(load,
         (MINIMAL + "merge: perhaps\n", r"c\.yaml: merge: got 'perhaps', wanted true or false$"),
         (MINIMAL + "task: chat\n", "task: got 'chat', wanted sft or classification$"),
         (MINIMAL + "adapter: 5\n", "adapter: got 5, wanted an object"),
+        ("model: ''\noutput: ''\ndata: {path: a}\n", "missing model, output"),
+        (MINIMAL + "seed: -1\n", r"c\.yaml: seed: got -1, wanted 0 to 4294967295$"),
+        (MINIMAL.replace("a.jsonl", "a.jsonl, seed: -2"), r"data\.seed: got -2, wanted 0 to 4294967295$"),
+        (MINIMAL + "training: {data_seed: 4294967296}\n", r"training\.data_seed: got 4294967296, wanted 0 to"),
     ],
 )
 def test_missing_and_mistyped_fields_are_one_clear_line(load, text, message):
@@ -265,3 +270,12 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_empty_sections_mean_their_defaults(load):
     recipe = load(MINIMAL + "adapter:\ntraining:\n")
     assert (recipe.adapter, recipe.training) == ({}, {})
+
+
+def test_what_is_trained_along_adds_up(load):
+    """A module that the checkpoint lacks and RWKV's LayerNorms are both saved."""
+    recipe = load(MINIMAL + "adapter: {r: 4, modules_to_save: [own]}\n")
+    config = adapter_config(
+        recipe, {"modules_to_save": ["new"]}, {"modules_to_save": ["ln1", "new"], "parameters_to_save": ["time_decay"]}
+    )
+    assert (config.modules_to_save, config.parameters_to_save) == (["own", "new", "ln1"], ["time_decay"])

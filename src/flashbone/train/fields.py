@@ -126,7 +126,7 @@ class Schema(Generic[T]):
         missing = []
         for name in _without_default(self.kind):
             if name not in self.sections:
-                missing += [name] if content.get(name) is None else []
+                missing += [name] if content.get(name) in (None, "") else []
                 continue
             value = content.get(name)
             parts = value if isinstance(value, list) and value else [value]

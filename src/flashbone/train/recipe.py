@@ -174,6 +174,9 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
     schema = Schema(Recipe, sections, OURS, more_arguments(task), required, PATHS)
     recipe = schema.fill(content, overrides, str(config))
     try:
+        _check_seeds(
+            {"seed": recipe.seed, "data.seed": recipe.data.seed, "training.data_seed": recipe.training.get("data_seed")}
+        )
         quantization_of(recipe)
         rwkv_of(recipe)
         sources_of(recipe.data)
@@ -183,6 +186,12 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from None
     return recipe
+
+
+def _check_seeds(seeds: dict[str, int | None]) -> None:
+    for name, seed in seeds.items():
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError(f"{name}: got {seed}, wanted 0 to {2**32 - 1}")
 
 
 @dataclass
