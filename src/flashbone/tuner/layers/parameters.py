@@ -70,14 +70,14 @@ class ParamWrapper(BoneLinear):
         return parameter.device, parameter.dtype
 
     def __getattr__(self, name: str) -> Any:
+        if "base_layer" not in self.__dict__.get("_modules", ()) or name == "parameter_name":
+            return super().__getattr__(name)
+        if name == self.parameter_name and (names := adapters_to_apply(self)):
+            return shifted_parameter(self, names)
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", ()) or name == "parameter_name":
-                raise
-        if name == self.parameter_name and (names := adapters_to_apply(self)):
-            return shifted_parameter(self, names)
-        return getattr(self.base_layer, name)
+            return getattr(self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the shifted parameter."""

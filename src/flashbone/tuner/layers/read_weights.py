@@ -56,11 +56,7 @@ def _shifted(layer: Any, names: list[str]) -> Any:
         check_readable(layer, {name: getattr(layer.bone_dropout[name], "p", 0.0) for name in names})
     if layer.base_kind.is_refetched(layer.get_base_layer()):
         raise ConfigError(_says(layer, "and it is quantised; leave the layer out, or load it unquantised"))
-    kept = layer._kept(layer.base_parameter())
-    key = "read", *((name, layer.bone_scale[name]) for name in names)
-    if kept is None or not kept.keeps_weights or not kept.is_worth_keeping(key):
-        return shifted_parameter(layer, names)
-    return kept.get(key, lambda: shifted_parameter(layer, names))  # a decoder reads it at each token
+    return shifted_parameter(layer, names)
 
 
 class BaseAttributes:
