@@ -1,22 +1,35 @@
 """A kilobyte that asks for minutes or gigabytes: refused in one line, within two seconds and 300 MiB."""
 
+import contextlib
+import importlib
 import json
+import re
 import resource
 import time
 
+import peft
 import pytest
 import torch
 
+from flashbone import BoneConfig
 from flashbone.cli import main
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, FormatError
 from flashbone.files import claims
+from flashbone.files.fields import refuse_slow_patterns, settle_patterns
 from flashbone.train.templates import check_template
+from flashbone.tuner.model.whole import matches
 from helpers.adapter_folders import tiny_llama, write_adapter
 from helpers.tiny_llama import tiny_tokenizer
 
 
+@pytest.fixture(scope="module")
+def imported():
+    for name in ("transformers", "peft", "flashbone.evaluate.run", "flashbone.inspect.model"):
+        importlib.import_module(name)
+
+
 @pytest.fixture
-def within_limits():
+def within_limits(imported):
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert time.process_time() - start < 4  # two for the limit, two for what is right beside it
@@ -26,6 +39,10 @@ def within_limits():
 LARGE = [
     *({"num_hidden_layers": 20_000}, {"hidden_size": 10**9}, {"vocab_size": 10**400}, {"n_layer": 10**6}),
     *({"text_config": {"num_hidden_layers": 5000}}, {"a": {"b": {"intermediate_size": 1 << 30}}}),
+    *({"num_labels": 10**8}, {"num_experts": 10**6}, {"num_attention_heads": 10**6}, {"x": 10**400}),
+    *({"vision_config": {"image_size": 10**6}}, {"image_size": 1 << 14, "patch_size": 1}, {"depths": [2, 10**6]}),
+    *({"max_position_embeddings": 10**9}, {"model_type": "gpt_neo", "max_position_embeddings": 10**6}),
+    *({"hidden_size": 1e300}, {"max_source_positions": float("inf")}, {"hidden_sizes": [1 << 30]}),
 ]
 
 
@@ -45,9 +62,38 @@ def test_a_config_that_no_model_has_is_refused_before_it_is_built(tmp_path, caps
 
 def test_a_hidden_size_that_the_weights_could_not_hold_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    claims.check(tmp_path / "config.json", {"hidden_size": 64})
+    claims.check(tmp_path / "config.json", {"hidden_size": 64, "vocab_size": 32_000})
     with pytest.raises(ValueError, match=r"hidden_size: got 10,000, but the weights beside it have only 1,000 bytes"):
         claims.check(tmp_path / "config.json", {"hidden_size": 10_000})
+    for name in ("vocab_size", "intermediate_size", "max_position_embeddings"):
+        with pytest.raises(ValueError, match=rf"{name}: got 9,000,000 with a hidden size of 64, but the weights"):
+            claims.check(tmp_path / "config.json", {"text_config": {"hidden_size": 64, name: 9_000_000}})
+
+
+def test_a_config_that_is_nested_deeply_is_refused(tmp_path):
+    config: dict = {}
+    for _ in range(200):
+        config = {"a": config}
+    with pytest.raises(ValueError, match="is nested more than 8 deep"):
+        claims.check(tmp_path / "config.json", config)
+
+
+@pytest.mark.slow
+def test_every_config_of_transformers_is_within_the_limits(tmp_path):
+    """As it is without settings."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    wrong, tried = {}, 0
+    for name in CONFIG_MAPPING:
+        with contextlib.suppress(Exception):
+            fields = CONFIG_MAPPING[name]().to_dict()
+            tried += 1
+            try:
+                claims.check(tmp_path / "config.json", fields)
+            except FormatError as error:
+                wrong[name] = str(error)
+    assert wrong == {}
+    assert tried > 200
 
 
 @pytest.mark.parametrize(
@@ -95,6 +141,35 @@ def test_patterns_that_never_end_are_refused_by_the_commands(tmp_path, capsys, w
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert len(line) < 540
+
+
+SLOW = ".*".join("abcdef") + "x"  # five repeats, which Python's matcher tries in all orders
+
+
+def test_patterns_of_other_methods_mean_the_same_and_end(within_limits):
+    names = ["a" + "b" * 40 + "c" + "d" * 40 + "e" + "f" * n for n in range(200)] + ["abcdefx"]
+    config = peft.LoraConfig(target_modules=SLOW, exclude_modules="b.*", rank_pattern={"def.*x": 3, f"{SLOW}": 4})
+    settle_patterns(config, names)
+    assert [name for name in names if re.fullmatch(config.target_modules, name)] == ["abcdefx"]
+    assert config.exclude_modules == "b.*"
+    assert config.rank_pattern == {"abcdefx": 4}
+
+
+def test_names_of_saved_modules_that_never_end_as_patterns_are_refused(tmp_path, capsys, within_limits):
+    folder = write_adapter(tmp_path / "a", "bone", {"q": torch.ones(4, 8)}, modules_to_save=["(a+)+$"])
+    assert main(["inspect", str(folder)]) == 1
+    assert "modules_to_save" in capsys.readouterr().err
+    for fields in ({"modules_to_save": ["(a+)+$"]}, {"layers_pattern": ["(a+)+$"]}, {"alpha_pattern": {"(a+)+$": 1}}):
+        with pytest.raises(FormatError, match="could take forever"):
+            refuse_slow_patterns(tmp_path, fields)
+    with pytest.raises(ConfigError, match=r"modules_to_save: .* could take forever"):
+        BoneConfig(modules_to_save=["(a+)+$"])
+
+
+def test_a_pattern_of_a_bone_adapter_is_matched_in_bounded_time(within_limits):
+    assert not matches(BoneConfig(target_modules=SLOW), "a" + "bcde" * 60)
+    assert matches(BoneConfig(target_modules=SLOW), "abcdefx")
+    assert not matches(BoneConfig(target_modules=SLOW, exclude_modules=r".*f.*"), "abcdefx")
 
 
 def test_a_header_of_many_axes_is_refused(tmp_path, capsys, within_limits):

@@ -5,6 +5,7 @@ A schema is a table of them: a method's config is read, checked and written by i
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
@@ -102,6 +103,10 @@ def _is_few_names(value: object) -> bool:
     return _is_names(value) and len(value) <= _MOST_NAMES  # pyright: ignore[reportArgumentType]
 
 
+def _are_modules(value: Any) -> bool:
+    return _is_few_names(value) and all(is_pattern(name) for name in value if not re.fullmatch(r"[\w.-]*", name))
+
+
 def _are_targets(value: object) -> bool:
     return value == "" or _is_names(value) or (is_text(value) and not patterns.problem(str(value)))
 
@@ -127,6 +132,23 @@ def is_targeted(name: str, targets: str | Collection[str]) -> bool:
     return any(ending in targets for ending in dotted_endings(name))
 
 
+_PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+_NAMES_OR_PATTERN = ("target_modules", "exclude_modules")  # a list of these is of names
+
+
+def settle_patterns(config: Any, names: Collection[str]) -> None:
+    """Put what the patterns of a PEFT config of any method mean, of the names of a model's modules, in their place:
+    PEFT matches with Python's matcher, which can take far longer than ours."""
+    for field in _NAMES_OR_PATTERN:
+        if isinstance(pattern := getattr(config, field, None), str) and pattern.lower() != "all-linear":
+            setattr(config, field, patterns.for_python(pattern, names))
+    for field, table in vars(config).items():
+        if field.endswith("_pattern") and isinstance(table, dict):
+            values = {name: patterns.first(table, name, None) for name in names}
+            settled = {f"{re.escape(name)}": value for name, value in values.items() if value is not None}
+            setattr(config, field, settled)
+
+
 def refuse_slow_patterns(file: Path, config: Mapping[str, Any]) -> None:
     """Refuse an adapter's config, of any PEFT method, whose regular expressions could take forever.
 
@@ -136,11 +158,11 @@ def refuse_slow_patterns(file: Path, config: Mapping[str, Any]) -> None:
     problems = []
     for name, value in config.items():
         listed = [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else []
-        if name not in ("target_modules", "exclude_modules") and not name.endswith("_pattern"):
+        if (name not in _PATTERNS and not name.endswith("_pattern")) or (name in _NAMES_OR_PATTERN and listed is value):
             continue
-        if len(listed) > patterns.MOST_PATTERNS and name.endswith("_pattern"):
+        if len(listed) > patterns.MOST_PATTERNS:
             problems.append(f"{name}: got {len(listed):,} patterns, wanted at most {patterns.MOST_PATTERNS:,}")
-        elif isinstance(value, str) or name.endswith("_pattern"):
+        else:
             wrong = {text: why for text in listed if isinstance(text, str) and (why := patterns.problem(text))}
             problems += [f"{name}: {visible(text)} is {why}" for text, why in wrong.items()]
     if problems:
@@ -171,6 +193,7 @@ def bias(only: str) -> ConfigField:
 
 
 NAMES = ConfigField(_is_few_names, f"names, at most {_MOST_NAMES:,}", [])
+MODULES = ConfigField(_are_modules, f"names of modules, at most {_MOST_NAMES:,}", [])
 PROBABILITY = ConfigField(
     lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1, "a probability in [0, 1)", 0.0
 )
@@ -194,5 +217,5 @@ SHARED: dict[str, ConfigField] = {
         lambda v: _is_index(v) or (isinstance(v, list) and all(map(_is_index, v))), "indices"
     ),
     "layers_pattern": _LAYERS,
-    "modules_to_save": NAMES,
+    "modules_to_save": MODULES,
 }

@@ -16,7 +16,7 @@ from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import names, reading
 from flashbone.files import peft as peft_files
 from flashbone.files.adapter import Adapter
-from flashbone.files.fields import refuse_slow_patterns
+from flashbone.files.fields import refuse_slow_patterns, settle_patterns
 from flashbone.files.sources import read_json
 from flashbone.train.recipe import TASK_TYPES, Recipe
 
@@ -163,6 +163,8 @@ def _config_for(model: Any, folder: Path, adapter: Path, task_type: str) -> Any:
         remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
         raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
     _refuse_random_modules(model, config, adapter)
+    if config.peft_type != "BONE":
+        settle_patterns(config, [name for name, _ in model.named_modules()])
     return config
 
 

@@ -184,7 +184,8 @@ class BoneConfig(PeftConfig):
                 texts[name] = [value]
             elif value is not None and not _are_names(value, object):
                 yield f"{name}: got {value!r}, wanted names of modules"
-        for name, values in texts.items():
+        texts["modules_to_save"] = self.modules_to_save if isinstance(self.modules_to_save, (list, tuple)) else []
+        for name, values in texts.items():  # PEFT reads modules_to_save as patterns, too
             for pattern in values:
                 is_text, is_key = isinstance(pattern, str), name == "rank_pattern"
                 if problem := patterns.problem(pattern, is_key) if is_text else "not a regular expression":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -12,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from flashbone.errors import ConfigError
+from flashbone.files import patterns
 from flashbone.files.folders import in_saved_module
 
 # What PEFT's classes for these tasks save without being asked, and what transformers calls the tasks' models.
@@ -51,8 +53,15 @@ def problem_of_name(configs: dict[str, Any], new: str) -> str | None:
 def matches(peft_config: Any, key: str) -> Any:
     """PEFT's `check_target_module_exists`, but for modules that PEFT would adapt and then try to save whole: for
     `classifier` it saves pre_classifier, too, and of some tasks it learns the heads after it has adapted them."""
-    matched = check_target_module_exists(peft_config, key)
+    matched = check_target_module_exists(_by_name(peft_config, key), key)
     return _ExcludedModule() if matched and in_saved_module(f"{key}.weight", saved_names(peft_config)) else matched
+
+
+def _by_name(config: Any, key: str) -> Any:
+    """The config with the name in place of patterns that mean it: Python's matcher may need far longer than ours."""
+    texts = {name: getattr(config, name, None) for name in ("target_modules", "exclude_modules")}
+    meant = {name: [key] * patterns.fullmatch(text, key) for name, text in texts.items() if isinstance(text, str)}
+    return SimpleNamespace(**vars(config) | meant) if meant else config
 
 
 def new_parameters(model: nn.Module) -> list[str]:
