@@ -13,11 +13,21 @@ from pathlib import Path
 import pytest
 
 from hostile.originals import COMMANDS, write
-from hostile.trying import attempt, limit_memory
+from hostile.trying import attempt, limit_memory, warm_up
 
 pytestmark = pytest.mark.slow
 FIRST = 10**6 * int(os.environ.get("FLASHBONE_HOSTILE", "0"))
-HEAVY = ("transformers", "peft", "datasets", "trl", "flashbone.evaluate.run", "flashbone.inspect.model")
+HEAVY = (
+    "transformers",
+    "peft",
+    "datasets",
+    "trl",
+    "flashbone.train.run",
+    "flashbone.compare.report",
+    "flashbone.evaluate.run",
+    "flashbone.inspect.model",
+)
+TAKEN: dict[str, int] = {}  # files that a command read to the end
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +39,43 @@ def originals(tmp_path_factory):
     return folder
 
 
-def in_a_child(originals: Path, place: Path, file: str, seeds: range) -> list[str]:
-    """What is wrong with the answers, tried in a forked process, whose memory is limited and whose end is seen."""
+def in_a_child(originals: Path, place: Path, file: str, seeds: range) -> tuple[list[str], int]:
+    """What is wrong with the answers, and how many files were taken, tried in a forked process, whose memory is limited
+    and whose end is seen."""
     place.mkdir()
     child = os.fork()
     if not child:
         try:
+            wrong, taken = warm_up(originals, place, file), 0
             limit_memory()
-            wrong = [problem for seed in seeds for problem in attempt(originals, place / "work", file, seed)]
+            for seed in seeds:
+                problems, was_taken = attempt(originals, place / "work", file, seed)
+                wrong += problems
+                taken += was_taken
         except BaseException:
-            wrong = [traceback.format_exc()]
-        (place / "wrong.json").write_text(json.dumps(wrong))
+            wrong, taken = [traceback.format_exc()], 0
+        (place / "wrong.json").write_text(json.dumps([wrong, taken]))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if status or not (place / "wrong.json").exists():
-        return [f"{file} {seeds}: the process ended with status {status}"]
+        return [f"{file} {seeds}: the process ended with status {status}"], 0
     return json.loads((place / "wrong.json").read_text())
 
 
 @pytest.mark.parametrize("file", COMMANDS)
 def test_damaged_files_are_read_or_refused_in_one_line(originals, tmp_path, file):
     count = COMMANDS[file][0]
-    assert in_a_child(originals, tmp_path / "child", file, range(FIRST, FIRST + count)) == []
+    wrong, TAKEN[file] = in_a_child(originals, tmp_path / "child", file, range(FIRST, FIRST + count))
+    print(f"{file}: {TAKEN[file]} of {count} were taken", *wrong, sep="\n")
+    assert wrong == []
+
+
+def test_about_half_of_them_are_taken():
+    """So that what is damaged is not refused at the door."""
+    if TAKEN.keys() != COMMANDS.keys():
+        pytest.skip("only some files were tried")
+    share = sum(TAKEN.values()) / sum(count for count, _ in COMMANDS.values())
+    assert 0.35 < share < 0.65
 
 
 def test_there_are_over_three_thousand():

@@ -13,10 +13,14 @@ import torch
 
 from flashbone import BoneConfig
 from flashbone.cli import main
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import claims
 from flashbone.files.fields import refuse_slow_patterns, settle_patterns
+from flashbone.train import templates
+from flashbone.train.data.formats import open_examples
+from flashbone.train.data.tokens import Talk
 from flashbone.train.templates import check_template
+from flashbone.train.tokenizers import load_tokenizer, prompt_ids
 from flashbone.tuner.model.whole import matches
 from helpers.adapter_folders import tiny_llama, write_adapter
 from helpers.tiny_llama import tiny_tokenizer
@@ -109,6 +113,39 @@ def test_every_config_of_transformers_is_within_the_limits(tmp_path):
 def test_a_template_that_does_not_end_is_refused(within_limits, template):
     with pytest.raises(ConfigError, match=r"its chat template takes more than 2 seconds or 300 MiB"):
         check_template(tiny_tokenizer(template), "m")
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+WAITS = f"{{% if messages | length > 2 %}}{ENDLESS}{{% endif %}}"
+
+
+def test_a_template_that_waits_for_more_turns_is_stopped_where_it_is_rendered(monkeypatch, within_limits):
+    monkeypatch.setattr(templates, "RENDERING", 0.5)
+    tokenizer = tiny_tokenizer(WAITS)
+    check_template(tokenizer, "m")
+    messages = [{"role": "user", "content": "a"}] * 3
+    with pytest.raises(templates.TooSlow, match=r"the chat template takes more than 0.5 seconds"):
+        Talk(messages, [False] * 3, tokenizer, {}).written(messages)
+    with pytest.raises(templates.TooSlow):
+        prompt_ids(tokenizer, messages)
+
+
+def test_a_row_brings_no_template_of_its_own():
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(FormatError, match="'chat_template_kwargs' has chat_template, which rows cannot set"):
+        list(open_examples([("x:1", row | {"chat_template_kwargs": {"chat_template": WAITS}})], "sft", "x").examples)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{}", b"null", b"[" * 5000, b'{"model": {"type": "WordLevel", "vocab": {"a": 1}}}']
+)
+def test_a_damaged_tokenizer_is_named_in_plain_words(tmp_path, damage):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_bytes(damage)
+    with pytest.raises(FlashboneError, match=r"model .*: (could not be loaded|its files cannot be read)") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "bug" not in str(caught.value)
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "a" * 300_000])

@@ -226,6 +226,14 @@ def test_invalid_sizes_are_refused(size):
         layout.shard_bytes(size)
 
 
+def test_a_folder_that_is_a_link_in_the_base_is_refused_by_name(place, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (place / "base" / "extra").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(FormatError, match=r"base: links to folders: extra; a merge does not follow them"):
+        merge_checkpoint(place / "base", place / "adapter", place / "out")
+    assert not (place / "out").exists()
+
+
 def test_a_link_to_nothing_in_the_base_is_refused_by_name(place):
     (place / "base" / "README.md").symlink_to(place / "gone")
     with pytest.raises(FormatError, match=r"base: not regular files, or broken links: README.md; "):

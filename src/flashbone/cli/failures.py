@@ -62,10 +62,12 @@ def _words(error: Exception) -> str:
     names = [kind.__name__ for kind in type(error).__mro__]
     if words := next((_KINDS[name] for name in names if name in _KINDS), ""):
         return f"{words}{f': {reason}' if reason else ''}"
+    package = _package(error)
+    if type(error) is Exception and package == "transformers":  # the tokenizers library raises no other kind
+        return f"the tokenizer cannot read a text: {reason}; is its tokenizer.json damaged? copy or download it again"
     failure = f"{names[0]}: {reason}"
     if error.__cause__ is not None:
         failure += f" ({type(error.__cause__).__name__}: {one_line(error.__cause__, 100)})"
-    package = _package(error)
     if package == "flashbone":
         return f"{failure}; this is a bug of flashbone: run it again with --traceback, and report what that prints"
     return (

@@ -11,7 +11,7 @@ from flashbone.errors import ConfigError, FormatError
 from flashbone.files.beside import GENERATION, beside_model
 from flashbone.files.records import read_record
 from flashbone.train.adapters import attach_adapter, attach_adapters
-from flashbone.train.models import load_causal_lm, load_classifier, load_config, quantized
+from flashbone.train.models import load, load_causal_lm, load_classifier, load_config, quantized
 from flashbone.train.recipe import Quantization, Recipe, is_pth
 from flashbone.train.summary import Summary
 from flashbone.train.tokenizers import load_tokenizer
@@ -85,7 +85,7 @@ def load_language_model(
         model = model.merge_and_unload() if merge else model
     generation = brought.files.get(GENERATION)
     if generation is not None:
-        model.generation_config = GenerationConfig.from_pretrained(str(generation.parent))
+        model.generation_config = load(GenerationConfig, str(generation.parent), str(generation.parent))
     return (model if few_bits else model.to(device)).eval(), tokenizer
 
 

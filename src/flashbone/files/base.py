@@ -163,10 +163,11 @@ def _companions(folder: Path, single: bool) -> list[Path]:
     """All files but weights, hidden folders, checkpoints of a training run, and an adapter, which transformers would
     load on top of the merged model. Parts of a sentence-transformers model are kept whole."""
     parts = _module_folders(folder)
-    kept, broken = [], []
+    kept, broken, linked = [], [], []
     for root, inner, files in os.walk(folder):
         inside = Path(root).relative_to(folder)
         inner[:] = sorted(f for f in inner if not f.startswith((".", "checkpoint-")))
+        linked += [inside / name for name in inner if (folder / inside / name).is_symlink()]
         for name in sorted(files):
             whole = inside.parts[:1] in parts
             stale = name.endswith(_WEIGHTS) and name != INDEX
@@ -176,6 +177,11 @@ def _companions(folder: Path, single: bool) -> list[Path]:
         raise FormatError(
             f"{folder}: links that lead out of the folder: {', '.join(map(str, outside))}; a merge would copy what they"
             " point at: put the files themselves there, or remove the links"
+        )
+    if linked:
+        raise FormatError(
+            f"{folder}: links to folders: {', '.join(map(str, linked))}; a merge does not follow them: put the folders"
+            " themselves there, or remove the links"
         )
     if broken:
         raise FormatError(

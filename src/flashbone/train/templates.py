@@ -7,14 +7,41 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flashbone.errors import ConfigError, one_line
+from flashbone.errors import ConfigError, FormatError, one_line
 
 LONGEST, SECONDS, MEMORY = 1 << 18, 2.0, 300 << 20  # characters of a template, and limits of its trial
+RENDERING = 10.0  # seconds of the processor for one conversation
 _TRIAL = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class _TooMuch(Exception):
     pass
+
+
+class TooSlow(FormatError):
+    """A chat template needs too long for a conversation."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """A limit of the processor's time, in the main thread: others get no signals.
+
+    Raises:
+        TooSlow: it is used up.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"the chat template takes more than {RENDERING:g} seconds for one conversation; use another")
+
+    handler, timer = signal.signal(signal.SIGVTALRM, stop), signal.setitimer(signal.ITIMER_VIRTUAL, RENDERING)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def check_template(tokenizer: Any, name: str) -> None:
@@ -41,8 +68,27 @@ def check_template(tokenizer: Any, name: str) -> None:
         ) from None
     except (SecurityError, TemplateSyntaxError) as error:
         raise ConfigError(f"model {name}: its chat template cannot be used: {one_line(error, 200)}") from error
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return  # it may want other turns than these
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], **values: Any) -> str:
+    """A conversation in the tokenizer's chat template.
+
+    Raises:
+        FormatError: the template refuses it, or needs too long for it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        with in_time():
+            return tokenizer.apply_chat_template(messages, tokenize=False, **values)
+    except TooSlow:
+        raise
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
+        kind = "" if type(e) is TemplateError else f"{type(e).__name__}: "
+        reason = one_line(e, 200) or type(e).__name__
+        raise FormatError(f"the chat template refuses the conversation: {kind}{reason}") from e
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from flashbone.train.data.origins import named
 from flashbone.train.data.tokens import text_ids
 from flashbone.train.models import load, locate
 from flashbone.train.recipe import Recipe, is_pth
-from flashbone.train.templates import check_template
+from flashbone.train.templates import check_template, rendered
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ def _of_adapter(name: str, adapter: Path) -> Any:
         from transformers import AutoTokenizer as Tokenizer
     try:
         return Tokenizer.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises no other kind
         raise FormatError(f"{adapter}: its tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -110,12 +112,13 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
 
     Raises:
         ConfigError: a conversation, and the tokenizer has no chat template.
+        FormatError: the template refuses it.
     """
     if isinstance(prompt, str):
         return text_ids(tokenizer, prompt)
     if tokenizer.chat_template is None:
         raise ConfigError("a prompt is a conversation, but the tokenizer has no chat template; give it as text")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = rendered(tokenizer, prompt, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
 

@@ -45,6 +45,11 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 Turn = dict[str, Any]
 
+# What decides how a conversation is rendered, in transformers' call; a row gives values to the template alone.
+_NOT_FOR_TEMPLATES = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+_NOT_FOR_TEMPLATES |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+_NOT_FOR_TEMPLATES |= {"return_assistant_tokens_mask"}
+
 
 def conversation(
     turns: Any, context: int = 1, system: Any = None, tools: Any = None, kwargs: Any = None
@@ -82,6 +87,8 @@ def conversation(
     if not is_blank(kwargs):
         if not isinstance(kwargs, dict):
             raise FormatError(f"'chat_template_kwargs' is {kind(kwargs)}; names and values were wanted")
+        if ours := sorted(_NOT_FOR_TEMPLATES & kwargs.keys()):
+            raise FormatError(f"'chat_template_kwargs' has {', '.join(ours)}, which rows cannot set; leave them out")
         talk["chat_template_kwargs"] = kwargs
     return {"conversation": talk}
 

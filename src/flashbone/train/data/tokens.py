@@ -13,6 +13,7 @@ from typing import Any
 
 from flashbone.errors import FormatError
 from flashbone.train.data.conversations import REASONING
+from flashbone.train.templates import in_time, rendered
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 IGNORED = -100  # the label of a token that is not learned
@@ -159,26 +160,9 @@ class Talk:
         Raises:
             FormatError: it refuses them.
         """
-        from jinja2 import TemplateError
-
         if not messages:
             return ""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_follows, **self.kwargs
-            )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as e:
-            reason = " ".join(str(e).split())[:200] or type(e).__name__
-            kind = "" if type(e) is TemplateError else f"{type(e).__name__}: "
-            raise FormatError(f"the chat template refuses the conversation: {kind}{reason}") from e
+        return rendered(self.tokenizer, messages, add_generation_prompt=answer_follows, **self.kwargs)
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
@@ -206,9 +190,10 @@ class Talk:
         template = self.tokenizer.get_chat_template(tools=self.kwargs["tools"])
         if not self.tokenizer.is_fast or not _MARKS.search(template):
             return None
-        return self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, **self.kwargs
-        )["assistant_masks"]
+        with in_time():
+            return self.tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=True, **self.kwargs
+            )["assistant_masks"]
 
     def _check(self, text: str, number: int) -> None:
         """Raise FormatError where the template leaves out what decides the answer."""
