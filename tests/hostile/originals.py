@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from compare.report import comparison_rows
 from flashbone.cli import main
 from flashbone.merge import merge_checkpoint
 from helpers.adapter_folders import blocks_for, write_adapter
@@ -38,7 +39,7 @@ budget: {method: bone, r: 4}
 learning_rates: [1.0e-3]
 seeds: [0]
 training: {max_steps: 1}
-output: results
+output: OUT/r
 """
 
 _INSPECT, _CONVERT = ["inspect", "adapter"], ["convert", "adapter", "OUT/a", "--to"]
@@ -50,8 +51,8 @@ _CLASSES = ["eval", "model", "--adapter", "run/adapter", "--classification", "la
 _RECIPE = ["recipe.yaml", "--output", "OUT/run"]
 _TRAIN, _DRY = ["train", *_RECIPE], ["train", *_RECIPE, "--dry-run"]
 _CLASSIFY = ["train", "classes.yaml", "--output", "OUT/run"]
-# Commands that need more of the processor than the two seconds of the others, since they train.
-SLOWER = {"train": 6.0}
+# Commands that need more of the processor than the two seconds of the others, since they train or draw.
+SLOWER = {"train": 6.0, "compare": 4.0}
 
 # File -> how many damaged copies of it are tried, and the commands that read it, in turns.
 COMMANDS: dict[str, tuple[int, list[list[str]]]] = {
@@ -68,14 +69,14 @@ COMMANDS: dict[str, tuple[int, list[list[str]]]] = {
         250,
         [["inspect", "rwkv-adapter.pth"], ["convert", "rwkv-adapter.pth", "OUT/a", "--to", "peft"]],
     ),
-    "model/tokenizer.json": (120, [_EVAL, _EVAL, _DRY, _TRAIN]),
-    "model/tokenizer_config.json": (120, [_EVAL, _EVAL, _DRY, _TRAIN]),
+    "model/tokenizer.json": (80, [_EVAL, _EVAL, _DRY, _TRAIN]),
+    "model/tokenizer_config.json": (80, [_EVAL, _EVAL, _DRY, _TRAIN]),
     "model/chat_template.jinja": (40, [["eval", "model", "--exact-match", "answers.jsonl", "--max-new-tokens", "8"]]),
     "model/generation_config.json": (40, [_EVAL]),
     "base/model.gguf": (60, [["eval", "base/model.gguf", "--perplexity", "rows.jsonl", "--limit", "1"]]),
-    "rows.jsonl": (120, [_EVAL, _DRY, _TRAIN]),
+    "rows.jsonl": (90, [_EVAL, _DRY, _TRAIN]),
     "chats.jsonl": (60, [[*_DRY, "--data.path", "chats.jsonl"], [*_TRAIN, "--data.path", "chats.jsonl"]]),
-    "labelled.csv": (100, [_CLASSES, _CLASSIFY]),
+    "labelled.csv": (60, [_CLASSES, _CLASSIFY]),
     "rows.parquet": (60, [["eval", "model", "--perplexity", "rows.parquet", "--limit", "1"]]),
     "run/summary.json": (60, [_CLASSES]),
     "lm/recipe.json": (
@@ -87,8 +88,8 @@ COMMANDS: dict[str, tuple[int, list[list[str]]]] = {
         160,
         [["inspect", "model", "--config", "recipe.yaml"], ["train", "recipe.yaml", "--model", "absent"], _DRY, _TRAIN],
     ),
-    "comparison.yaml": (80, [["compare", "comparison.yaml", "--report"], ["compare", "comparison.yaml", "--plan"]]),
-    "results/results.jsonl": (80, [["compare", "comparison.yaml", "--report", "--json"]]),
+    "comparison.yaml": (40, [["compare", "comparison.yaml", "--report"], ["compare", "comparison.yaml", "--plan"]]),
+    "OUT/r/results.jsonl": (40, [["compare", "comparison.yaml", "--report", "--json"]]),
 }
 
 
@@ -129,9 +130,9 @@ def write(folder: Path) -> None:
     merge_checkpoint(model, folder / "adapter", folder / "merged")
     (folder / "merged/merge.json").rename(model / "merge.json")
     shutil.rmtree(folder / "merged")
-    (folder / "results").mkdir()
-    (folder / "results/results.jsonl").write_text('{"kind": "comparison"}\n{"kind": "method", "method": "bone"}\n')
-    _write_gguf(folder / "base/model.gguf")
+    (folder / "OUT/r").mkdir(parents=True)
+    comparison_rows.write(folder / "OUT/r", comparison_rows.comparison({"bone": 0.0, "lora": -0.1}, (0, 1), rows=8))
+    write_gguf(folder / "base/model.gguf")
     for recipe, out in (("classes.yaml", "run"), ("recipe.yaml", "lm")):
         with inside(folder):
             assert main(["train", recipe, "--output", out]) == 0
@@ -151,7 +152,7 @@ def _write_rows(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
 
 
-def _write_gguf(file: Path) -> None:
+def write_gguf(file: Path) -> None:
     """A Llama of one layer with a tokenizer of letters."""
     import gguf
     import numpy as np

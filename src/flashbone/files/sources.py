@@ -9,6 +9,9 @@ from typing import Any
 
 from flashbone.errors import ConfigError, FormatError
 
+LARGEST_TEXT = 256 << 20  # bytes of JSON or a template that describes a model or an adapter
+_TEXTS = (".json", ".jinja")
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
@@ -16,6 +19,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FormatError: the file is not valid JSON, or not an object.
     """
+    refuse_special(file)
     return json_object(file.read_bytes(), str(file))
 
 
@@ -32,6 +36,21 @@ def json_object(text: bytes, where: str, remedy: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{where}: wanted a JSON object, got a {type(content).__name__}{remedy}")
     return content
+
+
+def refuse_special(*paths: Path) -> None:
+    """Refuse files that cannot be read to their end, by themselves or in folders: pipes, sockets and devices, and JSON
+    and templates that are larger than any.
+
+    Raises:
+        FormatError: some are.
+    """
+    inner = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if not file.is_dir()]
+    if odd := [str(file) for file in inner if file.exists() and not file.is_file()]:
+        raise FormatError(f"{', '.join(odd)}: not a regular file; put the file itself there")
+    texts = [file for file in inner if file.suffix in _TEXTS and file.exists()]
+    if large := [str(file) for file in texts if file.stat().st_size > LARGEST_TEXT]:
+        raise FormatError(f"{', '.join(large)}: larger than {LARGEST_TEXT >> 20} MiB; is it damaged?")
 
 
 def sha256(file: Path) -> str:

@@ -17,7 +17,7 @@ from flashbone.files import names, reading
 from flashbone.files import peft as peft_files
 from flashbone.files.adapter import Adapter
 from flashbone.files.fields import refuse_slow_patterns, settle_patterns
-from flashbone.files.sources import read_json
+from flashbone.files.sources import read_json, refuse_special
 from flashbone.train.recipe import TASK_TYPES, Recipe
 
 log = logging.getLogger(__name__)
@@ -205,6 +205,7 @@ def same_compilers() -> Iterator[None]:
 @contextmanager
 def _peft_folder(adapter: Path) -> Iterator[Path]:
     """Where PEFT finds the adapter: its own folder, or one that is made of another format for the time being."""
+    refuse_special(adapter)
     if (config := adapter / peft_files.CONFIG).is_file():
         refuse_slow_patterns(config, read_json(config))
         yield adapter

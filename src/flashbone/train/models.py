@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.files import claims
-from flashbone.files.sources import hub_problem, read_json
+from flashbone.files import claims, gguf_head
+from flashbone.files.sources import hub_problem, read_json, refuse_special
 from flashbone.train.recipe import TASK_TYPES, Quantization, Recipe, is_pth, quantization_of
 from flashbone.tuner.model.skeleton import skeleton
 
@@ -140,6 +140,7 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"model {name}: no such GGUF file")
+        gguf_head.check(path)
         return str(path.parent), {"gguf_file": path.name}
     looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or path.exists()
     if looks_local and not path.is_dir():
@@ -150,6 +151,7 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
             f"model {name}: the folder has no config.json, so it holds no model that transformers can load"
         )
     if looks_local:
+        refuse_special(path)
         claims.check(path / "config.json", read_json(path / "config.json"))
     return (str(path) if looks_local else name), {}
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashbone.errors import ConfigError, FormatError
+from flashbone.errors import ConfigError, FormatError, one_line
 from flashbone.train.data.binidx import BinIdx, is_binidx, pair
 from flashbone.train.data.parsing import csv_cells, csv_columns, encoding_of, json_items, list_under, parse_json
 
@@ -51,6 +51,8 @@ def read_rows(path: Path) -> Rows:
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turns the errors of a missing file, a folder and another encoding into a FormatError."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FormatError(f"{path}: not a regular file; put the rows into a file")
     try:
         yield
     except FileNotFoundError:
@@ -61,9 +63,14 @@ def readable(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
+LONGEST_LINE = 64 << 20  # characters of a row of JSON Lines
+
+
 def _jsonl(path: Path) -> Rows:
     with path.open(encoding=encoding_of(path)) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), ""), 1):
+            if len(line) > LONGEST_LINE:
+                raise FormatError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; is it damaged?")
             if not line.strip():
                 continue
             where = f"{path}:{number}"
@@ -143,13 +150,22 @@ def _parquet(path: Path) -> Rows:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise FormatError(f"{path}: several columns have the name {', '.join(map(repr, twice))}; rename them")
         name_classes = _class_names(file.schema_arrow)
-        for batch in file.iter_batches(1000):
+        for batch in _batches(file, path):
             for row in batch.to_pylist():
                 number += 1
                 where = f"{path}: row {number}"
                 yield name_classes(where, row)
     except pyarrow.ArrowException as error:
         raise FormatError(f"{path}: not a valid parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _batches(file: Any, path: Path) -> Iterator[Any]:
+    try:
+        yield from file.iter_batches(1000)
+    except OSError as error:  # of its pages, what they are compressed with, and the disk
+        if error.errno is not None:
+            raise
+        raise FormatError(f"{path}: not a valid parquet file: {one_line(error, 200)}") from None
 
 
 def _class_names(schema: Any) -> "Callable[[str, dict[str, Any]], Row | BadRow]":
