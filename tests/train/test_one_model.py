@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from training_runs import recipe_for
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from flashbone import BoneConfig
 from flashbone.cli import main
@@ -71,6 +71,14 @@ def test_an_adapter_answers_alike_by_every_way_that_it_is_merged(case, base, jso
     assert names[0] == names[1]
     for name in names[0] - {"merge.json"}:
         assert (out / name).read_bytes() == (tmp_path / "run/merged" / name).read_bytes(), name
+
+
+def test_a_head_that_the_checkpoint_lacks_is_merged_from_the_loaded_model(base, jsonl, tmp_path):
+    """No file holds it, so the command's merge cannot write it."""
+    AutoModel.from_pretrained(base).save_pretrained(base)
+    training = {"max_steps": 2, "learning_rate": 2e-2, "save_strategy": "no"}
+    train(recipe_for(base, jsonl(questions(24)), tmp_path / "run", training=training, merge=True))
+    assert answers(tmp_path / "run/merged") == answers(base, tmp_path / "run/adapter")
 
 
 def trained_in_python(base: Path, folder: Path) -> Path:
