@@ -23,7 +23,11 @@ def fingerprint(tensor: Tensor) -> tuple[torch.dtype, list[Tensor]]:
     if tensor.is_meta or tensor.itemsize not in _INTEGERS:
         return tensor.dtype, []
     matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
-    bits = matrix.view(_INTEGERS[tensor.itemsize])
+    size, width = tensor.itemsize, matrix.shape[1] * tensor.itemsize
+    is_even = width > 0 and width % 8 == 0  # sums of int64 are 20 times as fast
+    if is_even and not (matrix.is_contiguous() and (matrix.stride(0) * size | matrix.storage_offset() * size) % 8 == 0):
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    bits = matrix.view(torch.int64 if is_even else _INTEGERS[size])
     return tensor.dtype, [bits.sum(axis, dtype=torch.int64).cpu() for axis in (0, 1)]
 
 
