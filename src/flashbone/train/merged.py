@@ -52,7 +52,9 @@ def find_merge_base(recipe: Recipe, folder: RunFolder, trainer: Any) -> Path | N
         adapter = weighted[0].adapter
         wanted = [*map(adapter.parameter, adapter.blocks), *adapter.replacements]
         _, lost = names.locate(wanted, model.entries)
-        is_tied = trainer.model.config.tie_word_embeddings  # then a file may hold both embeddings as one tensor
+        is_tied = getattr(
+            adapted.config, "tie_word_embeddings", True
+        )  # then a file may hold both embeddings as one tensor
         embeddings = (*names.OUTPUT_EMBEDDINGS, *names.INPUT_EMBEDDINGS) if is_tied else ()
         if renamed := [name for name in lost if not names.is_embedding(name, embeddings)]:
             log.info("merge: the files of %s do not hold %s; merging the loaded model", recipe.model, renamed[0])
