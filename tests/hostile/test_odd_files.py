@@ -8,7 +8,7 @@ import torch
 
 from flashbone.cli import main
 from flashbone.errors import FormatError
-from flashbone.files import gguf_head
+from flashbone.files import gguf_head, records
 from flashbone.files.sources import refuse_special
 from flashbone.train.data import rows
 from helpers.adapter_folders import write_adapter
@@ -77,3 +77,9 @@ def test_a_gguf_file_that_claims_what_it_has_not_is_refused(tmp_path, old, new, 
     file.write_bytes(content.replace(old, new, 1))
     with pytest.raises(FormatError, match=message):
         gguf_head.check(file)
+
+
+def test_numbers_beyond_floats_and_nan_do_not_fit_a_record():
+    for hint in (int, float, int | None):
+        assert records.fits(3, hint)
+        assert not any(records.fits(number, hint) for number in (10**400, -(10**400), float("inf"), float("nan")))

@@ -85,7 +85,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict)
     if hint in (int, float):
         is_number = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
-        return is_number and (isinstance(value, int) or math.isfinite(value))
+        return is_number and abs(value) < 1e308  # of integers, too: larger ones are no floats
     return hint is Any or isinstance(value, origin or hint)
 
 
