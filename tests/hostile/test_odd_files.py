@@ -52,10 +52,12 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path):
     file = tmp_path / "rows.parquet"
     pd.DataFrame({"text": [json.dumps(n) * 50 for n in range(100)]}).to_parquet(file)
     data = bytearray(file.read_bytes())
-    data[4:40] = b"\xff" * 36
-    file.write_bytes(data)
-    with pytest.raises(FormatError, match=r"rows.parquet: not a valid parquet file"):
-        list(rows.read_rows(file))
+    for places in (range(4, 40), range(len(data) - 40, len(data) - 8)):  # a page; what describes the columns
+        odd = bytearray(data)
+        odd[places.start : places.stop] = b"\xff" * len(places)
+        file.write_bytes(odd)
+        with pytest.raises(FormatError, match=r"rows.parquet: not a valid parquet file"):
+            list(rows.read_rows(file))
 
 
 @pytest.mark.parametrize(

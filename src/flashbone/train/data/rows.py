@@ -150,20 +150,13 @@ def _parquet(path: Path) -> Rows:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise FormatError(f"{path}: several columns have the name {', '.join(map(repr, twice))}; rename them")
         name_classes = _class_names(file.schema_arrow)
-        for batch in _batches(file, path):
+        for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 where = f"{path}: row {number}"
                 yield name_classes(where, row)
-    except pyarrow.ArrowException as error:
-        raise FormatError(f"{path}: not a valid parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _batches(file: Any, path: Path) -> Iterator[Any]:
-    try:
-        yield from file.iter_batches(1000)
-    except OSError as error:  # of its pages, what they are compressed with, and the disk
-        if error.errno is not None:
+    except (pyarrow.ArrowException, OSError) as error:  # an OSError without a number is of the file's content
+        if getattr(error, "errno", None) is not None:
             raise
         raise FormatError(f"{path}: not a valid parquet file: {one_line(error, 200)}") from None
 
