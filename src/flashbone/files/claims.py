@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from flashbone.errors import FormatError, visible
 
@@ -81,7 +81,7 @@ def _limit(name: str) -> int:
     return next((limit for pattern, limit in _LIMITS.items() if re.fullmatch(pattern, name)), LARGEST)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

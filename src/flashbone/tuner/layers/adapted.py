@@ -31,6 +31,10 @@ class AdaptedLayer(BaseTunerLayer):
     turn: calls.Turn
     _merged_as: dict[str, Term]  # merged adapters as they were merged; blocks and scales may change afterwards
 
+    def base_parameter(self) -> Any:
+        """The adapted parameter of the base, as the base stores it."""
+        return self.base_kind.parameter(self.get_base_layer())
+
     def active_here(self) -> list[str]:
         """Names of the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.bone_block]

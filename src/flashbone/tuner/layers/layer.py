@@ -111,10 +111,6 @@ class BoneLayer(ReadWeight, MergeableLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name, keep_dtype=False)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def base_parameter(self) -> Any:
-        """The adapted parameter of the base, as the base stores it."""
-        return self.base_kind.parameter(self.get_base_layer())
-
     def _kind_of(self, base: nn.Module) -> BaseKind:
         return linear_kind(base, self.kwargs.get("get_apply_tensor_subclass"))
 
@@ -250,9 +246,9 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
         base = self.get_base_layer()
         return offloading.is_sharded_or_offloaded(base) or self.base_kind.is_refetched(base)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         check_loadable(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {self.bone_variant[n].name} r={r}" for n, r in self.bone_r.items())

@@ -25,7 +25,8 @@ def fingerprint(tensor: Tensor) -> tuple[torch.dtype, list[Tensor]]:
     matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
     size, width = tensor.itemsize, matrix.shape[1] * tensor.itemsize
     is_even = width > 0 and width % 8 == 0  # sums of int64 are 20 times as fast
-    if is_even and not (matrix.is_contiguous() and (matrix.stride(0) * size | matrix.storage_offset() * size) % 8 == 0):
+    starts = int(matrix.stride(0)), int(matrix.storage_offset())
+    if is_even and not (matrix.is_contiguous() and all(start * size % 8 == 0 for start in starts)):
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     bits = matrix.view(torch.int64 if is_even else _INTEGERS[size])
     return tensor.dtype, [bits.sum(axis, dtype=torch.int64).cpu() for axis in (0, 1)]

@@ -40,9 +40,9 @@ class Merges(BaseTuner):
                 module.unmerge()
             raise
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         check_loadable(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, unload: bool = False) -> None:
         check_merge(self, adapter_names, safe_merge, unload)
