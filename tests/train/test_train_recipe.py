@@ -171,7 +171,7 @@ def test_a_word_that_yaml_reads_as_no_text_is_refused_with_the_remedy(load, text
 
 
 def test_columns_have_to_be_names(load):
-    with pytest.raises(ConfigError, match=r"columns: got \{'text': False\}, wanted an object, each value a string"):
+    with pytest.raises(ConfigError, match=r"columns: got \{'text': False\}, wanted an object \(each value a string\)"):
         load(MINIMAL.replace("a.jsonl", "a.jsonl, columns: {text: no}"))
 
 

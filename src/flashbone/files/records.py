@@ -99,7 +99,7 @@ def wanted(hint: Any) -> str:
     if origin in (list, tuple, set):
         return f"a list, each {wanted(inner[0])}"
     if origin is dict and inner[1] is not Any:
-        return f"an object, each value {wanted(inner[1])}"
+        return f"an object (each value {wanted(inner[1])})"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return " or ".join(str(member.value) for member in hint)
     return NAMES.get(hint, "an object")

@@ -78,7 +78,7 @@ def broken(change):
         (lambda ls: ls[3]["train"]["loss"].pop(), "line 4, train: got 32 steps, 32 seconds and 31 losses"),
         (lambda ls: ls[3]["test_weights"].pop(), "line 4: got 120 test_scores and 119 test_weights"),
         (lambda ls: ls[3].update(test_scores=[1], test_weights=[1]), "line 4: got scores of 1 test rows, but"),
-        (lambda ls: ls[3].update(test={"accuracy": "x"}), "line 4: test: got .*'x'}, wanted an object or null"),
+        (lambda ls: ls[3].update(test={"accuracy": "x"}), "line 4: test: got .*'x'}, wanted an object .* or null"),
         (lambda ls: ls[3].update(kind="x"), "line 4: got \"x\" as kind, wanted method or run"),
     ],
 )  # fmt: skip
