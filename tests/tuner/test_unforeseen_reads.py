@@ -169,3 +169,33 @@ def test_threads_beside_a_watched_call_are_right_and_raise_no_alarm():
     assert len(got) == 80
     assert not nets(model) or all(close(model(X), want) for _ in range(2))
     assert "forward" not in vars(model.base_model.model.b)
+
+
+class Listed(nn.Module):
+    """Calls its children out of a list of its own, as MaskFormer's convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)]
+        for number, layer in enumerate(self.layers):
+            self.add_module(str(number), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_host_that_lists_its_children_calls_the_adapters_and_gets_its_layers_back():
+    base = Listed().double()
+    plain, originals = base(X), list(base.layers)
+    model = adapted(base, "bone", target_modules=["0", "2"])
+    got = model(X)
+    assert not close(got, plain)
+    blocks = [p for p in model.parameters() if p.requires_grad]
+    assert len(blocks) == 2
+    assert all(gradient.any() for gradient in gradients(got, blocks))
+    assert close(copy.deepcopy(model).merge_and_unload()(X), got)
+    bare = model.unload()
+    assert [a is b for a, b in zip(bare.layers, originals, strict=True)] == [True] * 3
+    assert close(bare(X), plain)

@@ -217,6 +217,9 @@ class BoneModel(Controls, BaseTuner):
         # Blocks are on their device already. PEFT would move the whole layer again, which fails beside blocks on the
         # meta device, and would copy `weight` onto the module that it puts back, which may be a container.
         setattr(parent, child_name, new_module)
+        for value in vars(parent).values():
+            if isinstance(value, list):  # MaskFormer calls its children out of a list of its own
+                value[:] = [new_module if item is child else item for item in value]
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
