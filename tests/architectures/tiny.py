@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-TOKENS, IMAGE, SAMPLES, MAX_PARAMETERS = 8, 32, 1600, 3_000_000
-HEADS = 4
+TOKENS, IMAGE, SAMPLES, MAX_PARAMETERS = 8, 32, 1600, 8_000_000
+HEADS, VOCABULARY = 4, 99
 # Field by its name -> its tiny value; the first that matches. Smaller values stay.
 RULES = [
     (r"(num_)?(key_value|kv).*heads|num_(global_)?key_value_heads|n_head_kv|.*group_query.*", 2),
@@ -27,10 +27,12 @@ RULES = [
         r"(qk_)?(rope|nope)_?(head_)?dim|qk_rope_head_dim|qk_nope_head_dim|.*head_dim|d_kv|.*head_size|attention_head_size",
         8,
     ),
+    (r"rotary_dim|rotary_ndims", 4),
+    (r"mamba_d_head|mamba_head_dim", 16),
     (r".*layers?|n_layer|depth|num_.*blocks|.*num_layers.*", 2),
     (r".*experts_per_tok(en)?|moe_(top)?k|num_experts_per_.*|top_?k.*", 2),
     (r".*(n_routed|num_local|num_|n_)_?(routed_)?experts|moe_num_experts", 4),
-    (r".*vocab_size.*|.*vocabulary.*|char_vocab_size", 99),
+    (r".*vocab_size.*|.*vocabulary.*|char_vocab_size", VOCABULARY),
     (r".*(intermediate|ffn|inner|mlp|feed_forward|feedforward|d_ff)_?(size|dim)?|.*expand_dim", 64),
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|hidden_dim|.*embedding_(size|dim)|.*(hidden|projection|proj|embed|out|conv)_(size|dim)|.*lora_rank|d_embed|.*_dim",
@@ -45,24 +47,59 @@ RULES = [
     (r"num_frames|.*num_queries|num_labels", 4),
     (r"state_size|ssm_state_size|mamba_d_state|.*rank.*", 8),
 ]
-_KEPT = re.compile(r".*(token|_id|_index|_start|_end|every|period|offset|kernel|stride|version|num_channels|eps).*")
+_KEPT = re.compile(
+    r".*(token|feat_extract_layers|_id|_index|_start|_end|every|period|offset|kernel|stride|version|num_channels|eps).*"
+)
 
 
 def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config that differ from its defaults once it is tiny."""
-    fields = {}
+    fields, last = {}, VOCABULARY
     for name, value in config.to_dict().items():
-        inner = getattr(config, name, None)
+        inner = _value(config, name)
         if isinstance(inner, PreTrainedConfig):
             fields[name] = shrunk(inner) | {"model_type": inner.model_type}
+        elif type(value) is int and re.fullmatch(r".*_(token_)?(id|index)", name) and value >= VOCABULARY:
+            last -= 1
+            fields[name] = last
+        elif name == "use_cache":
+            fields[name] = False
+        elif isinstance(value, dict) and "mrope_section" in str(value):
+            fields[name] = _with_small_sections(value)
+        elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
+            fields[name] = _small_list(name, list(value))
         elif type(value) is int and not _KEPT.fullmatch(name):
             small = next((small for pattern, small in RULES if re.fullmatch(pattern, name)), value)
             fields[name] = min(value, small)
         elif name.endswith(("dropout", "drop", "layerdrop", "_prob", "drop_rate", "drop_path_rate", "pdrop")):
             fields[name] = 0.0 if isinstance(value, float) else value
-    return {
-        name: value for name, value in fields.items() if value != getattr(config, name, None) or isinstance(value, dict)
-    }
+    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:  # latent attention shares nothing
+        fields["num_key_value_heads"] = HEADS
+    return {name: value for name, value in fields.items() if value != _value(config, name) or isinstance(value, dict)}
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # of fields that differ by layer; its class is no public one
+        return None
+
+
+def _small_list(name: str, values: list[int]) -> list[int]:
+    """Depths of one layer; sizes in their proportions, up to 64."""
+    if re.fullmatch(r"depths?|num_blocks|.*(layers|depths|_blocks|num_hidden_layers)|layer_repeats", name):
+        return [min(1, v) for v in values]
+    if re.fullmatch(r".*heads", name):
+        return [2] * len(values)
+    if re.fullmatch(r".*(sizes|dims?|channels|features|planes|filters|widths)", name) and max(values) > 64:
+        unit = max(values) / 64
+        return [v if v < 8 else max(8, round(v / unit / 8) * 8) for v in values]
+    return values
+
+
+def _with_small_sections(rope: dict[str, Any]) -> dict[str, Any]:
+    small = {n: _with_small_sections(v) if isinstance(v, dict) else v for n, v in rope.items()}
+    return small | ({"mrope_section": [2, 1, 1]} if "mrope_section" in rope else {})
 
 
 def model_types() -> list[str]:
@@ -118,6 +155,18 @@ def _field(config: Any, *names: str, default: int) -> int:
     return default
 
 
+def _patches(model: Any, wanted: Any) -> dict[str, Tensor]:
+    """Two images of 4 x 4 patches, flattened, for vision towers that take their sizes beside them."""
+    config = model.config
+    channels = _field(config, "in_channels", "in_chans", "num_channels", default=3)
+    size = channels * _field(config, "temporal_patch_size", default=1) * _field(config, "patch_size", default=8) ** 2
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    first = next(iter(wanted))
+    values: dict[str, Tensor] = {first: torch.randn(32, size)}
+    values |= {name: grid for name in ("grid_thw", "image_grid_thw") if name in wanted}
+    return values | ({"merge_sizes": torch.tensor([2, 2])} if "merge_sizes" in wanted else {})
+
+
 def inputs_of(model: Any) -> dict[str, Tensor]:
     """What the model's forward wants at least."""
     config, wanted = model.config, inspect.signature(model.forward).parameters
@@ -126,7 +175,8 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     mels = _field(config, "num_mel_bins", "feature_size", "input_dim", default=80)
     main = model.main_input_name
     inputs: dict[str, Tensor] = {}
-    if main == "pixel_values" or ("pixel_values" in wanted and "input_ids" not in wanted):
+    grids = {"grid_thw", "image_grid_thw"} & set(wanted)
+    if (main == "pixel_values" and not grids) or ("pixel_values" in wanted and "input_ids" not in wanted and not grids):
         inputs["pixel_values"] = torch.randn(2, channels, image, image)
     elif main == "pixel_values_videos":
         inputs[main] = torch.randn(
@@ -139,12 +189,15 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
         inputs[main] = (
             torch.randn(2, mels, frames) if "max_source_positions" in config.to_dict() else torch.randn(2, 32, mels)
         )
+    elif "input_ids" not in wanted and grids:
+        inputs |= _patches(model, wanted)
     else:
         inputs["input_ids"] = ids
         if "pixel_values" in wanted and wanted["pixel_values"].default is inspect.Parameter.empty:
             inputs["pixel_values"] = torch.randn(2, channels, image, image)
     if "decoder_input_ids" in wanted:
         inputs["decoder_input_ids"] = ids[:, :5]
-    if {"pixel_values", "input_ids"} <= set(wanted) and type(config).__name__.startswith(("CLIP", "Siglip", "AltCLIP")):
+    towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
+    if towers and {"pixel_values", "input_ids"} <= set(wanted) and "image_token" not in str(list(config.to_dict())):
         inputs |= {"input_ids": ids, "pixel_values": torch.randn(2, channels, image, image)}
     return inputs
