@@ -100,7 +100,9 @@ class BoneLayer(ReadWeight, MergeableLayer):
         kind = self._checked_variant(variants.from_fields(variant, settings), dropout)
         if kind.reads_weight and (problem := self.base_kind.unreadable(self.get_base_layer())) is not None:
             raise ConfigError(f"{variant} reads the base weight, and {problem}; use variant bat-row, which reads none")
-        shape = kind.block_shape(self.out_features, self.in_features, r, mini_r)
+        shape = kind.block_shape(
+            int(self.out_features), int(self.in_features), r, mini_r
+        )  # some hosts count in tensors
 
         offloading.stop_offloading(self.bone_block)  # its hook would not know the new block
         self.bone_r[adapter_name], self.bone_variant[adapter_name], self.bone_scale[adapter_name] = r, kind, 1.0
