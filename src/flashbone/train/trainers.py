@@ -153,15 +153,25 @@ def _sft_trainer_class(
 
 
 def limits_of(args: Any, model: Any, tokenizer: Any) -> Limits:
-    """What rows have to fit, by the trainer's arguments after `limit_length`, the model and its tokenizer."""
+    """What rows have to fit, by the trainer's arguments after `limit_length`, the model and its tokenizer.
+
+    Raises:
+        ConfigError: the model does not know the padding token.
+    """
     length = args.max_length
     if length is None and args.padding_free:  # where TRL takes no length, and the model still has its positions
         length = fitting_length(None, None, model.config, tokenizer.model_max_length, "training.max_length")
+    known, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    if padding is not None and padding >= known:
+        raise ConfigError(
+            f"the tokenizer's padding token {tokenizer.pad_token!r} has the id {padding}, but the model has {known}"
+            " embeddings; set pad_token in tokenizer_config.json to a token that the model knows"
+        )
     packs = args.packing and args.packing_strategy != "bfd"  # nothing is cut off where rows are split
     return Limits(
         length=None if packs else length,
         keep_end=args.truncation_mode == "keep_end",
-        embeddings=model.get_input_embeddings().num_embeddings,
+        embeddings=known,
         learn_all=args.completion_only_loss is False,
     )
 

@@ -209,7 +209,7 @@ def names_as_now(original: Callable) -> Callable:
 def _known_calls(original: Callable) -> Callable:
     @functools.wraps(original)
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self.base_model, "gate"):
+        if not hasattr(type(self.base_model), "gate"):  # not of the model: a compiled call cannot make the gate
             return original(self, *args, **kwargs)
         if self._adapters_disabled:
             kwargs.pop("adapter_names", None)
