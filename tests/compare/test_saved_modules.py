@@ -32,4 +32,4 @@ def test_a_methods_adapter_brings_all_that_the_base_lacks(family, name, tmp_path
         AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "adapter"
     ).eval()
     with torch.no_grad():
-        close(again(input_ids=IDS).logits, adapted(input_ids=IDS).logits, torch.float32)
+        assert close(again(input_ids=IDS).logits, adapted(input_ids=IDS).logits, torch.float32)

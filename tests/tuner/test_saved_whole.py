@@ -58,8 +58,8 @@ def test_what_is_saved_whole_is_never_adapted_and_comes_back(task, family, targe
     wanted = outputs_of(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(TASKS[task].from_pretrained(base), tmp_path / "adapter")
-    close(outputs_of(again), wanted, torch.float32)
-    close(outputs_of(adapted.merge_and_unload()), wanted, torch.float32)
+    assert close(outputs_of(again), wanted, torch.float32)
+    assert close(outputs_of(adapted.merge_and_unload()), wanted, torch.float32)
 
 
 def messages_of(model, **fields) -> list[str]:
