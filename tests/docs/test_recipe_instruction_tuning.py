@@ -64,6 +64,8 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     write_tiny_llama(tmp_path / BASE)
+    config = tmp_path / BASE / "config.json"  # the page's rows have up to 512 tokens
+    config.write_text(config.read_text().replace('"max_position_embeddings": 256', '"max_position_embeddings": 512'))
     write_chats(tmp_path / "chats.jsonl")
     run = Killed("docs/recipes/instruction_tuning.md").run()
     assert set(run.ran) == {"python", "bash", "yaml", "json"}

@@ -238,7 +238,8 @@ def _take(lock: Any, folder: Path) -> None:
     except Timeout:
         process = ""
         with suppress(OSError, UnicodeDecodeError):
-            process = f" (process {file.read_text()[:20]})"
+            number = file.read_text()[:20]  # empty just after the other has taken the lock
+            process = f" (process {number})" if number else ""
         raise ConfigError(
             f"output {folder}: another run is writing to it{process}; wait for it, or choose another output"
         ) from None
