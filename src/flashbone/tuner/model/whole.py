@@ -75,7 +75,8 @@ def new_parameters(model: nn.Module) -> list[str]:
             continue
         opaque = f"{name}." if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) else None
         for leaf, parameter in parameters:
-            if parameter.is_meta == on_meta:  # what accelerate offloads is a copy without the mark
+            # what accelerate offloads is a copy without the mark, and so are quantised weights
+            if parameter.is_meta == on_meta and parameter.is_floating_point():
                 loaded[f"{name}.{leaf}" if name else leaf] = getattr(parameter, _LOADED, False)
     return [name for name, is_loaded in loaded.items() if not is_loaded] if any(loaded.values()) else []
 
