@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from flashbone import cli
+from helpers.killed import KILLED
 from helpers.tiny_llama import questions, write_tiny_llama
 
 ROWS = [
@@ -41,20 +42,6 @@ def answers(folder):
     return {one["row"]: one for one in found}
 
 
-# Killed by itself, so that it is in the middle of a batch whatever the machine does.
-KILLED = """
-import os, signal, sys
-from flashbone.cli import main
-from flashbone.evaluate.answer_file import Appender
-add, added = Appender.add, []
-def add_and_die(self, answered):
-    add(self, answered)
-    added.append(answered)
-    if len(added) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-Appender.add = add_and_die
-sys.exit(main(sys.argv[1:]))
-"""
 ASKED = ["eval", "llama", "--exact-match", "q.jsonl", "--max-new-tokens", "60", "--batch-size", "3"]
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from flashbone import cli
+from helpers.killed import KILLED
 from helpers.stand_ins import write_adapter_of
 from helpers.tiny_llama import questions, write_tiny_llama
 
@@ -44,22 +45,6 @@ def test_rows_come_on_stdout_or_in_a_file_and_a_prompt_as_text(here, capsys):
     assert [row["n"] for row in printed] == [0, 1, 2, 3]
     assert cli.main(["generate", "first", "--prompt", printed[1]["prompt"], *FEW]) == 0
     assert capsys.readouterr().out == printed[1]["generated"] + "\n"
-
-
-# Killed by itself, so that it is in the middle of a batch whatever the machine does.
-KILLED = """
-import os, signal, sys
-from flashbone.cli import main
-from flashbone.evaluate.answer_file import Appender
-add, added = Appender.add, []
-def add_and_die(self, answered):
-    add(self, answered)
-    added.append(answered)
-    if len(added) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-Appender.add = add_and_die
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.slow

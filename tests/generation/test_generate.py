@@ -10,7 +10,7 @@ from flashbone.errors import ConfigError, FormatError
 from flashbone.evaluate.exact_match import exact_matches, make_prompt
 from flashbone.evaluate.loading import load_language_model
 from flashbone.generation.rows import read_asked
-from flashbone.generation.run import Request, generate
+from flashbone.generation.run import Prompts, generate
 from flashbone.generation.speaker import Model, Speaker
 from flashbone.train.data.layouts import ALPACA
 from flashbone.train.decoding import Decoding
@@ -40,7 +40,7 @@ def test_rows_choose_their_adapter_and_come_back_in_order(llama, adapters, jsonl
     rows = [{"id": n, "prompt": text, "adapter": name} for n, (text, name) in enumerate(zip(texts, names, strict=True))]
     if not mixed:
         monkeypatch.setattr(Speaker, "mixes", False)
-    got = generate(Request(model_of(llama, adapters), jsonl(rows), decoding=FEW, batch_size=3))
+    got = generate(Prompts(model_of(llama, adapters), jsonl(rows), decoding=FEW, batch_size=3))
     assert [{name: row[name] for name in ("id", "prompt", "adapter")} for row in got] == rows
     for row in got:
         (want,) = answers(llama, adapters.get(row["adapter"]), [make_prompt(row["prompt"], chat=True)])
@@ -114,12 +114,12 @@ def test_a_system_prompt_and_plain_texts(llama, jsonl):
 def test_rows_that_cannot_be_asked_are_named_before_anything_is_written(llama, adapters, jsonl, tmp_path, rows, said):
     out = tmp_path / "out.jsonl"
     with pytest.raises((FormatError, ConfigError), match=said):
-        generate(Request(model_of(llama, adapters), jsonl(rows), output=out, decoding=FEW))
+        generate(Prompts(model_of(llama, adapters), jsonl(rows), output=out, decoding=FEW))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_prompt_that_leaves_no_room_is_named_and_nothing_is_left(llama, jsonl, tmp_path):
-    request = Request(Model(str(llama), device="cpu"), jsonl([{"prompt": "the"}]), output=tmp_path / "out.jsonl")
+    request = Prompts(Model(str(llama), device="cpu"), jsonl([{"prompt": "the"}]), output=tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match=r"row 0: its prompt of 4 tokens and 512 new ones .* lower max_new_tokens"):
         generate(request)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -134,12 +134,12 @@ def test_columns_are_renamed_and_kept(llama, jsonl):
 
 def test_a_single_prompt_needs_a_single_adapter(llama, adapters):
     first = {"first": adapters["first"]}
-    (row,) = generate(Request(model_of(llama, first), prompt="the cat", decoding=FEW))
+    (row,) = generate(Prompts(model_of(llama, first), prompt="the cat", decoding=FEW))
     assert [row["generated"]] == answers(llama, adapters["first"], [make_prompt("the cat", chat=True)])
     with pytest.raises(ConfigError, match="which adapter is to answer, first or second"):
-        generate(Request(model_of(llama, adapters), prompt="the cat"))
+        generate(Prompts(model_of(llama, adapters), prompt="the cat"))
     with pytest.raises(ConfigError, match="a file of prompts or one prompt, and not both"):
-        Request(model_of(llama, adapters))
+        Prompts(model_of(llama, adapters))
 
 
 def test_sampling_is_the_same_for_the_same_seed(llama, jsonl):
@@ -147,7 +147,7 @@ def test_sampling_is_the_same_for_the_same_seed(llama, jsonl):
 
     def sampled(seed, **fields):
         decoding = Decoding(12, seed=seed, **fields)
-        rows = generate(Request(Model(str(llama), device="cpu"), file, decoding=decoding, batch_size=2))
+        rows = generate(Prompts(Model(str(llama), device="cpu"), file, decoding=decoding, batch_size=2))
         return [row["generated"] for row in rows]
 
     assert sampled(1, temperature=3.0) == sampled(1, temperature=3.0) != sampled(2, temperature=3.0)
@@ -174,7 +174,7 @@ def test_numbers_out_of_range_are_refused(fields, said):
 
 def test_an_output_is_finished_gone_on_with_or_refused(llama, jsonl, tmp_path):
     file, out = jsonl([{"prompt": "the"}, {"prompt": "a cat"}]), tmp_path / "out.jsonl"
-    request = Request(Model(str(llama), device="cpu"), file, output=out, decoding=FEW, batch_size=1)
+    request = Prompts(Model(str(llama), device="cpu"), file, output=out, decoding=FEW, batch_size=1)
     rows = generate(request)
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     assert [path.name for path in (tmp_path / "out.jsonl.run").iterdir()] == ["settings.json"]
@@ -182,7 +182,7 @@ def test_an_output_is_finished_gone_on_with_or_refused(llama, jsonl, tmp_path):
     assert generate(request) == rows
     assert out.stat().st_mtime_ns == stamp
     with pytest.raises(ConfigError, match="holds generated rows with other settings: decoding was"):
-        generate(Request(Model(str(llama), device="cpu"), file, output=out, decoding=Decoding(8)))
+        generate(Prompts(Model(str(llama), device="cpu"), file, output=out, decoding=Decoding(8)))
     file.write_text('{"prompt": "the"}\n')
     with pytest.raises(ConfigError, match=r"contents of .*rows.jsonl was"):
         generate(request)
@@ -190,5 +190,5 @@ def test_an_output_is_finished_gone_on_with_or_refused(llama, jsonl, tmp_path):
     assert len(generate(request)) == 1, "an output that was removed is made anew"
     (tmp_path / "mine.jsonl").write_text("mine\n")
     with pytest.raises(ConfigError, match=r"mine.jsonl: exists already; name a new one"):
-        generate(Request(Model(str(llama), device="cpu"), file, output=tmp_path / "mine.jsonl"))
+        generate(Prompts(Model(str(llama), device="cpu"), file, output=tmp_path / "mine.jsonl"))
     assert (tmp_path / "mine.jsonl").read_text() == "mine\n"

@@ -35,9 +35,9 @@ def run(argv: list[str]) -> int:
     floors.check("train")
     set_up_notices()
 
-    from flashbone.generation.run import Request, generate
+    from flashbone.generation.run import Prompts, generate
 
-    request = Request(
+    request = Prompts(
         model_of(args),
         args.file,
         args.prompt,

@@ -21,7 +21,7 @@ LEAST_ROOM = 8  # tokens
 
 
 @dataclass
-class Memory:
+class Past:
     """What the model has seen.
 
     Attributes:
@@ -54,7 +54,7 @@ class Chat:
     adapter: str | None = None
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
-    memory: Memory | None = None
+    memory: Past | None = None
     processed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class Chat:
             self.memory = None
             return
         self.turns.append({"role": "assistant", "content": answer})
-        self.memory = None if past is None else Memory([*ids, *writing.ids], past, past.get_seq_length())
+        self.memory = None if past is None else Past([*ids, *writing.ids], past, past.get_seq_length())
 
     def _next(self) -> tuple[list[int], Any]:
         """The tokens that the model is to answer, and the memory of their beginning."""
@@ -145,7 +145,7 @@ class Chat:
                 return ids, None
         return ids, memory.past
 
-    def _next_of_a_state(self, memory: Memory | None) -> tuple[list[int], Any]:
+    def _next_of_a_state(self, memory: Past | None) -> tuple[list[int], Any]:
         """A state has seen what was said and cannot go back, so it gets what comes after that alone: a turn costs the
         same however long the conversation is."""
         from flashbone.rwkv.state import RwkvState

@@ -41,7 +41,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Request:
+class Prompts:
     """What is to be generated.
 
     Attributes:
@@ -78,7 +78,7 @@ class Request:
             raise ConfigError(f"generate: got batch_size {self.batch_size} and limit {self.limit}, wanted 1 or more")
 
 
-def generate(request: Request, bars: Bars = lambda title, total: nullcontext(lambda rows: None)) -> list[Row]:
+def generate(request: Prompts, bars: Bars = lambda title, total: nullcontext(lambda rows: None)) -> list[Row]:
     """The rows with the answers to their prompts, one for one and in order; with an output they are written there.
 
     Args:
@@ -114,7 +114,7 @@ def _folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.run")
 
 
-def _read(request: Request, adapters: list[str]) -> list[Asked]:
+def _read(request: Prompts, adapters: list[str]) -> list[Asked]:
     if request.file is not None:
         return read_asked(request.file, adapters, request.columns, request.limit)
     assert request.prompt is not None
@@ -128,7 +128,7 @@ def _read(request: Request, adapters: list[str]) -> list[Asked]:
     return [Asked(PROMPT, {"prompt": request.prompt}, request.prompt, adapter=next(iter(adapters), None))]
 
 
-def _answered(request: Request, asked: list[Asked], folder: Path | None, bars: Bars) -> list[Row]:
+def _answered(request: Prompts, asked: list[Asked], folder: Path | None, bars: Bars) -> list[Row]:
     """All rows with their answers, those that an earlier run left in the folder included."""
     speaker, decoding = load_speaker(request.model), request.decoding
     prompts = [row.ids(speaker.tokenizer, request.system, request.use_template) for row in asked]
@@ -155,7 +155,7 @@ def _answered(request: Request, asked: list[Asked], folder: Path | None, bars: B
     ]
 
 
-def _settings(request: Request, base: str, adapters: list[Path]) -> dict[str, Any]:
+def _settings(request: Prompts, base: str, adapters: list[Path]) -> dict[str, Any]:
     """What decides the answers: the request but for where they go, and stamps of the files that it names."""
     fields = {**asdict(request), "model": {**asdict(request.model), "name": base}}
     del fields["output"]

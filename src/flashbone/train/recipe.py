@@ -51,7 +51,7 @@ class Quantization:
 
 
 @dataclass
-class EarlyStopping:
+class EarlyStoppingSettings:
     """End the run when the held-out loss, or `training.metric_for_best_model`, no longer gets better; keep the best.
 
     Raises:
@@ -122,13 +122,13 @@ def rwkv_of(recipe: Recipe) -> RwkvSettings | None:
     return section(RwkvSettings, "rwkv", recipe.rwkv)
 
 
-def early_stopping_of(recipe: Recipe) -> EarlyStopping | None:
+def early_stopping_of(recipe: Recipe) -> EarlyStoppingSettings | None:
     """When the run ends early; None if it does not.
 
     Raises:
         ConfigError: the section has an unknown or wrong field.
     """
-    return section(EarlyStopping, "early_stopping", recipe.early_stopping)
+    return section(EarlyStoppingSettings, "early_stopping", recipe.early_stopping)
 
 
 def is_pth(name: str) -> bool:
@@ -167,7 +167,7 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         "adapter": _bone_config(),
         "quantization": Quantization,
         "rwkv": RwkvSettings,
-        "early_stopping": EarlyStopping,
+        "early_stopping": EarlyStoppingSettings,
         "training": arguments_class(task),
     }
     required = () if has_sources else ("data.path",)

@@ -26,7 +26,7 @@ def add_adapter(original: Callable, model: Any, adapter_config: Any, *args: Any,
     had_flag = getattr(model, _FLAG)
     try:
         return original(model, adapter_config, *args, **kwargs)
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         if isinstance(adapter_config, BoneConfig):
             setattr(model, _FLAG, had_flag)
         raise

@@ -73,7 +73,7 @@ class QuantizedKind(BaseKind):
         try:
             self.backend.set_base_weight(holder, W.contiguous())
             self._take_over(module, holder.base_layer)
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             self._put(module, before)
             raise
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLinear, bone_layers
-from flashbone.tuner.model.watching import Watch
+from flashbone.tuner.model.watching import ForwardWatch
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Net:
     def __init__(self, *roots: nn.Module) -> None:
         self._roots = [weakref.ref(root) for root in roots]
         self._unseen = {True, False, None}  # training, evaluation, and training without gradients, as checkpoints do
-        self._watch: Watch | None = None
+        self._watch: ForwardWatch | None = None
         self._turn = Lock()  # threads may call a model at the same time
         self._phase: bool | None = None  # of the forward that is watched
         self._used: dict[bool | None, set[str]] = {}
@@ -82,7 +82,7 @@ class Net:
         if layers := {name: layer for name, layer in bone_layers(host) if _acts(layer)}:
             if learns:
                 self._await_gradients(layers)
-            self._watch, self._phase = Watch(model, layers), phase
+            self._watch, self._phase = ForwardWatch(model, layers), phase
             self._watch.start()
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:

@@ -23,7 +23,7 @@ _NO_VALUE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", 
 _NO_VALUE |= {"new_empty", "new_full", "new_tensor", "__set__", "__setitem__"}
 
 
-class Watch:
+class ForwardWatch:
     """One forward: which layers run, which weights are read through the layers, and which past them.
 
     A weight that a host read off its layer, and that nobody knew to be read, is shifted when it is computed with.
@@ -116,7 +116,7 @@ class Watch:
 class _Uses(TorchFunctionMode):
     """Sees when the weight of a layer is computed with while the layer does not run."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: ForwardWatch) -> None:
         super().__init__()
         self._watch = watch
 
