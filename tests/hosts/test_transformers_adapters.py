@@ -6,15 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import BoneConfig, LoraConfig
+from peft import BoneConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError, ShapeError
 from flashbone.tuner.layers.layer import BoneLayer
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
+from helpers.encoders import write_encoder
 
+TASKS = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+}
 TOKENS = torch.arange(9)[None]
 LAYERS = {f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "o_proj")}
 
@@ -200,6 +211,39 @@ def test_saved_modules_travel_with_the_adapter_and_their_lack_is_refused(llama, 
     with pytest.raises(FlashboneError, match="lm_head"):
         again.load_adapter(str(tmp_path))
     assert snapshot(again) == before
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_head_of_a_task_is_trained_and_saved_as_by_get_peft_model(task, tmp_path):
+    """A head that the checkpoint lacks is drawn at random whenever it is loaded."""
+    folder = write_encoder("distilbert", tmp_path / "base")
+    model = TASKS[task].from_pretrained(folder)
+    settings = BoneConfig(r=4, target_modules=["q_lin"], task_type=task)
+    model.add_adapter(settings)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    same = BoneConfig(r=4, target_modules=["q_lin"], task_type=task)
+    other = get_peft_model(TASKS[task].from_pretrained(folder), same)
+    wanted = {name.removeprefix("base_model.model.") for name, p in other.named_parameters() if p.requires_grad}
+    assert trained == wanted
+    assert any("modules_to_save" in name for name in trained)
+    for name in trained:
+        torch.nn.init.normal_(model.get_parameter(name))
+    model.save_pretrained(tmp_path / "adapter")
+    again = TASKS[task].from_pretrained(folder)
+    again.load_adapter(str(tmp_path / "adapter"))
+    tokens = torch.arange(5)[None]
+    for output, want in zip(again(tokens).values(), model(tokens).values(), strict=True):
+        assert close(output, want)
+
+
+def test_a_failure_leaves_the_config_and_a_new_pooler_is_named(tmp_path):
+    model = TASKS["SEQ_CLS"].from_pretrained(write_encoder("bert", tmp_path / "base"))
+    settings = BoneConfig(r=4, target_modules=["typo"], task_type="SEQ_CLS", modules_to_save=["pooler"])
+    with pytest.raises(FlashboneError, match="No modules were targeted"):
+        model.add_adapter(settings)
+    assert settings.modules_to_save == ["pooler"]
+    with pytest.warns(UserWarning, match=r"modules_to_save=\['bert.pooler.dense'\]"):
+        model.add_adapter(BoneConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
 
 
 def test_other_methods_do_what_they_did_without_flashbone(llama, tmp_path):

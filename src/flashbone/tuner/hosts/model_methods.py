@@ -16,19 +16,26 @@ from torch import Tensor
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.loading import adapters_in, ignoring_sizes, no_trace
+from flashbone.tuner.model.whole import saved_names
 
 _FLAG = "_hf_peft_config_loaded"
 _DOWNLOAD = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 
 
 def add_adapter(original: Callable, model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """`add_adapter` of both hosts; if it fails with a BoneConfig, the model is as it was."""
-    had_flag = getattr(model, _FLAG)
+    """`add_adapter` of both hosts; if it fails with a BoneConfig, the model is as it was.
+
+    The head of the config's task is trained and saved, as get_peft_model does by the class of its model.
+    """
+    if not isinstance(adapter_config, BoneConfig):
+        return original(model, adapter_config, *args, **kwargs)
+    had_flag, asked = getattr(model, _FLAG), adapter_config.modules_to_save
+    adapter_config.modules_to_save = saved_names(adapter_config) or asked
     try:
         return original(model, adapter_config, *args, **kwargs)
     except BaseException:  # Ctrl-C, too
-        if isinstance(adapter_config, BoneConfig):
-            setattr(model, _FLAG, had_flag)
+        setattr(model, _FLAG, had_flag)
+        adapter_config.modules_to_save = asked
         raise
 
 
