@@ -1,17 +1,98 @@
-"""The generated parts of docs/benchmarks.md: what stands between its markers, from the rows alone."""
+"""The generated parts of docs/benchmarks.md, from the rows: a table of methods, single figures, missed targets."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.methods import TRAINED
 from benchmarks.rows import Row
 from benchmarks.tables import plots
-from benchmarks.tables.markdown import caption, is_current, is_floor, label, pivot
-from benchmarks.tables.targets import targets_table
+from benchmarks.tables.markdown import TITLES, cell, is_current, is_floor, table
+from benchmarks.tables.targets import SHAPES, WIDE, missed
 
 NOT_YET = "Not measured yet."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of each method: which rows hold it.
+
+    Attributes:
+        name: Its place on the page, in words.
+        rows: Benchmark, part and metric.
+        shape: Entries of the shape that the rows must have.
+        methods: Those that it is shown for on a line of its own; none for a column of the table.
+    """
+
+    name: str
+    rows: tuple[str, str, str]
+    shape: dict[str, int] = field(default_factory=dict)
+    dtype: str = "float32"
+    threads: str = "2 threads"
+    methods: tuple[str, ...] = ()
+    adapters: tuple[int, ...] = (0, 1)
+
+    def found(self, rows: list[Row]) -> dict[str, Row]:
+        """The row of each method in the latest run; of frozen bases the one beside today's PEFT."""
+        fitting = [
+            row
+            for row in rows
+            if (row.benchmark, row.part, row.metric) == self.rows
+            and (row.dtype, row.adapters in self.adapters) == (self.dtype, True)
+            and row.device.endswith(f", {self.threads}")
+            and self.shape.items() <= row.shape.items()
+            and (is_current(row) or not is_floor(row))
+        ]
+        latest = max((row.date for row in fitting), default="")
+        return {row.method: row for row in fitting if row.date == latest}
+
+
+SMALL, TIME = SHAPES[-1], "time_ratio"
+COLUMNS = (
+    Figure("training step", ("step", "main", TIME)),
+    Figure("memory, resident", ("memory", "main", "above_floor_mib")),
+    Figure("memory, live", ("memory", "live", "above_floor_mib")),
+    Figure("layer 4096 x 4096", ("layer", "shapes", TIME), WIDE),
+    Figure("layer 576 x 1536", ("layer", "shapes", TIME), SMALL),
+    Figure("one token", ("decode", "main", TIME)),
+    Figure("one token, bf16", ("decode", "main", TIME), dtype="bfloat16"),
+)
+MIXING = {"batch": 1, "heads": 12, "size": 64, "tokens": 512}
+FAST = ("bone", "bat-row", "bat-col", "miss")
+LINES = (
+    Figure("`import`", ("load", "import", "import_ms"), methods=("import-flashbone", "import-peft")),
+    Figure("load an adapter", ("load", "adapter", "load_ms"), methods=("bone", "bat-col", "miss", "lora")),
+    Figure("merge a live model, to LoRA's time", ("merge", "live", "merge_ratio"), methods=FAST),
+    Figure("unmerge it, to LoRA's time", ("merge", "live", "unmerge_ratio"), methods=FAST),
+    Figure("merge files", ("merge", "command", "command_ms"), methods=("merge-command", "copy")),
+    *(
+        Figure(
+            f"{words}, to the frozen model's time", ("mixed", part, TIME), methods=("bone", "lora"), adapters=(number,)
+        )
+        for part, words in (("prefill", "32 rows of 16 tokens"), ("decode", "32 rows of one token"))
+        for number in (1, 8)
+    ),
+    Figure(
+        "forward of BERT-base, to the frozen model's time",
+        ("forward", "main", TIME),
+        threads="1 thread",
+        methods=("orthogonal", "orthogonal-merged", "lora"),
+    ),
+    *(
+        Figure(
+            f"RWKV-{version}'s time mixing, to its time in chunks, {words}",
+            ("wkv", part, TIME),
+            {"version": version, **MIXING},
+            threads="1 thread",
+            methods=("wkv-loop",),
+        )
+        for version in (7, 6)
+        for part, words in (("training", "with backward"), ("forward", "forward alone"))
+    ),
+)
 
 
 def filled(text: str, rows: list[Row]) -> str:
@@ -30,162 +111,27 @@ def filled(text: str, rows: list[Row]) -> str:
     return text
 
 
-def _groups(rows: list[Row], benchmark: str, part: str) -> list[list[Row]]:
-    """The rows of a part, by run."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if (row.benchmark, row.part) == (benchmark, part):
-            groups.setdefault(row.group, []).append(row)
-    return list(groups.values())
+def methods(rows: list[Row]) -> str:
+    """A line for each trained method, the frozen base first; columns that nobody measured are left out."""
+    columns = {figure.name: found for figure in COLUMNS if (found := figure.found(rows))}
+    lines = []
+    for name in TRAINED:
+        cells = [cell(found[name]) if name in found else "" for found in columns.values()]
+        if any(cells):
+            lines.append([TITLES[name], *cells])
+    return "\n\n".join([table(["method", *columns], lines), *([link] if (link := plots.link("step")(rows)) else [])])
 
 
-def _section(
-    benchmark: str,
-    part: str,
-    what: str,
-    wanted: Callable[[Row], bool],
-    column: Callable[[Row], str],
-    name: Callable[[Row], str] = label,
-    first: str = "method",
-) -> Callable[[list[Row]], str]:
-    """A table for each run of a part: its caption below, one line a method, columns of the wanted rows."""
-
-    def section(rows: list[Row]) -> str:
-        found = [[row for row in group if wanted(row)] for group in _groups(rows, benchmark, part)]
-        return "\n\n".join(f"{pivot(group, name, column, first)}\n\n{caption(group, what)}" for group in found if group)
-
-    return section
+def figures(rows: list[Row]) -> str:
+    """The figures that only some methods have, one line each."""
+    lines = []
+    for figure in LINES:
+        found = figure.found(rows)
+        shown = [f"{TITLES[name]} {cell(found[name])}" for name in figure.methods if name in found]
+        if shown:
+            several = f", {figure.adapters[0]} adapters in turn" if figure.adapters[0] > 1 else ""
+            lines.append(f"- {figure.name}{several}: {'; '.join(shown)}")
+    return "\n".join(lines)
 
 
-def _title(row: Row) -> str:
-    """The method without the number of its adapters, where that has columns of its own."""
-    return label(row).partition(", ")[0]
-
-
-def _size(row: Row) -> str:
-    return ", ".join(str(row.shape[key]) for key in ("tokens", "in", "out"))
-
-
-def _tokens(row: Row) -> str:
-    return f"{row.shape['batch']} x {row.shape['seq']} tokens"
-
-
-def _relative(metric: str, of_floor: str) -> Callable[[Row], bool]:
-    """One metric of the methods, and for the floor what they are related to; the old PEFT's floor is left out."""
-    return lambda row: row.metric == of_floor and is_current(row) if is_floor(row) else row.metric == metric
-
-
-def _methods(metric: str) -> Callable[[Row], bool]:
-    return lambda row: row.metric == metric and not is_floor(row)
-
-
-def _either(*wanted: Callable[[Row], bool]) -> Callable[[Row], bool]:
-    return lambda row: any(want(row) for want in wanted)
-
-
-def _all(metrics: list[str]) -> Callable[[Row], bool]:
-    return lambda row: row.metric in metrics and (is_current(row) or not is_floor(row))
-
-
-def _metric(row: Row) -> str:
-    return row.metric.rpartition("_")[0].replace("_", " ") + (", ratio" if row.metric.endswith("ratio") else "")
-
-
-def _layer(part: str, wanted: Callable[[Row], bool], column: Callable[[Row], str]) -> Callable[[list[Row]], str]:
-    name = label if part == "shapes" else _title
-    return _section(
-        "layer",
-        part,
-        "Forward and backward, ratio to the frozen layer (of that itself, its time)",
-        wanted,
-        column,
-        name,
-    )
-
-
-def _memory(part: str, wanted: Callable[[Row], bool], column: Callable[[Row], str]) -> Callable[[list[Row]], str]:
-    name = label if part in ("main", "live") else _title
-    what = "Peak memory above the frozen model's (of that itself, its peak)"
-    if part == "live":
-        what = "The same of what is alive, without the holes that the allocator leaves between tensors"
-    return _section("memory", part, what, wanted, column, name)
-
-
-def _mixing(row: Row) -> str:
-    """What is mixed: a version, a size, a number of tokens."""
-    shape = row.shape
-    size = f"{shape['batch']} x {shape['heads']} x {shape['size']}"
-    return f"RWKV-{shape['version']}, {size}, {shape['tokens']:,} tokens"
-
-
-def _loop_or_chunks(row: Row) -> str:
-    if row.metric == "time_ratio":
-        return "loop / chunks"
-    return label(row) + (", saved" if row.metric == "saved_mib" else "")
-
-
-def _wkv(part: str, what: str) -> Callable[[list[Row]], str]:
-    def wanted(row: Row) -> bool:
-        return row.metric in ("time_ms", "saved_mib") or (row.metric, row.method) == ("time_ratio", "wkv-loop")
-
-    return _section("wkv", part, what, wanted, _loop_or_chunks, _mixing, "sequences")
-
-
-def _one_after_the_other(*sections: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
-    return lambda rows: "\n\n".join(text for section in sections if (text := section(rows)))
-
-
-SECTIONS: dict[str, Callable[[list[Row]], str]] = {
-    "targets": targets_table,
-    "layer": _one_after_the_other(
-        _layer("shapes", _relative("time_ratio", "time_ms"), _size),
-        _layer("tokens", _relative("time_ratio", "time_ms"), lambda row: f"{row.shape['tokens']} tokens"),
-        _layer("r", _methods("time_ratio"), lambda row: f"r = {row.r}"),
-        _layer("adapters", _methods("time_ratio"), lambda row: f"{row.adapters} active"),
-    ),
-    "step": _one_after_the_other(
-        _section("step", "main", "Ratio to the frozen model's step", _all(["time_ms", "time_ratio"]), _metric),
-        _section("step", "targets", "The methods of the targets alone", _all(["time_ms", "time_ratio"]), _metric),
-        plots.link("step"),
-    ),
-    "memory": _one_after_the_other(
-        _memory("main", _either(_relative("above_floor_mib", "peak_mib"), _methods("peak_mib")), _metric),
-        _memory("live", _either(_relative("above_floor_mib", "peak_mib"), _methods("peak_mib")), _metric),
-        _memory("tokens", _relative("above_floor_mib", "peak_mib"), _tokens),
-        _memory("r", _methods("above_floor_mib"), lambda row: f"r = {row.r}"),
-        _memory("adapters", _methods("above_floor_mib"), lambda row: f"{row.adapters} active"),
-        plots.link("memory"),
-    ),
-    "decode": _section(
-        "decode", "main", "One token, ratio to the frozen layer", _all(["time_ms", "time_ratio"]), _metric
-    ),
-    "mixed": _one_after_the_other(
-        _section("mixed", "prefill", "Ratio to the model without adapters", _all(["time_ms", "time_ratio"]), _metric),
-        _section("mixed", "decode", "Ratio to the model without adapters", _all(["time_ms", "time_ratio"]), _metric),
-    ),
-    "forward": _section(
-        "forward",
-        "main",
-        "Inference of BERT-base, ratio to the frozen model",
-        _all(["time_ms", "time_ratio"]),
-        _metric,
-    ),
-    "load": _one_after_the_other(
-        _section("load", "import", "Ratio to `import peft`", _all(["import_ms", "import_ratio"]), _metric),
-        _section("load", "adapter", "Ratio to LoRA", _all(["load_ms", "load_ratio"]), _metric),
-    ),
-    "merge": _one_after_the_other(
-        _section(
-            "merge",
-            "live",
-            "Ratio to LoRA",
-            _all(["merge_ms", "merge_ratio", "unmerge_ms", "unmerge_ratio"]),
-            _metric,
-        ),
-        _section("merge", "command", "Ratio to a copy of the files", _all(["command_ms", "command_ratio"]), _metric),
-    ),
-    "wkv": _one_after_the_other(
-        _wkv("training", "Forward and backward; batch x heads x features of a head"),
-        _wkv("forward", "Forward alone, in inference mode; batch x heads x features of a head"),
-    ),
-}
+SECTIONS: dict[str, Callable[[list[Row]], str]] = {"methods": methods, "figures": figures, "targets": missed}

@@ -122,18 +122,32 @@ def ratios(rows: list[Row], target: Target) -> list[float]:
     return paired_ratios(above, below) if above and below else []
 
 
-def _lines(rows: list[Row]) -> Iterator[list[str]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured of a target: the median ratio with its quartiles, and whether that meets it."""
+
+    target: Target
+    median: float
+    quartiles: tuple[float, float]
+    met: bool
+
+
+def outcomes(rows: list[Row]) -> Iterator[Outcome]:
+    """Every target that was measured."""
     for target in TARGETS:
-        limit = f"<= {target.limit:.2f}" + (" within the quartiles" if target.within_spread else "")
-        if not (values := ratios(rows, target)):
-            yield [target.claim, limit, "not measured", "", ""]
-            continue
-        found = spread(values)
-        met = (found["q1"] if target.within_spread else found["median"]) <= target.limit
-        quartiles = f"{found['q1']:.3f} to {found['q3']:.3f}"
-        yield [target.claim, limit, f"{found['median']:.3f}", quartiles, "yes" if met else "**no**"]
+        if values := ratios(rows, target):
+            found = spread(values)
+            met = (found["q1"] if target.within_spread else found["median"]) <= target.limit
+            yield Outcome(target, found["median"], (found["q1"], found["q3"]), met)
 
 
-def targets_table(rows: list[Row]) -> str:
-    """All targets with what was measured."""
-    return table(["target", "limit", "measured", "quartiles", "met"], _lines(rows))
+def missed(rows: list[Row]) -> str:
+    """How many targets were met, and a table of the others."""
+    found = list(outcomes(rows))
+    missing = [outcome for outcome in found if not outcome.met]
+    lines = [
+        [o.target.claim, f"{o.target.limit:.2f}", f"{o.median:.3f} ({o.quartiles[0]:.3f} to {o.quartiles[1]:.3f})"]
+        for o in missing
+    ]
+    count = f"**{len(found) - len(missing)} of {len(found)} targets were met.**"
+    return f"{count} Missed:\n\n{table(['ratio', 'at most', 'measured'], lines)}" if lines else count if found else ""

@@ -12,8 +12,8 @@ WORDS = " ".join(PAGE.split())  # without the ends of lines
 
 
 def test_every_target_that_was_missed_is_on_the_page():
-    lines = [line.split("|") for line in (DOCS / "benchmarks.md").read_text().splitlines()]
-    missed = {line[1].strip(): line[3].strip() for line in lines if len(line) == 7 and line[5].strip() == "**no**"}
+    table = (DOCS / "benchmarks.md").read_text().partition("<!-- generated: targets -->")[2]
+    missed = dict(re.findall(r"^\| ([^|]+ / [^|]+) \| \S+ \| (\S+) \(", table, re.M))
     assert len(missed) >= 5
     assert {name: ratio for name, ratio in missed.items() if not re.search(rf"\b{re.escape(ratio)}\b", WORDS)} == {}
 
