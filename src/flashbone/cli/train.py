@@ -1,15 +1,24 @@
-"""`flashbone train CONFIG.yaml [--dotted.field value ...]`: fine-tune, then print the results."""
+"""`flashbone train [CONFIG.yaml] [--dotted.field value ...]`: fine-tune, then print the results."""
 
 import argparse
+import functools
 import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flashbone import floors
 from flashbone.cli.configured import separate
 from flashbone.cli.places import expand
 from flashbone.cli.terminal import set_up_notices
-from flashbone.errors import FlashboneError
+from flashbone.errors import ConfigError, FlashboneError
+from flashbone.files.outputs import write_text
 
-OPTIONS = ("--resume", "--dry-run", "--json", "--help")
+if TYPE_CHECKING:
+    from flashbone.train.recipe import Recipe
+
+VALUED = ("--save-recipe",)
+OPTIONS = ("--resume", "--dry-run", "--json", "--help", *VALUED)
 
 EPILOG = """\
 CONFIG.yaml:
@@ -33,27 +42,34 @@ CONFIG.yaml:
   rwkv: {chunk_ctx: 512, l2_wrap: false, train_parts: [ln, time]}  # of RWKV models: docs/rwkv.md
 
 Every field can be given on the command line too: --training.max_steps 20 --adapter.r 16 --output runs/second
+They can do without a file: flashbone train --model M --data.path train.jsonl --output runs/first
 """
 
 
 def run(argv: list[str]) -> int:
     """Parse, train, print the summary on stdout; notices and progress go to stderr."""
-    ours, overrides = separate(argv, OPTIONS)
-    options = make_parser().parse_args(ours)
-    expand(options, "config")
+    ours, overrides = separate(argv, OPTIONS, VALUED)
+    parser = make_parser()
+    options = parser.parse_args(ours)
+    if options.config is None and not overrides:
+        parser.error("wanted CONFIG.yaml, or --model, --data.path and --output")
+    expand(options, "config", "save_recipe")
     floors.check("train")
     set_up_notices()
 
     from flashbone.train.recipe import load_recipe
 
     recipe = load_recipe(options.config, overrides)
+    save = functools.partial(_save, recipe, options.save_recipe)
+    save(only_check=True)
 
     from flashbone.cli.dry_run import dry_run
     from flashbone.train.report import plot_losses, plot_rotations, print_summary
     from flashbone.train.run import train
 
     try:
-        result = dry_run(recipe, options.json) if options.dry_run else train(recipe, resume=options.resume)
+        result = dry_run(recipe, options.json) if options.dry_run else train(recipe, options.resume, save)
+        save()
     except (FlashboneError, OSError, SystemExit, KeyboardInterrupt):  # what ends with a code of its own
         leave_processes()
         raise
@@ -67,6 +83,23 @@ def run(argv: list[str]) -> int:
     else:
         print_summary(result.summary, result.folder.path, figures)
     return 0
+
+
+def _save(recipe: "Recipe", file: Path | None, only_check: bool = False) -> None:
+    """Write the recipe to a file, once and in the main process.
+
+    Raises:
+        ConfigError: the file exists, and holds something else.
+    """
+    from flashbone.train.recipe import recipe_text
+
+    if file is None or os.environ.get("RANK", "0") != "0":
+        return
+    text = recipe_text(recipe)
+    if file.exists() and not (file.is_file() and file.read_bytes() == text.encode()):
+        raise ConfigError(f"--save-recipe {file}: exists already, and is another recipe; choose another name")
+    if not (only_check or file.exists()):
+        write_text(file, text)
 
 
 def leave_processes() -> None:
@@ -85,16 +118,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone train",
         description="Fine-tune a model with a Bone adapter as a YAML file says.",
-        usage="flashbone train CONFIG.yaml [--resume | --dry-run] [--json] [--dotted.field value ...]",
+        usage="flashbone train [CONFIG.yaml] [--dotted.field value ...] [--resume | --dry-run] [--save-recipe FILE]"
+        " [--json]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the recipe; flags can take its place")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     either.add_argument(
         "--dry-run", action="store_true", help="read, check and tokenise everything, say what would be learned, and end"
     )
+    parser.add_argument("--save-recipe", metavar="FILE", type=Path, help="write file and flags as one recipe")
     parser.add_argument("--json", action="store_true", help="print the summary, or the dry run, as JSON")
     return parser

@@ -68,6 +68,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise FormatError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
 
 
+def yaml_text(content: dict[str, Any]) -> str:
+    """Plain data as YAML that `parse_yaml` reads back to the same."""
+    return yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 class PlainLoader(yaml.SafeLoader):
     """Reads the numbers of YAML 1.2, such as 2e-4, as numbers; dates, 007 and all keys stay text. Refuses other tags,
     repeated keys, and what exceeds the limits above."""
@@ -122,3 +127,12 @@ class PlainLoader(yaml.SafeLoader):
 
 for _name, (_pattern, _first) in _CORE.items():
     PlainLoader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Puts in quotes what PlainLoader would not read as text."""
+
+    yaml_implicit_resolvers = PlainLoader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

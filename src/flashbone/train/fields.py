@@ -21,6 +21,17 @@ def field_names(cls: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(cls) if item.init]
 
 
+def changed(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass, and of those inside it, that differ from their defaults, as plain data."""
+    plain = {}
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        if value != default:
+            plain[item.name] = changed(value) if dataclasses.is_dataclass(value) else value
+    return plain
+
+
 def section(kind: type[T], name: str, fields: dict[str, Any]) -> T | None:
     """A section of a configuration as its dataclass; None if it is empty.
 
@@ -48,6 +59,7 @@ class Schema(Generic[T]):
         more: further names in sections, with their types.
         required: required names, though they have a default.
         paths: names that are places on disk, in which `~` and `$NAME` mean what they mean to a shell.
+        lists: sections that may be a list, each with its field that then is this list.
     """
 
     kind: type[T]
@@ -56,6 +68,7 @@ class Schema(Generic[T]):
     more: Mapping[str, Any] = field(default_factory=dict)
     required: Collection[str] = ()
     paths: Collection[str] = ()
+    lists: Mapping[str, str] = field(default_factory=dict)
 
     def fill(self, content: Mapping[str, Any], overrides: list[str], where: str) -> T:
         """The dataclass, filled from a file's content with the overrides on top.
@@ -70,9 +83,10 @@ class Schema(Generic[T]):
         """
         types = self._types()
         flags = _flags(overrides)
-        filled = _copy(content)
+        filled = self._without_lists(_copy(content))
         for path, text in flags:
             _put(filled, path, _value(text, self._type_at(path, types), "--" + ".".join(path)), where)
+            filled = self._without_lists(filled)
         check_names([name for name, _ in self._named(filled)], list(types), where, self.elsewhere)
         filled = {name: value for name, value in filled.items() if value is not None or name not in self.sections}
         if missing := self._missing(filled):
@@ -93,6 +107,11 @@ class Schema(Generic[T]):
             return from_json(self.kind, filled, where)
         except FormatError as error:
             raise ConfigError(str(error)) from None
+
+    def _without_lists(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content with each section that is a list as a mapping of it."""
+        listed = {name: {key: content[name]} for name, key in self.lists.items() if isinstance(content.get(name), list)}
+        return content | listed
 
     def _types(self) -> dict[str, Any]:
         top, types = get_type_hints(self.kind), {}
@@ -131,6 +150,8 @@ class Schema(Generic[T]):
             value = content.get(name)
             parts = value if isinstance(value, list) and value else [value]
             inner = [*_without_default(self.sections[name]), *self._required_in(name)]
+            if isinstance(value, dict) and value.get(self.lists.get(name, "")):
+                inner = []
             missing += [
                 f"{name}.{key}"
                 for key in dict.fromkeys(inner)

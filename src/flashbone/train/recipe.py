@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashbone.errors import ConfigError
-from flashbone.files.plain_yaml import read_yaml
+from flashbone.files.plain_yaml import read_yaml, yaml_text
 from flashbone.train.data.origins import DataRecipe, sources_of
-from flashbone.train.fields import Schema, option_of, section
+from flashbone.train.fields import Schema, changed, option_of, section
 
 Task = Literal["sft", "classification"]
 TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
@@ -149,19 +149,8 @@ def refuse_classification(recipe: Recipe) -> None:
 PATHS = ("model", "output", "data.path", "data.eval", "init_adapter", "rwkv.vocabulary", "training.chat_template_path")
 
 
-def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML file with `--dotted.field value` overrides on top.
-
-    Raises:
-        ConfigError: fields are unknown, missing, or of the wrong type; all of them are named.
-        FormatError: the file is no YAML mapping; the message gives the line.
-    """
-    overrides, content = list(overrides or []), read_yaml(Path(config))
-    if isinstance(content.get("data"), list):
-        content["data"] = {"sources": content["data"]}
-    data = content.get("data")
-    has_sources = (isinstance(data, dict) and data.get("sources")) or option_of(overrides, "data.sources")
-    task = option_of(overrides, "task") or content.get("task")
+def recipe_schema(task: Any) -> Schema[Recipe]:
+    """What a recipe for a task may hold."""
     sections = {
         "data": DataRecipe,
         "adapter": _bone_config(),
@@ -170,9 +159,19 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         "early_stopping": EarlyStoppingSettings,
         "training": arguments_class(task),
     }
-    required = () if has_sources else ("data.path",)
-    schema = Schema(Recipe, sections, OURS, more_arguments(task), required, PATHS)
-    recipe = schema.fill(content, overrides, str(config))
+    return Schema(Recipe, sections, OURS, more_arguments(task), ("data.path",), PATHS, lists={"data": "sources"})
+
+
+def load_recipe(config: str | Path | None, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file with `--dotted.field value` overrides on top, or one by these alone.
+
+    Raises:
+        ConfigError: fields are unknown, missing, or of the wrong type; all of them are named.
+        FormatError: the file is no YAML mapping; the message gives the line.
+    """
+    overrides, content = list(overrides or []), {} if config is None else read_yaml(Path(config))
+    where = "the command line" if config is None else str(config)
+    recipe = recipe_schema(option_of(overrides, "task") or content.get("task")).fill(content, overrides, where)
     try:
         _check_seeds(
             {"seed": recipe.seed, "data.seed": recipe.data.seed, "training.data_seed": recipe.training.get("data_seed")}
@@ -184,8 +183,13 @@ def load_recipe(config: str | Path, overrides: list[str] | None = None) -> Recip
         if recipe.samples < 0:
             raise ConfigError(f"samples: got {recipe.samples}, wanted a number of held-out rows, or 0 for none")
     except ConfigError as error:
-        raise ConfigError(f"{config}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     return recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as the text of a YAML file, without the fields that have their defaults, but for the seed."""
+    return yaml_text(changed(recipe) | {"seed": recipe.seed})
 
 
 def _check_seeds(seeds: dict[str, int | None]) -> None:

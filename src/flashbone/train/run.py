@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from flashbone.train.data.windows import windows_for
 from flashbone.train.fitting import EarlyStopping, fit
 from flashbone.train.folder import RunFolder
 from flashbone.train.inert import StopIfInert
-from flashbone.train.inputs import inputs_of
+from flashbone.train.inputs import Inputs, inputs_of
 from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
@@ -46,8 +47,13 @@ class Result:
     is_main: bool = True
 
 
-def train(recipe: Recipe, resume: bool = False) -> Result:
+def train(recipe: Recipe, resume: bool = False, on_start: Callable[[], None] | None = None) -> Result:
     """Run the recipe; `resume` goes on from the last checkpoint in its output, to the same losses.
+
+    Args:
+        recipe: The recipe.
+        resume: Whether a run is continued.
+        on_start: Called in the main process before the first step, when everything else is ready.
 
     Raises:
         FlashboneError: recipe, data, model or disk do not allow it; an earlier run in the output is left as it was.
@@ -62,10 +68,10 @@ def train(recipe: Recipe, resume: bool = False) -> Result:
     check_launch(recipe, args)
     claimed = run_folder.claimed(recipe, resume) if args.process_index == 0 else contextlib.nullcontext()
     with claimed, run_folder.disk_errors(folder), _known_failures(), _hub_errors(args), _bars_if_long(recipe):
-        return _train(recipe, folder, args)
+        return _train(recipe, folder, args, on_start)
 
 
-def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
+def _train(recipe: Recipe, folder: RunFolder, args: Any, on_start: Callable[[], None] | None) -> Result:
     limit_length(recipe, args)
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
@@ -81,7 +87,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
     if args.process_index == 0:
         inputs = inputs_of(recipe, trainer, data)
         run_folder.check_inputs(folder, inputs)
-        begin = functools.partial(run_folder.record, recipe, inputs)
+        begin = functools.partial(_begin, recipe, inputs, on_start)
     samples = Samples(trainer, data, recipe.samples)
     samples.ask_before()
     metrics, recorder = fit(trainer, folder, begin)
@@ -94,6 +100,12 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any) -> Result:
         write_text(folder.summary, to_json(summary))
     trainer.accelerator.wait_for_everyone()
     return Result(folder, finite(dataclasses.asdict(summary)), args.process_index == 0)
+
+
+def _begin(recipe: Recipe, inputs: Inputs, on_start: Callable[[], None] | None) -> None:
+    if on_start is not None:
+        on_start()
+    run_folder.record(recipe, inputs)
 
 
 def _save(folder: RunFolder, trainer: Any) -> None:
