@@ -23,8 +23,9 @@ def bare(tree: ast.AST) -> list[int]:
 
 
 def test_every_comparison_of_bits_names_its_promise():
-    files = [path for path in sorted(TESTS.rglob("*.py")) if path != HELPER]
-    lines = {str(path.relative_to(TESTS)): bare(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(TESTS.rglob("*.py")) if path != HELPER}
+    lines = {str(path.relative_to(TESTS)): bare(ast.parse(text)) for path, text in texts.items() if ".equal" in text}
+    assert lines
     assert not {name: numbers for name, numbers in lines.items() if numbers}
 
 

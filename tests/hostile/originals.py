@@ -21,6 +21,7 @@ model: model
 data: {path: rows.jsonl, eval: 4}
 adapter: {variant: bone, r: 4, target_modules: [q_proj, v_proj]}
 training: {max_steps: 1, per_device_train_batch_size: 1, max_length: 32, report_to: none}
+samples: 0
 output: OUT/run
 """
 CLASSES = """\

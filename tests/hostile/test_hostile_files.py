@@ -1,7 +1,7 @@
 """Thousands of damaged files of every kind, through every command that reads them: `make test-hostile`.
 
 Code 0 or 1, one line of error, nothing written outside OUT, under limits of time and memory. The seeds are the numbers
-from 0 on; FLASHBONE_HOSTILE=7 begins at seven million.
+from 0 on; FLASHBONE_HOSTILE=7 begins at seven million. Without that variable, as in `make test-all`, a fifth is tried.
 """
 
 import importlib
@@ -17,6 +17,8 @@ from hostile.trying import attempt, limit_memory, warm_up
 
 pytestmark = pytest.mark.slow
 FIRST = 10**6 * int(os.environ.get("FLASHBONE_HOSTILE", "0"))
+SHARE = 1 if "FLASHBONE_HOSTILE" in os.environ else 5  # one of so many is tried
+COUNTS = {file: count // SHARE for file, (count, _) in COMMANDS.items()}
 HEAVY = (
     "transformers",
     "peft",
@@ -64,9 +66,8 @@ def in_a_child(originals: Path, place: Path, file: str, seeds: range) -> tuple[l
 
 @pytest.mark.parametrize("file", COMMANDS)
 def test_damaged_files_are_read_or_refused_in_one_line(originals, tmp_path, file):
-    count = COMMANDS[file][0]
-    wrong, TAKEN[file] = in_a_child(originals, tmp_path / "child", file, range(FIRST, FIRST + count))
-    print(f"{file}: {TAKEN[file]} of {count} were taken", *wrong, sep="\n")
+    wrong, TAKEN[file] = in_a_child(originals, tmp_path / "child", file, range(FIRST, FIRST + COUNTS[file]))
+    print(f"{file}: {TAKEN[file]} of {COUNTS[file]} were taken", *wrong, sep="\n")
     assert wrong == []
 
 
@@ -74,8 +75,7 @@ def test_about_half_of_them_are_taken():
     """So that what is damaged is not refused at the door."""
     if TAKEN.keys() != COMMANDS.keys():
         pytest.skip("only some files were tried")
-    share = sum(TAKEN.values()) / sum(count for count, _ in COMMANDS.values())
-    assert 0.35 < share < 0.65
+    assert 0.35 < sum(TAKEN.values()) / sum(COUNTS.values()) < 0.65
 
 
 def test_there_are_over_three_thousand():

@@ -64,7 +64,7 @@ def recipe(tmp_path):
     def recipe(output="run", **changes) -> Recipe:
         fields = {"model": str(model), "data": DataRecipe(path=str(rows)), "output": str(tmp_path / output)}
         fields |= {"quantization": {"bits": 4, "double": True}, "adapter": {"r": 8, "variant": "bat-col"}}
-        fields["training"] = training | changes.pop("training", {})
+        fields |= {"training": training | changes.pop("training", {}), "samples": 0}
         return Recipe(**{**fields, **changes})
 
     return recipe

@@ -23,10 +23,9 @@ def test_answers_before_and_after_are_the_models_and_change_no_loss(llama, quest
     import torch
 
     training = {"max_steps": 4, "save_strategy": "no"}
-    shown = train(recipe_for(llama, questions_file, tmp_path / "a", adapter=DROPOUT, training=training)).summary
-    silent = train(
-        recipe_for(llama, questions_file, tmp_path / "b", adapter=DROPOUT, training=training, samples=0)
-    ).summary
+    fields = {"adapter": DROPOUT, "training": training}
+    shown = train(recipe_for(llama, questions_file, tmp_path / "a", **fields, samples=3)).summary
+    silent = train(recipe_for(llama, questions_file, tmp_path / "b", **fields)).summary
     assert silent["samples"] == []
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
 
@@ -72,7 +71,8 @@ def test_conversations_show_their_last_question_and_texts_how_they_go_on(llama, 
 def test_nothing_is_shown_without_held_out_rows(llama, questions_file, tmp_path):
     data = DataRecipe(path=str(questions_file), eval=None)
     training = {"max_steps": 1, "save_strategy": "no"}
-    assert train(recipe_for(llama, "", tmp_path / "run", data=data, training=training)).summary["samples"] == []
+    recipe = recipe_for(llama, "", tmp_path / "run", data=data, training=training, samples=3)
+    assert train(recipe).summary["samples"] == []
 
 
 def test_a_classifier_shows_texts_of_a_wrong_class(llama, jsonl, tmp_path, capsys):
@@ -82,7 +82,7 @@ def test_a_classifier_shows_texts_of_a_wrong_class(llama, jsonl, tmp_path, capsy
     ]
     data = DataRecipe(path=str(jsonl(rows)), eval=0.5)
     training = {"max_steps": 1, "save_strategy": "no"}
-    recipe = recipe_for(llama, "", tmp_path / "run", data=data, task="classification", training=training)
+    recipe = recipe_for(llama, "", tmp_path / "run", data=data, task="classification", training=training, samples=3)
     summary = train(recipe).summary
     assert 0 < summary["eval_accuracy_after"] < 1
     labels = {row["text"]: set() for row in rows}

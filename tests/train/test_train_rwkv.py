@@ -83,6 +83,7 @@ def make_recipe(vocabulary, corpus, model, output, **changes) -> Recipe:
         "output": str(output),
         "adapter": {"variant": "bone", "r": 8},
         "training": training,
+        "samples": 0,
         "rwkv": {"vocabulary": str(vocabulary), **changes.pop("rwkv", {})},
     }
     return Recipe(**{**fields, **changes})
@@ -115,11 +116,12 @@ def test_thirty_steps_learn_resume_exactly_and_merge_into_a_file_that_the_rwkv_p
 ):
     """Loss falls, a run that was cut off ends the same, and the merged .pth is the trained model."""
     training = {"max_steps": 30, "save_steps": 10}
-    summary = train(recipe_for(base, tmp_path / "run", merge=True, training=training)).summary
+    summary = train(recipe_for(base, tmp_path / "run", merge=True, training=training, samples=2)).summary
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 1
+    assert [sample["before"] != sample["after"] for sample in summary["samples"]] == [True, True]
     assert sum(losses(tmp_path / "run")[-5:]) < sum(losses(tmp_path / "run")[:5]) - 3
 
-    cut = recipe_for(base, tmp_path / "cut", merge=True, training=training)
+    cut = recipe_for(base, tmp_path / "cut", merge=True, training=training, samples=2)
     stopped_at_25(cut, monkeypatch)
     assert RunFolder(cut.output).last_checkpoint().name == "checkpoint-20"
     resumed = train(cut, resume=True).summary

@@ -20,6 +20,7 @@ def recipe_for(llama, file, output, **changes) -> Recipe:
         "output": str(output),
         "adapter": {"r": 8},
         "training": {**training, **changes.pop("training", {})},
+        "samples": 0,  # answers take as long as all else of a small run
     }
     return Recipe(**{**fields, **changes})
 
