@@ -7,11 +7,10 @@ import importlib
 import inspect
 import re
 import textwrap
-import tokenize
 import typing
-from io import StringIO
 
 from flashbone.cli import COMMANDS
+from flashbone.train.json_schema import field_comments
 
 GUIDES = {
     "train": "training.md",
@@ -22,6 +21,9 @@ GUIDES = {
     "inspect": "inspect.md",
     "merge": "merging.md",
     "convert": "converting.md",
+    "schema": "training.md",
+    "completion": "training.md",
+    "env": "troubleshooting.md",
 }
 # The dataclasses that a command's file fills, with the head of their tables.
 FIELDS = {
@@ -94,28 +96,20 @@ def _fields(module: str, name: str, title: str) -> str:
     """A table of a dataclass's own fields: name, type, default, and the comment behind it, or above."""
     home = importlib.import_module(module)
     cls = getattr(home, name)
-    source = textwrap.dedent(inspect.getsource(cls))
-    comments = _comments(source)
-    alone = {n for n in comments if source.splitlines()[n - 1].lstrip().startswith("#")}
-    tree = ast.parse(source).body[0]
+    notes = field_comments(cls)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     rows = []
     for line in tree.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            comment = comments.get(line.lineno, comments.get(line.lineno - 1, "") if line.lineno - 1 in alone else "")
             cells = (
                 _code(line.target.id),
                 _code(_type(line.annotation, vars(home))),
                 _default(line.value),
-                _safe(comment),
+                _safe(notes.get(line.target.id, "")),
             )
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"## {title}", "", "| field | type | default | meaning |", "|---|---|---|---|", *rows])
-
-
-def _comments(source: str) -> dict[int, str]:
-    tokens = tokenize.generate_tokens(StringIO(source).readline)
-    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def _type(annotation: ast.expr, names: dict[str, object]) -> str:

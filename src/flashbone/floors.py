@@ -2,10 +2,15 @@
 
 import functools
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from flashbone.errors import OutdatedPackageError
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 OF_COMMANDS = ("rich",)  # adapters work without them
+OF_DEVELOPERS = ("docs", "test", "dev", "all")  # extras
 
 
 def check(*extras: str, but: Collection[str] = ()) -> None:
@@ -18,9 +23,9 @@ def check(*extras: str, but: Collection[str] = ()) -> None:
     Raises:
         OutdatedPackageError: a package is missing or older than its floor; the message names all of them.
     """
-    if problems := _problems(extras, but):
-        package = f'"flashbone[{",".join(extras)}]"' if extras else " ".join(f'"{wanted}"' for wanted in problems)
-        raise OutdatedPackageError(f"flashbone needs {'; '.join(problems.values())}; run: pip install -U {package}")
+    if unmet := problems(extras, but):
+        package = f'"flashbone[{",".join(extras)}]"' if extras else " ".join(f'"{wanted}"' for wanted in unmet)
+        raise OutdatedPackageError(f"flashbone needs {'; '.join(unmet.values())}; run: pip install -U {package}")
 
 
 @functools.cache
@@ -36,18 +41,12 @@ def are_met() -> bool:
     return True
 
 
-def _problems(extras: Collection[str], but: Collection[str]) -> dict[str, str]:
-    """What is wrong with each requirement that is not met."""
+def problems(extras: Collection[str], but: Collection[str] = ()) -> dict[str, str]:
+    """What is wrong with each requirement of flashbone, and of these extras, that is not met."""
     from importlib import metadata
 
-    from packaging.requirements import Requirement
-
-    try:
-        requirements = [Requirement(line) for line in metadata.requires("flashbone") or []]
-    except metadata.PackageNotFoundError:  # a copy of the source on the path: nothing states any floors
-        return {}
-    problems = {}
-    for requirement in requirements:
+    unmet = {}
+    for requirement in _requirements():
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ["", *extras]):
             continue
         name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
@@ -56,8 +55,43 @@ def _problems(extras: Collection[str], but: Collection[str]) -> dict[str, str]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            problems[wanted] = f"{wanted}, which is not installed"
+            unmet[wanted] = f"{wanted}, which is not installed"
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            problems[wanted] = f"{wanted}, but {name} {version} is installed"
-    return problems
+            unmet[wanted] = f"{wanted}, but {name} {version} is installed"
+    return unmet
+
+
+def extras() -> list[str]:
+    """The optional parts, by the names of their extras; not those for the work on flashbone itself."""
+    from importlib import metadata
+
+    try:
+        names = metadata.metadata("flashbone").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [name for name in names if name not in OF_DEVELOPERS]
+
+
+def installed() -> dict[str, str]:
+    """The versions of the packages that flashbone or one of its optional parts needs, as far as they are installed."""
+    from contextlib import suppress
+    from importlib import metadata
+
+    versions, optional = {}, extras()
+    for requirement in _requirements():
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in optional):
+            with suppress(metadata.PackageNotFoundError):
+                versions[requirement.name] = metadata.version(requirement.name)
+    return versions
+
+
+def _requirements() -> "list[Requirement]":
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        return [Requirement(line) for line in metadata.requires("flashbone") or []]
+    except metadata.PackageNotFoundError:  # a copy of the source on the path: nothing states any floors
+        return []

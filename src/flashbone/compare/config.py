@@ -152,7 +152,17 @@ def load_comparison(config: str | Path, overrides: list[str] | None = None) -> C
     """
     overrides, content = list(overrides or []), read_yaml(Path(config))
     where, task = str(config), option_of(overrides, "task") or content.get("task")
-    schema = Schema(
+    comparison = comparison_schema(task).fill(content, overrides, where)
+    try:
+        check(comparison)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return comparison
+
+
+def comparison_schema(task: Any) -> Schema[ComparisonConfig]:
+    """What a comparison for a task may hold."""
+    return Schema(
         ComparisonConfig,
         {**_SECTIONS, "training": arguments_class(task)},
         {**OURS, **_NOT_HERE},
@@ -160,12 +170,6 @@ def load_comparison(config: str | Path, overrides: list[str] | None = None) -> C
         required=("data.path", "data.test"),
         paths=(*(name for name in PATHS if name != "init_adapter"), "data.test", "data.test.path"),
     )
-    comparison = schema.fill(content, overrides, where)
-    try:
-        check(comparison)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return comparison
 
 
 def check(comparison: ComparisonConfig) -> None:

@@ -143,13 +143,13 @@ class Schema(Generic[T]):
 
     def _missing(self, content: Mapping[str, Any]) -> list[str]:
         missing = []
-        for name in _without_default(self.kind):
+        for name in self.needed(self.kind):
             if name not in self.sections:
                 missing += [name] if content.get(name) in (None, "") else []
                 continue
             value = content.get(name)
             parts = value if isinstance(value, list) and value else [value]
-            inner = [*_without_default(self.sections[name]), *self._required_in(name)]
+            inner = [*self.needed(self.sections[name]), *self.required_in(name)]
             if isinstance(value, dict) and value.get(self.lists.get(name, "")):
                 inner = []
             missing += [
@@ -159,13 +159,15 @@ class Schema(Generic[T]):
             ]
         return sorted(missing, key=lambda name: "." in name)
 
-    def _required_in(self, section: str) -> list[str]:
+    @staticmethod
+    def needed(cls: Any) -> list[str]:
+        """The fields of a dataclass that have no default."""
+        absent = dataclasses.MISSING
+        return [item.name for item in dataclasses.fields(cls) if item.default is item.default_factory is absent]
+
+    def required_in(self, section: str) -> list[str]:
+        """The fields of a section that are required, though they have a default."""
         return [key for name, _, key in (entry.partition(".") for entry in self.required) if name == section]
-
-
-def _without_default(cls: Any) -> list[str]:
-    absent = dataclasses.MISSING
-    return [item.name for item in dataclasses.fields(cls) if item.default is item.default_factory is absent]
 
 
 def _flags(overrides: list[str]) -> list[tuple[Names, str]]:
