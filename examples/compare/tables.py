@@ -5,15 +5,18 @@ python -m examples.compare.tables [--check]
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from flashbone.compare.reading import read_results
-from flashbone.compare.report import comparison_markdown, words
+from flashbone.compare.report import words
 from flashbone.compare.report.statistics import Bootstrap, rank
+from flashbone.compare.report.tables import markdown, results_table
 from flashbone.compare.report.verdict import judge
 from flashbone.compare.results import ComparisonResults
 
 RESULTS = Path("examples/compare/results")
+SHOWN = ("method", "test", "size", "rate", "step_ms", "above_model_mib")
 PAGE, README = Path("docs/comparing.md"), Path("README.md")
 
 
@@ -40,19 +43,18 @@ def filled(text: str, folder: Path) -> str:
 
 
 def section(results: Path) -> str:
-    """Verdict, notes, table, where it was measured, and the curves of one comparison."""
+    """Verdict, notes, the columns that decide, where it was measured, and the curves of one comparison."""
     comparison = read_results(results)
     judged, header = judge(rank(comparison)), comparison.header
-    versions = ", ".join(f"{name} {number}" for name, number in header.versions.items())
+    table = results_table(rank(comparison))
+    table = replace(table, columns=tuple(column for column in table.columns if column.key in SHOWN))
     place = f"../{results.parent.as_posix()}"
     parts = [
         f"> {judged.text}",
         "\n".join(f"- {note}" for note in judged.notes),
-        comparison_markdown(results).strip(),
-        f"({header.hardware}; {versions}; commit {header.commit}, {header.date}. "
-        f"[All figures]({place}/results.jsonl); the report: `flashbone compare {header.config} --report --output "
-        f"{results.parent.as_posix()}`.)",
-        f"![Learning curves]({place}/learning_curves.png)",
+        markdown(table).strip(),
+        f"{header.hardware}, {header.date}, commit {header.commit}. [All figures and versions]({place}/results.jsonl).",
+        f"![Learning curves of {results.parent.name}]({place}/learning_curves.png)",
     ]
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 

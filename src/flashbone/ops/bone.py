@@ -19,7 +19,7 @@ def add_factored(
     """`y + s B` in y's dtype. `in_place` overwrites y, which nobody else may hold and which must not be a view.
 
     Plain torch, no hand-written backward: of y's size autograd keeps nothing, only s and B. In place saves two passes
-    over y (docs/maths.md, "What was tried").
+    over y (docs/tried.md).
     """
     if not s.dtype == B.dtype == y.dtype:
         s, B = s.to(y.dtype), B.to(y.dtype)

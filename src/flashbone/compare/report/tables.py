@@ -162,7 +162,8 @@ def markdown(table: ResultsTable) -> str:
     lines = [[_escape(column.head) for column in table.columns]]
     lines.append(["---" if column.is_text else "---:" for column in table.columns])
     for row in table.rows:
-        texts = [f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text) for cell in row.cells.values()]
+        cells = [row.cells[column.key] for column in table.columns]
+        texts = [f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text) for cell in cells]
         lines.append([texts[0] + (f" ({row.note})" if row.note else ""), *texts[1:]])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
