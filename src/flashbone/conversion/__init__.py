@@ -9,10 +9,10 @@ from pathlib import Path
 from flashbone.conversion import engines, factors
 from flashbone.conversion.factors import ModuleError
 from flashbone.errors import ConfigError, FormatError
-from flashbone.files import cards, gguf, outputs, reading
+from flashbone.files import cards, outputs, reading
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel, open_base
-from flashbone.files.beside import beside
+from flashbone.files.beside import Beside, beside
 from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.files.lora import Lora
 from flashbone.files.names import rwkv_lead
@@ -69,7 +69,7 @@ def convert(
         adapter: PEFT folder (BONE, MISS or LORA), or a file of RWKV-PEFT.
         out: A new file or folder, which appears whole or not at all. Formats of one file (rwkv-peft, gguf) become a
             file where `out` ends like one (.pth, .gguf), else a folder that holds it.
-        to: "peft", "miss", "lora", "rwkv-peft" or "gguf". None: what `engine` wants.
+        to: "peft", "miss", "lora", "rwkv-peft", "gguf" or "mlx". None: what `engine` wants.
         engine: A serving engine, of `engines.ENGINES`, such as "vllm" or "llama.cpp": check its limits, pad the rank
             to one that it takes, and write the other files that it needs.
         base: Folder of the base model, or an RWKV model's `.pth`. A LoRA needs its sizes, and its weights where the
@@ -92,7 +92,7 @@ def convert(
     source, read = reading.read(path)
     errors: tuple[ModuleError, ...] = ()
     if target.holds is Lora:
-        adapted, errors = _to_lora(read, path, base, rank, error, progress, for_server=server or target is gguf.FORMAT)
+        adapted, errors = _to_lora(read, path, base, rank, error, progress, for_server=target.read is None or server)
         adapted = adapted if server is None else server.prepare(adapted, path)
     else:
         adapted = factors.to_adapter(read, path) if isinstance(read, Lora) else read
@@ -119,8 +119,14 @@ def convert(
         errors=errors,
         files=tuple(sorted(files)) or (out.name,),
         serve=server.command(adapted, out) if server is not None and isinstance(adapted, Lora) else None,
-        beside="" if is_file or server is None else brought.words + server.unread(brought),
+        beside=_beside(adapted, server, brought) if server is not None and not is_file else "",
     )
+
+
+def _beside(adapted: Adapter | Lora, server: engines.ServingEngine, brought: Beside) -> str:
+    """What came along, and what the engine needs besides, for one line."""
+    needs = server.needs(adapted) if isinstance(adapted, Lora) else ""
+    return (brought.words + server.unread(brought) + needs).removeprefix("; ")
 
 
 def _target(to: str | None, server: engines.ServingEngine | None) -> AdapterFormat:

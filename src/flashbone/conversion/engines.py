@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flashbone.conversion import factors
 from flashbone.errors import ConfigError, FormatError
-from flashbone.files import gguf
+from flashbone.files import gguf, mlx
 from flashbone.files.beside import GENERATION, TEMPLATE, TOKENIZER_CONFIG, Beside
 from flashbone.files.lora import Lora
 from flashbone.files.sources import read_json
@@ -85,8 +85,9 @@ class ServingEngine:
         Raises:
             FormatError: it holds what the engine cannot serve; all is named.
         """
-        if "gguf" in self.formats:
-            gguf.tensor_names(lora)  # refuses
+        own_format = {"gguf": gguf.tensor_names, "mlx": mlx.check}.get(self.formats[0])
+        if own_format is not None:
+            own_format(lora)  # refuses
             return lora
         problems = {
             "tensors that replace the base's": list(lora.replacements),
@@ -126,6 +127,10 @@ class ServingEngine:
             f"; {self.title} does not read the settings: send the stop tokens {ends} with each request" if ends else ""
         )
 
+    def needs(self, lora: Lora) -> str:
+        """What the base needs before the engine runs it as transformers does, for one line."""
+        return ""
+
     def command(self, lora: Lora, out: Path) -> str:
         """The shell command that starts it with the adapter."""
         path = out.absolute()
@@ -155,6 +160,18 @@ class ServingEngine:
         for name in lora.factors:
             kinds[re.sub(r"\.\d+\.", ".*.", name)].append(name)
         return [name for kind, names in kinds.items() if "*" in kind and len(names) < layers for name in names]
+
+
+class Mlx(ServingEngine):
+    """Reads the base's rotary embedding where transformers wrote it up to version 4."""
+
+    def needs(self, lora: Lora) -> str:
+        rope = lora.base_config.get("rope_parameters")
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+        if theta is None or "rope_theta" in lora.base_config:
+            return ""
+        place = f"{_folder(lora) or lora.base_model}/config.json"
+        return f'; mlx-lm needs a line "rope_theta": {theta}, in {place}, else it silently takes another value'
 
 
 class Ollama(ServingEngine):
@@ -222,6 +239,13 @@ ENGINES = {
                 (TEMPLATE, f"--chat-template {{folder}}/{TEMPLATE}"),
             ),
             layers=r".*\blayers\.\d+\.(.*\.)?([qkvo]|gate|up|down|qkv|gate_up)_proj|(.*\.)?lm_head",
+        ),
+        Mlx(
+            "mlx",
+            "mlx-lm",
+            ("mlx",),
+            "mlx_lm.server --model {base} --adapter-path {path}",
+            "usual, it is always on",
         ),
         # It pads to multiples of 16 itself, but its kernels know only these sizes; larger ranks do without them.
         ServingEngine(

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from flashbone.errors import FormatError
-from flashbone.files import fields, folders, gguf, lora, miss, peft, pth, rwkv
+from flashbone.files import fields, folders, gguf, lora, miss, mlx, peft, pth, rwkv
 from flashbone.files.adapter import Adapter
 from flashbone.files.formats import AdapterFormat
 from flashbone.files.lora import Lora
 from flashbone.files.sources import read_json
 
-FORMATS = {f.name: f for f in (peft.FORMAT, miss.FORMAT, lora.FORMAT, rwkv.FORMAT, gguf.FORMAT)}
+FORMATS = {f.name: f for f in (peft.FORMAT, miss.FORMAT, lora.FORMAT, rwkv.FORMAT, gguf.FORMAT, mlx.FORMAT)}
 _OF_PEFT = {f.peft_type: f for f in FORMATS.values() if f.peft_type}
 
 
@@ -32,7 +32,10 @@ def recognise(path: Path) -> tuple[AdapterFormat, Path]:
         return rwkv.FORMAT, path
     if not config.is_file():
         return peft.FORMAT, path  # whose reader refuses it
-    method = read_json(config).get("peft_type")
+    content = read_json(config)
+    method = content.get("peft_type")
+    if "peft_type" not in content and "fine_tune_type" in content:
+        raise FormatError(f"{path}: adapters of mlx-lm are only written; convert from the adapter that it was made of")
     if not isinstance(method, str) or method not in _OF_PEFT:
         kind = "it has no peft_type" if method is None else f"this is a {fields.shown(method)} adapter"
         raise FormatError(f"{config}: {kind}, wanted {', '.join(_OF_PEFT)}")

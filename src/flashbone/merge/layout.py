@@ -110,7 +110,7 @@ def plan_layout(
     omitted = {record.NAME, *brought.left_out}
     beside: dict[str, bytes | Path] = {str(p): model.folder / p for p in model.companions if str(p) not in omitted}
     beside |= brought.files
-    config = config_in(model.config, dtype) if dtype is not None else model.config
+    config = _with_rope_as_before(model.config if dtype is None else config_in(model.config, dtype))
     for name, shape in shapes.items():
         config = _with_vocabulary(config, model.entries[name].shape[0], shape[0])
     if config != model.config:
@@ -193,6 +193,18 @@ def config_in(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     known = [str(t).removeprefix("torch.") for t in tensors.FLOATS.values()]
     changed = {key: name for key in ("dtype", "torch_dtype") if config.get(key) in known}
     changed |= {key: config_in(part, dtype) for key, part in config.items() if isinstance(part, dict)}
+    return config | changed
+
+
+def _with_rope_as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config and its parts, with the fields that transformers 5 writes into `rope_parameters` alone: mlx-lm
+    reads only these, and silently takes a default where one is missing."""
+    changed = {key: _with_rope_as_before(part) for key, part in config.items() if isinstance(part, dict)}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), (int, float)):
+        before = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        before |= {"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}
+        changed |= {key: value for key, value in before.items() if config.get(key) is None}
     return config | changed
 
 
