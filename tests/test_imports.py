@@ -27,7 +27,7 @@ ALLOWED = {
     "merge": {"errors", "variants", "files", "rwkv"},  # RWKV's models in merge/verify alone
     "tuner": {"errors", "files", "shards", "ops", "variants", "rwkv"},
     "rwkv": {"errors", "files", "ops"},
-    "train": {"errors", "printing", "tuner", "files", "variants", "rwkv", "merge"},
+    "train": {"errors", "floors", "printing", "tuner", "files", "variants", "rwkv", "merge"},
     "evaluate": {"errors", "printing", "files", "train"},
     "generation": {"errors", "files", "train", "evaluate", "rwkv"},
     "inspect": {"errors", "printing", "tuner", "files", "variants", "conversion", "rwkv"},

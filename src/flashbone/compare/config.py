@@ -112,6 +112,7 @@ _NOT_HERE = {
     "data.sources": "a comparison has one place of rows",
     "data.streaming": "a comparison counts its rows",
     "training.learning_rate": "set `learning_rates` instead",
+    "training.learning_rates": "each run has one rate for all; set `learning_rates` instead",
     "training.output_dir": "set `output` instead",
     "training.seed": "set `seeds` instead",
     "training.resume_from_checkpoint": "a comparison resumes by itself",

@@ -4,9 +4,11 @@ import dataclasses
 import os
 from typing import Any
 
+from flashbone import floors
 from flashbone.errors import ConfigError
 from flashbone.files.records import problems
 from flashbone.train.data.origins import holds_out
+from flashbone.train.rates import check_rates
 from flashbone.train.recipe import Recipe, arguments_class, early_stopping_of
 
 _STRATEGIES = ("eval_strategy", "save_strategy")
@@ -35,6 +37,7 @@ def trainer_arguments(recipe: Recipe) -> Any:
         ConfigError: a value is out of range, or contradicts another.
     """
     training = dict(recipe.training)
+    check_rates(training.pop("learning_rates", {}))
     if recipe.task == "classification":
         training.pop("max_length", None)
     # YAML 1.1 reads `no` as false; no strategy is a truth value.
@@ -138,7 +141,8 @@ def _check_trackers(names: list[str]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ConfigError(f"training.report_to: got {name!r}, wanted none or {', '.join(INTEGRATION_TO_CALLBACK)}")
         if name not in (*get_available_reporting_integrations(), "flyte"):
-            raise ConfigError(f"training.report_to: {name} is not installed; install it, or leave it out")
+            extra = f"pip install flashbone[{name}]" if name in floors.extras() else "install it"
+            raise ConfigError(f"training.report_to: {name} is not installed; {extra}, or leave it out")
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:

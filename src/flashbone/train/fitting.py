@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from flashbone.errors import ConfigError, NonFiniteError
@@ -147,6 +148,7 @@ def fit(trainer: Any, folder: RunFolder, begin: Callable[[], None] | None = None
         metrics.rewrite()
     trainer.add_callback(Checkpoints(trainer))
     recorder = _install_callbacks(trainer, metrics)
+    _keep_inside(trainer, folder)
     has_held_out = trainer.eval_dataset is not None
     with folder.forgotten_unless(lambda: trainer.state.global_step or trainer.args.process_index):
         if has_held_out and metrics.evaluation(0) is None and checkpoint is None:
@@ -182,6 +184,13 @@ def _install_callbacks(trainer: Any, metrics: MetricsLog) -> Recorder:
     recorder = Recorder(metrics)
     trainer.add_callback(recorder)
     return recorder
+
+
+def _keep_inside(trainer: Any, folder: RunFolder) -> None:
+    """TensorBoard's files in the run's folder: at a loss before training, its callback would begin them in ./runs."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder.path / "tensorboard")
 
 
 def _fit(trainer: Any, checkpoint: Path | None) -> None:

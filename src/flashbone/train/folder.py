@@ -24,7 +24,8 @@ from flashbone.train.summary import Summary
 log = logging.getLogger(__name__)
 
 REMEDY = "delete it, or choose another output"
-# What decides the losses: a resumed run must not change it. `training` may change (more steps), with a notice.
+# What decides the losses: a resumed run must not change it.
+# `training` may change (more steps), with a notice, but for `learning_rates`: a checkpoint's optimiser has its groups.
 FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
 
 
@@ -160,7 +161,9 @@ def _compare(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe of the run in the folder, if it leads to the same losses as this one."""
     run = read_record(Recipe, folder.recipe, REMEDY)  # an earlier version may lack fields
     now, before = _plain(recipe), _plain(run)
-    changed = [f"{name}{_change(before[name], now[name])}" for name in FIXED if before[name] != now[name]]
+    pairs = {name: (before[name], now[name]) for name in FIXED}
+    pairs["training.learning_rates"] = (_rates(before), _rates(now))
+    changed = [f"{name}{_change(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]]
     if changed:
         raise ConfigError(
             f"output {folder.path} holds a run of another recipe: {'; '.join(changed)}; "
@@ -169,6 +172,11 @@ def _compare(recipe: Recipe, folder: RunFolder) -> Recipe:
     if before["training"] != now["training"]:
         log.info("resume: training is now %s, was %s", now["training"], before["training"])
     return run
+
+
+def _rates(plain: dict[str, Any]) -> list[Any]:
+    """Learning rates by group, in their order."""
+    return list(plain["training"].get("learning_rates", {}).items())
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

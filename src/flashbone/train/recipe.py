@@ -237,6 +237,7 @@ def arguments_class(task: Any) -> type:
 def more_arguments(task: Any) -> dict[str, Any]:
     """Names in `training` beyond the fields of that class, with their types."""
     strategies = {f"training.{name}_strategy": str | bool for name in ("eval", "save", "logging")}  # YAML's `no`
+    strategies["training.learning_rates"] = dict[str, float]
     return strategies | ({"training.max_length": int | None} if task == "classification" else {})
 
 

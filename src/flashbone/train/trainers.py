@@ -25,6 +25,7 @@ from flashbone.train.models import (
     quantized_loading,
     without_weights,
 )
+from flashbone.train.rates import set_rates
 from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rwkv_of
 from flashbone.train.tokenizers import load_tokenizer, stop_at, training_tokenizer
 
@@ -59,6 +60,8 @@ def build_trainer(
     except TypeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"adapter or training: a value of the wrong type ({reason})") from error
+    if rates := recipe.training.get("learning_rates"):
+        set_rates(trainer, rates)
     if data.test is not None:
         trainer.eval_dataset, trainer.test_dataset = trainer.eval_dataset["held_out"], trainer.eval_dataset["test"]
     return trainer, load
