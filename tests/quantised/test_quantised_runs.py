@@ -1,5 +1,6 @@
 """`flashbone train` with a quantised base: recipes, runs, resuming, and what is merged."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -97,6 +98,35 @@ needs_bnb = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
     reason="bitsandbytes is not installed; `make test-all` brings it",
 )
+
+
+@pytest.mark.beside
+@needs_bnb
+@pytest.mark.parametrize("quantization", [{"bits": 4}, {"bits": 8}, {}], ids=["4", "8", "packed"])
+def test_a_dry_run_counts_a_quantised_base_as_the_run_does(recipe, quantization, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from flashbone.cli import main
+    from flashbone.train.run import train
+
+    made = recipe(quantization=quantization, training={"max_steps": 1}, samples=0)
+    if not quantization:  # the numbers on disk are packed
+        packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = AutoModelForCausalLM.from_pretrained(made.model, quantization_config=packed)
+        model.save_pretrained(made.model)
+        capsys.readouterr()
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(dataclasses.asdict(made)))
+    assert main(["train", str(config), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    parameters = json.loads(out)["parameters"]
+    memory = parameters.pop("memory")
+    assert memory["weight_bytes"] == 4 * parameters["trainable_parameters"]
+    assert not [words for words in ("Loading weights", "CONVERSION", "Traceback") if words in err]
+    summary = train(made).summary
+    assert {name: summary[name] for name in parameters} == parameters
+    assert main(["train", str(config), "--dry-run"]) == 0
+    assert "counted as if it were not quantised" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.beside

@@ -106,6 +106,46 @@ def test_steps_and_trained_parameters_are_those_of_the_run(llama, tmp_path, caps
     assert made["rows"][file]["learned"] == summary["sources"][0]["learned"]
 
 
+def gguf_recipe(tmp_path):
+    from hostile.originals import write_gguf
+
+    write_gguf(tmp_path / "gguf" / "model.gguf")
+    file = write(tmp_path / "rows.jsonl", LABELLED)
+    return recipe_for(tmp_path / "gguf" / "model.gguf", file, tmp_path / "out", task="classification")
+
+
+def rwkv_recipe(tmp_path):
+    from helpers.rwkv import write_rwkv
+
+    (tmp_path / "bytes.txt").write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
+    model = write_rwkv(tmp_path / "model.pth", 7, hidden=32, head=8, layers=1, vocabulary=260)
+    file, rwkv = write(tmp_path / "rows.jsonl", questions(9)), {"vocabulary": str(tmp_path / "bytes.txt")}
+    return recipe_for(model, file, tmp_path / "out", rwkv=rwkv | {"train_parts": ["ln"]})
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .*pth:UserWarning")  # peft looks for one
+@pytest.mark.parametrize("make", [gguf_recipe, rwkv_recipe])
+def test_models_in_single_files_are_counted_as_the_run_has_them(make, tmp_path, capsys):
+    recipe = make(tmp_path)
+    recipe.samples, recipe.training["max_steps"] = 0, 1
+    code, made = dry_run(recipe, tmp_path, capsys)
+    assert code == 0
+    memory = made["parameters"].pop("memory")
+    summary = train(recipe).summary
+    assert {name: summary[name] for name in made["parameters"]} == made["parameters"]
+    assert memory["weight_bytes"] == 4 * made["parameters"]["trainable_parameters"]
+
+
+def test_nothing_says_that_weights_are_loaded(llama, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", LABELLED)
+    recipe = recipe_for(llama, file, tmp_path / "out", task="classification")
+    assert main(["train", str(config_file(recipe, tmp_path / "c.yaml")), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "Loading weights" not in said
+    assert "LOAD REPORT" not in said
+    assert "its checkpoint has no score; trained whole" in said
+
+
 def test_modules_that_a_checkpoint_lacks_are_counted_as_trained(tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 

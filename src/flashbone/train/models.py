@@ -1,8 +1,9 @@
 """Loading a model: from a folder, a hub id, a .gguf file or an RWKV model's .pth file, ready to adapt and save."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def load_layout(name: str) -> Any:
     return skeleton(load_config(name), task_type=TASK_TYPES["classification"])  # a config alone
 
 
-def without_weights(load: Callable[..., Any], recipe: Recipe, dtype: Any, labels: list[str] | None = None) -> Any:
+def without_weights(load: "partial[Any]", recipe: Recipe, dtype: Any, labels: list[str] | None = None) -> Any:
     """The model on the meta device; its parameters are marked where its checkpoint has them, if that is on this disk.
 
     Args:
@@ -81,11 +82,13 @@ def without_weights(load: Callable[..., Any], recipe: Recipe, dtype: Any, labels
     """
     from flashbone.rwkv import read_config
 
-    if not is_pth(recipe.model) and not recipe.model.endswith(".gguf"):
-        with suppress(ConfigError):
-            return load(device_map="meta", local_files_only=True)
     is_file = is_pth(recipe.model)
-    config = read_config(Path(recipe.model).expanduser()) if is_file else load_config(recipe.model)
+    asked = {name: load.keywords[name] for name in ("trust_remote_code", "revision") if name in load.keywords}
+    config = read_config(Path(recipe.model).expanduser()) if is_file else load_config(recipe.model, **asked)
+    # what is packed can only be read with its numbers
+    if not is_file and not recipe.model.endswith(".gguf") and not hasattr(config, "quantization_config"):
+        with suppress(ConfigError), _load_report(False), _no_bars():
+            return load(device_map="meta", local_files_only=True)
     if labels is not None:
         config.num_labels = len(labels)
     return skeleton(config, dtype, TASK_TYPES[recipe.task])
@@ -182,6 +185,20 @@ def _reason(error: Exception) -> str:
     """The first line of an error's text, and the whole text where that line only introduces a list."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines)[:300] if lines[0].endswith(":") else lines[0]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """None of transformers' progress bars: where nothing is read, they would say that weights are."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    was_enabled = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable_progress_bar()
 
 
 @contextmanager

@@ -78,6 +78,8 @@ class Plan:
         examples: the first of each source, up to three.
         steps: optimiser steps, in all epochs.
         parameters: `trainable_parameters`, `total_parameters`, `trainable_percent`, as in summary.json.
+        model: transformers' configuration.
+        is_quantised: whether the run has the model in few bits.
         adapter: PEFT's configuration.
         tokens: of the longest batch: rows times the longest row.
         dtype: of the base.
@@ -88,6 +90,8 @@ class Plan:
     examples: list[Shown]
     steps: int
     parameters: dict[str, Any]
+    model: Any
+    is_quantised: bool
     adapter: Any
     tokens: int
     dtype: Any
@@ -126,6 +130,8 @@ def plan(recipe: Recipe) -> Plan:
             "total_parameters": total,
             "trainable_percent": round(100 * trainable / total, 4),
         },
+        model=trainer.model.config,
+        is_quantised=bool(recipe.quantization or getattr(trainer.model.config, "quantization_config", None)),
         adapter=next(iter(trainer.model.peft_config.values())),
         tokens=args.train_batch_size * longest,
         dtype=next(p.dtype for p in trainer.model.parameters() if not p.requires_grad),

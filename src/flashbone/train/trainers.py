@@ -78,9 +78,8 @@ def _classification_trainer(
     dtype = model_dtype(args)
     tokenizer = load_tokenizer(recipe.model)
     load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
-    model = (
-        load(**quantized_loading(recipe, dtype)) if has_weights else without_weights(load, recipe, dtype, data.labels)
-    )
+    quantized = quantized_loading(recipe, dtype)
+    model = load(**quantized) if has_weights else without_weights(load, recipe, dtype, data.labels)
     if model.config.is_encoder_decoder and tokenizer.eos_token_id not in tokenizer("")["input_ids"]:
         raise ConfigError(
             f"model {recipe.model}: {type(model).__name__} classifies at the end token, which its tokenizer does not"
