@@ -163,6 +163,9 @@ def test_the_log_counts_the_texts_that_are_cut(caplog):
     caplog.set_level("INFO")
     tokenizer = word_tokenizer([*WORDS.split(), "<pad>", "[CLS]", "[SEP]", "<unk>"], "<pad>", "[CLS]", "[SEP]", "<unk>")
     rows = datasets.Dataset.from_dict({"text": ["the cat", "the cat sat", "the cat sat on a mat"], "label": ["a"] * 3})
-    made = tokenized(rows, ["a"], tokenizer, 5)
+    made, counts = tokenized(rows, ["a"], tokenizer, 5)
     assert [len(ids) for ids in made["input_ids"]] == [4, 5, 5]
+    assert (counts.rows, counts.cut) == (3, 1)
     assert caplog.messages[-1] == "data: of 3 rows 1 are cut at training.max_length 5"
+    assert tokenized(rows, ["a"], tokenizer, 4)[1].cut == 2
+    assert caplog.records[-1].levelname == "WARNING"  # more than half of them

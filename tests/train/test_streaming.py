@@ -38,8 +38,42 @@ def test_each_layout_is_learned_from_a_stream_with_held_out_rows_of_its_own(llam
     file, held = write(tmp_path / "a.jsonl", LAYOUTS[layout]), write(tmp_path / "h.jsonl", LAYOUTS[layout][:4])
     summary = train(stream_of(llama, file, tmp_path / "out", eval=held)).summary
     assert summary["steps"] == 4
-    assert (summary["train_rows"], summary["eval_rows"]) == (None, 4)
+    assert (summary["train_rows"], summary["eval_rows"]) == (30, 4)
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
+def test_what_becomes_of_rows_is_counted_as_of_rows_on_disk(llama, tmp_path):
+    long = {"prompt": "the cat ?", "completion": " sat" * 20}
+    gone = {"prompt": "the dog ?" * 20, "completion": " ran"}
+    file = write(tmp_path / "a.jsonl", [*questions(13), *[long] * 3, *[gone] * 2])
+    changes = {"max_length": 16, "max_steps": 2}
+    streamed = train(stream_of(llama, file, tmp_path / "stream", changes)).summary
+    data = DataRecipe(file, eval=None)
+    stored = train(recipe_for(llama, "", tmp_path / "stored", data=data, training=changes)).summary
+    names = ("cut_rows", "lost_ends", "dropped_rows")
+    assert [streamed[name] for name in names] == [stored[name] for name in names] == [5, 5, 2]
+    assert streamed["train_rows"] == 16  # of which something is learned
+    (source,) = streamed["sources"]
+    assert (source["format"], source["rows"], source["learned"]) == ("prompt-completion", 18, 16)
+
+
+def test_what_loaders_read_ahead_is_not_counted(llama, tmp_path):
+    file = write(tmp_path / "a.jsonl", questions(60))
+    changes = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    summary = train(stream_of(llama, file, tmp_path / "out", changes)).summary
+    assert (summary["train_rows"], summary["sources"][0]["learned"]) == (24, 24)
+
+
+def test_a_bad_row_ends_a_stream_where_it_is_read_and_unused_columns_are_named(tmp_path, caplog):
+    rows = [{**row, "id": 1} for row in questions(3000)]
+    file = write(tmp_path / "a.jsonl", [*rows[:900], {"prompt": "where ?"}, *rows[901:]])
+    data = DataRecipe(file, eval=None, streaming=True)
+    with caplog.at_level("INFO"):
+        stream = load_data(Recipe("m", data, "o", training={"max_steps": 1})).train
+    assert f"data: {file} is read as prompt-completion" in caplog.messages
+    assert f"data: {file}: columns not used: id; no format reads them" in caplog.messages
+    with pytest.raises(FormatError, match=r"a\.jsonl:901: no 'completion'"):
+        next(iter(stream))
 
 
 def test_sources_of_other_formats_are_mixed_by_weight(tmp_path):

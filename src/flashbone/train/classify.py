@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashbone.train.data.loading import Data
+from flashbone.train.data.prepared import Counts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,22 +31,26 @@ def classification_trainer(model: Any, args: Any, data: Data, held_out: Any, tok
     def ready(rows: Any) -> Any:
         if isinstance(rows, dict):
             return {name: ready(part) for name, part in rows.items()}
-        return rows and tokenized(rows, data.labels, tokenizer, max_length)
+        return rows and tokenized(rows, data.labels, tokenizer, max_length)[0]
 
     args.label_names = ["labels"]
-    return Trainer(
+    learned, counts = tokenized(data.train, data.labels, tokenizer, max_length)
+    trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=ready(data.train),
+        train_dataset=learned,
         eval_dataset=ready(held_out),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda prediction: scores(prediction.predictions, prediction.label_ids),
     )
+    trainer.row_counts = counts  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer
 
 
-def tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: int) -> "Dataset":
-    """The rows as the Trainer takes them; the log counts those that are cut."""
+def tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: int) -> "tuple[Dataset, Counts]":
+    """The rows as the Trainer takes them, and how many are cut. However many are, they are not refused: a classifier
+    reads the same beginning of a text whenever it is used, and no answer loses its end."""
     number = {label: index for index, label in enumerate(labels)}
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
@@ -55,8 +60,9 @@ def tokenized(rows: "Dataset", labels: list[str], tokenizer: Any, max_length: in
     made = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
     full = [place for place, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
     if cut := sum(length > max_length for length in untruncated(rows.select(full), tokenizer)) if full else 0:
-        log.info("data: of %d rows %d are cut at training.max_length %d", len(rows), cut, max_length)
-    return made
+        level = logging.WARNING if 2 * cut > len(rows) else logging.INFO
+        log.log(level, "data: of %d rows %d are cut at training.max_length %d", len(rows), cut, max_length)
+    return made, Counts(rows=len(rows), cut=cut)
 
 
 def encoded(rows: Mapping[str, Any], tokenizer: Any, **limits: Any) -> Any:

@@ -99,6 +99,8 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("rows, training / held out", f"{_rows(summary['train_rows'])} / {summary['eval_rows']:,}"),
         ("steps (epochs)", f"{summary['steps']:,} ({summary['epochs']:.3g})"),
     ]
+    if summary.get("cut_rows") or summary.get("dropped_rows"):
+        lines.insert(2, ("rows, cut / dropped", f"{summary['cut_rows']:,} / {summary['dropped_rows']:,}"))
     if summary.get("best_step") is not None:
         lines.append(("best step, whose weights are kept", f"{summary['best_step']:,}"))
     if summary.get("train_loss") is not None:

@@ -90,6 +90,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any, on_start: Callable[[], 
         begin = functools.partial(_begin, recipe, inputs, on_start)
     samples = Samples(trainer, data, recipe.samples)
     samples.ask_before()
+    data.counted.clear()
     metrics, recorder = fit(trainer, folder, begin)
     summary = summarise(recipe, trainer, data, metrics, recorder.train_s)
     _save(folder, trainer)

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import peft
@@ -24,7 +24,10 @@ class Summary:
     """The content of summary.json; units are in the names, and null is what was not measured.
 
     Attributes:
-        train_rows: null where they were a stream.
+        train_rows: of a stream those that were learned; null where processes of their own read it.
+        cut_rows: of them, as the model sees them, those longer than training.max_length.
+        lost_ends: answers whose end was cut off.
+        dropped_rows: of which nothing was left to learn.
         sources: what each place of rows brought.
         samples: answers to held-out prompts, or held-out rows of a wrong class.
         rotation: the last figures of the variant orthogonal, the largest of all modules.
@@ -56,6 +59,9 @@ class Summary:
     device: str
     processes: int
     versions: dict[str, str]
+    cut_rows: int | None = None
+    lost_ends: int | None = None
+    dropped_rows: int | None = None
     best_step: int | None = None
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
@@ -84,7 +90,7 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, tra
         task=recipe.task,
         variant=getattr(config, "variant", recipe.adapter.get("variant", "bone")),
         block_size=getattr(config, "r", recipe.adapter.get("r")),
-        train_rows=None if data.is_stream else len(data.train),
+        **(_of_stream(trainer, data) if data.is_stream else _of_rows(trainer, data)),
         eval_rows=len(data.eval) if data.eval is not None else 0,
         labels=data.labels,
         steps=step,
@@ -102,9 +108,32 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, tra
         device=str(trainer.args.device),
         processes=trainer.accelerator.num_processes,
         versions=versions(),
-        sources=data.sources,
         **held_out,
     )
+
+
+def _of_rows(trainer: Any, data: Data) -> dict[str, Any]:
+    """What became of the training rows, as fields of the summary."""
+    counts = trainer.row_counts
+    fields = {"cut_rows": counts.cut, "lost_ends": counts.lost_ends, "dropped_rows": counts.empty}
+    return {"train_rows": len(data.train), **fields, "sources": data.sources}
+
+
+def _of_stream(trainer: Any, data: Data) -> dict[str, Any]:
+    """The same of a stream, up to the last step; packed rows also count where they were read ahead."""
+    args, counted = trainer.args, data.counted
+    if not counted.rows:  # the loader's own processes read it
+        return {"train_rows": None, "sources": data.sources}
+    of_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    counts = counted.of(None if args.packing else trainer.state.global_step * of_a_step)
+    numbers = range(len(data.sources))
+    sources = [
+        replace(source, rows=counts["read", number], learned=counts["learned", number])
+        for number, source in enumerate(data.sources)
+    ]
+    names = {"train_rows": "learned", "cut_rows": "cut", "lost_ends": "lost_ends", "dropped_rows": "empty"}
+    totals = {field: sum(counts[name, number] for number in numbers) for field, name in names.items()}
+    return {**totals, "sources": sources}
 
 
 def versions() -> dict[str, str]:

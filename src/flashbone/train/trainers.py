@@ -128,7 +128,7 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has
     if recipe.quantization:  # TRL makes adapters on such models bf16
         for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    trainer.stops_anew = stops_anew  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.stops_anew, trainer.row_counts = stops_anew, learned  # pyright: ignore[reportAttributeAccessIssue]
     return trainer, load
 
 
@@ -203,7 +203,7 @@ def tokenised(recipe: Recipe, args: Any, data: Data, tokenizer: Any, model: Any)
             continue
         with args.main_process_first():
             if kind == "training" and data.is_stream:
-                made, count, rows = prepare_stream(rows, tokenizer, limits)
+                made, count, rows = prepare_stream(rows, tokenizer, limits, data.counted)
             else:
                 made, count = prepare(rows, tokenizer, limits, args.dataset_num_proc)
         find = functools.partial(_places, of, recipe.task, rows)

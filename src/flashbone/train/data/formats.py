@@ -171,6 +171,7 @@ def open_examples(
     columns: Columns | None = None,
     turns: str = "all",
     drop_unlabelled: bool = False,
+    at_once: bool = False,
 ) -> Reading:
     """The format of the rows, and their examples.
 
@@ -182,6 +183,7 @@ def open_examples(
         columns: As there.
         turns: Which answers of a conversation are learned: all, or the last.
         drop_unlabelled: Leave out and count rows without a class, which are refused otherwise.
+        at_once: Raise at the first bad row, not at the end with the first few.
 
     Raises:
         ConfigError: as there.
@@ -198,7 +200,7 @@ def open_examples(
     reading = Reading(format, names, iter(()), RowCounts())
     convert = converter(format, names, turns, refuse_context=not columns)
     everything = itertools.chain(start, rows)
-    reading.examples = _converted(everything, convert, where, reading, drop_unlabelled)
+    reading.examples = _converted(everything, convert, where, reading, drop_unlabelled, at_once)
     return reading
 
 
@@ -208,6 +210,7 @@ def _converted(
     where: str,
     reading: Reading,
     drop_unlabelled: bool,
+    at_once: bool,
 ) -> Iterator[Example]:
     bad: list[str] = []
     counts, entry = reading.counts, FORMATS[reading.format]
@@ -215,6 +218,8 @@ def _converted(
     turns = [reading.columns.get(name, name) for name in entry.turns]
     of_turns = () if entry.has_prompt else turns
     for row in rows:
+        if bad and at_once:
+            break
         counts.read += 1
         if isinstance(row, BadRow):
             bad.append(str(row))

@@ -17,7 +17,7 @@ from flashbone.train.data.layouts import FORMATS, Example
 from flashbone.train.data.origins import DataRecipe, Part, elsewhere, named, open_place, open_rows, sources_of
 from flashbone.train.data.rows import local_files, read_rows, readable
 from flashbone.train.data.sources import Source, joined, repeated, without_held_out
-from flashbone.train.data.streaming import check_streaming, streamed
+from flashbone.train.data.streaming import StreamCounts, check_streaming, streamed
 from flashbone.train.data.windows import Windows, count, without_numbers
 from flashbone.train.recipe import Recipe
 
@@ -41,6 +41,7 @@ class Data:
     sources: list[Source] = field(default_factory=list)
     read: "list[Read]" = field(default_factory=list)  # of each source, then of held-out files
     talks: bool = False  # of a stream: whether it has conversations
+    counted: StreamCounts = field(default_factory=StreamCounts)  # of a stream: what became of its rows
 
     @property
     def conversational(self) -> bool:
@@ -96,11 +97,13 @@ def load_data(recipe: Recipe, windows: Windows | None = None, test: Part = None)
 def _streamed(recipe: Recipe, windows: Windows) -> Data:
     """Rows that are read while they are learned; only held-out rows are stored on disk."""
     check_streaming(recipe)
-    rows, talks = streamed(recipe)
+    rows, formats, talks = streamed(recipe)
     apart = elsewhere(recipe.data, recipe.data.eval)
     held_out = apart and without_numbers(_load(apart, recipe.task, windows).examples)
     log.info("data: %s: read while it is learned; %d rows held out", named(recipe.data), len(held_out or ()))
-    return Data(rows, held_out, [], talks=talks)  # pyright: ignore[reportArgumentType]
+    places = zip(sources_of(recipe.data), formats, strict=True)
+    sources = [Source(place.path, place.split, name, place.weight, 0, 0, 0) for place, name in places]
+    return Data(rows, held_out, [], sources=sources, talks=talks)  # pyright: ignore[reportArgumentType]
 
 
 def _log(data: Data) -> None:

@@ -107,7 +107,7 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     return str(file.resolve()), status.st_mtime_ns, status.st_size
 
 
-def open_place(rows: Iterator[Row | BadRow], place: DataRecipe, task: str) -> Reading:
+def open_place(rows: Iterator[Row | BadRow], place: DataRecipe, task: str, at_once: bool = False) -> Reading:
     """The examples in the rows of a place, with its template around their prompts.
 
     Raises:
@@ -115,7 +115,7 @@ def open_place(rows: Iterator[Row | BadRow], place: DataRecipe, task: str) -> Re
         FormatError: as `choose_format`.
     """
     reading = open_examples(
-        rows, task, place.path, place.format, place.columns, place.turns, drop_unlabelled=place.drop_unlabelled
+        rows, task, place.path, place.format, place.columns, place.turns, place.drop_unlabelled, at_once
     )
     if place.template is not None:
         check_template(place.template, reading.format)

@@ -188,20 +188,16 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
     return {name: [entry[name] for entry in entries] for name in entries[0]}
 
 
-def prepared_rows(example: Example, number: int, tokenizer: Any, limits: Limits) -> Iterator[dict[str, list[int]]]:
-    """The rows of one example that have something to learn.
+def prepared_rows(example: Example, number: int, tokenizer: Any, limits: Limits) -> Iterator[dict[str, Any]]:
+    """The rows of one example, each with what became of it.
 
     Raises:
         FormatError: the row of this number has a problem.
     """
     made = _prepared({name: [value] for name, value in example.items()}, [number], tokenizer, limits)
-    for ids, labels, problem, is_empty in zip(
-        made["input_ids"], made["labels"], made["problem"], made["is_empty"], strict=True
-    ):
-        if problem:
-            raise FormatError(f"data: row {number + 1} of the stream: {problem}")
-        if not is_empty:
-            yield {"input_ids": ids, "labels": labels}
+    if problem := made["problem"][0]:
+        raise FormatError(f"data: row {number + 1} of the stream: {problem}")
+    yield from (dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True))
 
 
 def _unknown(ids: list[int], tokenizer: Any, limits: Limits) -> str:

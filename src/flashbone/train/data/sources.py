@@ -24,9 +24,9 @@ class Source:
     """What one place of rows brought to a run; a document of token ids counts as one row.
 
     Attributes:
-        rows: that `split` selects.
+        rows: that `split` selects; of a stream those that were read.
         held_out: of them, for evaluation.
-        learned: in an epoch: the others, times `weight`.
+        learned: in an epoch: the others, times `weight`; of a stream in the run.
     """
 
     path: str
