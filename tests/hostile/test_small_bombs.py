@@ -17,13 +17,15 @@ from flashbone.errors import ConfigError, FlashboneError, FormatError
 from flashbone.files import claims
 from flashbone.files.fields import refuse_slow_patterns, settle_patterns
 from flashbone.train import templates
+from flashbone.train.arguments import trainer_arguments
 from flashbone.train.data.formats import open_examples
 from flashbone.train.data.tokens import Talk
+from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.templates import check_template
-from flashbone.train.tokenizers import load_tokenizer, prompt_ids
+from flashbone.train.tokenizers import load_tokenizer, prompt_ids, training_tokenizer
 from flashbone.tuner.model.whole import matches
 from helpers.adapter_folders import tiny_llama, write_adapter
-from helpers.tiny_llama import tiny_tokenizer
+from helpers.tiny_llama import tiny_tokenizer, write_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_every_config_of_transformers_is_within_the_limits(tmp_path):
     ],
 )
 def test_a_template_that_does_not_end_is_refused(within_limits, template):
-    with pytest.raises(ConfigError, match=r"its chat template takes more than 2 seconds or 300 MiB"):
+    with pytest.raises(ConfigError, match=r"the chat template takes more than 2 seconds or 300 MiB"):
         check_template(tiny_tokenizer(template), "m")
 
 
@@ -153,6 +155,29 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(template):
     with pytest.raises(ConfigError, match="chat template") as caught:
         check_template(tiny_tokenizer(template), "m")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a" * 300_000, "a chat template has to be text of at most"),
+        (b"{% for", "the chat template cannot be used"),
+        (b"\xff\xfe{", "not UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_a_template_beside_an_adapter_or_in_a_recipe_is_tried_as_a_models_is(tmp_path, content, problem):
+    """An adapter's folder may hold a template and no tokenizer."""
+    write_tiny_llama(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"chat_template\.jinja: {problem}"):
+        load_tokenizer(str(tmp_path / "base"), adapters=[adapter])
+    recipe = Recipe(str(tmp_path / "base"), DataRecipe("rows.jsonl"), "out")
+    recipe.training["chat_template_path"] = str(adapter / "chat_template.jinja")
+    args = trainer_arguments(recipe)
+    with pytest.raises(ConfigError, match=rf"chat_template\.jinja: {problem}"):
+        training_tokenizer(recipe, args, None, True)
 
 
 def test_usual_templates_are_taken():

@@ -244,6 +244,12 @@ def test_home_and_variables_are_filled_in_wherever_a_place_is_named(load, monkey
         "$ROWS {prompt}",
     )
     assert (recipe.rwkv, recipe.training) == ({"vocabulary": "/rows/v"}, {"chat_template_path": "/home/me/t.jinja"})
+    files = 'training: {deepspeed: ~/ds.json, fsdp_config: $ROWS/f.json, accelerator_config: \'{"a": "$ROWS"}\'}'
+    assert load(MINIMAL + files).training == {
+        "deepspeed": "/home/me/ds.json",
+        "fsdp_config": "/rows/f.json",
+        "accelerator_config": '{"a": "$ROWS"}',
+    }
     with pytest.raises(
         ConfigError,
         match=r"c\.yaml: model: \$NOWHERE_AT_ALL/m: the variable NOWHERE_AT_ALL is not set; set it, or write",

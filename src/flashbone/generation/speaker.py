@@ -17,7 +17,7 @@ from flashbone.evaluate.loading import load_language_model
 from flashbone.evaluate.request import DTYPES, device_and_dtype
 from flashbone.train.decoding import Decoding, continuations, text_of
 from flashbone.train.recipe import Quantization
-from flashbone.train.templates import check_template
+from flashbone.train.templates import give_template
 from flashbone.train.tokenizers import stop_tokens
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -222,8 +222,7 @@ def load_speaker(asked: Model) -> Speaker:
         quantization=quantization,
     )
     if template is not None:
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-        check_template(tokenizer, str(template))
+        give_template(tokenizer, template)
     speaker = Speaker(model, tokenizer, base, keys, stop_tokens(model, tokenizer))
     if speaker.is_rwkv:
         blank = tokenizer(BLANK_LINE, add_special_tokens=False)["input_ids"]

@@ -224,7 +224,7 @@ def _expand(content: Any, path: list[str]) -> None:
         value = part.get(name) if isinstance(part, dict) else None
         if inner:
             _expand(value, inner)
-        elif isinstance(value, str):
+        elif isinstance(value, str) and not value.startswith("{"):  # JSON, which some fields take besides
             part[name] = expanded(value)
 
 

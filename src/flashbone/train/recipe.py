@@ -146,7 +146,10 @@ def refuse_classification(recipe: Recipe) -> None:
 
 
 # Where files are read and written; `~` and `$NAME` are understood in them.
-PATHS = ("model", "output", "data.path", "data.eval", "init_adapter", "rwkv.vocabulary", "training.chat_template_path")
+PATHS = (
+    *("model", "output", "data.path", "data.eval", "init_adapter", "rwkv.vocabulary", "training.chat_template_path"),
+    *(f"training.{name}" for name in ("deepspeed", "fsdp_config", "accelerator_config")),  # or JSON, or a mapping
+)
 
 
 def recipe_schema(task: Any) -> Schema[Recipe]:

@@ -44,8 +44,25 @@ def in_time() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, handler)
 
 
-def check_template(tokenizer: Any, name: str) -> None:
+def give_template(tokenizer: Any, file: Path) -> None:
+    """Give a tokenizer the chat template in a file.
+
+    Raises:
+        ConfigError: the file is no text, or `check_template` refuses it.
+    """
+    try:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+    check_template(tokenizer, str(file))
+
+
+def check_template(tokenizer: Any, where: str) -> None:
     """Refuse a chat template that is malformed, forbidden, or that two short turns keep busy for two seconds.
+
+    Args:
+        tokenizer: What has it.
+        where: Where it is from, for errors.
 
     Raises:
         ConfigError: it is.
@@ -55,7 +72,7 @@ def check_template(tokenizer: Any, name: str) -> None:
     if not template:
         return
     if any(not isinstance(text, str) or len(text) > LONGEST for text in texts):
-        raise ConfigError(f"model {name}: a chat template has to be text of at most {LONGEST:,} characters")
+        raise ConfigError(f"{where}: a chat template has to be text of at most {LONGEST:,} characters")
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
     try:
@@ -63,11 +80,11 @@ def check_template(tokenizer: Any, name: str) -> None:
             tokenizer.apply_chat_template(_TRIAL, tokenize=False)
     except (_TooMuch, MemoryError, OverflowError, RecursionError):
         raise ConfigError(
-            f"model {name}: its chat template takes more than {SECONDS:g} seconds or {MEMORY >> 20} MiB for two short"
+            f"{where}: the chat template takes more than {SECONDS:g} seconds or {MEMORY >> 20} MiB for two short"
             " turns; give another with training.chat_template_path"
         ) from None
     except (SecurityError, TemplateSyntaxError) as error:
-        raise ConfigError(f"model {name}: its chat template cannot be used: {one_line(error, 200)}") from error
+        raise ConfigError(f"{where}: the chat template cannot be used: {one_line(error, 200)}") from error
     except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return  # it may want other turns than these
 

@@ -11,7 +11,7 @@ from flashbone.train.data.origins import named
 from flashbone.train.data.tokens import text_ids
 from flashbone.train.models import load, locate
 from flashbone.train.recipe import Recipe, is_pth
-from flashbone.train.templates import check_template, rendered
+from flashbone.train.templates import check_template, give_template, rendered
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load_tokenizer(name: str, vocabulary: str | None = None, adapters: Sequence[
         place, gguf = locate(name)
         tokenizer = _with_padding(load(AutoTokenizer, name, place, **gguf, **kwargs), name)
     if TEMPLATE in brought:
-        tokenizer.chat_template = brought[TEMPLATE].read_text(encoding="utf-8")
+        give_template(tokenizer, brought[TEMPLATE])
     return tokenizer
 
 
@@ -64,7 +64,7 @@ def _with_padding(tokenizer: Any, name: str) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ConfigError(f"model {name}: its tokenizer has no padding, end or unknown token; add one and save it")
-    check_template(tokenizer, name)
+    check_template(tokenizer, f"model {name}")
     return tokenizer
 
 
@@ -87,7 +87,8 @@ def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conver
         file = Path(args.chat_template_path)
         if file.suffix not in (".jinja", ".j2") or not file.is_file():
             raise ConfigError(f"training.chat_template_path {file}: no such file; a .jinja or .j2 file was wanted")
-        tokenizer.chat_template, args.chat_template_path = file.read_text(encoding="utf-8"), None
+        give_template(tokenizer, file)
+        args.chat_template_path = None
     if conversational and tokenizer.chat_template is None:
         raise ConfigError(
             f"{named(recipe.data)} holds conversations, but the tokenizer of {recipe.model} has no chat template; "
