@@ -8,6 +8,7 @@ import pytest
 from compared import results
 
 from flashbone.errors import ConfigError
+from helpers.encoders import write_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,18 @@ def test_a_classifier_is_compared_by_accuracy(config, albert, news):
         assert set(run["test_scores"]) <= {0, 1}
         assert len(run["held_out"]["accuracy"]) == 3
     assert len({run["digest"] for run in runs}) == 1
+
+
+def test_an_adapter_of_a_pooler_that_no_head_reads_is_named_and_stops_no_run(config, news, tmp_path):
+    base = write_encoder("bigbird", tmp_path / "base")
+    data = {"path": news("train.jsonl", range(12)), "eval": 4, "test": news("test.jsonl", range(100, 102))}
+    fields = {"data": data, "methods": ["bone"], "seeds": [0]}
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True, "max_length": 16}
+    targets = {"target_modules": ["query", "pooler"], "learning_rates": [1e-3], "training": training}
+    rows = results(config(model=str(base), task="classification", **fields, **targets))
+    assert rows[1]["status"] == "ok"
+    (log,) = tmp_path.rglob("log.txt")
+    assert "bert.pooler: these layers ran, and no gradient came back" in log.read_text()
 
 
 def test_the_bounds_train_what_they_say(albert):

@@ -35,6 +35,15 @@ def test_the_summary_is_one_line_on_stdout(place, capsys):
     assert (place / "out" / "model.safetensors").is_file()
 
 
+def test_blocks_that_are_zero_are_told(place, capsys):
+    """As training leaves the blocks of layers whose output nobody uses."""
+    write_adapter(place / "adapter", "bone", {"layers.0.q": torch.randn(4, 8), "layers.1.q": torch.zeros(4, 8)})
+    assert main(_arguments(place)) == 0
+    summary, untrained = capsys.readouterr().out.splitlines()
+    assert "2 tensors merged" in summary
+    assert untrained == "1 of the merged tensors are as in the base: their blocks are zero, untrained"
+
+
 def test_json_is_the_report(place, capsys):
     assert main([*_arguments(place), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

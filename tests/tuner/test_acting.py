@@ -19,6 +19,13 @@ from helpers.comparison import close
 X = torch.linspace(-1, 1, 24).view(4, 6)
 
 
+class CutOff(nn.Linear):
+    """Its output has a gradient, and what it does to its weight has none."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.detach(), self.bias)
+
+
 class Host(nn.Module):
     """`way` decides what becomes of the layer b."""
 
@@ -26,6 +33,8 @@ class Host(nn.Module):
         super().__init__()
         self.a, self.b, self.way = nn.Linear(6, 6), nn.Linear(6, 6), way
         self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        if way == "cuts_off":
+            self.b = CutOff(6, 6)
 
     def forward(self, x):
         return getattr(self, f"_{self.way}")(self.a(x))
@@ -41,6 +50,12 @@ class Host(nn.Module):
 
     def _detaches(self, x):
         return x + self.b(x).detach()
+
+    _cuts_off = _calls
+
+    def _computes_for_nobody(self, x):  # as a pooler that no head reads
+        self.pooled = self.b(x)
+        return x
 
     def _multiplies_by_zero(self, x):
         return x + self.b(x) * 0
@@ -70,25 +85,45 @@ def steps(model, count: int, **kwargs) -> None:
         model(X)
 
 
+BYPASSED = "the model computes with the weights of these layers"
+UNHEARD = "these layers ran, and no gradient came back to what they returned"
+
+
 @pytest.mark.parametrize(
-    ("way", "message"),
+    ("way", "message", "stops"),
     [
-        ("bypasses", "b: the model computes with the weights of these layers"),
-        ("bypasses_in_eval", "b: the model computes with the weights of these layers"),
-        ("detaches", "b: these layers were used, and no gradient reached their adapters"),
-        ("multiplies_by_zero", f"b: the gradient of their adapters was exactly zero in {ZERO_PASSES} backward passes"),
+        ("bypasses", BYPASSED, True),
+        ("bypasses_in_eval", BYPASSED, True),
+        ("cuts_off", "a gradient came back to these layers, and none reached their adapters", True),
+        ("detaches", UNHEARD, False),
+        ("computes_for_nobody", UNHEARD, False),
+        (
+            "multiplies_by_zero",
+            f"the gradient of their adapters was exactly zero in {ZERO_PASSES} backward pass",
+            False,
+        ),
     ],
 )
-def test_an_adapter_that_does_nothing_is_named_once(way, message):
+def test_an_adapter_that_does_nothing_is_named_once_and_stops_a_run_where_its_output_is_used(way, message, stops):
     model = model_of(way)
-    with pytest.warns(InertAdapterWarning, match=message) as caught:
+    with pytest.warns(InertAdapterWarning, match=f"^b: {message}") as caught:
         steps(model, ZERO_PASSES + 2)
     assert len(caught) == 1
     steps(model, 2)
     for net in nets(fresh := model_of(way)):
         net.raises = True
-    with pytest.raises(ConfigError, match=message):
+    outcome = pytest.raises(ConfigError, match=message) if stops else pytest.warns(InertAdapterWarning, match=message)
+    with outcome:
         steps(fresh, ZERO_PASSES + 2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pooler_that_nobody_reads_is_named_inside_a_checkpoint_too(reentrant):
+    model = model_of("computes_for_nobody").train()
+    x = X.clone().requires_grad_(True)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    with pytest.warns(InertAdapterWarning, match=UNHEARD):
+        steps(model, 2)
 
 
 @pytest.mark.parametrize("way", ["calls", "leaves_out", "takes_no_token", "asks"])
@@ -144,9 +179,9 @@ def test_a_failed_forward_leaves_no_hooks_and_copies_are_watched_anew():
 
 
 def test_a_training_run_stops_after_the_first_backward():
-    model, callbacks = model_of("detaches"), []
+    model, callbacks = model_of("cuts_off"), []
     StopIfInert.attach(SimpleNamespace(model=model, add_callback=callbacks.append))
     model.train()(X).square().sum().backward()
-    with pytest.raises(ConfigError, match="b: these layers were used, and no gradient reached"):
+    with pytest.raises(ConfigError, match="b: a gradient came back to these layers, and none reached"):
         callbacks[0].on_pre_optimizer_step(None, None, None, model=model)
     callbacks[0].on_pre_optimizer_step(None, None, None, model=model)  # once

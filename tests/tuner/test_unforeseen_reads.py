@@ -128,7 +128,7 @@ def test_a_read_that_has_no_gradient_is_named():
     model = model_of(lambda host, x: x + F.linear(x, host.b.weight.data))
     for _ in range(2):
         model.train()(X).sum().backward()
-    with pytest.warns(InertAdapterWarning, match="b: these layers were used, and no gradient reached"):
+    with pytest.warns(InertAdapterWarning, match="b: these layers ran, and no gradient came back"):
         model(X)
 
 

@@ -57,6 +57,11 @@ def run(argv: list[str]) -> int:
         print(
             f"{report.out}: {report.merged} tensors merged ({report.variant}), {report.replaced} replaced,"
             f" {report.copied} copied, {report.bytes_written / 2**20:.1f} MiB in {report.seconds:.1f} s"
+            + (
+                f"\n{report.untrained} of the merged tensors are as in the base: their blocks are zero, untrained"
+                if report.untrained
+                else ""
+            )
             + (f"\n{report.beside}" if report.beside else "")
         )
     return 0

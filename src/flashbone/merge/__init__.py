@@ -31,6 +31,7 @@ class MergeReport:
         out: the new folder, or file.
         variant: of each adapter, with " + " between them.
         merged: tensors that blocks were merged into.
+        untrained: those of them whose blocks are all zero, so that they are as in the base.
         replaced: tensors that an adapter holds whole (biases, modules to save).
         copied: tensors that are those of the base, if in another dtype.
         bytes_written: all files together.
@@ -42,6 +43,7 @@ class MergeReport:
     out: Path
     variant: str
     merged: int
+    untrained: int
     replaced: int
     copied: int
     bytes_written: int
@@ -110,12 +112,15 @@ def merge_checkpoint(
     if model.is_pth and brought.files:
         with outputs.whole_or_absent(tokenizer_folder(out)) as folder:
             brought.copy_to(folder)
-    merged = sum(bool(edit.terms) for edit in edits.values())
+    merged = [edit for edit in edits.values() if edit.terms]
     return MergeReport(
         out=out,
         variant=" + ".join(adapter.variant.name for adapter, _, _ in weighted),
-        merged=merged,
-        replaced=len(edits) - merged,
+        merged=len(merged),
+        untrained=sum(
+            edit.value is None and not any(block.float().any() for _, block, _ in edit.terms) for edit in merged
+        ),
+        replaced=len(edits) - len(merged),
         copied=len(model.entries) - len(edits),
         bytes_written=written,
         seconds=time.perf_counter() - start,

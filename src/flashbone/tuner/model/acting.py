@@ -35,12 +35,13 @@ class Net:
     """Watches a model's first training forward, the gradients after it, and the first evaluation.
 
     A weight that a host reads off a layer, which the scan of `weight_reads` did not see, is shifted from this read on,
-    and the next forward is watched, too. A weight that is used in another way while its layer does not run bypasses
-    the adapter, and so do blocks that get no gradient though their layer ran: both are an error. A layer that did not
-    run at all is only noted: an expert without tokens, a dropped layer, a tower without images.
+    and the next forward is watched, too. An adapter is inert, which is an error, where its layer's weight is used in
+    another way while the layer does not run, and where the layer's output gets a gradient but the block does not. An
+    output without a gradient, such as that of a pooler that no head reads, is a warning. A layer that did not run at
+    all is only noted: an expert without tokens, a dropped layer, a tower without images.
 
     Attributes:
-        raises: Whether to raise a ConfigError rather than warn.
+        raises: Whether to raise a ConfigError for an inert adapter rather than warn.
     """
 
     raises = False
@@ -52,6 +53,7 @@ class Net:
         self._turn = Lock()  # threads may call a model at the same time
         self._phase: bool | None = None  # of the forward that is watched
         self._used: dict[bool | None, set[str]] = {}
+        self._answered: set[str] = set()  # layers of the watched training forward whose output got a gradient
         self._unjudged: dict[Block, nn.Parameter] = {}
         self._forwards = 0
         self._named: set[str] = set()
@@ -95,11 +97,11 @@ class Net:
         if not watch.repaired:
             self._unseen.discard(self._phase)
         self._used[self._phase] = watch.used - watch.repaired
+        if self._phase:
+            self._answered = watch.answered
         if watch.bypassed:
-            self._report(
-                "the model computes with the weights of these layers without calling them, past their adapters",
-                watch.bypassed,
-            )
+            what = "the model computes with the weights of these layers without calling them, past their adapters"
+            self._report(what, watch.bypassed, is_inert=True)
         idle = sorted(watch.layers.keys() - watch.used - watch.repaired - watch.bypassed)
         if idle and self._phase is not None:
             what = "training" if self._phase else "evaluation"
@@ -110,10 +112,11 @@ class Net:
         """Name the blocks that the first backward, or the first ten, gave nothing; `last`: a backward has ended."""
         if self._unjudged and (last or self._passes.total() > self._passes_before):
             used = self._used.get(True, set())
-            unfit = [block for block in self._unjudged if block[0] in used and not self._passes[block]]
+            unfit = {block[0] for block in self._unjudged if block[0] in used and not self._passes[block]}
             self._unjudged = {}
-            if unfit:
-                self._report("these layers were used, and no gradient reached their adapters", {n for n, _ in unfit})
+            self._report("these layers ran, and no gradient came back to what they returned", unfit - self._answered)
+            what = "a gradient came back to these layers, and none reached their adapters"
+            self._report(what, unfit & self._answered, is_inert=True)
         zero = [block for block in self._zero if self._passes[block] >= ZERO_PASSES]
         if zero and not self._unjudged:
             some_learn = any(block not in self._zero for block in self._passes)
@@ -146,13 +149,14 @@ class Net:
         if (type(gradient) is not Tensor or gradient.is_meta or bool(gradient.any())) and key in self._zero:
             self._zero.pop(key).remove()
 
-    def _report(self, what: str, layers: set[str]) -> None:
+    def _report(self, what: str, layers: set[str], is_inert: bool = False) -> None:
         names = layers - self._named
         self._named |= layers
         if not names:
             return
-        message = f"{_listed(sorted(names))}: {what}, so that these adapters do nothing; {_REMEDY}"
-        if self.raises:
+        effect = "do nothing" if is_inert else "learn nothing"
+        message = f"{_listed(sorted(names))}: {what}, so that these adapters {effect}; {_REMEDY}"
+        if self.raises and is_inert:
             raise ConfigError(message)
         warnings.warn(message, InertAdapterWarning, stacklevel=3)
 

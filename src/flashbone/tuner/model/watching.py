@@ -32,11 +32,13 @@ class ForwardWatch:
         used: Names of the layers that ran, or whose shifted weight was read.
         repaired: Names of those that were read unforeseen.
         bypassed: Names of those whose plain weight was computed with.
+        answered: Names of those to whose output, or read weight, backward brings a gradient, or whose output has no
+            way back to the block at all.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, BoneLinear]) -> None:
         self.model, self.layers = model, layers
-        self.used, self.repaired, self.bypassed = set[str](), set[str](), set[str]()
+        self.used, self.repaired, self.bypassed, self.answered = set[str](), set[str](), set[str](), set[str]()
         owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
         self.weights: dict[int, tuple[str, Tensor]] = {
             id(weight): (name, weight)  # held, so that no other tensor gets its id
@@ -94,11 +96,7 @@ class ForwardWatch:
             return build()
         if self.layers[name].weight_reader != READER or name not in self._read_plain:
             self.used.add(name)
-        self.running.append(name)
-        try:
-            return build()
-        finally:
-            self.running.pop()
+        return self._running(name, build)
 
     def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if get_ident() != self.thread:
@@ -106,11 +104,27 @@ class ForwardWatch:
         tensor = next((value for value in args if isinstance(value, Tensor)), None)
         if tensor is None or tensor.numel():  # an expert that is called without tokens did not run
             self.used.add(name)
+        return self._running(name, functools.partial(forward, *args, **kwargs))
+
+    def _running(self, name: str, run: Callable[[], Any]) -> Any:
         self.running.append(name)
         try:
-            return forward(*args, **kwargs)
+            output = run()
         finally:
             self.running.pop()
+        tensor = next((value for value in _flat((output,)) if isinstance(value, Tensor)), None)
+        if tensor is None or not torch.is_grad_enabled():  # the first forward of a reentrant checkpoint
+            return output
+        if tensor.requires_grad:
+            tensor.register_hook(functools.partial(_note, self.answered, name))
+        else:
+            self.answered.add(name)
+        return output
+
+
+def _note(names: set[str], name: str, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        names.add(name)
 
 
 class _Uses(TorchFunctionMode):

@@ -230,6 +230,8 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.IfExp):
             return self._path(node.body) or self._path(node.orelse)
         if isinstance(node, ast.Subscript):
+            if isinstance(node.slice, (ast.Slice, ast.Tuple)):  # of a tensor
+                return None
             before = self._path(node.value)
             index = node.slice.value if isinstance(node.slice, ast.Constant) else _ANY
             return None if before is None else (*before, str(index))
