@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from flashbone.errors import ConfigError
 from flashbone.evaluate.exact_match import answer_rows, exact_matches, make_prompt
-from flashbone.train.data.layouts import ALPACA
+from flashbone.train.data.makers import ALPACA
 
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "demo" / "smollm2"
 TEXTS = [

@@ -12,7 +12,7 @@ from flashbone.evaluate.loading import load_language_model
 from flashbone.generation.rows import read_asked
 from flashbone.generation.run import Prompts, generate
 from flashbone.generation.speaker import Model, Speaker
-from flashbone.train.data.layouts import ALPACA
+from flashbone.train.data.makers import ALPACA
 from flashbone.train.decoding import Decoding
 
 FEW = Decoding(7, seed=0)

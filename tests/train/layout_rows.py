@@ -242,5 +242,51 @@ LAYOUT_ROWS = {
     "a text and a completion of turns": LayoutRow(
         {"prompt": ASKED[1], "completion": talk(TWICE[1])}, "prompt-completion", (FIRST,), (ASKED[1],)
     ),
+    "SQuAD": LayoutRow(
+        {
+            "id": "7",
+            "title": "cats",
+            "context": "a cat sat on a mat .",
+            "question": "where was it ?",
+            "answers": {"text": [FIRST, SECOND], "answer_start": [12, 0]},
+        },
+        "question-answers",
+        (FIRST,),
+        ("a cat sat on a mat .\n\nwhere was it ?",),
+    ),
+    "s1K": LayoutRow(
+        {"question": "1 + 1 ?", "thinking_trajectories": ["it is it"], "attempt": "it is 2", "cot": None},
+        "question-attempt",
+        ("it is it", "it is 2"),
+        ("1 + 1 ?",),
+    ),
+    "Anthropic's blocks": LayoutRow(
+        {
+            "system": "be short .",
+            "tools": [{"name": "look", "description": "to find", "input_schema": {"type": "object"}}],
+            "messages": [
+                {"role": "user", "content": "where was the cat ?"},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "it is it", "signature": "a"},
+                        {"type": "text", "text": FIRST},
+                        {"type": "tool_use", "id": "c1", "name": "look", "input": {"where": "tree"}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a cat"}]},
+                        {"type": "text", "text": "and the dog ?"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": SECOND}]},
+            ],
+        },
+        "messages",
+        ("it is it", FIRST, '{"where": "tree"}', SECOND),
+        ("be short .", "to find", '"parameters": {"type": "object"}', "a cat", "and the dog ?"),
+    ),
     "tokens": LayoutRow({"input_ids": [5, 6, 7]}, "tokens", ()),
 }

@@ -41,6 +41,18 @@ def test_datasets_that_name_their_classes_give_the_names(tmp_path):
     assert load(tmp_path).train["label"][:] == ["bad", "good"] * 2
 
 
+def test_a_list_of_one_class_is_that_class_and_several_are_refused_with_what_to_do(tmp_path):
+    classes = datasets.List(datasets.ClassLabel(names=NAMES))
+    features = datasets.Features({"text": datasets.Value("string"), "labels": classes})
+    for name, labels in (("one", [[0], [1]]), ("two", [[0], [0, 1]])):
+        rows = datasets.Dataset.from_dict({"text": ["a", "b"], "labels": labels}, features)
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    assert load(tmp_path / "one.parquet").train["label"][:] == NAMES
+    with pytest.raises(FormatError, match=r"row 2: 'label' is .*bad.*; a text has one class here: .*_label_") as error:
+        load(tmp_path / "two.parquet")
+    assert "\n" not in str(error.value)
+
+
 def test_a_class_beyond_the_names_is_refused(tmp_path):
     table = named([{"text": "a", "label": 0}, {"text": "b", "label": 1}]).data.table
     table = table.set_column(1, table.schema.field("label"), pyarrow.array([0, 7]))
@@ -103,7 +115,7 @@ def test_labels_that_look_like_numbers_are_names(jsonl, labels):
     assert load(jsonl(rows)).labels == sorted(labels)
 
 
-@pytest.mark.parametrize("label", [1.5, ["a"], {"a": 1}])
+@pytest.mark.parametrize("label", [1.5, ["a", "b"], {"a": 1}])
 def test_what_is_neither_a_name_nor_a_whole_number_is_refused(jsonl, label):
     with pytest.raises(FormatError, match=r"rows\.jsonl:1: 'label' is of type .*a name or a whole number was wanted"):
         load(jsonl([{"text": "t", "label": label}]))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from layout_rows import LAYOUT_ROWS
 
+from flashbone.errors import FormatError
 from flashbone.train.data.formats import choose_format, open_examples
 from flashbone.train.data.layouts import FORMATS
+from golden.write_learned import FILE, learned_text
 
 PAGE = Path(__file__).parents[2] / "docs/training.md"
 
@@ -45,6 +47,11 @@ def test_of_each_layout_the_answers_are_learned_and_all_else_is_context(name):
 
 def test_every_format_of_the_table_has_a_row():
     assert {layout.format for layout in LAYOUT_ROWS.values()} == {n for n, f in FORMATS.items() if f.task == "sft"}
+
+
+def test_the_golden_text_is_what_is_learned():
+    """If this is meant to change: tests/golden/write_learned.py, and look at the difference."""
+    assert FILE.read_text(encoding="utf-8") == learned_text()
 
 
 def test_the_page_has_the_table():
@@ -92,3 +99,35 @@ def test_variables_of_the_chat_template_go_along():
 def test_questions_are_asked_with_their_context():
     row = {"context": "a cat sat .", "question": "who ?", "answer": 3}
     assert example_of(row, "exact_match") == {"question": "a cat sat .\n\nwho ?", "answer": "3"}
+
+
+@pytest.mark.parametrize(
+    ("role", "block", "problem"),
+    [
+        ("user", {"type": "tool_use", "name": "look", "input": {}}, "a turn of the user has a block of type tool_use"),
+        ("assistant", {"type": "tool_result", "content": "a"}, "which is the user's"),
+        ("user", {"type": "tool_result", "content": "a", "is_error": True}, "has 'is_error', which nothing reads"),
+        ("user", {"type": "image", "source": {}}, "a part of type 'image'; only text is read"),
+        ("assistant", {"type": "tool_use", "input": {}}, "a call of a tool has no name"),
+    ],
+)
+def test_blocks_that_mean_nothing_here_are_refused_by_row(role, block, problem):
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": role, "content": [block]},
+        {"role": "assistant", "content": "b"},
+    ]
+    with pytest.raises(FormatError, match=f"d:1: .*{problem}"):
+        example_of({"messages": turns})
+
+
+@pytest.mark.parametrize("answers", [{"text": [], "answer_start": []}, [], {"text": [" "]}, {"start": [1]}, "a"])
+def test_questions_without_an_answer_are_refused(answers):
+    with pytest.raises(FormatError, match="d:1: 'answers' is"):
+        example_of({"question": "a", "context": "b", "answers": answers})
+
+
+def test_answers_may_be_a_list_and_their_own_column_goes_first():
+    assert example_of({"question": "a", "answers": [{"text": "b"}, {"text": "c"}]})["completion"] == "b"
+    assert example_of({"question": "a", "answers": ["b"]})["completion"] == "b"
+    assert example_of({"question": "a", "answer": "d", "answers": ["b"]})["completion"] == "d"

@@ -7,7 +7,8 @@ import pytest
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.data.conversations import answers
 from flashbone.train.data.formats import choose_format, converter, open_examples
-from flashbone.train.data.layouts import ALPACA, FORMATS, RowFormat
+from flashbone.train.data.layouts import FORMATS, RowFormat
+from flashbone.train.data.makers import ALPACA
 
 
 @pytest.mark.parametrize(

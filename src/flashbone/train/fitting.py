@@ -77,6 +77,10 @@ class Recorder(TrainerCallback):
             measured = [
                 key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(DROPPED)
             ]
+            if not measured:
+                raise ConfigError(
+                    "training.dataloader_drop_last: leaves no batch of held-out rows; hold out more, or leave it out"
+                )
             raise ConfigError(
                 f"training.metric_for_best_model: got {args.metric_for_best_model!r}, wanted {' or '.join(measured)}"
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flashbone.errors import FormatError
+from flashbone.train.data.content_blocks import as_functions, expanded_turns
 
 # Names of roles in data, and what chat templates call them. OpenAI's `developer` is a `system` of newer models.
 ROLES = {
@@ -83,7 +84,7 @@ def conversation(
             raise FormatError("'system' differs from the conversation's own system prompt; leave one of them out")
     talk: dict[str, Any] = {"messages": messages, "learned": learned}
     if not is_blank(tools):
-        talk["tools"] = _listed("tools", tools)
+        talk["tools"] = as_functions(_listed("tools", tools))
     if not is_blank(kwargs):
         if not isinstance(kwargs, dict):
             raise FormatError(f"'chat_template_kwargs' is {kind(kwargs)}; names and values were wanted")
@@ -147,7 +148,7 @@ def as_turns(value: Any) -> Any:
         return value
     if value and all(isinstance(turn, str) for turn in value):
         return [{"role": SPEAKERS[number % 2], "content": text} for number, text in enumerate(value)]
-    return [turn for item in value for turn in _said(item)]
+    return [turn for item in value for said in _said(item) for turn in expanded_turns(said)]
 
 
 def _said(item: Any) -> list[Any]:

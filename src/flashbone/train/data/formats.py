@@ -8,7 +8,8 @@ from typing import Any
 from flashbone.errors import ConfigError, FormatError, shortened
 from flashbone.train.data.conversations import as_turns, packed
 from flashbone.train.data.counts import RowCounts, listed
-from flashbone.train.data.layouts import FORMATS, Example, RowFormat, Unlabelled
+from flashbone.train.data.layouts import FORMATS, Example, RowFormat
+from flashbone.train.data.makers import Unlabelled
 from flashbone.train.data.marks import REFUSED, check_context, check_marks
 from flashbone.train.data.rows import BadRow, Row
 
@@ -225,10 +226,10 @@ def _converted(
             bad.append(str(row))
             continue
         place, content = row
-        if isinstance(content, dict):
-            content = content | {name: as_turns(content[name]) for name in of_turns if name in content}
-            counts.see(content, used, turns)
         try:
+            if isinstance(content, dict):
+                content = content | {name: as_turns(content[name]) for name in of_turns if name in content}
+                counts.see(content, used, turns)
             example = convert(content)
         except Unlabelled as error:
             if drop_unlabelled:

@@ -175,6 +175,7 @@ def _class_names(schema: Any) -> "Callable[[str, dict[str, Any]], Row | BadRow]"
 def _naming(features: Mapping[str, Any]) -> "Callable[[str, dict[str, Any]], Row | BadRow]":
     """The same, by a dataset's features. Drops nested nulls, which Arrow adds for keys that only other rows have."""
     classes = {key: kind for key, kind in features.items() if hasattr(kind, "int2str")}
+    several = {key: kind.feature for key, kind in features.items() if hasattr(getattr(kind, "feature", 0), "int2str")}
     nested = [key for key, kind in features.items() if _holds_objects(kind)]
 
     def name(where: str, row: dict[str, Any]) -> "Row | BadRow":
@@ -183,6 +184,7 @@ def _naming(features: Mapping[str, Any]) -> "Callable[[str, dict[str, Any]], Row
             if number is not None and number >= len(kind.names):
                 return BadRow(f"{where}: {key!r} is the class {number}, but only {len(kind.names)} have a name")
         names = {key: kind.int2str(row[key]) for key, kind in classes.items() if row[key] is not None and row[key] >= 0}
+        names |= {key: [kind.int2str(number) for number in row[key] or ()] for key, kind in several.items()}
         return where, {**row, **names, **{key: _without_nulls(row[key]) for key in nested}}
 
     return name
