@@ -1,9 +1,13 @@
 """`flashbone train` under accelerate's launcher, in two processes."""
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from launching import launch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from flashbone import cli
 from flashbone.errors import ConfigError
 from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.recipe import DataRecipe, Recipe
@@ -31,6 +36,71 @@ def workplace(tmp_path, monkeypatch):
         "training: {max_steps: 6, learning_rate: 5e-3, per_device_train_batch_size: 4, use_cpu: true}\n"
     )
     return tmp_path
+
+
+def command(*args, start=subprocess.run, **more):
+    """`flashbone train` in a process of its own."""
+    return start(
+        [sys.executable, "-m", "flashbone", "train", *args],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **({"check": True, "timeout": 240} if start is subprocess.run else {}) | more,
+    )
+
+
+def processes_with(word):
+    """Running processes that have this word in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and word in (entry / "cmdline").read_bytes().decode(errors="replace").split("\0"):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_ends_all_processes_and_a_failure_is_one_line_and_its_code(workplace):
+    """Where none says what is wrong but the first: the second only finds that it is alone."""
+    output = str(workplace / "runs/long")
+    args = ("c.yaml", "--output", output, "--processes", "2", "--training.max_steps", "100000")
+    more = ("--training.logging_steps", "1", "--samples", "0", "--training.disable_tqdm", "true")
+    running = command(*args, *more, start=subprocess.Popen, start_new_session=True)
+    until = time.monotonic() + 200
+    while not (metrics := Path(output, "metrics.jsonl")).exists() or metrics.read_text().count('"loss"') < 2:
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert len(processes_with(output)) == 3
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "flashbone train: interrupted" in said
+    assert "Traceback" not in said
+    assert processes_with(output) == []
+
+    again = command(*args, check=False)
+    assert again.returncode == 1
+    errors = [line for line in again.stderr.splitlines() if "error" in line]
+    held = f"output {output} already holds a run; continue it with --resume, or choose another output"
+    assert errors == [f"flashbone train: error: {held}"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [("0", "got 0, wanted 1 or more"), ("4097", r"got 4097, but there are \d+ (CPU cores|GPUs)")],
+)
+def test_a_wrong_number_of_processes_is_one_line(workplace, capsys, number, message):
+    assert cli.main(["train", "c.yaml", f"--processes={number}"]) == 1
+    assert re.fullmatch(f"flashbone train: error: --processes: {message}.*\n", capsys.readouterr().err)
+
+
+def test_processes_are_not_launched_by_launched_ones(workplace, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "c.yaml", "--processes", "2"]) == 1
+    assert "a launcher has started this process already" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -105,14 +175,9 @@ print("left")
 def test_two_processes_of_ddp_train_one_model(workplace):
     """With a loss before training, too: what accelerate prepared for that, it would not wrap in DDP again."""
     more = ["--training.logging_steps", "1", "--training.max_steps", "4"]
-    launch("ddp", "-m", "flashbone", "train", "c.yaml", *more)
+    command("c.yaml", *more, "--processes", "2")
     alone = [*more, "--output", "runs/one", "--training.per_device_train_batch_size", "8"]
-    subprocess.run(
-        [sys.executable, "-m", "flashbone", "train", "c.yaml", *alone],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    command("c.yaml", *alone)
     two, one = (
         [json.loads(line) for line in (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("a", "one")

@@ -32,6 +32,7 @@ _KINDS = {
     "TemplateError": "the chat template cannot be rendered",
     "YAMLError": "a YAML file is malformed",
 }
+_PEER_GONE = "Connection closed by peer"  # gloo's words
 READER_GONE = 141  # what a shell reports for other programs whose reader closed the pipe, as `| head -1` does
 _MOST_OF_A_REASON = 250  # characters
 
@@ -43,6 +44,8 @@ def report(error: Exception, who: str, with_traceback: bool) -> int:
         return READER_GONE
     rank = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun launched
     prefix = "" if rank == "0" else f"[process {rank}] "
+    if prefix and _PEER_GONE in str(error):  # the other one says why
+        return 1
     try:
         if with_traceback:
             traceback.print_exception(error)

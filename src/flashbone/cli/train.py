@@ -17,7 +17,7 @@ from flashbone.files.outputs import write_text
 if TYPE_CHECKING:
     from flashbone.train.recipe import Recipe
 
-VALUED = ("--save-recipe",)
+VALUED = ("--save-recipe", "--processes")
 OPTIONS = ("--resume", "--dry-run", "--json", "--help", *VALUED)
 
 EPILOG = """\
@@ -62,6 +62,14 @@ def run(argv: list[str]) -> int:
     recipe = load_recipe(options.config, overrides)
     save = functools.partial(_save, recipe, options.save_recipe)
     save(only_check=True)
+    if options.processes is not None:
+        from flashbone.cli.launching import check_processes, launch
+        from flashbone.train.arguments import trains_on_cpu
+
+        on_cpu = trains_on_cpu(recipe)
+        check_processes(options.processes, on_cpu)
+        if options.processes > 1:
+            return launch(["train", *_without(ours, "--processes"), *overrides], options.processes, on_cpu)
 
     from flashbone.cli.dry_run import dry_run
     from flashbone.train.report import plot_losses, plot_rotations, print_summary
@@ -83,6 +91,12 @@ def run(argv: list[str]) -> int:
     else:
         print_summary(result.summary, result.folder.path, figures)
     return 0
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """The words without an option and its value."""
+    at = next((number for number, word in enumerate(words) if word.partition("=")[0] == option), len(words))
+    return words[:at] + words[at + (1 if "=" in "".join(words[at : at + 1]) else 2) :]
 
 
 def _save(recipe: "Recipe", file: Path | None, only_check: bool = False) -> None:
@@ -119,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="flashbone train",
         description="Fine-tune a model with a Bone adapter as a YAML file says.",
         usage="flashbone train [CONFIG.yaml] [--dotted.field value ...] [--resume | --dry-run] [--save-recipe FILE]"
-        " [--json]",
+        " [--processes N] [--json]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -129,6 +143,9 @@ def make_parser() -> argparse.ArgumentParser:
     either.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     either.add_argument(
         "--dry-run", action="store_true", help="read, check and tokenise everything, say what would be learned, and end"
+    )
+    parser.add_argument(
+        "--processes", metavar="N", type=int, help="train in N processes here: each on a GPU, or on CPUs"
     )
     parser.add_argument("--save-recipe", metavar="FILE", type=Path, help="write file and flags as one recipe")
     parser.add_argument("--json", action="store_true", help="print the summary, or the dry run, as JSON")

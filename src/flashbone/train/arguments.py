@@ -149,8 +149,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     """Our defaults for a first run; everything else is the trainer's own default."""
     import torch
 
-    on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu")
-    training = recipe.training
+    training, on_gpu = recipe.training, not trains_on_cpu(recipe)
     half = {} if "fp16" in training else {"bf16": on_gpu and torch.cuda.is_bf16_supported()}
     held_out = {"eval_strategy": "steps", "eval_steps": 0.25} if holds_out(recipe.data) else {}
     return {
@@ -166,6 +165,13 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "include_num_input_tokens_seen": "non_padding",
         "dataloader_pin_memory": on_gpu,
     }
+
+
+def trains_on_cpu(recipe: Recipe) -> bool:
+    """Whether the recipe trains without a GPU."""
+    import torch
+
+    return bool(recipe.training.get("use_cpu")) or not torch.cuda.is_available()
 
 
 def _checkpointing(training: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
