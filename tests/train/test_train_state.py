@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from training_runs import kill_at_step_seven, metrics_of, recipe_for
 
@@ -192,6 +193,9 @@ def test_a_second_start_is_refused_with_the_process_that_has_the_folder(tmp_path
     assert not Path(recipe.output).exists()
 
 
+without_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -215,6 +219,13 @@ def test_a_second_start_is_refused_with_the_process_that_has_the_folder(tmp_path
         ["--training.packing_strategy", "best"],
         ["--training.train_sampling_strategy", "x"],
         ["--training.log_level", "loud"],
+        ["--training.log_level_replica", "loud"],
+        ["--training.pad_to_multiple_of", "many"],
+        ["--training.activation_checkpointing_kwargs", "x"],
+        ["--training.dataloader_persistent_workers", "true"],
+        ["--training.dataloader_multiprocessing_context", "x", "--training.dataloader_num_workers", "1"],
+        ["--training.dataloader_drop_last=true", "--training.per_device_eval_batch_size", "99"],
+        pytest.param(["--training.activation_offloading", "true"], marks=without_accelerator),
         ["--training.accelerator_config", "nope.json"],
         ["--training.dataset_text_field", "body"],
         ["--training.metric_for_best_model", "f1"],
@@ -275,6 +286,27 @@ def test_checkpoints_without_an_optimiser_are_no_place_to_go_on(tmp_path):
     (tmp_path / "recipe.json").write_text(to_json(recipe))
     with pytest.raises(ConfigError, match=r"its checkpoints hold no optimiser \(training.save_only_model\)"):
         run_folder.claim(recipe_for("m", "q", tmp_path), resume=True)
+
+
+def test_a_limit_of_file_sizes_is_named_and_what_is_half_written_goes(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
+    folder, limits = RunFolder(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        words = r"may write \(ulimit -f\); raise the limit, then continue with --resume"
+        with pytest.raises(FlashboneError, match=words), run_folder.disk_errors(folder):
+            (tmp_path / "adapter.partial").write_bytes(bytes(9999))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_inputs_cannot_be_written_is_none(tmp_path):
+    (tmp_path / "inputs.json.partial").mkdir()
+    recipe = recipe_for("m", "q", tmp_path)
+    with pytest.raises(OSError, match=r"inputs\.json"):
+        run_folder.record(recipe, Inputs("", None, "", "", 1, 8, 1))
+    assert not RunFolder(tmp_path).holds_a_run()
 
 
 def test_a_folder_of_the_users_own_stays(questions_file, tmp_path):

@@ -18,12 +18,20 @@ _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("save_total_limit", "eval_accumulation_steps", "pad_to_multiple_of"),
 )
+_LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
 _WORDS = {
     "packing_strategy": ("bfd", "bfd_split", "bfd-requeue", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
-    "log_level": ("passive", "debug", "info", "warning", "error", "critical", "detail"),
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
 }
+_OBJECTS = (  # whose types also allow text, which is not read everywhere
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"),
+    *("model_init_kwargs", "dataset_kwargs"),
+)
+_OF_WORKERS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor")
 _NOT_NEGATIVE = (
     *("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "dataset_num_proc", "eval_delay"),
     *("neftune_noise_alpha", "data_seed", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -40,6 +48,11 @@ def trainer_arguments(recipe: Recipe) -> Any:
     check_rates(training.pop("learning_rates", {}))
     if recipe.task == "classification":
         training.pop("max_length", None)
+        if training.get("eval_do_concat_batches") is False or training.get("batch_eval_metrics"):
+            raise ConfigError(
+                "training.eval_do_concat_batches and batch_eval_metrics: a classifier is measured on all predictions at"
+                " once; leave them out"
+            )
     # YAML 1.1 reads `no` as false; no strategy is a truth value.
     training |= {key: "no" for key, value in training.items() if key.endswith("_strategy") and value is False}
     if wrong := problems(arguments_class(recipe.task), training):
@@ -57,11 +70,13 @@ def trainer_arguments(recipe: Recipe) -> Any:
 
 
 def _check_ranges(training: dict[str, Any]) -> None:
-    """Raise ConfigError that names every number and word out of range."""
+    """Raise ConfigError that names every number and word out of range, and what others switch off."""
+    import torch
+
     wrong = [
         f"training.{name}: got {training[name]!r}, wanted {' or '.join(words)}"
         for name, words in _WORDS.items()
-        if training.get(name, words[0]) not in words
+        if training.get(name) is not None and training[name] not in words
     ]
     for names, is_right, wanted in (
         (_POSITIVE, lambda number: number > 0, "a number above 0"),
@@ -69,10 +84,17 @@ def _check_ranges(training: dict[str, Any]) -> None:
         (_NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
         (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to go by num_train_epochs"),
     ):
-        set_here = [(name, training[name]) for name in names if training.get(name) is not None]
+        set_here = [(name, training[name]) for name in names if isinstance(training.get(name), int | float)]
         wrong += [
             f"training.{name}: got {number}, wanted {wanted}" for name, number in set_here if not is_right(number)
         ]
+    texts = [name for name in _OBJECTS if isinstance(training.get(name), str)]
+    wrong += [f"training.{name}: got {training[name]!r:.60}, wanted an object" for name in texts]
+    if not training.get("dataloader_num_workers"):
+        idle = [name for name in _OF_WORKERS if training.get(name)]
+        wrong += [f"training.{name}: is for workers; set dataloader_num_workers, or leave it out" for name in idle]
+    if training.get("activation_offloading") and not torch.accelerator.is_available():
+        wrong.append("training.activation_offloading: moves activations off a GPU, and there is none; leave it out")
     if wrong:
         raise ConfigError("; ".join(wrong))
 

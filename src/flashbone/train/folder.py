@@ -24,6 +24,7 @@ from flashbone.train.summary import Summary
 log = logging.getLogger(__name__)
 
 REMEDY = "delete it, or choose another output"
+_FULL, _LITTLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), 2**20  # bytes of a disk that is as good as full
 # What decides the losses: a resumed run must not change it.
 # `training` may change (more steps), with a notice, but for `learning_rates`: a checkpoint's optimiser has its groups.
 FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
@@ -144,8 +145,14 @@ def record(recipe: Recipe, inputs: Inputs) -> None:
     """Record the recipe and the inputs: from here on the folder holds a run."""
     folder = RunFolder(recipe.output)
     folder.summary.unlink(missing_ok=True)
-    write_text(folder.recipe, to_json(recipe))
-    write_text(folder.inputs, to_json(inputs))
+    new = [file for file in (folder.recipe, folder.inputs) if not file.exists()]
+    try:
+        write_text(folder.recipe, to_json(recipe))
+        write_text(folder.inputs, to_json(inputs))
+    except Exception:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def finished(recipe: Recipe) -> Summary | None:
@@ -202,12 +209,21 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
         if not _says_disk_full(error):
             raise
         folder.remove_partial()
-        raise FlashboneError(
-            f"{folder.path}: no space left on device; free some, then continue with --resume"
-        ) from error
+        problem = "no space left on device; free some"
+        if _has_size_limit() and not shutil.disk_usage(folder.path).free < _LITTLE:
+            problem = "a file would be larger than this process may write (ulimit -f); raise the limit"
+        raise FlashboneError(f"{folder.path}: {problem}, then continue with --resume") from error
+
+
+def _has_size_limit() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def _says_disk_full(error: BaseException) -> bool:
     # The last two are torch's zip writer, which finds its file shorter than what it wrote.
     signs = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in signs)
+    return getattr(error, "errno", None) in _FULL or any(sign in str(error) for sign in signs)
