@@ -11,7 +11,7 @@ from benchmarks.methods import TRAINED
 from benchmarks.rows import Row
 from benchmarks.tables import plots
 from benchmarks.tables.markdown import TITLES, cell, is_current, is_floor, table
-from benchmarks.tables.targets import SHAPES, WIDE, missed
+from benchmarks.tables.targets import WIDE, missed
 
 NOT_YET = "Not measured yet."
 
@@ -50,15 +50,16 @@ class Figure:
         return {row.method: row for row in fitting if row.date == latest}
 
 
-SMALL, TIME = SHAPES[-1], "time_ratio"
-COLUMNS = (
+TIME = "time_ratio"
+TRAINING = (
     Figure("training step", ("step", "main", TIME)),
-    Figure("memory, resident", ("memory", "main", "above_floor_mib")),
-    Figure("memory, live", ("memory", "live", "above_floor_mib")),
+    Figure("resident MiB", ("memory", "main", "above_floor_mib")),
+    Figure("live MiB", ("memory", "live", "above_floor_mib")),
     Figure("layer 4096 x 4096", ("layer", "shapes", TIME), WIDE),
-    Figure("layer 576 x 1536", ("layer", "shapes", TIME), SMALL),
-    Figure("one token", ("decode", "main", TIME)),
+)
+DECODING = (
     Figure("one token, bf16", ("decode", "main", TIME), dtype="bfloat16"),
+    Figure("one token, fp32", ("decode", "main", TIME)),
 )
 MIXING = {"batch": 1, "heads": 12, "size": 64, "tokens": 512}
 FAST = ("bone", "bat-row", "bat-col", "miss")
@@ -112,14 +113,24 @@ def filled(text: str, rows: list[Row]) -> str:
 
 
 def methods(rows: list[Row]) -> str:
-    """A line for each trained method, the frozen base first; columns that nobody measured are left out."""
-    columns = {figure.name: found for figure in COLUMNS if (found := figure.found(rows))}
+    """What training costs, what a token costs, and the plot."""
+    parts = [_table(TRAINING, rows), _table(DECODING, rows), plots.link("step")(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(figures: tuple[Figure, ...], rows: list[Row]) -> str:
+    """A line for each method that has one of the figures; figures that nobody measured have no column."""
+    columns = {figure.name: found for figure in figures if (found := figure.found(rows))}
     lines = []
     for name in TRAINED:
-        cells = [cell(found[name]) if name in found else "" for found in columns.values()]
-        if any(cells):
-            lines.append([TITLES[name], *cells])
-    return "\n\n".join([table(["method", *columns], lines), *([link] if (link := plots.link("step")(rows)) else [])])
+        if name != "frozen" and any(name in found for found in columns.values()):
+            lines.append([TITLES[name], *(_short(found[name]) if name in found else "" for found in columns.values())])
+    return table(["method", *columns], lines) if lines else ""
+
+
+def _short(row: Row) -> str:
+    """Memory without its spread, which is a few MiB, and without the unit, which the head has."""
+    return f"{row.median:,.0f}" if row.metric.endswith("_mib") else cell(row)
 
 
 def figures(rows: list[Row]) -> str:

@@ -11,6 +11,7 @@ ROOT_PAGES = {
     "SECURITY.md": "project/security.md",
 }
 _LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
+_NAMED = re.compile(r"(?<=\[)[\w-]+\.md(?=\]\(([^)#:\s]+\.md)[)#])")  # links that show the name of a page's file
 
 
 def uri_of(path: Path | PurePosixPath) -> str:
@@ -55,19 +56,28 @@ def listing(folder: Path, root: Path) -> str:
 
 
 def rewritten(markdown: str, uri: str, root: Path) -> str:
-    """A page's text with each link to a file of the repository led to where the site has that file."""
+    """A page's text with each link to a file of the repository led to where the site has that file, and links that show
+    a page's file name showing its title."""
     origin = origin_of(uri)
     if origin.startswith("docs/files/"):
         return markdown
 
+    def target(match: re.Match[str]) -> PurePosixPath:
+        return PurePosixPath(posixpath.normpath(posixpath.join(posixpath.dirname(origin), match[1])))
+
+    def titled(match: re.Match[str]) -> str:
+        file = root / target(match)
+        title = re.search(r"^# (.+)$", file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
+        return title[1] if title else match[0]
+
     def change(match: re.Match[str]) -> str:
-        path = PurePosixPath(posixpath.normpath(posixpath.join(posixpath.dirname(origin), match[1])))
+        path = target(match)
         stays = origin.startswith("docs/") and path.parts[0] == "docs"
         if stays or not (root / path).exists():
             return match[1]  # a broken one is reported by mkdocs
         return posixpath.relpath(uri_of(path), posixpath.dirname(uri) or ".")
 
-    return _LINK.sub(change, markdown)
+    return _LINK.sub(change, _NAMED.sub(titled, markdown))
 
 
 def _targets(markdown: str) -> Iterator[str]:

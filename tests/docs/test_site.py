@@ -169,6 +169,8 @@ def test_links_are_led_to_where_the_site_has_what_they_name(tools):
     assert links.rewritten(text, "moving.md", ROOT) == want
     assert links.rewritten("[a](docs/maths.md)", "project/contributing.md", ROOT) == "[a](../maths.md)"
     assert links.rewritten("[a](nowhere.md)", "project/contributing.md", ROOT) == "[a](nowhere.md)"
+    titled = "[The mathematics](maths.md#precision) [nowhere.md](nowhere.md)"
+    assert links.rewritten(titled.replace("The mathematics", "maths.md"), "tried.md", ROOT) == titled
 
 
 def test_a_notebook_becomes_markdown_and_code(tools):
