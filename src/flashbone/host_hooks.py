@@ -14,9 +14,10 @@ from flashbone import floors
 from flashbone.import_hook import when_imported
 
 _METHODS = {
-    "transformers.integrations.peft": ("add_adapter", "load_adapter"),
-    "diffusers.loaders.peft": ("add_adapter", "save_lora_adapter"),
-    "transformers.trainer": ("_load_best_model",),
+    "transformers.integrations.peft": ("PeftAdapterMixin", ("add_adapter", "load_adapter")),
+    "diffusers.loaders.peft": ("PeftAdapterMixin", ("add_adapter", "save_lora_adapter")),
+    "transformers.trainer": ("Trainer", ("_load_best_model",)),
+    "trl.trainer.base_trainer": ("_BaseTrainer", ("create_model_card",)),
 }
 
 
@@ -29,10 +30,11 @@ def wrap_when_imported() -> None:
 def _wrap(host: ModuleType) -> None:
     if not floors.are_met():
         return
-    mixin: Any = host.Trainer if hasattr(host, "Trainer") else host.PeftAdapterMixin  # pyright: ignore
-    for name in _METHODS[host.__name__]:
-        if hasattr(mixin, name):  # older versions lack some
-            setattr(mixin, name, _wrapped(getattr(mixin, name), name))
+    owner, methods = _METHODS[host.__name__]
+    wrapped: Any = getattr(host, owner, None)
+    for name in methods:
+        if hasattr(wrapped, name):  # older versions lack some
+            setattr(wrapped, name, _wrapped(getattr(wrapped, name), name))
 
 
 def _wrapped(original: Callable, name: str) -> Callable:

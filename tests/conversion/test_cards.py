@@ -1,6 +1,7 @@
 """The cards beside adapters: of converted ones, and of those that a live model saves."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from flashbone import BoneConfig, variants
+from flashbone.cli import main
 from flashbone.conversion import card_of, convert
 from flashbone.files import cards, peft
 from flashbone.files.adapter import Adapter
@@ -19,7 +21,7 @@ from flashbone.files.reading import FORMATS
 from flashbone.rwkv import from_pth
 from helpers.adapter_folders import tiny_bert, tiny_gpt2, tiny_llama
 from helpers.blocks import VARIANT_NAMES
-from helpers.comparison import Promise, same_bits
+from helpers.comparison import Promise, close, same_bits
 from helpers.rwkv import write_rwkv
 
 
@@ -41,21 +43,24 @@ def commands(text: str) -> list[str]:
     return re.findall(r"^flashbone \w+ .*$", text, re.MULTILINE)
 
 
+def ways_out(text: str) -> set[str]:
+    return set(re.findall(r"^flashbone convert .* --to ([a-z-]+)", text, re.MULTILINE))
+
+
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_a_card_says_what_the_adapter_is_and_which_ways_lead_out(variant):
     page = cards.page(card(variant=variant, r=(64,)))
-    assert f"| variant | `{variant}` (Bone family) |" in page
-    assert "| r | 64 |" in page
-    assert "| targets | `q`, `v` |" in page
-    assert "| base model | `a/b` |" in page
+    assert f"- variant: `{variant}` (Bone family)" in page
+    assert "- r: 64\n- layers: `layers.*.q` (2), `v`\n- base model: `a/b`\n" in page
+    assert "| | |" not in page
     assert ("PEFT 0.14 to 0.18 loads it as it is" in page) == (variant in ("bone", "bat-col"))
     found = commands(page)
-    assert ("flashbone convert ADAPTER OUT --to miss" in found) == (variant in ("bone", "mini", "bat-col"))
-    assert ("flashbone convert ADAPTER OUT --to rwkv-peft" in found) == (variant in ("bone", "bat-row"))
+    assert ("flashbone convert . ../miss --to miss" in found) == (variant in ("bone", "mini", "bat-col"))
+    assert ("flashbone convert . ../adapter.pth --to rwkv-peft" in found) == (variant in ("bone", "bat-row"))
     exact = variant in ("bone", "mini")
-    lora = "flashbone convert ADAPTER OUT --to lora --base BASE" + ("" if exact else " --error 0.01")
+    lora = "flashbone convert . ../lora --to lora --base a/b" + ("" if exact else " --error 0.01")
     assert lora in found
-    assert found[-1] == "flashbone merge BASE ADAPTER OUT"
+    assert found[-1] == "flashbone merge a/b . ../merged"
 
 
 @pytest.mark.parametrize(
@@ -69,10 +74,10 @@ def test_a_card_says_what_the_adapter_is_and_which_ways_lead_out(variant):
 )
 def test_a_card_leaves_out_the_ways_that_would_be_refused(fields, ways):
     page = cards.page(card(**({"r": (4,)} | fields)))
-    assert set(re.findall("OUT --to ([a-z-]+)", page)) == set(re.findall("`--to ([a-z-]+)`", page)) == ways
+    assert ways_out(page) == set(re.findall("`--to ([a-z-]+)`", page)) == ways
     assert ("PEFT 0.14 to 0.18" in page) == ("miss" in ways)
     assert "Merged into its base" in page
-    assert commands(page)[-1] == "flashbone merge BASE ADAPTER OUT"
+    assert commands(page)[-1] == "flashbone merge a/b . ../merged"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_the_card_of_a_folder_names_the_formats_that_hold_the_adapter(tmp_path, 
     }
     adapter = Adapter(variants.get("bone"), **({"replacements": {}, "config": config} | given | fields))
     text = cards.page(card_of(FORMATS["peft"], adapter))
-    assert set(re.findall("OUT --to ([a-z-]+)", text)) == ways
+    assert ways_out(text) == ways
     for form in ("miss", "rwkv-peft"):
         if form in ways:
             (tmp_path / form).mkdir()
@@ -104,7 +109,7 @@ def test_the_card_of_a_folder_names_the_formats_that_hold_the_adapter(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("form", "word"), [("miss", "PEFT 0.17"), ("lora", "every engine"), ("rwkv-peft", "RWKV-PEFT")]
+    ("form", "word"), [("miss", "PEFT 0.17"), ("lora", "Any version of PEFT"), ("rwkv-peft", "RWKV-PEFT")]
 )
 def test_cards_of_other_formats_say_how_those_are_loaded(form, word):
     page = cards.page(card(format=form, variant=None if form == "lora" else "bone"))
@@ -125,14 +130,14 @@ def test_adapters_of_rwkv_are_loaded_onto_flashbones_classes(form, base):
     compile(code, "card", "exec")
     if base == FOLDER:
         assert code.startswith("import flashbone")
-        assert 'AutoModelForCausalLM.from_pretrained("BASE")' in code
+        assert 'AutoModelForCausalLM.from_pretrained("org/model")' in code
     else:
         assert code.startswith("from flashbone.rwkv import from_pth")
         assert 'base = from_pth("BASE.pth")' in code
         assert "AutoModel" not in page
-    end = "" if base == FOLDER else ".pth"
-    assert (f"flashbone merge BASE{end} ADAPTER OUT{end}" in page) == (form != "lora")
-    assert set(re.findall("OUT --to ([a-z-]+)", page)) == {"peft": {"rwkv-peft"}, "miss": {"peft"}, "lora": set()}[form]
+    line = "org/model . ../merged" if base == FOLDER else "BASE.pth . ../merged.pth"
+    assert (f"flashbone merge {line}" in page) == (form != "lora")
+    assert ways_out(page) == {"peft": {"rwkv-peft"}, "miss": {"peft"}, "lora": set()}[form]
     for claim in ("loads it as it is", "without flashbone:", "every engine", "--for vllm"):
         assert claim not in page
 
@@ -140,22 +145,22 @@ def test_adapters_of_rwkv_are_loaded_onto_flashbones_classes(form, base):
 @pytest.mark.parametrize("base", [FOLDER, FILE, UNKNOWN])
 def test_the_card_of_an_rwkv_peft_file_merges_into_what_its_base_is(base):
     page = cards.page(card(format="rwkv-peft", base=base, is_rwkv=True))
-    end = "" if base == FOLDER else ".pth"
-    assert commands(page) == ["flashbone convert ADAPTER OUT --to peft", f"flashbone merge BASE{end} ADAPTER OUT{end}"]
+    line = "org/model adapter.pth ../merged" if base == FOLDER else "BASE.pth adapter.pth ../merged.pth"
+    assert commands(page) == ["flashbone convert adapter.pth ../peft --to peft", f"flashbone merge {line}"]
 
 
 @pytest.mark.parametrize("version", [7, 6])
-def test_the_card_of_an_adapter_on_a_pth_file_loads_it(tmp_path, version):
+def test_the_card_of_an_adapter_on_a_pth_file_loads_it(tmp_path, monkeypatch, version):
     base = write_rwkv(tmp_path / "base.pth", version, layers=1)
     single = {7: "k_k", 6: "time_decay"}[version]
     config = BoneConfig(r=4, target_modules=["att.key"], modules_to_save=["ln_x"], parameters_to_save=[single])
     model = get_peft_model(from_pth(base), config)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     text = section(tmp_path / "adapter")
-    assert f"| base model | `{base}` |" in text
-    assert set(re.findall("OUT --to ([a-z-]+)", text)) == {"rwkv-peft"}
+    assert f"- base model: `{base}`" in text
+    assert ways_out(text) == {"rwkv-peft"}
     code = text[text.index("```python") + 9 : text.index("```\n\n### Load without")]
-    code = code.replace("BASE.pth", str(base)).replace("ADAPTER", str(tmp_path / "adapter"))
+    monkeypatch.chdir(tmp_path / "adapter")
     found: dict = {}
     exec(code, found)
     assert type(found["model"]).__name__ == "PeftModel"
@@ -168,8 +173,10 @@ def test_the_card_of_an_adapter_on_a_pth_file_loads_it(tmp_path, version):
 def test_the_hub_reads_the_head_of_every_card(tmp_path, base):
     (tmp_path / "README.md").write_text(cards.page(card(base=base)))
     read = ModelCard.load(tmp_path / "README.md")
-    assert read.data.base_model == base
-    assert (read.data.library_name, read.data.tags) == ("peft", ["bone", "flashbone"])
+    on_hub = base if base in ("org/model", "yes") else None  # the hub takes no other names
+    assert read.data.base_model == on_hub
+    assert read.data.tags == ["bone", "flashbone", *([f"base_model:adapter:{on_hub}"] if on_hub else [])]
+    assert (read.data.library_name, read.data.pipeline_tag, read.data.license) == ("peft", "text-generation", "unknown")
     assert read.text.count(cards.BEGIN) == read.text.count(cards.END) == 1
 
 
@@ -217,9 +224,9 @@ def test_saved_adapters_carry_a_card_each(tmp_path):
     for _ in range(2):  # the second time, the cards are there
         model.save_pretrained(tmp_path)
         assert "`bone`" in section(tmp_path)
-        assert "| r | 2, 4 |" in section(tmp_path)
+        assert "- r: 2, 4\n- layers: `model.layers.*.self_attn.q_proj` (2)\n" in section(tmp_path)
         assert "`bat-row`" in section(tmp_path / "other")
-        assert "`v_proj`" in section(tmp_path / "other")
+        assert "self_attn.v_proj`" in section(tmp_path / "other")
         assert {"bone", "flashbone"} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
     model.save_pretrained(tmp_path / "chosen", selected_adapters=["other"])
     assert not (tmp_path / "chosen" / "adapter_config.json").exists()
@@ -241,15 +248,21 @@ def test_saved_adapters_carry_a_card_each(tmp_path):
 def test_the_card_of_a_live_adapter_names_the_formats_that_hold_it(tmp_path, maker, fields, ways):
     model = get_peft_model(maker(), BoneConfig(r=4, **fields))
     model.create_or_update_model_card(tmp_path)
-    assert set(re.findall("OUT --to ([a-z-]+)", section(tmp_path))) == ways
+    assert ways_out(section(tmp_path)) == ways
 
 
 def test_our_part_comes_back_into_a_card_that_trl_wrote_over_it(tmp_path):
     model = get_peft_model(tiny_llama(), BoneConfig(r=4, target_modules=["q_proj"]))
-    (tmp_path / "README.md").write_text("---\ntags:\n- trl\n- sft\n---\n# Model Card for mine\n")
+    blank = (
+        "This is a fine-tuned version of [None](https://huggingface.co/None).\n\n## Uses\n\n[More Information Needed]"
+    )
+    (tmp_path / "README.md").write_text(f"---\ntags:\n- trl\n- sft\n---\n# Model Card for mine\n\n{blank}")
     model.create_or_update_model_card(tmp_path)
-    assert "`q_proj`" in section(tmp_path)
-    assert "# Model Card for mine" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "self_attn.q_proj`" in section(tmp_path)
+    assert "# Model Card for mine" in text
+    assert "a fine-tuned version of its base." in text
+    assert not re.search("None|More Information Needed|## Uses", text)
 
 
 def test_what_users_write_into_a_saved_card_stays(tmp_path):
@@ -280,4 +293,78 @@ def test_the_card_of_a_trainer_has_our_part_once(tmp_path):
         trainer.save_model()
         trainer.create_model_card(model_name="mine")
     assert ModelCard.load(tmp_path / "README.md").data.model_name == "mine"
-    assert "`query`" in section(tmp_path)
+    assert "self.query`" in section(tmp_path)
+    assert not re.search("more information needed", (tmp_path / "README.md").read_text(), re.IGNORECASE)
+
+
+def pasted(folder: Path, monkeypatch) -> dict:
+    """Everything on the card of a folder, pasted there line by line; the names that its Python leaves."""
+    monkeypatch.chdir(folder)
+    text, names = section(folder), {}
+    for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if kind == "python":
+            exec(block, names)
+        else:
+            assert [main(shlex.split(line)[1:]) for line in block.splitlines()] == [0] * len(block.splitlines())
+    return names
+
+
+@pytest.mark.parametrize("is_classifier", [False, True])
+def test_all_lines_of_a_card_work_when_they_are_pasted(tmp_path, monkeypatch, is_classifier):
+    base, config = tmp_path / "a base", {"target_modules": "all-linear", "init_weights": False}
+    (tiny_bert(classifier=False) if is_classifier else tiny_llama()).save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    if is_classifier:
+        model = get_peft_model(
+            AutoModelForSequenceClassification.from_pretrained(base, num_labels=5),
+            BoneConfig(r=4, task_type="SEQ_CLS", **config),
+        )
+    else:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), BoneConfig(r=4, **config))
+    model.save_pretrained(tmp_path / "adapter")
+    data = ModelCard.load(tmp_path / "adapter/README.md").data
+    assert (data.base_model, data.license) == (None, "mit")
+    assert data.pipeline_tag == ("text-classification" if is_classifier else "text-generation")
+    names = pasted(tmp_path / "adapter", monkeypatch)
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        assert close(names["model"].base_model.model.eval()(ids).logits, want)
+        auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        assert close(auto.from_pretrained(tmp_path / "merged").eval()(ids).logits, want)
+    for name in () if is_classifier else ("miss", "lora"):
+        bare = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            assert close(PeftModel.from_pretrained(bare, tmp_path / name).eval()(ids).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "tag"),
+    [
+        ({"task_type": "SEQ_2_SEQ_LM"}, "AutoModelForSeq2SeqLM.from_pretrained", "text2text-generation"),
+        ({"architecture": "BertForMaskedLM"}, "AutoModelForMaskedLM.from_pretrained", "fill-mask"),
+        ({"architecture": "UNet2DConditionNet"}, "base = ...", None),
+        ({"task_type": "SEQ_CLS", "labels": 3}, "num_labels=3", "text-classification"),
+        ({"base": "a b/model.gguf"}, "AutoModelForCausalLM", "text-generation"),
+    ],
+)
+def test_a_card_loads_the_base_as_its_task_wants_it(fields, code, tag):
+    made = card(**fields)
+    page = cards.page(made)
+    assert code in page
+    assert (f"pipeline_tag: {tag}" in page) == (tag is not None)
+    in_python = tag in (None, "text-classification") or "base" in fields
+    assert ("merge_and_unload" in page) == in_python
+    assert any(line.startswith("flashbone merge") for line in commands(page)) == (not in_python)
+
+
+def test_a_run_is_added_once_and_cannot_end_its_block(tmp_path):
+    file = tmp_path / "README.md"
+    cards.put(card(), file)
+    cards.put_run(file, {"held-out loss": "2.0000 before, 1.0000 after"}, "output: '```'\n")
+    cards.put_run(file, {"held-out loss": "2.0000 before, 0.5000 after"}, "output: '```'\n")
+    cards.put(card(), file)
+    text = file.read_text()
+    assert text.count("## Training") == text.count(cards.RUN) == text.count(cards.BEGIN) == 1
+    assert "- held-out loss: 2.0000 before, 0.5000 after" in text
+    assert "````yaml\noutput: '```'\n````" in text

@@ -19,6 +19,7 @@ from trl import (
     SFTTrainer,
 )
 
+from flashbone.files import cards
 from helpers.comparison import Promise, close, same_bits
 from helpers.tiny_llama import questions
 
@@ -175,6 +176,9 @@ def test_an_interrupted_sft_run_resumes_to_the_losses_of_one_never_stopped(llama
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     whole = run(tmp_path / "whole", 4, resume=False)
+    card = (tmp_path / "whole/README.md").read_text()  # TRL wrote it at a checkpoint
+    assert "generated_from_trainer" in card
+    assert (card.count(cards.BEGIN), "[None]" in card) == (1, False)
     assert run(tmp_path / "parts", 2, resume=False) == whole[:2]
     assert run(tmp_path / "parts", 4, resume=True) == whole
 

@@ -44,6 +44,10 @@ def test_a_run_learns_and_writes_everything_it_promises(llama, questions_file, t
     assert [row["step"] for row in rows if "loss" in row][-1] == 10
     assert not list(out.glob("*.partial"))
 
+    card = (out / "adapter/README.md").read_text()
+    assert f"{questions_file}, 80 rows" in card
+    assert f"- held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after" in card
+    assert "more information needed" not in card.lower()
     base = AutoModelForCausalLM.from_pretrained(llama)
     adapted = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from flashbone.conversion import engines, factors
 from flashbone.conversion.factors import ModuleError
@@ -16,7 +20,7 @@ from flashbone.files.beside import Beside, beside
 from flashbone.files.formats import AdapterCard, AdapterFormat
 from flashbone.files.lora import Lora
 from flashbone.files.names import rwkv_lead
-from flashbone.files.sources import is_hub_id
+from flashbone.files.sources import is_hub_id, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +208,9 @@ def card_of(form: AdapterFormat, adapted: Adapter | Lora) -> AdapterCard:
             adapted.base_model,
             linear_only=not adapted.embeddings and not adapted.replacements,
             is_rwkv=rwkv_lead([*adapted.factors, *adapted.replacements]) == "",
+            task_type=adapted.task_type,
+            architecture=_architecture(adapted.base_config, adapted.base_model),
+            labels=_labels(adapted.replacements),
         )
     is_plain = not adapted.parameters and not adapted.config.get("parameters_to_save")
     lead = rwkv_lead([*adapted.blocks, *adapted.replacements])
@@ -217,4 +224,23 @@ def card_of(form: AdapterFormat, adapted: Adapter | Lora) -> AdapterCard:
         fits_lora=is_plain,
         fits_rwkv=not adapted.transposed and not adapted.parameters and lead is not None,
         is_rwkv=lead == "",
+        task_type=adapted.config.get("task_type"),
+        architecture=_architecture(adapted.config.get("auto_mapping") or {}, adapted.base_model),
+        labels=_labels(adapted.replacements),
     )
+
+
+def _architecture(named: Mapping[str, Any], base: str | None) -> str | None:
+    """The base's class: as the adapter's config names it, or the config of a base that is here."""
+    file = Path(base, "config.json") if base else None
+    if not (found := named.get("base_model_class") or named.get("architectures")) and file is not None:
+        found = read_json(file).get("architectures") if file.is_file() else None
+    first = found[0] if isinstance(found, list) and found else found
+    return first if isinstance(first, str) else None
+
+
+def _labels(replacements: Mapping[str, Tensor]) -> int | None:
+    """How many classes a trained head tells apart."""
+    last = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
+    heads = (tensor for name, tensor in replacements.items() if last.search(name))
+    return next((len(head) for head in heads if head.ndim == 2), None)

@@ -47,6 +47,10 @@ class AdapterCard:
         fits_lora: a LoRA has a place for all that it adapts.
         fits_rwkv: it adapts linear layers of RWKV, by the names of RWKV's own checkpoints.
         is_rwkv: the names are those of RWKV's own checkpoints as they are: flashbone's classes have these, no others.
+        task_type: PEFT's, such as "SEQ_CLS".
+        architecture: the class of the base, as in its config.json; empty: none of transformers; None: not known.
+        labels: how many classes its head tells apart.
+        tags: for the hub, besides ours.
     """
 
     format: AdapterFormat
@@ -58,6 +62,15 @@ class AdapterCard:
     fits_lora: bool = False
     fits_rwkv: bool = False
     is_rwkv: bool = False
+    task_type: str | None = None
+    architecture: str | None = None
+    labels: int | None = None
+    tags: tuple[str, ...] = ()
+
+    @property
+    def has_gguf_base(self) -> bool:
+        """Whether the base is a `.gguf` file, which transformers dequantises."""
+        return bool(self.base and self.base.endswith(".gguf"))
 
     @property
     def has_pth_base(self) -> bool:

@@ -207,11 +207,7 @@ def _scaled(B: Tensor, scale: float) -> Tensor:
 
 
 def _usage(card: AdapterCard) -> str:
-    is_served = card.linear_only and not card.is_rwkv
-    engines = ", and every engine that serves LoRAs" if is_served else ""
-    load = cards.part("Load", f"Any version of PEFT{engines}:", cards.load(card))
-    serve = cards.part("Serve", cards.shell("flashbone convert ADAPTER OUT --for vllm --base BASE"))
-    return load + (serve if is_served else "")
+    return cards.part("Load", "Any version of PEFT:", cards.load(card))
 
 
 FORMAT = AdapterFormat("lora", Lora, read, write, _usage, peft_type="LORA")

@@ -90,7 +90,7 @@ read, write = FOLDER.read, FOLDER.write
 def _usage(card: AdapterCard) -> str:
     how = "the model is of a class of flashbone" if card.is_rwkv else "without flashbone"
     load = cards.part("Load", f"PEFT 0.17 and newer, {how}:", cards.load(card))
-    convert = cards.part("Convert", cards.shell("flashbone convert ADAPTER OUT --to peft"))
+    convert = cards.part("Convert", cards.shell("flashbone convert . ../peft --to peft"))
     return load + convert + cards.merging(card)
 
 

@@ -66,7 +66,8 @@ def write(lora: Lora, folder: Path) -> None:
 
 
 def _usage(card: AdapterCard) -> str:
-    return cards.part("Load", "With mlx-lm:", cards.shell("mlx_lm.generate --model BASE --adapter-path ADAPTER"))
+    command = f"mlx_lm.generate --model {cards.base_word(card)} --adapter-path ."
+    return cards.part("Load", "With mlx-lm:", cards.shell(command))
 
 
 FORMAT = AdapterFormat("mlx", Lora, None, write, _usage)

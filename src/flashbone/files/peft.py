@@ -115,18 +115,19 @@ def _ways_out(card: AdapterCard) -> tuple[list[str], list[str]]:
     if plain and kind.peft_init_weights is not None:
         words.append(f"PEFT 0.14 to 0.18 loads it as it is{sizes}.")
     if plain and kind.miss_init_weights is not None:
-        commands.append("flashbone convert ADAPTER OUT --to miss")
+        commands.append("flashbone convert . ../miss --to miss")
         words.append(f"Plain PEFT 0.17 and newer loads it after `--to miss`{sizes}.")
-    if card.fits_lora and not card.is_rwkv:
+    if card.fits_lora and not card.is_rwkv and not card.has_gguf_base:
         exact = kind.is_low_rank
-        commands.append("flashbone convert ADAPTER OUT --to lora --base BASE" + ("" if exact else " --error 0.01"))
+        base = cards.base_word(card)
+        commands.append(f"flashbone convert . ../lora --to lora --base {base}" + ("" if exact else " --error 0.01"))
         how = "exactly" if exact else "approximately, to the error that is asked for"
-        who = "Anything that serves LoRAs" if card.linear_only else "PEFT"
-        words.append(f"{who} loads it, {how}, after `--to lora`.")
+        words.append(f"Any PEFT loads it, {how}, after `--to lora`.")
     if card.fits_rwkv and kind.rwkv_peft_mode is not None:
-        commands.append("flashbone convert ADAPTER OUT --to rwkv-peft")
+        commands.append("flashbone convert . ../adapter.pth --to rwkv-peft")
         words.append("RWKV-PEFT reads it after `--to rwkv-peft`.")
-    return [*words, "Merged into its base, as below, it always is part of a plain model."], commands
+    words.append("Merged into its base, as below, it is part of a plain model.")
+    return [*words, "`flashbone inspect .` says which serving engines take it."], commands
 
 
 FORMAT = AdapterFormat("peft", Adapter, read, write, _usage, peft_type="BONE")

@@ -175,8 +175,8 @@ def write(adapter: Adapter, file: Path) -> None:
 
 def _usage(card: AdapterCard) -> str:
     how = "RWKV-PEFT reads the `.pth` file here (`merge/merge_disha.py`, or as the checkpoint to train on from)."
-    convert = cards.part("Convert", cards.shell("flashbone convert ADAPTER OUT --to peft"))
-    return cards.part("Load", how) + convert + cards.merging(card)
+    convert = cards.part("Convert", cards.shell("flashbone convert adapter.pth ../peft --to peft"))
+    return cards.part("Load", how) + convert + cards.merging(card, "adapter.pth")
 
 
 FORMAT = AdapterFormat("rwkv-peft", Adapter, read_adapter, write, _usage, suffix=".pth")

@@ -17,6 +17,7 @@ from flashbone.files.outputs import whole_or_absent, write_text
 from flashbone.files.records import finite, to_json
 from flashbone.train import folder as run_folder
 from flashbone.train.arguments import check_launch, check_optimizer, trainer_arguments
+from flashbone.train.card import add_run
 from flashbone.train.checkpoints import write_stops
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.origins import sources_of
@@ -30,7 +31,7 @@ from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
 from flashbone.train.recipe import Recipe, early_stopping_of, refuse_classification
 from flashbone.train.samples import Samples
-from flashbone.train.summary import summarise
+from flashbone.train.summary import Summary, summarise
 from flashbone.train.trainers import build_trainer
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any, on_start: Callable[[], 
     data.counted.clear()
     metrics, recorder = fit(trainer, folder, begin)
     summary = summarise(recipe, trainer, data, metrics, recorder.train_s)
-    _save(folder, trainer)
+    _save(folder, trainer, recipe, summary)
     summary = dataclasses.replace(summary, samples=samples.after())
     if recipe.merge and args.process_index == 0:
         write_merged(folder, merge_base, trainer, load_plain if recipe.quantization else None)
@@ -109,8 +110,8 @@ def _begin(recipe: Recipe, inputs: Inputs, on_start: Callable[[], None] | None) 
     run_folder.record(recipe, inputs)
 
 
-def _save(folder: RunFolder, trainer: Any) -> None:
-    """Adapter and tokenizer, in a folder that appears whole."""
+def _save(folder: RunFolder, trainer: Any, recipe: Recipe, summary: Summary) -> None:
+    """Adapter, card and tokenizer, in a folder that appears whole."""
     main = trainer.accelerator.is_main_process
     if trainer.is_fsdp_enabled:  # of a sharded kind the Trainer would silently write no adapter
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -120,6 +121,7 @@ def _save(folder: RunFolder, trainer: Any) -> None:
         if main:
             trainer.processing_class.save_pretrained(partial)
             write_stops(trainer, partial)
+            add_run(partial / "README.md", recipe, summary)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
 
 

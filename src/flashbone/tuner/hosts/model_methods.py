@@ -113,3 +113,11 @@ def _read(source: Any, load_config: Any, kwargs: dict[str, Any]) -> dict[str, Te
     arguments = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
     download = {key: arguments[key] for key in _DOWNLOAD if arguments.get(key) is not None}
     return load_peft_weights(str(source), device="cpu", **download)
+
+
+def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """TRL's `create_model_card`, which writes over the card of a BONE adapter; ours goes back into it."""
+    original(trainer, *args, **kwargs)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero() and "default" in adapters_in(model):
+        model.create_or_update_model_card(trainer.args.output_dir)

@@ -1,15 +1,17 @@
-"""The cards of adapters that a live model saves: PEFT writes README.md, and a BONE adapter's gets our part added."""
+"""The cards of adapters that a live model saves, in the place of PEFT's template."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from flashbone.files import cards, peft
 from flashbone.files.formats import AdapterCard
@@ -31,9 +33,9 @@ def write_cards(peft_model: Any) -> None:
 def _with_our_part(original: Callable) -> Callable:
     @functools.wraps(original)
     def create_or_update_model_card(self: Any, output_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, output_dir, *args, **kwargs)
-        _write(self, "default", Path(output_dir))
-        return result
+        if not isinstance(self.peft_config.get("default"), BoneConfig):
+            return original(self, output_dir, *args, **kwargs)
+        return _write(self, "default", Path(output_dir))  # PEFT's template is a page of blanks
 
     return create_or_update_model_card
 
@@ -60,7 +62,19 @@ def _write(model: Any, adapter_name: str, folder: Path) -> None:
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, BoneConfig):
         return
+    folder.mkdir(parents=True, exist_ok=True)
     cards.put(_card(model, adapter_name, config), folder / CARD)
+
+
+def about_base(bare: nn.Module) -> dict[str, Any]:
+    """What a card says of a live base: its class in transformers, and how many classes its head tells apart."""
+    is_known = isinstance(bare, PreTrainedModel)
+    labels = bare.config.num_labels if is_known and type(bare).__name__.endswith("Classification") else None
+    return {
+        "architecture": type(bare).__name__ if is_known else "",
+        "labels": labels,
+        "tags": tuple(getattr(bare, "model_tags", None) or ()),
+    }
 
 
 def has_lora(layer: BoneLinear) -> bool:
@@ -69,8 +83,6 @@ def has_lora(layer: BoneLinear) -> bool:
 
 
 def _card(model: Any, adapter_name: str, config: BoneConfig) -> AdapterCard:
-    targets = config.target_modules or ()
-    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     bare = model.get_base_model()
     layers = {name: layer for name, layer in bone_layers(bare) if adapter_name in layer.bone_block}
     saved = [name for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -81,12 +93,14 @@ def _card(model: Any, adapter_name: str, config: BoneConfig) -> AdapterCard:
         format=peft.FORMAT,
         variant=config.variant,
         r=tuple(sorted({config.r, *config.rank_pattern.values()})),
-        targets=names + tuple(config.target_parameters or ()),
+        targets=tuple(re.sub(r"(\.base_layer)+$", "", name) for name in layers),
         base=config.base_model_name_or_path or getattr(bare, "name_or_path", None) or None,
         linear_only=is_linear and not single,
         fits_lora=all(map(has_lora, layers.values())) and not single,
         fits_rwkv=is_linear and config.bias != "all" and lead is not None,
         is_rwkv=lead == "",
+        task_type=config.task_type,
+        **about_base(bare),
     )
 
 

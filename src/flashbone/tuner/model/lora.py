@@ -23,7 +23,7 @@ from flashbone.files.formats import AdapterCard
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLinear, bone_layers
-from flashbone.tuner.model.card import CARD, has_lora
+from flashbone.tuner.model.card import CARD, about_base, has_lora
 from flashbone.tuner.model.keys import BLOCK, BLOCK_OF_TRANSPOSED
 from flashbone.tuner.model.targets import exact_names
 from flashbone.variants import lowrank
@@ -100,16 +100,18 @@ def save_as_lora(model: BaseTuner, path: str | Path, adapter_name: str, rank: in
 
 
 def _card(model: BaseTuner, config: LoraConfig, state: dict[str, Tensor]) -> AdapterCard:
-    """The card of a LoRA whose `target_modules` are names of layers."""
-    targets = config.target_modules or ()
+    """The card of a LoRA."""
     base = config.base_model_name_or_path or getattr(model.model, "name_or_path", None) or None
+    parts = (re.match(r"base_model\.model\.(.+)\.lora_\w+", key) for key in state)
     return AdapterCard(
         lora_files.FORMAT,
         None,
         (config.r,),
-        (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        tuple({part[1]: None for part in parts if part}),
         base,
         linear_only=all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state),
+        task_type=config.task_type,
+        **about_base(model.model),
     )
 
 
