@@ -24,6 +24,7 @@ class Figure:
         name: Its place on the page, in words.
         rows: Benchmark, part and metric.
         shape: Entries of the shape that the rows must have.
+        threads: As the end of the rows' device has them; empty: whatever they are.
         methods: Those that it is shown for on a line of its own; none for a column of the table.
     """
 
@@ -31,7 +32,7 @@ class Figure:
     rows: tuple[str, str, str]
     shape: dict[str, int] = field(default_factory=dict)
     dtype: str = "float32"
-    threads: str = "2 threads"
+    threads: str = ""
     methods: tuple[str, ...] = ()
     adapters: tuple[int, ...] = (0, 1)
 
@@ -42,7 +43,7 @@ class Figure:
             for row in rows
             if (row.benchmark, row.part, row.metric) == self.rows
             and (row.dtype, row.adapters in self.adapters) == (self.dtype, True)
-            and row.device.endswith(f", {self.threads}")
+            and row.device.endswith(self.threads)
             and self.shape.items() <= row.shape.items()
             and (is_current(row) or not is_floor(row))
         ]
@@ -79,7 +80,7 @@ LINES = (
     Figure(
         "forward of BERT-base, to the frozen model's time",
         ("forward", "main", TIME),
-        threads="1 thread",
+        threads=", 1 thread",
         methods=("orthogonal", "orthogonal-merged", "lora"),
     ),
     *(
@@ -87,7 +88,7 @@ LINES = (
             f"RWKV-{version}'s time mixing, to its time in chunks, {words}",
             ("wkv", part, TIME),
             {"version": version, **MIXING},
-            threads="1 thread",
+            threads=", 1 thread",
             methods=("wkv-loop",),
         )
         for version in (7, 6)
