@@ -21,7 +21,7 @@ def learned_text() -> str:
     tokenizer = byte_tokenizer()
     parts = []
     for name, layout in LAYOUT_ROWS.items():
-        for example in open_examples(iter([("d:1", layout.row)]), "sft", "d").examples:
+        for example in open_examples(iter([("d:1", layout.row)]), "sft", "d", layout.asked).examples:
             rows = [bracketed(row, tokenizer) for row in tokenise(example, tokenizer)]
             parts.append("\n".join([f"=== {name}", *rows]))
     return "\n\n".join(parts) + "\n"

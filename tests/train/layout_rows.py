@@ -14,12 +14,14 @@ class LayoutRow:
         format: The format that it is read as.
         learned: What is learned of it, in order.
         context: Texts that are seen and not learned.
+        asked: The format that the user names.
     """
 
     row: dict[str, Any]
     format: str
     learned: tuple[str, ...]
     context: tuple[str, ...] = ()
+    asked: str = "auto"
 
 
 def talk(*turns: tuple[str, str], **more: Any) -> list[dict[str, Any]]:
@@ -203,6 +205,16 @@ LAYOUT_ROWS = {
         "system-chat",
         ("<functioncall> {}", FIRST),
         ('"be short ."', "the cat ?", '"a cat"'),
+    ),
+    "RWKV's chats": LayoutRow(
+        {
+            "text": f"System: be short .\n\nUser: the cat ?\n\nAssistant: {FIRST}\n\n"
+            f"User: the dog ?\n\nAssistant: {SECOND}"
+        },
+        "rwkv",
+        (FIRST, SECOND),
+        ("be short .", "the cat ?", "the dog ?"),
+        asked="rwkv",
     ),
     "LIMA": LayoutRow({"conversations": ["the cat ?", FIRST], "source": "s"}, "sharegpt", (FIRST,), ("the cat ?",)),
     "Capybara": LayoutRow(

@@ -35,8 +35,8 @@ def learned_and_context(example) -> tuple[str, str]:
 @pytest.mark.parametrize("name", LAYOUT_ROWS)
 def test_of_each_layout_the_answers_are_learned_and_all_else_is_context(name):
     layout = LAYOUT_ROWS[name]
-    assert choose_format(layout.row, "sft", "d")[0] == layout.format
-    learned, context = learned_and_context(example_of(layout.row))
+    assert choose_format(layout.row, "sft", "d", layout.asked)[0] == layout.format
+    learned, context = learned_and_context(example_of(layout.row, asked=layout.asked))
     for text in layout.learned:
         assert text in learned
         assert text not in context

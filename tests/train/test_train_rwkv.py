@@ -16,7 +16,9 @@ from flashbone.files import reading
 from flashbone.rwkv import RwkvTokenizer, from_pth
 from flashbone.train import fitting
 from flashbone.train.arguments import trainer_arguments
+from flashbone.train.data.formats import open_examples
 from flashbone.train.data.loading import load_data
+from flashbone.train.data.tokens import bracketed, tokenise
 from flashbone.train.data.windows import windows_for
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings
@@ -313,7 +315,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(recipe_
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
-    refused("rwkv.train_parts: got \\['att'\\], wanted a list, each ln or time", rwkv={"train_parts": ["att"]})
+    refused("rwkv.train_parts: got \\['att'\\], wanted a list, each ln, time or state", rwkv={"train_parts": ["att"]})
     refused("rwkv.chunk_ctx: got 0, wanted a number of tokens", rwkv={"chunk_ctx": 0})
     refused("rwkv.time_decay_lr: got -1, wanted a positive number", rwkv={"time_decay_lr": -1})
     refused("rwkv: got .*, wanted vocabulary, chunk_ctx", rwkv={"ctx": 3})
@@ -347,3 +349,15 @@ def test_a_resumed_run_must_keep_its_settings(recipe_for, base, tmp_path):
     other = recipe_for(base, tmp_path / "run", rwkv={"chunk_ctx": 16}, training={"max_steps": 3})
     with pytest.raises(ConfigError, match=r"holds a run of another recipe: rwkv.chunk_ctx was None, is 16"):
         train(other, resume=True)
+
+
+def test_of_rwkv_s_texts_the_answers_are_learned_with_the_blank_line_that_ends_them():
+    """As by RWKV-PEFT's `--loss_mask qa`."""
+    text = "System: be brief\n\nUser: the cat?\n\nAssistant: on the mat\n\nUser: the dog?\n\nAssistant: out\nthere"
+    reading = open_examples(iter([("d:1", {"text": text})]), "sft", "d", "rwkv")
+    tokenizer = RwkvTokenizer()
+    (row,) = (bracketed(row, tokenizer) for example in reading.examples for row in tokenise(example, tokenizer))
+    assert row == (
+        "System: be brief\n\nUser: the cat?\n\nAssistant:[[ on the mat\n\n]]"
+        "User: the dog?\n\nAssistant:[[ out\nthere\n\n]]"
+    )

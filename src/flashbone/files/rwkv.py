@@ -1,4 +1,5 @@
-"""Adapter files of RWKV-PEFT: one `.pth` (or safetensors) with the names of RWKV's own checkpoints.
+"""Adapter files of RWKV-PEFT until 2025, when MISS folders came: one `.pth` (or safetensors) with the names of RWKV's
+own checkpoints.
 
     blocks.<i>.att.receptance.disha       the block of a projection; in older files `.bone`
     blocks.<i>.ln1.weight, ln_out.bias    LayerNorms, and of RWKV-6 every time_*: trained values, whole
@@ -174,7 +175,7 @@ def write(adapter: Adapter, file: Path) -> None:
 
 
 def _usage(card: AdapterCard) -> str:
-    how = "RWKV-PEFT reads the `.pth` file here (`merge/merge_disha.py`, or as the checkpoint to train on from)."
+    how = "RWKV-PEFT up to 2025 reads the `.pth` file here (`merge/merge_disha.py`); newer versions take MISS folders."
     convert = cards.part("Convert", cards.shell("flashbone convert adapter.pth ../peft --to peft"))
     return cards.part("Load", how) + convert + cards.merging(card, "adapter.pth")
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from flashbone.rwkv.files import to_pth as to_pth
     from flashbone.rwkv.loss import l2_wrap as l2_wrap
     from flashbone.rwkv.state import RwkvState as RwkvState
+    from flashbone.rwkv.time_state import add_time_state as add_time_state
+    from flashbone.rwkv.time_state import load_time_state as load_time_state
+    from flashbone.rwkv.time_state import save_time_state as save_time_state
     from flashbone.rwkv.tokenizer import RwkvTokenizer as RwkvTokenizer
     from flashbone.rwkv.v6 import Rwkv6ForCausalLM as Rwkv6ForCausalLM
     from flashbone.rwkv.v7 import Rwkv7ForCausalLM as Rwkv7ForCausalLM
@@ -25,9 +28,12 @@ _PUBLIC = {
     "Rwkv7ForCausalLM": "v7",
     "RwkvState": "state",
     "RwkvTokenizer": "tokenizer",
+    "add_time_state": "time_state",
     "from_pth": "files",
     "l2_wrap": "loss",
+    "load_time_state": "time_state",
     "read_config": "files",
+    "save_time_state": "time_state",
     "to_pth": "files",
 }
 __all__ = [
@@ -37,9 +43,12 @@ __all__ = [
     "Rwkv7ForCausalLM",
     "RwkvState",
     "RwkvTokenizer",
+    "add_time_state",
     "from_pth",
     "l2_wrap",
+    "load_time_state",
     "read_config",
+    "save_time_state",
     "to_pth",
 ]
 

@@ -30,7 +30,7 @@ class Sizes:
             raise FormatError(f"{self.where}: {name} {got}; is the file whole?")
         return shape[axis]
 
-    def common(self, head_size: int) -> dict[str, int]:
+    def common(self, head_size: int) -> dict[str, Any]:
         """What both versions have, as arguments of a configuration."""
         hidden = self("emb.weight", 1, 2)
         if hidden % head_size:
@@ -46,6 +46,7 @@ class Sizes:
             "num_hidden_layers": len(numbers),
             "intermediate_size": self("blocks.0.ffn.key.weight", 0, 2),
             "head_size": head_size,
+            "has_time_state": "blocks.0.att.time_state" in self.shapes,
         }
 
 
@@ -64,6 +65,7 @@ class RwkvConfig(PreTrainedConfig):
         wkv_backend: Who runs the time mixing: "torch", "fla" (flash-linear-attention's kernels, which need a GPU), or
             "auto": those where they are installed and give our results on this GPU, else torch.
         use_cache: Whether a call returns the recurrent state.
+        has_time_state: Whether each block holds `time_state`, from which sequences start (state tuning).
 
     Raises:
         ConfigError: sizes or a backend that cannot be.
@@ -86,6 +88,7 @@ class RwkvConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         wkv_backend: str = "auto",
         use_cache: bool = True,
+        has_time_state: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -98,6 +101,7 @@ class RwkvConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.wkv_backend = wkv_backend
         self.use_cache = use_cache
+        self.has_time_state = has_time_state
         if hidden_size % head_size:
             raise ConfigError(f"head_size: got {head_size}, which does not divide the hidden size of {hidden_size}")
         if wkv_backend not in BACKENDS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,6 +11,32 @@ from torch.nn import functional
 
 class RwkvHalf(nn.Module):
     """Half of a block. It uses `read` on its parameters: an adapter may have put a module in the place of one."""
+
+
+class TimeMix(RwkvHalf):
+    """The half of a block that mixes what tokens say over time, by a state of each head.
+
+    Attributes:
+        config: of the model.
+        time_state: (heads, value, key), what a sequence starts from in the place of zeros; only where it was learned.
+    """
+
+    config: Any
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Of `time_state`."""
+        return self.config.num_heads, self.config.head_size, self.config.head_size
+
+    def add_time_state(self) -> None:
+        """Make the state a parameter, of zeros, which is not trained yet."""
+        zeros = torch.zeros(self.state_shape, device=next(self.parameters()).device)
+        self.time_state = nn.Parameter(zeros, requires_grad=False)
+        self.config.has_time_state = True
+
+    def start(self, state: Tensor) -> Tensor:
+        """The state (batch, heads, value, key) of a new sequence, in the place of one of zeros."""
+        return read(self.time_state).to(state).expand_as(state) if hasattr(self, "time_state") else state
 
 
 def read(parameter: Tensor | nn.Module) -> Tensor:

@@ -234,7 +234,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         token = x.new_zeros(batch, config.hidden_size)
         wide = torch.promote_types(x.dtype, torch.float32)
         wkv = x.new_zeros(batch, config.num_heads, config.head_size, config.head_size, dtype=wide)
-        return [LayerState(token, wkv, token) for _ in self.blocks]
+        return [LayerState(token, cast(Any, block).att.start(wkv), token) for block in self.blocks]
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

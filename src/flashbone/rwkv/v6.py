@@ -10,7 +10,7 @@ from torch.nn import functional
 from flashbone.ops.autocast import without_autocast
 from flashbone.rwkv import kernels, wkv6
 from flashbone.rwkv.config import Rwkv6Config
-from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector
+from flashbone.rwkv.layers import HeadNorm, RwkvHalf, TimeMix, linear, matrix, ramp_, read, vector
 from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.rwkv.shift import Padding, token_shift
 
@@ -18,7 +18,7 @@ Hidden = Float[Tensor, "batch tokens hidden"]
 _MIXES = ("w", "k", "v", "r", "g")  # in the order of time_maa_w2
 
 
-class TimeMix6(RwkvHalf):
+class TimeMix6(TimeMix):
     """What the tokens before say, by a state of each head."""
 
     time_maa_x: Tensor
@@ -35,6 +35,8 @@ class TimeMix6(RwkvHalf):
         self.time_faaaa = matrix(config.num_heads, config.head_size)
         self.receptance, self.key, self.value, self.output, self.gate = (linear(hidden, hidden) for _ in range(5))
         self.ln_x = HeadNorm(config.num_heads, hidden, eps=config.head_norm_eps)
+        if config.has_time_state:
+            self.add_time_state()
 
     def forward(
         self, x: Hidden, first_value: Hidden, before: Tensor, state: Tensor, padding: Padding | None

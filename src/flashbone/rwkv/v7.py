@@ -12,14 +12,14 @@ from torch.nn import functional
 from flashbone.ops.autocast import without_autocast
 from flashbone.rwkv import kernels, wkv7
 from flashbone.rwkv.config import Rwkv7Config
-from flashbone.rwkv.layers import HeadNorm, RwkvHalf, linear, matrix, ramp_, read, vector
+from flashbone.rwkv.layers import HeadNorm, RwkvHalf, TimeMix, linear, matrix, ramp_, read, vector
 from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.rwkv.shift import Padding, token_shift
 
 Hidden = Float[Tensor, "batch tokens hidden"]
 
 
-class TimeMix7(RwkvHalf):
+class TimeMix7(TimeMix):
     """What the tokens before say, by a state of each head."""
 
     x_r: Tensor
@@ -48,6 +48,8 @@ class TimeMix7(RwkvHalf):
         self.r_k = matrix(heads, size)
         self.receptance, self.key, self.value, self.output = (linear(hidden, hidden) for _ in range(4))
         self.ln_x = HeadNorm(heads, hidden, eps=config.head_norm_eps)
+        if config.has_time_state:
+            self.add_time_state()
 
     def forward(
         self, x: Hidden, first_value: Hidden, before: Tensor, state: Tensor, padding: Padding | None

@@ -80,8 +80,8 @@ class RwkvSettings:
     chunk_ctx: int | None = None  # train sequences in pieces of so many tokens, which hand the state on
     carry_gradient: bool = True  # with chunk_ctx: through the state to earlier pieces, too
     l2_wrap: bool = False  # keep the largest logits small, as RWKV's own training does
-    # along with the adapter: ln (LayerNorms), time (time_* of v6), by RWKV-PEFT's names
-    train_parts: list[Literal["ln", "time"]] = field(default_factory=list)
+    # along with the adapter: ln (LayerNorms), time (time_* of v6), by RWKV-PEFT's names; state: time_state
+    train_parts: list[Literal["ln", "time", "state"]] = field(default_factory=list)
     time_decay_lr: float = 2.0  # with time: the learning rate of time_decay, as a multiple of the others'
 
     def __post_init__(self) -> None:

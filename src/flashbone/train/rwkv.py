@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from trl.trainer.sft_trainer import SFTTrainer
 
 from flashbone.errors import ConfigError
+from flashbone.rwkv import time_state
 from flashbone.rwkv.loss import wrapped
 from flashbone.rwkv.model import RwkvForCausalLM
 from flashbone.train.recipe import RwkvSettings
@@ -41,6 +42,8 @@ def prepare(model: RwkvForCausalLM, settings: RwkvSettings, args: Any) -> dict[s
         along["parameters_to_save"] = sorted({end for end in ends if end.startswith("time_")})
         if not along["parameters_to_save"]:
             raise ConfigError("rwkv.train_parts: this model has no time_* values, which are RWKV-6's; leave time out")
+    if "state" in settings.train_parts:
+        along.setdefault("parameters_to_save", []).append(time_state.NAME)
     return along
 
 

@@ -103,6 +103,7 @@ FORMATS = {
         names=SYSTEM,
     ),
     "text": RowFormat(makers.text, ("text",), learned="every token"),
+    "rwkv": RowFormat(makers.rwkv, ("text",), learned=_ANSWERS),
     "tokens": RowFormat(makers.tokens, ("input_ids",), MASKS, "every token", is_tokenised=True),
     "query-response": _pair("query", "response"),
     "query-answers": RowFormat(makers.calls, ("query", "answers", "tools"), ("system",), "the answers: calls of tools"),

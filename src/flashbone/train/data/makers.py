@@ -198,11 +198,20 @@ def calls(row: Row) -> Example:
 def chat(row: Row) -> Example:
     chat = row["chat"]
     if not isinstance(chat, list):
-        start, *parts = re.split(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ", text_of(row, "chat"))
-        if start.strip() or not parts:
-            raise FormatError(f"'chat' is {kind(chat)}; 'USER: ' and 'ASSISTANT: ' were wanted before what they say")
-        said = [text.strip().removesuffix("<|endoftext|>").rstrip() for text in parts[1::2]]
         roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-        chat = [{"role": roles[name], "content": text} for name, text in zip(parts[::2], said, strict=True)]
+        chat = _said(text_of(row, "chat"), roles)
     system = row.get("system")
     return conversation(chat, system=system.removeprefix("SYSTEM: ") if isinstance(system, str) else system)
+
+
+def rwkv(row: Row) -> Example:
+    return conversation(_said(text_of(row, "text"), {"System": "system", "User": "user", "Assistant": "assistant"}))
+
+
+def _said(text: str, roles: dict[str, str]) -> list[dict[str, str]]:
+    """The turns of a text, in which lines begin with a role's name and a colon."""
+    start, *parts = re.split(rf"(?:^|\n)\s*({'|'.join(roles)}):", text)
+    if start.strip() or not parts:
+        raise FormatError(f"the text begins with {text[:40]!r}; {', '.join(f'{role}:' for role in roles)} were wanted")
+    said = [part.strip().removesuffix("<|endoftext|>").rstrip() for part in parts[1::2]]
+    return [{"role": roles[name], "content": content} for name, content in zip(parts[::2], said, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 
 from flashbone.errors import ConfigError
+from flashbone.rwkv import time_state
 from flashbone.tuner.layers.calls import changes_model
 from flashbone.tuner.layers.layer import BoneLinear, bone_layers
 from flashbone.tuner.layers.merged_base import check_loadable
@@ -59,7 +60,9 @@ class Merges(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge, unload=True)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
+        base = super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
+        time_state.drop(base)
+        return base
 
     @changes_model
     def unmerge_adapter(self, discard_writes: bool = False) -> None:

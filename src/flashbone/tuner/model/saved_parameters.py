@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError, NonFiniteError
+from flashbone.rwkv import time_state
 from flashbone.rwkv.layers import RwkvHalf
 from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.layer import BoneLayer
@@ -168,6 +169,8 @@ def _halves(model: nn.Module) -> list[tuple[str, RwkvHalf]]:
 
 def _choose(model: nn.Module, entries: Collection[str]) -> dict[str, tuple[RwkvHalf, str]]:
     """Full name -> module and name there of each parameter whose name ends in an entry, in the model's order."""
+    if any(entry.rpartition(".")[2] == time_state.NAME for entry in entries):
+        time_state.add(model)
     places = {
         bare(f"{path}.{key}"): (half, key)
         for path, half in _halves(model)
@@ -203,3 +206,4 @@ def forget(model: nn.Module, adapter_name: str) -> None:
             if not saved.bone_value:
                 del half._modules[key]
                 half._parameters[key] = saved.base_layer
+    time_state.drop(model)
