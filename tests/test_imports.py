@@ -32,6 +32,7 @@ ALLOWED = {
     "generation": {"errors", "files", "train", "evaluate", "rwkv"},
     "inspect": {"errors", "printing", "tuner", "files", "variants", "conversion", "rwkv"},
     "compare": {"errors", "printing", "files", "tuner", "variants", "train", "evaluate"},
+    "hosts": {"all", "tuner", "variants"},
     "cli": {
         "errors",
         "floors",

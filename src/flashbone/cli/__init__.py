@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("flashbone.cli.inspect", "say what an adapter would cost, or what a file holds"),
     "merge": ("flashbone.cli.merge", "write adapters into a checkpoint's weights"),
     "convert": ("flashbone.cli.convert", "write an adapter in another format, or for a serving engine"),
+    "run": ("flashbone.cli.run", "run another package's command with BONE in it, such as swift or axolotl"),
     "schema": ("flashbone.cli.schema", "print the JSON schema of a recipe, for editors"),
     "completion": ("flashbone.cli.completion", "print a script that completes commands in bash or zsh"),
     "env": ("flashbone.cli.env", "print versions and devices, for a report of a bug"),
