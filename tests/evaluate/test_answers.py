@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashbone.evaluate.answers import given_answer, is_same, wanted_answer
+from flashbone.train.data.answers import given_answer, is_same, wanted_answer
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 

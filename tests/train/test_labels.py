@@ -105,7 +105,7 @@ def test_numbers_of_hub_datasets_without_a_class_are_left_out(tmp_path):
 
 
 def test_rows_of_which_none_has_a_class_are_refused(jsonl):
-    with pytest.raises(FormatError, match="all 3 rows are left out; none has a class"):
+    with pytest.raises(FormatError, match="all 3 rows are left out: no class"):
         load(jsonl([{"text": "a", "label": -1}] * 3), drop_unlabelled=True)
 
 

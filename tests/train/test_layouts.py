@@ -11,7 +11,7 @@ from flashbone.train.data.formats import choose_format, open_examples
 from flashbone.train.data.layouts import FORMATS
 from golden.write_learned import FILE, learned_text
 
-PAGE = Path(__file__).parents[2] / "docs/training.md"
+PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("training.md", "preferences.md")]
 
 
 def example_of(row, task="sft", **settings):
@@ -46,7 +46,7 @@ def test_of_each_layout_the_answers_are_learned_and_all_else_is_context(name):
 
 
 def test_every_format_of_the_table_has_a_row():
-    assert {layout.format for layout in LAYOUT_ROWS.values()} == {n for n, f in FORMATS.items() if f.task == "sft"}
+    assert {layout.format for layout in LAYOUT_ROWS.values()} == {n for n, f in FORMATS.items() if "sft" in f.tasks}
 
 
 def test_the_golden_text_is_what_is_learned():
@@ -54,8 +54,8 @@ def test_the_golden_text_is_what_is_learned():
     assert FILE.read_text(encoding="utf-8") == learned_text()
 
 
-def test_the_page_has_the_table():
-    lines = PAGE.read_text().splitlines()
+def test_the_pages_have_the_table():
+    lines = [line for page in PAGES for line in page.read_text().splitlines()]
     for name, entry in FORMATS.items():
         optional = f"; optional {', '.join(entry.optional)}" if entry.optional else ""
         assert f"| `{name}` | {', '.join(entry.needed)}{optional} | {entry.learned} |" in lines

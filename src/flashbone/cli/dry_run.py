@@ -10,17 +10,18 @@ from flashbone.errors import FlashboneError
 if TYPE_CHECKING:
     from flashbone.train.plan import Plan
     from flashbone.train.recipe import Recipe
+    from flashbone.train.rewards import Reward
 
 MEMORY = ("base_bytes", "weight_bytes", "state_bytes", "activation_bytes", "training_bytes")
 # Fields of an adapter's configuration that do not decide what it costs, or that a model without weights lacks.
 OF_FILES = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 
-def dry_run(recipe: "Recipe", as_json: bool) -> None:
+def dry_run(recipe: "Recipe", as_json: bool, reward: "Reward | None" = None) -> None:
     """Print the report on stdout, from the main process: for people, or as one JSON object; nothing is written."""
     from flashbone.train.plan import plan
 
-    made = plan(recipe)
+    made = plan(recipe, reward)
     if os.environ.get("RANK", "0") != "0":
         return
     memory, note = _memory(made)

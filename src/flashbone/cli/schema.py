@@ -30,9 +30,11 @@ def schema_of(command: str) -> dict[str, Any]:
     from flashbone.train.recipe import Task, recipe_schema
 
     make: Any = recipe_schema
+    tasks: Any = Task
     if command == "compare":
+        from flashbone.compare.config import ComparedTask as tasks
         from flashbone.compare.config import comparison_schema as make
-    return json_schema(f"flashbone {command}", {task: make(task) for task in get_args(Task)})
+    return json_schema(f"flashbone {command}", {task: make(task) for task in get_args(tasks)})
 
 
 def make_parser() -> argparse.ArgumentParser:

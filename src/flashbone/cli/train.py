@@ -16,14 +16,15 @@ from flashbone.files.outputs import write_text
 
 if TYPE_CHECKING:
     from flashbone.train.recipe import Recipe
+    from flashbone.train.rewards import Reward
 
-VALUED = ("--save-recipe", "--processes")
+VALUED = ("--save-recipe", "--processes", "--reward")
 OPTIONS = ("--resume", "--dry-run", "--json", "--help", *VALUED)
 
 EPILOG = """\
 CONFIG.yaml:
   model: path-or-hub-id          # folder, hub id, .gguf file, or an RWKV model's .pth file
-  task: sft                      # sft | classification
+  task: sft                      # sft | dpo | kto | reward | grpo (docs/preferences.md) | classification
   data:                          # or a list of such mappings, each with a weight: docs/training.md
     path: train.jsonl            # .json, .jsonl, .csv, .parquet, .bin/.idx, or a dataset's hub id
     eval: 0.1                    # held out: a share, a number of rows, a file, or null
@@ -31,7 +32,7 @@ CONFIG.yaml:
     columns: {prompt: query}     # our name: the data's name
     split: train[:5000]
   adapter: {variant: bone, r: 64, target_modules: all-linear}     # any field of BoneConfig
-  training: {max_steps: 200, learning_rate: 2.0e-4}               # any field of SFTConfig or TrainingArguments
+  training: {max_steps: 200, learning_rate: 2.0e-4}               # any field of TRL's SFTConfig, or of the task's
   output: runs/first             # adapter/, merged/, metrics.jsonl, summary.json, loss.png, checkpoint-*/
   init_adapter: path             # go on with this adapter, in any format of the family; then leave adapter out
   merge: true                    # also write the merged model
@@ -62,6 +63,7 @@ def run(argv: list[str]) -> int:
     recipe = load_recipe(options.config, overrides)
     save = functools.partial(_save, recipe, options.save_recipe)
     save(only_check=True)
+    reward = _reward(recipe, options.reward)
     if options.processes is not None:
         from flashbone.cli.launching import check_processes, launch
         from flashbone.train.arguments import trains_on_cpu
@@ -76,7 +78,10 @@ def run(argv: list[str]) -> int:
     from flashbone.train.run import train
 
     try:
-        result = dry_run(recipe, options.json) if options.dry_run else train(recipe, options.resume, save)
+        if options.dry_run:
+            result = dry_run(recipe, options.json, reward)
+        else:
+            result = train(recipe, options.resume, save, reward)
         save()
     except (FlashboneError, OSError, SystemExit, KeyboardInterrupt):  # what ends with a code of its own
         leave_processes()
@@ -97,6 +102,21 @@ def _without(words: list[str], option: str) -> list[str]:
     """The words without an option and its value."""
     at = next((number for number, word in enumerate(words) if word.partition("=")[0] == option), len(words))
     return words[:at] + words[at + (1 if "=" in "".join(words[at : at + 1]) else 2) :]
+
+
+def _reward(recipe: "Recipe", named: str | None) -> "Reward | None":
+    """The function that rewards answers, if one is named.
+
+    Raises:
+        ConfigError: the task has no rewards, or there is no such function.
+    """
+    from flashbone.train.rewards import load_reward
+
+    if named is None:
+        return None
+    if recipe.task != "grpo":
+        raise ConfigError(f"--reward: is for task grpo, not {recipe.task}; leave it out")
+    return load_reward(named)
 
 
 def _save(recipe: "Recipe", file: Path | None, only_check: bool = False) -> None:
@@ -132,8 +152,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashbone train",
         description="Fine-tune a model with a Bone adapter as a YAML file says.",
-        usage="flashbone train [CONFIG.yaml] [--dotted.field value ...] [--resume | --dry-run] [--save-recipe FILE]"
-        " [--processes N] [--json]",
+        usage="flashbone train [CONFIG.yaml] [--dotted.field value ...] [--resume | --dry-run] [--reward FILE.py:NAME]"
+        " [--save-recipe FILE] [--processes N] [--json]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -144,6 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     either.add_argument(
         "--dry-run", action="store_true", help="read, check and tokenise everything, say what would be learned, and end"
     )
+    parser.add_argument("--reward", metavar="FILE.py:FUNCTION", help="of task grpo: rewards answers; the file is run")
     parser.add_argument(
         "--processes", metavar="N", type=int, help="train in N processes here: each on a GPU, or on CPUs"
     )

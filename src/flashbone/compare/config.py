@@ -19,13 +19,13 @@ from flashbone.train.recipe import (
     Quantization,
     Recipe,
     RwkvSettings,
-    Task,
     arguments_class,
+    check_task,
     more_arguments,
-    refuse_classification,
     section,
 )
 
+ComparedTask = Literal["sft", "classification"]
 Metric = Literal["auto", "loss", "accuracy", "exact_match"]
 
 
@@ -66,7 +66,7 @@ class ComparisonConfig:
     model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
     data: ComparedData  # rows to learn from, to choose by and to test with: fields below
     output: str  # folder of the results, the report and all runs
-    task: Task = "sft"  # sft: a language model
+    task: ComparedTask = "sft"  # sft: a language model
     # names, or mappings with method, label, learning_rates, and fields of that method's configuration
     methods: list[str | dict[str, Any]] = field(default_factory=lambda: ["bone", "lora", "miss"])
     # what all adapters are matched to: a method with its size, or a number of parameters
@@ -201,7 +201,7 @@ def check(comparison: ComparisonConfig) -> None:
         )
     if comparison.data.seed is None:
         raise ConfigError("data.seed: the held-out and test rows have to be the same for all seeds; give a number")
-    refuse_classification(Recipe(comparison.model, comparison.data, "", comparison.task, rwkv=comparison.rwkv))
+    check_task(Recipe(comparison.model, comparison.data, "", comparison.task, rwkv=comparison.rwkv))
 
 
 def listed_methods(comparison: ComparisonConfig) -> list[ListedMethod]:

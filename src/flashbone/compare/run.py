@@ -23,7 +23,8 @@ from flashbone.compare.sizes import Budget, ParameterCounter, budget_of, match
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files.outputs import alone, make_folder
 from flashbone.train.models import load_causal_lm, load_layout
-from flashbone.train.recipe import TASK_TYPES, is_pth
+from flashbone.train.recipe import is_pth
+from flashbone.train.tasks import TASKS
 from flashbone.tuner.model.skeleton import skeleton
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def plan(comparison: ComparisonConfig) -> tuple[Budget, list[MethodProgress]]:
     Raises:
         ConfigError: the budget is invalid, or the model does not exist.
     """
-    counter = ParameterCounter(_skeleton(comparison), comparison.target_modules, TASK_TYPES[comparison.task])
+    counter = ParameterCounter(_skeleton(comparison), comparison.target_modules, TASKS[comparison.task].task_type)
     budget = budget_of(comparison.budget, counter)
     # A share of the budget by which any two methods are within the tolerance of each other.
     around = comparison.tolerance / (2 + comparison.tolerance)
@@ -217,4 +218,4 @@ def _skeleton(comparison: ComparisonConfig) -> nn.Module:
         return load_causal_lm(comparison.model, torch.float32)
     if comparison.task == "classification":  # what the checkpoint lacks is trained whole, and not adapted
         return load_layout(comparison.model)
-    return skeleton(comparison.model, task_type=TASK_TYPES[comparison.task])
+    return skeleton(comparison.model, task_type=TASKS[comparison.task].task_type)

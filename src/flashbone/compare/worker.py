@@ -41,7 +41,7 @@ from flashbone.train.fitting import fit
 from flashbone.train.folder import RunFolder
 from flashbone.train.inert import StopIfInert
 from flashbone.train.lengths import limit_length
-from flashbone.train.recipe import TASK_TYPES
+from flashbone.train.tasks import TASKS
 from flashbone.train.trainers import build_trainer
 
 FAILED = 1  # exit code of a run whose error has been written down
@@ -111,7 +111,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
             model.to(args.device)  # as the trainer does later: what a start computes is computed there
         gc.collect()
         memory.start()
-        config = method.config(spec.size, spec.target_modules, TASK_TYPES[recipe.task], spec.settings)
+        config = method.config(spec.size, spec.target_modules, TASKS[recipe.task].task_type, spec.settings)
         with startup:
             adapted = attach(model, method, config, spec.seed)
         return _in_fp32(adapted)

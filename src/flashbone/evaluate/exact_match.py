@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashbone.evaluate.answers import given_answer, is_same, wanted_answer
+from flashbone.train.data.answers import given_answer, is_same, wanted_answer
 from flashbone.train.data.makers import ALPACA
 from flashbone.train.decoding import Decoding, answering, batches, check_lengths, continuations, text_of
 from flashbone.train.tokenizers import prompt_ids, stop_tokens

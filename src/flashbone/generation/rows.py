@@ -113,7 +113,7 @@ def _answer_of(entry: RowFormat) -> str | None:
 
 def _format_of(row: dict[str, Any], columns: dict[str, str], where: str) -> str:
     """The layout of rows like this one: that in which training reads them, or whose prompt they have."""
-    sft = {name: entry for name, entry in FORMATS.items() if entry.task == "sft" and not entry.is_tokenised}
+    sft = {name: entry for name, entry in FORMATS.items() if "sft" in entry.tasks and not entry.is_tokenised}
     known = {column for entry in sft.values() for column in entry.columns}
     if wrong := [f"{ours}={theirs}" for ours, theirs in columns.items() if ours not in known or theirs not in row]:
         raise ConfigError(

@@ -18,7 +18,8 @@ from flashbone.files import peft as peft_files
 from flashbone.files.adapter import Adapter
 from flashbone.files.fields import refuse_slow_patterns, settle_patterns
 from flashbone.files.sources import read_json, refuse_special
-from flashbone.train.recipe import TASK_TYPES, Recipe
+from flashbone.train.recipe import Recipe
+from flashbone.train.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def adapter_config(recipe: Recipe, *also_trained: dict[str, list[str]]) -> Any:
     for name, entries in itertools.chain.from_iterable(more.items() for more in also_trained):
         fields[name] = list(dict.fromkeys([*(fields.get(name) or ()), *entries]))
     try:
-        return BoneConfig(**fields, task_type=TASK_TYPES[recipe.task])
+        return BoneConfig(**fields, task_type=TASKS[recipe.task].task_type)
     except TypeError as error:
         raise ConfigError(f"adapter: {error}") from error
 
@@ -56,7 +57,7 @@ def saved_along(model: Any, recipe: Recipe) -> dict[str, list[str]]:
     from flashbone.tuner.model.whole import head_modules, modules_to_add, unsaved_modules
 
     added, new = modules_to_add(model, adapter_config(recipe)), unsaved_modules(model, [])
-    heads = head_modules(model) if recipe.task == "classification" else []
+    heads = head_modules(model) if TASKS[recipe.task].is_classifier else []
     packed = [module for module in new if module.partition(".")[0] not in heads]
     if packed and recipe.quantization:
         raise ConfigError(
@@ -101,7 +102,7 @@ def start_from(model: Any, recipe: Recipe) -> Any:
             ) from None
         if config.peft_type != "BONE":
             raise ConfigError(f"init_adapter {recipe.init_adapter}: is a {config.peft_type} adapter, not a Bone one")
-        config.task_type = TASK_TYPES[recipe.task]  # pyright: ignore[reportAttributeAccessIssue]
+        config.task_type = TASKS[recipe.task].task_type  # pyright: ignore[reportAttributeAccessIssue]
         config.base_model_name_or_path = model.name_or_path
         return peft.PeftModel.from_pretrained(model, place, config=config, is_trainable=True)
 

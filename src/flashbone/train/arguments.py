@@ -9,7 +9,8 @@ from flashbone.errors import ConfigError
 from flashbone.files.records import problems
 from flashbone.train.data.origins import holds_out
 from flashbone.train.rates import check_rates
-from flashbone.train.recipe import Recipe, arguments_class, early_stopping_of
+from flashbone.train.recipe import Recipe, early_stopping_of
+from flashbone.train.tasks import TASKS
 
 _STRATEGIES = ("eval_strategy", "save_strategy")
 # What transformers and TRL do not check: with some values they fail after the start, others they take for defaults.
@@ -39,33 +40,35 @@ _NOT_NEGATIVE = (
 
 
 def trainer_arguments(recipe: Recipe) -> Any:
-    """SFTConfig (sft) or TrainingArguments (classification), with the recipe's `training` over our defaults.
+    """The arguments that the task's trainer takes, with the recipe's `training` over our defaults.
 
     Raises:
         ConfigError: a value is out of range, or contradicts another.
     """
-    training = dict(recipe.training)
+    training, kind = dict(recipe.training), TASKS[recipe.task]
     check_rates(training.pop("learning_rates", {}))
-    if recipe.task == "classification":
-        training.pop("max_length", None)
-        if training.get("eval_do_concat_batches") is False or training.get("batch_eval_metrics"):
-            raise ConfigError(
-                "training.eval_do_concat_batches and batch_eval_metrics: a classifier is measured on all predictions at"
-                " once; leave them out"
-            )
+    ours = {name: training.pop(name, None) for name in kind.more}
+    unmeasured = training.get("eval_do_concat_batches") is False or training.get("batch_eval_metrics")
+    if recipe.task == "classification" and unmeasured:
+        raise ConfigError(
+            "training.eval_do_concat_batches and batch_eval_metrics: a classifier is measured on all predictions at"
+            " once; leave them out"
+        )
     # YAML 1.1 reads `no` as false; no strategy is a truth value.
     training |= {key: "no" for key, value in training.items() if key.endswith("_strategy") and value is False}
-    if wrong := problems(arguments_class(recipe.task), training):
+    if wrong := problems(kind.arguments_class(), training):
         raise ConfigError("; ".join(f"training.{name}: {problem}" for name, problem in wrong.items()))
     _check_ranges(training)
     training = _checkpointing(training, recipe)
     aligned = {**_defaults(recipe), **_for_the_best(training, recipe), **training}
     try:
-        args = arguments_class(recipe.task)(**aligned, output_dir=recipe.output, seed=recipe.seed)
+        args = kind.arguments_class()(**aligned, output_dir=recipe.output, seed=recipe.seed)
     except (TypeError, ValueError, ImportError, LookupError, OSError) as error:
         kind = "unknown value " if isinstance(error, LookupError) else ""
         raise ConfigError(f"training: {kind}{' '.join(str(error).split())}") from error
     _check_trackers(args.report_to)
+    for name, value in ours.items():
+        setattr(args, name, value)
     return args
 
 
@@ -178,13 +181,13 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         **half,
         **held_out,
         "report_to": "none",
-        "learning_rate": 2e-4,
+        "learning_rate": TASKS[recipe.task].learning_rate,
         "logging_steps": 5,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a diverged run must say so
         "save_steps": 0.1,
         "save_total_limit": 2,
-        "include_num_input_tokens_seen": "non_padding",
+        "include_num_input_tokens_seen": "no" if recipe.task == "grpo" else "non_padding",
         "dataloader_pin_memory": on_gpu,
     }
 
@@ -198,7 +201,7 @@ def trains_on_cpu(recipe: Recipe) -> bool:
 
 def _checkpointing(training: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """`training` with activations kept unless it sets otherwise; transformers 5.2x renamed gradient to activation."""
-    known = {item.name for item in dataclasses.fields(arguments_class(recipe.task))}
+    known = {item.name for item in dataclasses.fields(TASKS[recipe.task].arguments_class())}
     new, old = "activation_checkpointing", "gradient_checkpointing"
     if new not in known:
         return {old: False, **training}

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Wall-clock figures and counters that a resumed run would repeat differently; ours are tokens and train_s.
-DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time")
+DROPPED = ("runtime", "_per_second", "num_tokens", "total_flos", "preparation_time", "step_time")
 
 
 class Recorder(TrainerCallback):

@@ -26,6 +26,7 @@ class Inputs:
         tokenizer: of its vocabulary, its rules, its special tokens and its chat template.
         base: of the model's configuration and weights.
         adapter: of the adapter that it goes on with, if it does.
+        reward: of the file with the function that rewards answers, if there is one.
         processes: that train together.
         batch: rows of each process at a time.
         accumulated: such batches make a step.
@@ -39,6 +40,7 @@ class Inputs:
     batch: int
     accumulated: int
     adapter: str | None = None
+    reward: str | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -55,6 +57,7 @@ def inputs_of(recipe: Recipe, trainer: Any, data: Any) -> Inputs:
         tokenizer=_tokenizer(trainer.processing_class),
         base=_hash(_base_files(recipe)),
         adapter=None if recipe.init_adapter is None else _hash(_adapter_files(recipe.init_adapter)),
+        reward=getattr(trainer, "reward_sha256", None),
         processes=args.world_size,
         batch=args.train_batch_size,
         accumulated=args.gradient_accumulation_steps,
@@ -69,6 +72,7 @@ def check_same(before: Inputs, now: Inputs, output: Path, with_batch: bool = Tru
         "tokenizer": "the tokenizer (vocabulary, special tokens or chat template)",
         "base": "the model's files",
         "adapter": "the files of init_adapter",
+        "reward": "the file of --reward",
     }
     changed = [words for name, words in names.items() if getattr(before, name) != getattr(now, name)]
     if changed:

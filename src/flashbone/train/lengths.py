@@ -19,7 +19,7 @@ def limit_length(recipe: Recipe, args: Any) -> None:
         ConfigError: the recipe asks for more, or there is no such model.
     """
     asked, is_set = recipe.training.get("max_length"), "max_length" in recipe.training
-    default = CLASSIFIED if recipe.task == "classification" else args.max_length
+    default = CLASSIFIED if recipe.task == "classification" else getattr(args, "max_length", None)
     if is_set and asked is None:
         if getattr(args, "padding_free", False):  # TRL refuses a length there
             return

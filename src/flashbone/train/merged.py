@@ -20,6 +20,7 @@ from flashbone.merge import merge_checkpoint
 from flashbone.merge.plan import plan_edits, read_adapters
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import Recipe, is_pth
+from flashbone.train.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def find_merge_base(recipe: Recipe, folder: RunFolder, trainer: Any) -> Path | N
 
 def _base_files(recipe: Recipe) -> Path | None:
     """The model's folder, if it has safetensors, or its `.pth` file; None for other files and for classifiers."""
-    if recipe.task == "classification" or recipe.model.endswith(".gguf"):
+    if TASKS[recipe.task].is_classifier or recipe.model.endswith(".gguf"):
         return None
     if is_pth(recipe.model):
         return Path(recipe.model).expanduser()

@@ -11,7 +11,8 @@ from typing import Any
 from flashbone.errors import ConfigError
 from flashbone.files import claims, gguf_head
 from flashbone.files.sources import hub_problem, read_json, refuse_special
-from flashbone.train.recipe import TASK_TYPES, Quantization, Recipe, is_pth, quantization_of
+from flashbone.train.recipe import Quantization, Recipe, is_pth, quantization_of
+from flashbone.train.tasks import TASKS
 from flashbone.tuner.model.skeleton import skeleton
 
 
@@ -65,7 +66,7 @@ def load_layout(name: str) -> Any:
 
     with _load_report(False), suppress(ConfigError):
         return load(AutoModelForSequenceClassification, name, locate(name)[0], device_map="meta")
-    return skeleton(load_config(name), task_type=TASK_TYPES["classification"])  # a config alone
+    return skeleton(load_config(name), task_type=TASKS["classification"].task_type)  # a config alone
 
 
 def without_weights(load: "partial[Any]", recipe: Recipe, dtype: Any, labels: list[str] | None = None) -> Any:
@@ -91,7 +92,7 @@ def without_weights(load: "partial[Any]", recipe: Recipe, dtype: Any, labels: li
             return load(device_map="meta", local_files_only=True)
     if labels is not None:
         config.num_labels = len(labels)
-    return skeleton(config, dtype, TASK_TYPES[recipe.task])
+    return skeleton(config, dtype, TASKS[recipe.task].task_type)
 
 
 def load_config(name: str, **kwargs: Any) -> Any:

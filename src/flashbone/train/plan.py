@@ -17,7 +17,8 @@ from flashbone.train.data.tokens import IGNORED, Tokens, pieces
 from flashbone.train.data.windows import count, windows_for, without_numbers
 from flashbone.train.fitting import total_steps
 from flashbone.train.lengths import limit_length
-from flashbone.train.recipe import Recipe, refuse_classification
+from flashbone.train.recipe import Recipe, check_task
+from flashbone.train.rewards import Reward
 from flashbone.train.trainers import build_trainer, limits_of
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ class Plan:
     dtype: Any
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, reward: Reward | None = None) -> Plan:
     """What `train` would do with this recipe: its own trainer is built, on a model without weights.
 
     Raises:
         FlashboneError: as `train` would.
     """
-    refuse_classification(recipe)
+    check_task(recipe)
     if recipe.data.streaming:
         raise ConfigError("data.streaming: a dry run reads all rows; set it to false, with a part of the rows")
     with tempfile.TemporaryDirectory() as folder:  # transformers makes the output folder
@@ -112,7 +113,7 @@ def plan(recipe: Recipe) -> Plan:
         check_launch(recipe, args)
         limit_length(recipe, args)
         data = load_data(recipe, windows_for(args))
-        trainer, _ = build_trainer(recipe, _unplaced(args), data, has_weights=False)
+        trainer, _ = build_trainer(recipe, _unplaced(args), data, has_weights=False, reward=reward)
         steps = total_steps(trainer)
     numbers = [(source.held_out, source.learned) for source in data.sources]
     numbers += [(len(place.examples), 0) for place in data.read[len(numbers) :]]
@@ -170,7 +171,9 @@ def _seen(
         texts = [[text for text in (row["text"], row.get("text_pair")) if text] for row in first]
         examples = [Shown("\n\n".join(of), [row["label"]]) for of, row in zip(texts, first, strict=True)]
     else:
-        made, counts = prepare(rows, tokenizer, limits_of(args, trainer.model, tokenizer), args.dataset_num_proc)
+        made, counts = prepare(
+            rows, tokenizer, limits_of(args, trainer.model, tokenizer), getattr(args, "dataset_num_proc", None)
+        )
         cut, empty = counts.cut, counts.dropped
         lengths = [len(ids) for ids in made["input_ids"]]
         examples = [_shown(made, number, tokenizer) for number in range(min(SHOWN, len(made)))]

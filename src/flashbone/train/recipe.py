@@ -1,5 +1,6 @@
 """The recipe of a training run: its fields, how YAML and command-line overrides fill them, and which are refused."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,9 +9,8 @@ from flashbone.errors import ConfigError
 from flashbone.files.plain_yaml import read_yaml, yaml_text
 from flashbone.train.data.origins import DataRecipe, sources_of
 from flashbone.train.fields import Schema, changed, option_of, section
-
-Task = Literal["sft", "classification"]
-TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
+from flashbone.train.rewards import ON_THE_COMMAND_LINE, Rewards
+from flashbone.train.tasks import TASKS, Task, TaskKind
 
 
 @dataclass
@@ -20,12 +20,13 @@ class Recipe:
     model: str  # folder, hub id, .gguf file, or RWKV model's .pth file
     data: DataRecipe  # what is learned and what is held out: fields below
     output: str  # the run's folder
-    task: Task = "sft"  # sft: a language model
+    task: Task = "sft"  # sft: a language model; dpo, kto, reward: preferences; grpo: rewards
     adapter: dict[str, Any] = field(default_factory=dict)  # fields of BoneConfig; all linear layers by default
-    training: dict[str, Any] = field(default_factory=dict)  # fields of SFTConfig (sft) or TrainingArguments
+    training: dict[str, Any] = field(default_factory=dict)  # fields of TRL's SFTConfig, or of the task's class
     init_adapter: str | None = None  # go on with this adapter: a folder, hub id, or file of RWKV-PEFT
     quantization: dict[str, Any] = field(default_factory=dict)  # the base in few bits: fields below
     rwkv: dict[str, Any] = field(default_factory=dict)  # of RWKV models: fields below
+    rewards: dict[str, Any] = field(default_factory=dict)  # of grpo: fields below
     early_stopping: dict[str, Any] = field(default_factory=dict)  # end when held-out loss no longer falls: fields below
     merge: bool = False  # also write the merged model
     monitor: bool = True  # log how far the orthogonal variant turns, and how orthogonal it is
@@ -97,6 +98,7 @@ OURS = {
     "adapter.peft_type": "it is always BONE",
     "adapter.base_model_name_or_path": "set `model` instead",
     "adapter.inference_mode": "a run always trains",
+    "reward": ON_THE_COMMAND_LINE,
     "training.output_dir": "set `output` instead",
     "training.seed": "set `seed` instead",
     "training.dataset_text_field": "name the column in `data.columns: {text: ...}` instead",
@@ -122,6 +124,17 @@ def rwkv_of(recipe: Recipe) -> RwkvSettings | None:
     return section(RwkvSettings, "rwkv", recipe.rwkv)
 
 
+def rewards_of(recipe: Recipe) -> Rewards | None:
+    """What answers are rewarded for; None if the recipe says nothing of it.
+
+    Raises:
+        ConfigError: the section has an unknown or wrong field, or the task has no rewards.
+    """
+    if recipe.rewards and recipe.task != "grpo":
+        raise ConfigError(f"rewards: are for task grpo, not {recipe.task}; leave the section out")
+    return section(Rewards, "rewards", recipe.rewards)
+
+
 def early_stopping_of(recipe: Recipe) -> EarlyStoppingSettings | None:
     """When the run ends early; None if it does not.
 
@@ -136,13 +149,35 @@ def is_pth(name: str) -> bool:
     return name.endswith(".pth")
 
 
-def refuse_classification(recipe: Recipe) -> None:
-    """Raise ConfigError where a recipe for classification has what only language models have."""
-    if recipe.task != "classification":
+def check_task(recipe: Recipe) -> None:
+    """Raise ConfigError where a recipe has what its task cannot have."""
+    has_head, of = TASKS[recipe.task].is_classifier, "RWKV models"
+    set_fields = {"rwkv": recipe.rwkv, "model": is_pth(recipe.model)}
+    if has_head:
+        set_fields = {"init_adapter": recipe.init_adapter is not None, **set_fields}
+        of = "RWKV models and init_adapter"
+    if recipe.task != "sft" and (names := [name for name, is_set in set_fields.items() if is_set]):
+        remedy = "; merge the adapter into the model first" if names == ["init_adapter"] else ""
+        raise ConfigError(f"{', '.join(names)}: {of} are for task sft, not {recipe.task}{remedy}")
+    if wrong := list(_not_of_preferences(recipe)):
+        raise ConfigError("; ".join(wrong))
+
+
+def _not_of_preferences(recipe: Recipe) -> Iterator[str]:
+    """What TRL takes for a task and then does not do, or undoes without a word."""
+    task, training = recipe.task, recipe.training
+    if task in ("sft", "classification"):
         return
-    set_fields = {"init_adapter": recipe.init_adapter is not None, "rwkv": recipe.rwkv, "model": is_pth(recipe.model)}
-    if names := [name for name, is_set in set_fields.items() if is_set]:
-        raise ConfigError(f"{', '.join(names)}: RWKV models and init_adapter are for task sft, not classification")
+    if recipe.adapter.get("dropout") and training.get("disable_dropout", True):
+        yield f"adapter.dropout: task {task} turns all dropout off; set training.disable_dropout: false"
+    if training.get("truncation_mode", "keep_start") == "keep_end":
+        yield f"training.truncation_mode: keep_end is not for task {task}, whose two answers share their prompt"
+    if training.get("padding_free"):
+        yield f"training.padding_free: TRL has it off for task {task}; leave it out"
+    if training.get("sync_ref_model"):
+        yield "training.sync_ref_model: the reference is the model without its adapter; leave it out"
+    if recipe.init_adapter is not None and training.get("precompute_ref_log_probs"):
+        yield "training.precompute_ref_log_probs: not with init_adapter; leave one of them out"
 
 
 # Where files are read and written; `~` and `$NAME` are understood in them.
@@ -159,6 +194,7 @@ def recipe_schema(task: Any) -> Schema[Recipe]:
         "adapter": _bone_config(),
         "quantization": Quantization,
         "rwkv": RwkvSettings,
+        "rewards": Rewards,
         "early_stopping": EarlyStoppingSettings,
         "training": arguments_class(task),
     }
@@ -174,6 +210,8 @@ def load_recipe(config: str | Path | None, overrides: list[str] | None = None) -
     """
     overrides, content = list(overrides or []), {} if config is None else read_yaml(Path(config))
     where = "the command line" if config is None else str(config)
+    if ".py" in f"{content.get('rewards')} {option_of(overrides, 'rewards')}":
+        raise ConfigError(f"{where}: rewards: {ON_THE_COMMAND_LINE}")
     recipe = recipe_schema(option_of(overrides, "task") or content.get("task")).fill(content, overrides, where)
     try:
         _check_seeds(
@@ -181,6 +219,7 @@ def load_recipe(config: str | Path | None, overrides: list[str] | None = None) -
         )
         quantization_of(recipe)
         rwkv_of(recipe)
+        rewards_of(recipe)
         sources_of(recipe.data)
         early_stopping_of(recipe)
         if recipe.samples < 0:
@@ -219,29 +258,30 @@ def load_adapter_fields(config: str | Path | None, overrides: list[str]) -> dict
     where = "adapter" if config is None else str(config)
     recipe = {} if config is None else read_yaml(Path(config))
     task = recipe.get("task")
-    if task is not None and task not in list(TASK_TYPES):
-        raise ConfigError(f"{where}: task: got {task!r:.60}, wanted one of {', '.join(TASK_TYPES)}")
+    if task is not None and task not in list(TASKS):
+        raise ConfigError(f"{where}: task: got {task!r:.60}, wanted one of {', '.join(TASKS)}")
     schema = Schema(AdapterSection, {"adapter": _bone_config()}, OURS)
     merged = schema.fill({"adapter": recipe.get("adapter")}, overrides, where)
-    return merged.adapter | ({} if task is None else {"task_type": TASK_TYPES[task]})
+    return merged.adapter | ({} if task is None else {"task_type": TASKS[task].task_type})
 
 
 def arguments_class(task: Any) -> type:
     """The class that `training` is passed to."""
-    if task == "classification":
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-    from trl.trainer.sft_config import SFTConfig
-
-    return SFTConfig
+    return _kind(task).arguments_class()
 
 
 def more_arguments(task: Any) -> dict[str, Any]:
     """Names in `training` beyond the fields of that class, with their types."""
-    strategies = {f"training.{name}_strategy": str | bool for name in ("eval", "save", "logging")}  # YAML's `no`
+    strategies: dict[str, Any] = {
+        f"training.{name}_strategy": str | bool for name in ("eval", "save", "logging")
+    }  # YAML's `no`
     strategies["training.learning_rates"] = dict[str, float]
-    return strategies | ({"training.max_length": int | None} if task == "classification" else {})
+    return strategies | {f"training.{name}": kind for name, kind in _kind(task).more.items()}
+
+
+def _kind(task: Any) -> TaskKind:
+    """The task's entry; a name that is none is reported with the recipe's other fields."""
+    return next((kind for name, kind in TASKS.items() if name == task), TASKS["sft"])
 
 
 def _bone_config() -> type:

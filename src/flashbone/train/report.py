@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flashbone.errors import visible
 from flashbone.files.outputs import read_json_lines
 from flashbone.train import drawing
+from flashbone.train.tasks import MEASURED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 MOST_OF_A_SAMPLE = 300  # characters
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#4c78a8", "#e45756"
+REWARDS = (  # keys of metrics.jsonl
+    ("rewards/margins", "reward margin"),
+    ("rewards/accuracies", "reward accuracy"),
+    ("reward", "reward"),
+)
 ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
     ("rotation/error", "largest entry of |QᵀQ - I|"),
     ("rotation/angle_deg", "largest rotation angle (degrees)"),
@@ -23,19 +29,23 @@ ROTATIONS = (  # keys of metrics.jsonl, see flashbone.train.monitor
 
 
 def plot_losses(metrics: Path, target: Path) -> Path:
-    """Draw training and held-out loss over the steps from a metrics.jsonl; returns the PNG's path."""
+    """Draw the losses over the steps from a metrics.jsonl, and the rewards of preferences; returns the PNG's path."""
     rows = read_json_lines(metrics)
-    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    figure, (axes,) = _figure(7, 1)
-    if train:
-        axes.plot(*zip(*train, strict=True), color=TRAIN_COLOUR, linewidth=1.5, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, marker="o", markersize=5, label="held out")
+    rewards = [(key, label) for key, label in REWARDS if any(key in row or f"eval_{key}" in row for row in rows)]
     is_classifier = any("eval_accuracy" in row for row in rows)
-    axes.set_ylabel("loss (cross-entropy)" if is_classifier else "loss (nats per token)")
-    if train or held_out:
-        axes.legend(frameon=False)
+    unit = "" if rewards else " (cross-entropy)" if is_classifier else " (nats per token)"
+    figure, panels = _figure(7 if not rewards else 12, 1 + len(rewards))
+    for axes, (key, label) in zip(panels, [("loss", f"loss{unit}"), *rewards], strict=True):
+        train, held_out = (
+            [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in (key, f"eval_{key}")
+        )
+        if train:
+            axes.plot(*zip(*train, strict=True), color=TRAIN_COLOUR, linewidth=1.5, label="training")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, marker="o", markersize=5, label="held out")
+        axes.set_ylabel(label)
+        if train or held_out:
+            axes.legend(frameon=False)
     return drawing.save(figure, target)
 
 
@@ -105,8 +115,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("best step, whose weights are kept", f"{summary['best_step']:,}"))
     if summary.get("train_loss") is not None:
         lines.append(("training loss, last", f"{summary['train_loss']:.4f}"))
-    names = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_macro_f1": "held-out macro-F1"}
-    for key, name in names.items():
+    for _, key, name in MEASURED:
         before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
         if after is not None:
             start = "?" if before is None else f"{before:.4f}"

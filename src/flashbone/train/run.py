@@ -29,9 +29,11 @@ from flashbone.train.inputs import Inputs, inputs_of
 from flashbone.train.lengths import limit_length
 from flashbone.train.merged import find_merge_base, write_merged
 from flashbone.train.monitor import RotationMonitor, trained_rotations
-from flashbone.train.recipe import Recipe, early_stopping_of, refuse_classification
+from flashbone.train.recipe import Recipe, check_task, early_stopping_of
+from flashbone.train.rewards import Reward
 from flashbone.train.samples import Samples
 from flashbone.train.summary import Summary, summarise
+from flashbone.train.tasks import TASKS
 from flashbone.train.trainers import build_trainer
 
 log = logging.getLogger(__name__)
@@ -48,13 +50,19 @@ class Result:
     is_main: bool = True
 
 
-def train(recipe: Recipe, resume: bool = False, on_start: Callable[[], None] | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    on_start: Callable[[], None] | None = None,
+    reward: Reward | None = None,
+) -> Result:
     """Run the recipe; `resume` goes on from the last checkpoint in its output, to the same losses.
 
     Args:
         recipe: The recipe.
         resume: Whether a run is continued.
         on_start: Called in the main process before the first step, when everything else is ready.
+        reward: For task grpo: a function that rewards answers, besides those of the recipe.
 
     Raises:
         FlashboneError: recipe, data, model or disk do not allow it; an earlier run in the output is left as it was.
@@ -64,19 +72,21 @@ def train(recipe: Recipe, resume: bool = False, on_start: Callable[[], None] | N
     if summary is not None:
         log.info("resume: the run in %s is finished; nothing to do", folder.path)
         return Result(folder, dataclasses.asdict(summary), _is_main())
-    refuse_classification(recipe)
+    check_task(recipe)
     args = trainer_arguments(recipe)
     check_launch(recipe, args)
     claimed = run_folder.claimed(recipe, resume) if args.process_index == 0 else contextlib.nullcontext()
     with claimed, run_folder.disk_errors(folder), _known_failures(), _hub_errors(args), _bars_if_long(recipe):
-        return _train(recipe, folder, args, on_start)
+        return _train(recipe, folder, args, on_start, reward)
 
 
-def _train(recipe: Recipe, folder: RunFolder, args: Any, on_start: Callable[[], None] | None) -> Result:
+def _train(
+    recipe: Recipe, folder: RunFolder, args: Any, on_start: Callable[[], None] | None, reward: Reward | None
+) -> Result:
     limit_length(recipe, args)
     with args.main_process_first():
         data = load_data(recipe, windows_for(args))
-    trainer, load_plain = build_trainer(recipe, args, data)
+    trainer, load_plain = build_trainer(recipe, args, data, reward=reward)
     StopIfInert.attach(trainer)
     check_optimizer(trainer)
     merge_base = find_merge_base(recipe, folder, trainer) if recipe.merge and args.process_index == 0 else None
@@ -89,7 +99,7 @@ def _train(recipe: Recipe, folder: RunFolder, args: Any, on_start: Callable[[], 
         inputs = inputs_of(recipe, trainer, data)
         run_folder.check_inputs(folder, inputs)
         begin = functools.partial(_begin, recipe, inputs, on_start)
-    samples = Samples(trainer, data, recipe.samples)
+    samples = Samples(trainer, data, recipe.samples if TASKS[recipe.task].answers or data.labels else 0)
     samples.ask_before()
     data.counted.clear()
     metrics, recorder = fit(trainer, folder, begin)

@@ -17,6 +17,7 @@ from flashbone.train.metrics import MetricsLog
 from flashbone.train.monitor import ANGLE, ERROR, GRADIENT
 from flashbone.train.recipe import Recipe
 from flashbone.train.samples import Sample
+from flashbone.train.tasks import MEASURED
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Summary:
         sources: what each place of rows brought.
         samples: answers to held-out prompts, or held-out rows of a wrong class.
         rotation: the last figures of the variant orthogonal, the largest of all modules.
+        eval_reward_accuracy_after: the share of held-out pairs of answers of which the better one gets more reward.
+        eval_reward_margin_after: how much more, on average.
         best_step: the step whose weights the adapter has, where the best are kept and not the last; the figures "after"
             are those of this step.
         train_s: seconds in optimiser steps, of all processes that resumed the run.
@@ -69,6 +72,12 @@ class Summary:
     eval_accuracy_after: float | None = None
     eval_macro_f1_before: float | None = None
     eval_macro_f1_after: float | None = None
+    eval_reward_accuracy_before: float | None = None
+    eval_reward_accuracy_after: float | None = None
+    eval_reward_margin_before: float | None = None
+    eval_reward_margin_after: float | None = None
+    eval_reward_before: float | None = None
+    eval_reward_after: float | None = None
     sources: list[Source] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
@@ -78,8 +87,8 @@ def summarise(recipe: Recipe, trainer: Any, data: Data, metrics: MetricsLog, tra
     trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
     step, best = trainer.state.global_step, best_step(trainer)
     held_out: dict[str, Any] = {
-        f"{key}_{when}": (metrics.evaluation(at) or {}).get(key)
-        for key in ("eval_loss", "eval_accuracy", "eval_macro_f1")
+        f"{name}_{when}": (metrics.evaluation(at) or {}).get(key)
+        for key, name, _ in MEASURED
         for when, at in (("before", 0), ("after", best or step))
     }
     config = next(iter(trainer.model.peft_config.values())) if hasattr(trainer.model, "peft_config") else None

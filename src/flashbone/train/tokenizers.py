@@ -68,7 +68,9 @@ def _with_padding(tokenizer: Any, name: str) -> Any:
     return tokenizer
 
 
-def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conversational: bool) -> Any:
+def training_tokenizer(
+    recipe: Recipe, args: Any, vocabulary: str | None, conversational: bool, ends: bool = True
+) -> Any:
     """The tokenizer to train with: that of the model, with the chat template of `training.chat_template_path`.
 
     Args:
@@ -77,6 +79,7 @@ def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conver
             adds tokens that an adapter of ours would not save.
         vocabulary: As for `load_tokenizer`.
         conversational: Whether the rows need a chat template.
+        ends: Whether answers have to end in a token, so that they are learned to stop.
 
     Raises:
         ConfigError: the template is not a file, or a token or template is missing.
@@ -100,7 +103,7 @@ def training_tokenizer(recipe: Recipe, args: Any, vocabulary: str | None, conver
                 f"training.eos_token {args.eos_token!r}: the tokenizer of {recipe.model} has no such token"
             )
         tokenizer.eos_token = args.eos_token
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and ends:
         raise ConfigError(
             f"the tokenizer of {recipe.model} has no end-of-text token, so answers could not be learned to stop; "
             "name one of its tokens in training.eos_token"

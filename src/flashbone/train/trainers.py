@@ -10,6 +10,7 @@ import transformers
 from peft import get_peft_model
 
 from flashbone.errors import ConfigError, FlashboneError
+from flashbone.train import preferring
 from flashbone.train.adapters import adapter_config, saved_along, start_from
 from flashbone.train.arguments import model_dtype
 from flashbone.train.classify import classification_trainer
@@ -26,7 +27,9 @@ from flashbone.train.models import (
     without_weights,
 )
 from flashbone.train.rates import set_rates
-from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rwkv_of
+from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rewards_of, rwkv_of
+from flashbone.train.rewards import Reward
+from flashbone.train.tasks import TASKS
 from flashbone.train.tokenizers import load_tokenizer, stop_at, training_tokenizer
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,12 @@ Adapt = Callable[[Any], Any]
 
 
 def build_trainer(
-    recipe: Recipe, args: Any, data: Data, adapt: Adapt | None = None, has_weights: bool = True
+    recipe: Recipe,
+    args: Any,
+    data: Data,
+    adapt: Adapt | None = None,
+    has_weights: bool = True,
+    reward: Reward | None = None,
 ) -> tuple[Any, Callable[[], Any]]:
     """The model, adapted, in the trainer of its task; and how to load it without adapter and quantisation.
 
@@ -45,12 +53,14 @@ def build_trainer(
         data: The rows; test rows are made ready like held-out ones and left in `trainer.test_dataset`.
         adapt: Makes the model that trains out of the loaded one; None for the recipe's adapter.
         has_weights: Load the model's weights; without them everything else is built.
+        reward: A function that rewards answers, besides those of the recipe.
 
     Raises:
         ConfigError: the recipe does not fit the model.
     """
     transformers.set_seed(recipe.seed)
-    build = _classification_trainer if recipe.task == "classification" else _sft_trainer
+    rewarded = functools.partial(_language_trainer, reward=reward)
+    build = {"classification": _classification_trainer, "reward": _reward_trainer}.get(recipe.task, rewarded)
     try:
         trainer, load = build(recipe, args, data, adapt, has_weights)
     except FlashboneError:
@@ -75,16 +85,8 @@ def _held_out(data: Data) -> Any:
 def _classification_trainer(
     recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool
 ) -> tuple[Any, Callable]:
-    dtype = model_dtype(args)
     tokenizer = load_tokenizer(recipe.model)
-    load = functools.partial(load_classifier, recipe.model, dtype, data.labels, tokenizer)
-    quantized = quantized_loading(recipe, dtype)
-    model = load(**quantized) if has_weights else without_weights(load, recipe, dtype, data.labels)
-    if model.config.is_encoder_decoder and tokenizer.eos_token_id not in tokenizer("")["input_ids"]:
-        raise ConfigError(
-            f"model {recipe.model}: {type(model).__name__} classifies at the end token, which its tokenizer does not"
-            " write; use a tokenizer that does"
-        )
+    model, load = _classifier(recipe, model_dtype(args), data.labels, tokenizer, has_weights)
     if adapt is None:
         adapted = get_peft_model(model, adapter_config(recipe, saved_along(model, recipe)))
     else:
@@ -92,7 +94,42 @@ def _classification_trainer(
     return classification_trainer(adapted, args, data, _held_out(data), tokenizer, args.max_length), load
 
 
-def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool) -> tuple[Any, Callable]:
+def _classifier(
+    recipe: Recipe, dtype: Any, labels: list[str], tokenizer: Any, has_weights: bool
+) -> tuple[Any, Callable]:
+    load = functools.partial(load_classifier, recipe.model, dtype, labels, tokenizer)
+    model = load(**quantized_loading(recipe, dtype)) if has_weights else without_weights(load, recipe, dtype, labels)
+    if model.config.is_encoder_decoder and tokenizer.eos_token_id not in tokenizer("")["input_ids"]:
+        raise ConfigError(
+            f"model {recipe.model}: {type(model).__name__} classifies at the end token, which its tokenizer does not"
+            " write; use a tokenizer that does"
+        )
+    return model, load
+
+
+def _reward_trainer(
+    recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool
+) -> tuple[Any, Callable]:
+    """A model with one output, which is higher for better answers; its head is new, and trained whole."""
+    tokenizer = training_tokenizer(recipe, args, None, data.conversational, ends=False)
+    model, load = _classifier(recipe, model_dtype(args), ["reward"], tokenizer, has_weights)
+    data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model)
+    data = preferring.as_trl_takes_them(recipe.task, data, args)
+    args.model_init_kwargs = None
+    trainer = preferring.trainer_class(recipe.task)(
+        model=get_peft_model(model, adapter_config(recipe, saved_along(model, recipe))),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=_held_out(data),
+        processing_class=tokenizer,
+    )
+    trainer.row_counts = learned
+    return trainer, load
+
+
+def _language_trainer(
+    recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has_weights: bool, reward: Reward | None
+) -> tuple[Any, Callable]:
     settings = rwkv_of(recipe)
     tokenizer = training_tokenizer(recipe, args, settings and settings.vocabulary, data.conversational)
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
@@ -101,12 +138,19 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has
     load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
     quantized = quantized_loading(recipe, model_dtype(args))
     model = load(**quantized) if has_weights else without_weights(load, recipe, model_dtype(args))
-    trainer_class, along = _sft_trainer_class(model, settings, args, recipe.model)
+    trainer_class, along = _trainer_class(recipe, model, settings, args)
+    asked = data
     data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model)
     stops_anew = stop_at(model, tokenizer, learned.ends)
-    args.assistant_only_loss = args.assistant_only_loss and not data.conversational
-    if not (args.packing or args.eval_packing or args.shuffle_dataset):
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    if recipe.task == "sft":
+        args.assistant_only_loss = args.assistant_only_loss and not data.conversational
+        if not (args.packing or args.eval_packing or args.shuffle_dataset):
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    elif recipe.task == "grpo":
+        data = preferring.prompts(asked, learned, args)
+        trainer_class = functools.partial(trainer_class, reward_funcs=reward_functions(recipe, reward))
+    else:
+        data = preferring.as_trl_takes_them(recipe.task, data, args)
     if along and (recipe.init_adapter is not None or adapt is not None):
         which = "init_adapter: it says" if adapt is None else "methods: they say"
         raise ConfigError(f"{which} what is trained; leave {', '.join(along)} (rwkv.train_parts) out")
@@ -128,24 +172,46 @@ def _sft_trainer(recipe: Recipe, args: Any, data: Data, adapt: Adapt | None, has
     if recipe.quantization:  # TRL makes adapters on such models bf16
         for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    if preferring.START in getattr(trainer.model, "peft_config", ()):
+        preferring.keep_start(trainer)
+    trainer.reward_sha256 = getattr(reward, "sha256", None)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.stops_anew, trainer.row_counts = stops_anew, learned  # pyright: ignore[reportAttributeAccessIssue]
     return trainer, load
 
 
-def _sft_trainer_class(
-    model: Any, settings: RwkvSettings | None, args: Any, name: str
+def reward_functions(recipe: Recipe, reward: Reward | None) -> list[Reward]:
+    """What rewards answers: what the recipe names, and then the function.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    settings = rewards_of(recipe)
+    functions = [*(settings.functions() if settings else ()), *([reward] if reward else ())]
+    if not functions:
+        raise ConfigError(
+            "rewards: task grpo needs some: exact_match: true, regex: ... or length: ... in this section, or --reward"
+            " file.py:function on the command line"
+        )
+    return functions
+
+
+def _trainer_class(
+    recipe: Recipe, model: Any, settings: RwkvSettings | None, args: Any
 ) -> tuple[Callable[..., Any], dict[str, list[str]]]:
     """The trainer for a language model, and what is trained along, as fields of BoneConfig.
 
     Raises:
         ConfigError: settings of RWKV for another model, or ones that do not fit this one.
     """
+    name = recipe.model
     if not str(getattr(model.config, "model_type", "")).startswith("rwkv_x0"):
         if settings is not None:
             raise ConfigError(f"rwkv: {name} is a {type(model).__name__}, no RWKV-6 or RWKV-7; leave the section out")
-        from trl.trainer.sft_trainer import SFTTrainer
-
-        return SFTTrainer, {}
+        if recipe.task == "sft":
+            return TASKS["sft"].trainer_class(), {}
+        return preferring.trainer_class(recipe.task), {}
+    if recipe.task != "sft":
+        raise ConfigError(f"model {name}: RWKV models are for task sft, not {recipe.task}")
     from flashbone.train import rwkv
 
     settings = settings or RwkvSettings()
@@ -161,7 +227,9 @@ def limits_of(args: Any, model: Any, tokenizer: Any) -> Limits:
         ConfigError: the model does not know the padding token.
     """
     length = args.max_length
-    if length is None and args.padding_free:  # where TRL takes no length, and the model still has its positions
+    if length is None and getattr(
+        args, "padding_free", False
+    ):  # where TRL takes no length, and the model still has its positions
         length = fitting_length(None, None, model.config, tokenizer.model_max_length, "training.max_length")
     known, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
     if padding is not None and padding >= known:
@@ -169,12 +237,16 @@ def limits_of(args: Any, model: Any, tokenizer: Any) -> Limits:
             f"the tokenizer's padding token {tokenizer.pad_token!r} has the id {padding}, but the model has {known}"
             " embeddings; set pad_token in tokenizer_config.json to a token that the model knows"
         )
-    packs = args.packing and args.packing_strategy != "bfd"  # nothing is cut off where rows are split
+    packs = (
+        getattr(args, "packing", False) and args.packing_strategy != "bfd"
+    )  # nothing is cut off where rows are split
+    if hasattr(args, "max_completion_length") and length is not None:
+        length -= args.max_completion_length or 0
     return Limits(
         length=None if packs else length,
-        keep_end=args.truncation_mode == "keep_end",
+        keep_end=getattr(args, "truncation_mode", None) == "keep_end",
         embeddings=known,
-        learn_all=args.completion_only_loss is False,
+        learn_all=getattr(args, "completion_only_loss", None) is False,
     )
 
 
@@ -205,7 +277,7 @@ def tokenised(recipe: Recipe, args: Any, data: Data, tokenizer: Any, model: Any)
             if kind == "training" and data.is_stream:
                 made, count, rows = prepare_stream(rows, tokenizer, limits, data.counted)
             else:
-                made, count = prepare(rows, tokenizer, limits, args.dataset_num_proc)
+                made, count = prepare(rows, tokenizer, limits, getattr(args, "dataset_num_proc", None))
         find = functools.partial(_places, of, recipe.task, rows)
         where = ", ".join(dict.fromkeys(place.path for place in of))
         check(count, where, kind, limits.length, recipe.data.allow_cut, find)

@@ -113,7 +113,7 @@ def packed(example: dict[str, Any], turns: str) -> dict[str, Any]:
     if not any(talk["learned"]):
         raise FormatError("no answer of the conversation is learned; weights and other marks leave all of them out")
     try:
-        return {"conversation": json.dumps(talk, ensure_ascii=False, allow_nan=False)}
+        return {**example, "conversation": json.dumps(talk, ensure_ascii=False, allow_nan=False)}
     except ValueError:
         raise FormatError("holds a number that is too large, or none (NaN)") from None
     except TypeError as error:

@@ -11,6 +11,7 @@ from flashbone.train.data.counts import RowCounts, listed
 from flashbone.train.data.layouts import FORMATS, Example, RowFormat
 from flashbone.train.data.makers import Unlabelled
 from flashbone.train.data.marks import REFUSED, check_context, check_marks
+from flashbone.train.data.preferences import LeftOut
 from flashbone.train.data.rows import BadRow, Row
 
 SHOWN_BAD_ROWS = 5
@@ -37,7 +38,7 @@ class Reading:
 
 def column_names(task: str) -> list[str]:
     """Our names of the columns that formats of a task read."""
-    formats = [entry for entry in FORMATS.values() if entry.task == task]
+    formats = [entry for entry in FORMATS.values() if task in entry.tasks]
     return list(dict.fromkeys(name for entry in formats for name in entry.columns))
 
 
@@ -51,7 +52,7 @@ def choose_format(
 
     Args:
         row: The first row of the data that has columns; None if there is none.
-        task: sft, classification or exact_match.
+        task: a recipe's, or exact_match.
         where: The data's name, for errors.
         asked: The format, or auto: the first in the table whose columns exist, and that reads all that `columns` names.
         columns: Our names to the data's, as the user gives them.
@@ -61,7 +62,7 @@ def choose_format(
         FormatError: no format fits, or the first one leaves out what an answer depends on.
     """
     columns = columns or {}
-    names = [name for name, entry in FORMATS.items() if entry.task == task]
+    names = [name for name, entry in FORMATS.items() if task in entry.tasks]
     if asked not in ("auto", *FORMATS):
         raise ConfigError(f"data.format: got {asked!r}, wanted auto, {', '.join(names)}")
     if asked != "auto" and asked not in names:
@@ -81,13 +82,16 @@ def choose_format(
         unread = [ours for ours in columns if ours not in FORMATS[name].columns]
         reads = listed(FORMATS[name].columns)
         raise ConfigError(f"data.columns: format {name} does not read {listed(unread)}; it reads {reads}")
-    if remedy := next((words for known, words in REFUSED.items() if row.keys() >= set(known)), None):
+    refused = REFUSED if task == "sft" else {}
+    if remedy := next((words for known, words in refused.items() if row.keys() >= set(known)), None):
         raise FormatError(f"{where}: columns {listed(row)}: {remedy}")
     remedy = {
         "sft": "data.columns: {prompt: question, completion: answer}",
         "classification": "data.columns: {text: review, label: stars}",
         "exact_match": "--columns question=query,answer=response",
-    }[task]
+        "grpo": "data.columns: {prompt: question, answer: solution}",
+        "kto": "data.columns: {prompt: question, completion: answer, label: thumbs}",
+    }.get(task, "data.columns: {prompt: question, chosen: better, rejected: worse}")
     raise FormatError(f"{where}: columns {listed(row)} fit no format of task {task}; name them, as in {remedy}")
 
 
@@ -112,7 +116,7 @@ def _folded(name: str) -> str:
 
 def _check_columns(row: Collection[str], columns: Columns, task: str, where: str) -> None:
     known = column_names(task)
-    formats = [entry for entry in FORMATS.values() if entry.task == task]
+    formats = [entry for entry in FORMATS.values() if task in entry.tasks]
     needed = {name for entry in formats for name in entry.needed} - {n for entry in formats for n in entry.optional}
     problems = [f"{name!r} is not a name of task {task} ({', '.join(known)})" for name in columns if name not in known]
     problems += [
@@ -136,7 +140,7 @@ def converter(
         refuse_context: Refuse a row with a column that its answer may depend on and that the format does not read.
     """
     entry = FORMATS[format]
-    depends = refuse_context and (entry.has_prompt or entry.turns or entry.task == "exact_match")
+    depends = refuse_context and (entry.has_prompt or entry.turns or "exact_match" in entry.tasks)
 
     def convert(row: Any) -> Example:
         if not isinstance(row, dict):
@@ -236,6 +240,8 @@ def _converted(
                 counts.drop("no class")
             else:
                 bad.append(f"{place}: {error}")
+        except LeftOut as error:
+            counts.drop(str(error))
         except RecursionError:
             bad.append(f"{place}: is nested too deeply")
         except FormatError as error:
@@ -248,7 +254,7 @@ def _converted(
     if bad:
         raise FormatError(shortened(bad, SHOWN_BAD_ROWS, "; "))
     if not counts.kept:
-        raise FormatError(f"{where}: all {counts.read} rows are left out; none has a class")
+        raise FormatError(f"{where}: all {counts.read} rows are left out: {listed(counts.dropped)}")
     if unseen := [theirs for theirs in reading.columns.values() if theirs not in counts.used]:
         raise FormatError(f"{where}: no row has {listed(unseen)}, which data.columns names")
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from flashbone.train.data import makers
+from flashbone.train.data import makers, preferences
 from flashbone.train.data.makers import Example, Row
 from flashbone.train.data.marks import MASKS
 
@@ -20,6 +21,29 @@ PAIRED = {
     "label": _LABELS,
 }
 
+_PROMPT = ("question", "instruction", "query", "context", "conversation", "conversations", "messages")
+PREFERRED = {
+    **SYSTEM,
+    "prompt": _PROMPT,
+    "chosen": ("chosen_response", "chosen_answer", "preferred_output", "preferred", "accepted", "better"),
+    "rejected": ("rejected_response", "rejected_answer", "non_preferred_output", "dispreferred", "worse"),
+    "response_1": ("response1",),
+    "response_2": ("response2",),
+    "preference_strength": ("overall_preference",),
+}
+ASKED = {
+    **SYSTEM,
+    "prompt": (*_PROMPT, "problem"),
+    "answer": ("solution", "completion", "response", "output", "target", "ground_truth", "final_answer"),
+}
+WANTED = {
+    **SYSTEM,
+    "prompt": _PROMPT,
+    "completion": ("response", "answer", "output", "generation"),
+    "messages": ("conversation", "conversations"),
+    "label": ("labels", "kto_tag", "thumbs", "feedback", "rating", "is_good", "desirable", "liked"),
+}
+
 
 @dataclass(frozen=True)
 class RowFormat:
@@ -30,7 +54,7 @@ class RowFormat:
         needed: Columns without which a row is not of this format.
         optional: Columns that are used where they exist.
         learned: What is learned of a row, in words.
-        task: The task whose rows have this format: sft, classification or exact_match.
+        tasks: The tasks whose rows have this format: those of a recipe, or exact_match.
         has_prompt: A template may go around the example's prompt.
         turns: Columns that may hold the turns of a conversation.
         names: Other names of its columns, which are read where only one of them exists.
@@ -41,7 +65,7 @@ class RowFormat:
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
     learned: str = ""
-    task: str = "sft"
+    tasks: tuple[str, ...] = ("sft",)
     has_prompt: bool = False
     turns: tuple[str, ...] = ()
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -51,6 +75,21 @@ class RowFormat:
     def columns(self) -> tuple[str, ...]:
         """All columns that it reads."""
         return self.needed + self.optional
+
+
+ALONG = ("system", "tools", "functions", "chat_template_kwargs")
+
+
+def _preference(
+    convert: Callable[[Row], Example],
+    needed: tuple[str, ...],
+    learned: str = "chosen, rather than rejected",
+    optional: tuple[str, ...] = ("prompt", "input", *ALONG),
+    tasks: tuple[str, ...] = ("dpo", "reward"),
+) -> RowFormat:
+    """Rows of two answers, of which one is better; or, for kto, of one that is wanted or not."""
+    names = WANTED if tasks == ("kto",) else PREFERRED
+    return RowFormat(convert, needed, optional, learned, tasks, has_prompt=True, turns=needed[:2], names=names)
 
 
 def _pair(
@@ -69,7 +108,6 @@ def _pair(
     return RowFormat(convert, (prompt, completion), optional, f"the {completion}", has_prompt=True, names=SYSTEM)
 
 
-_ALONG = ("system", "tools", "functions", "chat_template_kwargs")
 _ANSWERS = "the assistant's answers"
 
 # The table. The first format of a task whose columns exist is taken in `auto`.
@@ -77,14 +115,12 @@ FORMATS = {
     "messages": RowFormat(
         makers.messages,
         ("messages",),
-        _ALONG,
+        ALONG,
         _ANSWERS,
         turns=("messages",),
         names={**SYSTEM, "messages": ("conversation", "dialog", "dialogue", "chat", "items", "contents", "data")},
     ),
-    "sharegpt": RowFormat(
-        makers.sharegpt, ("conversations",), _ALONG, _ANSWERS, turns=("conversations",), names=SYSTEM
-    ),
+    "sharegpt": RowFormat(makers.sharegpt, ("conversations",), ALONG, _ANSWERS, turns=("conversations",), names=SYSTEM),
     "alpaca": RowFormat(
         makers.alpaca,
         ("instruction", "output"),
@@ -96,7 +132,7 @@ FORMATS = {
     "prompt-completion": RowFormat(
         makers.prompt_completion,
         ("prompt", "completion"),
-        _ALONG,
+        ALONG,
         "the completion",
         has_prompt=True,
         turns=("prompt", "completion"),
@@ -143,13 +179,59 @@ FORMATS = {
         makers.pair_classification,
         ("text", "text_pair", "label"),
         learned="the label",
-        task="classification",
+        tasks=("classification",),
         names=PAIRED,
     ),
     "classification": RowFormat(
-        makers.classification, ("text", "label"), learned="the label", task="classification", names=CLASSIFIED
+        makers.classification, ("text", "label"), learned="the label", tasks=("classification",), names=CLASSIFIED
+    ),
+    "preference": _preference(preferences.pair, ("chosen", "rejected")),
+    "messages-rejected_response": _preference(
+        preferences.with_rejected,
+        ("messages", "rejected_response"),
+        "the last answer, rather than rejected_response",
+        optional=ALONG,
+    ),
+    "responses-strength": _preference(
+        preferences.compared("response_1", "response_2", "preference_strength", preferences.by_sign),
+        ("response_1", "response_2", "preference_strength"),
+        "the better response, rather than the other",
+    ),
+    "responses-better": _preference(
+        preferences.compared("response_0", "response_1", "better_response_id", preferences.by_number),
+        ("response_0", "response_1", "better_response_id"),
+        "the better response, rather than the other",
+    ),
+    "conversations-winner": _preference(
+        preferences.compared("conversation_a", "conversation_b", "winner", preferences.by_winner),
+        ("conversation_a", "conversation_b", "winner"),
+        "the winner, rather than the other",
+        optional=ALONG,
+    ),
+    "completion-label": _preference(
+        preferences.labelled,
+        ("completion", "label"),
+        "the completion if it is wanted, else the opposite",
+        tasks=("kto",),
+    ),
+    "messages-label": _preference(
+        partial(preferences.labelled, column="messages"),
+        ("messages", "label"),
+        "the last answer if it is wanted, else the opposite",
+        tasks=("kto",),
+        optional=ALONG,
+    ),
+    "prompt-answer": RowFormat(
+        preferences.asked,
+        ("prompt",),
+        ("answer", "system", "input"),
+        "answers of its own, by their rewards",
+        ("grpo",),
+        has_prompt=True,
+        turns=("prompt",),
+        names=ASKED,
     ),
     "questions": RowFormat(
-        makers.questions, ("question", "answer"), ("context",), "nothing: answers are compared", task="exact_match"
+        makers.questions, ("question", "answer"), ("context",), "nothing: answers are compared", tasks=("exact_match",)
     ),
 }

@@ -8,6 +8,7 @@ An example is one of
     {"text", "label"}           classification; {"text_pair"}, too, where two texts are compared
     {"input_ids"}               token ids: every one is learned
     {"question", "answer"}      the model's answer is compared with this one
+and with "rejected" or "label" one of preferences (`preferences`)
 """
 
 import re

@@ -20,8 +20,8 @@ CONTEXT = (
     "documents", "passage",
 )  # fmt: skip
 _CHOSEN = (
-    "are preferences, for DPO and the like; task sft learns one answer: data.columns: {prompt: prompt, completion:"
-    " chosen}, or {messages: chosen} where it holds the whole conversation, {text: chosen} where it is a text"
+    "are preferences: set task: dpo or reward; or learn one answer with task sft: data.columns: {prompt: prompt,"
+    " completion: chosen}, or {messages: chosen} where it holds the whole conversation, or {text: chosen}"
 )
 # Columns of rows that no format reads, and what to do.
 REFUSED = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flashbone.errors import ConfigError, FormatError, shortened
 from flashbone.train.data.formats import SHOWN_BAD_ROWS
 from flashbone.train.data.layouts import Example
+from flashbone.train.data.preferences import rejected
 from flashbone.train.data.tokens import Tokens, end_marks, end_token, has_names, tokenise, writes_names
 from flashbone.train.data.windows import largest_id
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOKENS = ("input_ids", "labels", "rejected_ids", "rejected_labels", "label")  # columns of what a trainer takes
 NOTHING = -1  # in the place of an end token, where an answer has none
 ANY = -1  # in the place of a row's number, where a problem is not one row's
 
@@ -64,7 +66,7 @@ class Counts:
 
 
 def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None = None) -> "tuple[Dataset, Counts]":
-    """The rows as `input_ids` and `labels`, and what became of them.
+    """The rows as `input_ids` and `labels`, with those of rejected answers, and what became of them.
 
     Rows with problems are left out; `check` refuses them.
     """
@@ -80,7 +82,7 @@ def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None
         num_proc=workers,
         desc="Tokenizing",
     )
-    counts, kept, columns = Counts(), [], made.column_names[2:]
+    counts, kept, columns = Counts(), [], [name for name in made.column_names if name not in TOKENS]
     known, used = set(), set()
     for place, values in enumerate(zip(*(made[name] for name in columns), strict=True)):
         outcome = dict(zip(columns, values, strict=True))
@@ -100,7 +102,7 @@ def prepare(rows: "Dataset", tokenizer: Any, limits: Limits, workers: int | None
     counts.dropped = len(known) - len(used)
     if counts.unnamed and writes_names(tokenizer):
         counts.unnamed = 0
-    made = made.select_columns(["input_ids", "labels"])
+    made = made.select_columns([name for name in TOKENS if name in made.column_names])
     return (made if len(kept) == len(made) else made.select(kept)), counts
 
 
@@ -164,27 +166,35 @@ def _prepared(batch: dict[str, list[Any]], numbers: list[int], tokenizer: Any, l
     for place, number in enumerate(numbers):
         # sources may have different columns
         example = {name: values[place] for name, values in batch.items() if values[place] is not None}
-        problem, made = "", []
+        problem, made, worse = "", [], Tokens([], [], []) if "rejected" in example else None
         try:
             made = tokenise(example, tokenizer, limits.learn_all)
-            problem = next(filter(None, (_unknown(row.ids, tokenizer, limits) for row in made)), "")
+            if worse is not None:
+                (worse,) = tokenise(rejected(example), tokenizer, limits.learn_all)
+            seen = made if worse is None else [*made, worse]
+            problem = next(filter(None, (_unknown(row.ids, tokenizer, limits) for row in seen)), "")
         except FormatError as error:
             problem = str(error)
         for row in made or [Tokens([], [], [])]:
-            short = row.cut(limits.length, limits.keep_end)
-            ends = [end_token(row, end, tokenizer, marks) for end in row.ends]
+            sides = [row] if worse is None else [row, worse]
+            short = [side.cut(limits.length, limits.keep_end) for side in sides]
+            ends = [end_token(side, end, tokenizer, marks) for side in sides for end in side.ends]
             entry = {
-                "input_ids": short.ids,
-                "labels": short.labels,
+                "input_ids": short[0].ids,
+                "labels": short[0].labels,
                 "row": number,
                 "problem": problem,
                 "has_names": has_names(example),
-                "is_cut": len(short.ids) < len(row.ids),
-                "lost_ends": len(row.ends) - len(short.ends),
-                "is_empty": not any(short.learned[1:]),  # nothing predicts the first token
+                "is_cut": any(len(cut.ids) < len(side.ids) for cut, side in zip(short, sides, strict=True)),
+                "lost_ends": sum(len(side.ends) - len(cut.ends) for cut, side in zip(short, sides, strict=True)),
+                # nothing predicts the first token; and answers may only differ in what is cut off
+                "is_empty": not all(any(cut.learned[1:]) for cut in short)
+                or [short[0].ids] == [s.ids for s in short[1:]],
                 "ends": [NOTHING if end is None else end for end in ends],
             }
-            entries.append(entry)
+            if worse is not None:
+                entry |= {"rejected_ids": short[1].ids, "rejected_labels": short[1].labels}
+            entries.append(entry | ({"label": example["label"]} if "label" in example else {}))
     return {name: [entry[name] for entry in entries] for name in entries[0]}
 
 

@@ -58,7 +58,7 @@ def check_streaming(recipe: Recipe) -> None:
     if not recipe.data.streaming:
         return
     if recipe.task != "sft":
-        raise ConfigError("data.streaming: is for task sft; a classifier needs all rows to know its classes")
+        raise ConfigError(f"data.streaming: is for task sft, not {recipe.task}, which needs all rows; leave it out")
     if (recipe.training.get("max_steps") or 0) <= 0:
         raise ConfigError("data.streaming: a stream has no length; set training.max_steps")
     for place in sources_of(recipe.data):
