@@ -251,18 +251,37 @@ def test_the_card_of_a_live_adapter_names_the_formats_that_hold_it(tmp_path, mak
     assert ways_out(section(tmp_path)) == ways
 
 
+TRL = """---
+licence: license
+tags:
+- trl
+---
+# Model Card for mine
+
+This is a fine-tuned version of [None](https://huggingface.co/None).
+
+## Quick start
+
+generator = pipeline("text-generation", model="None", device_map="auto")
+
+## Uses
+
+[More Information Needed]
+
+## Training procedure
+
+Trained with SFT.
+"""
+
+
 def test_our_part_comes_back_into_a_card_that_trl_wrote_over_it(tmp_path):
     model = get_peft_model(tiny_llama(), BoneConfig(r=4, target_modules=["q_proj"]))
-    blank = (
-        "This is a fine-tuned version of [None](https://huggingface.co/None).\n\n## Uses\n\n[More Information Needed]"
-    )
-    (tmp_path / "README.md").write_text(f"---\ntags:\n- trl\n- sft\n---\n# Model Card for mine\n\n{blank}")
+    (tmp_path / "README.md").write_text(TRL)
     model.create_or_update_model_card(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "self_attn.q_proj`" in section(tmp_path)
-    assert "# Model Card for mine" in text
-    assert "a fine-tuned version of its base." in text
-    assert not re.search("None|More Information Needed|## Uses", text)
+    assert "# Model Card for mine\n\nThis is a fine-tuned version of its base.\n\n## Training procedure\n" in text
+    assert not re.search("None|More Information Needed|## Uses|licence", text)
 
 
 def test_what_users_write_into_a_saved_card_stays(tmp_path):

@@ -37,6 +37,8 @@ _AUTO = {
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _BLANK = re.compile(r"^#+ [^\n]*\n+(?:<!--[^\n]*-->\n+)?\[?More information needed\]?\n*", re.MULTILINE | re.IGNORECASE)
 _OURS = re.compile(f"{BEGIN}((?!{BEGIN}).)*?{END}", re.DOTALL)
+# TRL shows how to load a base that it has no name for.
+_NO_START = re.compile(r'^## Quick start\n((?!^## ).)*?model="None".*?(?=^## |\Z)', re.MULTILINE | re.DOTALL)
 _NO_BASE = re.compile(r"\[None\]\(https://huggingface\.co/None\)")
 
 
@@ -56,7 +58,10 @@ def put(card: AdapterCard, file: Path) -> None:
     written.data["tags"] = sorted({*(written.data.get("tags") or ()), *ours["tags"]})
     for name in ("pipeline_tag", "license"):
         written.data[name] = written.data.get(name) or ours[name]
-    text = _NO_BASE.sub(lambda _: _code(card.base) if card.base else "its base", _BLANK.sub("", written.text))
+    if written.data.get("licence") == "license":  # TRL's, which no hub reads
+        written.data["licence"] = None
+    text = _NO_START.sub("", _BLANK.sub("", written.text))
+    text = _NO_BASE.sub(lambda _: _code(card.base) if card.base else "its base", text)
     written.text = with_section(text, card)
     written.save(file)
 
@@ -87,7 +92,7 @@ def section(card: AdapterCard) -> str:
         "variant": f"`{card.variant}` (Bone family)" if card.variant else "plain LoRA",
         "r" if card.variant else "rank": ", ".join(map(str, card.r)),
         "layers": _targets(card.targets),
-        "base model": _code(card.base) if card.base else "not recorded",
+        "base model": _code(_known_base(card) or card.base) if card.base else "not recorded",
     }
     facts = "\n".join(f"- {name}: {value}" for name, value in rows.items())
     where = "Run this in the adapter's folder" + (
