@@ -65,7 +65,7 @@ def page(name: str) -> str:
     ]
     for group in parser._action_groups:
         if rows := [_row(action) for action in group._group_actions if action.help != argparse.SUPPRESS]:
-            parts.append("\n".join([f"## {_title(group)}", "", "| | meaning |", "|---|---|", *rows]))
+            parts.append("\n".join([f"## {_title(group)}", "", "| argument | meaning |", "|---|---|", *rows]))
     if parser.epilog:
         parts.append(f"## Notes\n\n```text\n{parser.epilog.strip()}\n```")
     parts += [_fields(*which) for which in FIELDS.get(name, ())]
