@@ -5,27 +5,31 @@ import re
 import pytest
 import torch
 
-from helpers.comparison import Promise, close, same_bits
+from helpers.comparison import close
 from helpers.pages import ROOT, make_targets, run_page
 from helpers.stand_ins import SMOLLM2
 from helpers.tiny_llama import write_tiny_llama
 
 
 @pytest.mark.slow
-def test_the_readme_runs_from_top_to_bottom(place):
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16's own default
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # the trainer's default
+def test_the_readme_runs_from_top_to_bottom(place, capsys):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     write_tiny_llama(place / SMOLLM2)
-    run = run_page("README.md")
-    assert {"python", "bash"} <= set(run.ran)
-    assert (place / "my-adapter" / "adapter_model.safetensors").exists()
+    run = run_page("README.md", replaced={"generate my-adapter": "generate my-adapter --max-new-tokens 8"})
+    assert run.ran == ["python", "bash", "python"]
+    losses = [entry["loss"] for entry in run.names["trainer"].state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert capsys.readouterr().out.strip()
     tokens = torch.arange(2, 12).view(2, 5)
-    merged, base = run.names["merged"].eval(), AutoModelForCausalLM.from_pretrained(SMOLLM2).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(SMOLLM2), "my-adapter").eval()
     with torch.no_grad():
-        assert close(merged(tokens).logits, base(tokens).logits)
-    got, want = merged.state_dict(), base.state_dict()
-    assert got.keys() == want.keys()
-    assert all(same_bits(got[name], want[name], Promise.EXACT) for name in want)  # untrained blocks are zero
+        assert close(run.names["merged"].eval()(tokens).logits, model(tokens).logits)
+        with model.disable_adapter():
+            assert not close(model(tokens).logits, run.names["merged"](tokens).logits)
 
 
 @pytest.mark.slow
@@ -59,5 +63,5 @@ def test_the_readme_is_short_and_names_every_command():
     from flashbone.cli import COMMANDS
 
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < 200
+    assert len(text.splitlines()) < 150
     assert all(re.search(rf"`{name}`|flashbone {name}", text) for name in COMMANDS)
