@@ -14,8 +14,8 @@ from flashbone.errors import BackendError
 from flashbone.train.recipe import load_recipe
 from helpers.ledger import is_runnable
 from helpers.pages import ROOT, Block, PageRun, blocks, run_page
-from helpers.stand_ins import link_examples, write_llama_and_adapters
-from helpers.tiny_llama import tiny_tokenizer
+from helpers.stand_ins import SMOLLM2, link_examples, write_llama_and_adapters
+from helpers.tiny_llama import tiny_tokenizer, write_tiny_llama
 
 
 @pytest.mark.slow
@@ -78,13 +78,15 @@ def test_converting(place, capsys):
 
 @pytest.mark.slow
 def test_training(place):
+    write_tiny_llama(place / SMOLLM2)
     names = run_page("docs/training.md").names
+    assert json.loads((place / "runs/mine/summary.json").read_text())["steps"] == 2
     tokenizer = tiny_tokenizer()
     names["tokenise"](["the cat sat", "yes"], tokenizer, "ids.jsonl")
     rows = [json.loads(line) for line in (place / "ids.jsonl").read_text().splitlines()]
     assert rows[0]["input_ids"] == [*tokenizer("the cat sat")["input_ids"], tokenizer.eos_token_id]
     assert len(rows) == 2
-    (snippet,) = [block.text for block in blocks("docs/training.md") if block.language == "yaml"]
+    (snippet,) = [block.text for block in blocks("docs/training.md") if block.text.startswith("training: {max_length")]
     recipe = {"model": "M", "output": "o", "data": {"path": "data"}} | yaml.safe_load(snippet)
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert load_recipe(place / "recipe.yaml").training["packing_strategy"] == "wrapped"
