@@ -16,14 +16,11 @@ from helpers.blocks import VARIANT_NAMES  # noqa: E402
 PAGE = ROOT / "docs" / "support.md"
 HEAD = """# What works on which layer
 
-Every operation below is carried out on every kind of base layer, in every variant (bone, mini, bat-col, bat-row,
-orthogonal) and in several dtypes, and its result is compared with the formula. This page is generated from those tests
-(`python tests/matrix/matrix_table.py`).
+Tests run every operation on every kind of layer, in every variant and several dtypes, and compare the result with the formula. This page is
+generated from them (`python tests/matrix/matrix_table.py`); `pytest tests/matrix -k merge-Linear` runs the cell `merge`, `Linear`.
 
-A cell with **yes** in the row `merge` and the column `Linear` is the tests `test_matrix[merge-Linear-...]` of
-tests/matrix/test_matrix.py, one for each variant and dtype: `pytest tests/matrix -k merge-Linear` runs them. A number
-is the reason why it cannot be, below; the test of that name asserts then that the operation fails with an error that
-says so.
+**yes** means all variants; a list of variants means these alone. A number gives the reason for the others, below: they fail with an error that says
+so. Operations with equal cells share a row.
 
 """
 
@@ -31,9 +28,11 @@ says so.
 def page() -> str:
     """The whole page."""
     reasons: list[str] = []
-    lines = [f"| operation | {' | '.join(host.name for host in HOSTS)} |", "| --- " * (len(HOSTS) + 1) + "|"]
+    lines = [f"| operations | {' | '.join(host.name for host in HOSTS)} |", "| --- " * (len(HOSTS) + 1) + "|"]
+    rows: dict[str, list[str]] = {}  # the operations by their cells
     for name in OPERATIONS:
-        lines.append(f"| `{name}` | {' | '.join(_cell(host, name, reasons) for host in HOSTS)} |")
+        rows.setdefault(" | ".join(_cell(host, name, reasons) for host in HOSTS), []).append(f"`{name}`")
+    lines += [f"| {', '.join(names)} | {cells} |" for cells, names in rows.items()]
     what = ["| operation | what it is |", "| --- | --- |"]
     what += [f"| `{name}` | {_what(name)} |" for name in OPERATIONS]
     dtypes = ["| layer | dtypes | what it is |", "| --- | --- | --- |"]
@@ -53,16 +52,15 @@ def _what(name: str) -> str:
 
 
 def _cell(host: Host, operation: str, reasons: list[str]) -> str:
-    """yes; or for which variants not, each with the number of the reason."""
+    """yes; or the variants that work, with the numbers of the reasons why others do not."""
     refused: dict[str, list[str]] = {}
     for variant in VARIANT_NAMES:
         if (refusal := host.refusal(operation, variant)) is not None:
             refused.setdefault(_number(refusal, reasons), []).append(variant)
     if not refused:
         return "yes"
-    if sum(map(len, refused.values())) == len(VARIANT_NAMES):
-        return ", ".join(sorted(refused, key=int))
-    return "yes, not " + ", ".join(f"{', '.join(names)} ({number})" for number, names in refused.items())
+    left = [name for name in VARIANT_NAMES if name not in sum(refused.values(), [])]
+    return f"{', '.join(left)} ({', '.join(sorted(refused, key=int))})".strip()
 
 
 def _number(refusal: Refusal, reasons: list[str]) -> str:
