@@ -32,8 +32,9 @@ MADE_BY_PYTHON = {"KeyError: 'BONE'"}
 
 def quoted() -> list[tuple[str, str]]:
     """Each message of the tables, and whose it is."""
-    cells = re.findall(r"^\| `([^`]+)`(?: \(([^)]+)\))? \|", PAGE, re.M)
-    rows = [line for line in PAGE.splitlines() if re.match(r"\| (?!message|---)", line)]
+    tables = "\n".join(re.findall(r"^\| message \|.*\n\|---.*\n((?:\|.*\n)+)", PAGE, re.M))
+    cells = re.findall(r"^\| `([^`]+)`(?: \(([^)]+)\))? \|", tables, re.M)
+    rows = re.findall(r"^\| ", tables, re.M)
     assert len(cells) == len(rows), "a row does not begin with a message"
     return [(message, whose or "flashbone") for message, whose in cells]
 
