@@ -178,27 +178,23 @@ def test_half_precision_halves_the_base_and_not_the_adapter(tmp_path):
     assert (full.costs.file_bytes, full.costs.weight_bytes) == (half.costs.file_bytes, half.costs.weight_bytes)
 
 
-def test_the_default_is_the_published_setting_and_targets_do_not_change_that(tmp_path):
+def test_the_default_is_bone_and_the_published_setting_is_named_beside_it(tmp_path):
     LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2).save_pretrained(
         tmp_path
     )
     report = inspect_model(tmp_path)
-    assert report.is_recommended
-    assert report.config["variant"] == "orthogonal"
-    assert (report.costs.method, report.costs.r) == ("orthogonal", report.recommended.r) == ("orthogonal", 32)
-    assert len(report.layers) == 7
+    assert (report.costs.method, report.costs.r, report.recommended.r) == ("bone", 64, 32)
+    assert (len(report.layers), report.is_recommended) == (7, False)
     assert len(inspect_model(tmp_path, {"target_modules": ["q_proj"]}).layers) == 1
-    assert not inspect_model(tmp_path, {"rank_pattern": {"q_proj": 16}}).is_recommended
-    assert inspect_model(tmp_path, {"bottleneck_size": None, "r": None}).is_recommended
-    as_train = inspect_model(tmp_path, {}, recommend=False)
-    assert (as_train.costs.method, as_train.costs.r, as_train.is_recommended) == ("bone", 64, False)
-    assert not inspect_model(tmp_path, {"dropout": 0.0}).is_recommended
-    assert inspect_model(tmp_path, {"bottleneck_size": 32, "dropout": 0.1}).is_recommended
-    assert inspect_model(tmp_path, {"r": 8}).costs.method == "bone"  # as `flashbone train` would have it
+    assert inspect_model(tmp_path, {"bottleneck_size": None, "r": None}).costs == report.costs
+    published = {"bottleneck_size": 32, "dropout": 0.1}
+    assert inspect_model(tmp_path, published).is_recommended
+    assert not inspect_model(tmp_path, published | {"dropout": 0.0}).is_recommended
+    assert not inspect_model(tmp_path, published | {"rank_pattern": {"q_proj": 16}}).is_recommended
 
 
 @pytest.mark.slow
-def test_above_13b_the_default_is_bone(tmp_path):
+def test_above_13b_nothing_is_published(tmp_path):
     LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80).save_pretrained(tmp_path)
     report = inspect_model(tmp_path)
     assert report.parameters > 60e9

@@ -211,11 +211,11 @@ def test_the_command_verifies_a_pth_file_before_it_appears(tmp_path, capsys, mon
     with monkeypatch.context() as patched:
         patched.setattr("flashbone.merge.write.edited", lambda edit, stored, dtype: stored.to(dtype))
         assert main(command) == 1
-    assert "verification failed: outputs differ by" in capsys.readouterr().err
+    assert "verification FAILED: outputs differ by" in capsys.readouterr().err
     assert listing(tmp_path) == before
     assert main([*command, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "flashbone merge: verified, outputs differ by" in captured.err
+    assert "flashbone merge: OK: outputs agree to" in captured.err
     assert json.loads(captured.out)["verification"]["ok"]
 
 

@@ -26,7 +26,10 @@ _PLACES = ("model", "adapter", "vocabulary", "output", "exact_match", "classific
 def run(argv: list[str]) -> int:
     """Measure, print a table or JSON on stdout; bad input raises a FlashboneError, a bad command line SystemExit."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if more:
+        is_word = not more[0].startswith("-")
+        parser.error(f"unrecognized arguments: {' '.join(more)}" + f"; an adapter is --adapter {more[0]}" * is_word)
     expand(args, *_PLACES)
     _check(parser, args)
     set_up_notices()

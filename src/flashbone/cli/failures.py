@@ -6,6 +6,7 @@ import select
 import sys
 import traceback
 
+from flashbone.cli.terminal import in_colour
 from flashbone.errors import FlashboneError, one_line
 
 _DISK = {
@@ -49,7 +50,7 @@ def report(error: Exception, who: str, with_traceback: bool) -> int:
     try:
         if with_traceback:
             traceback.print_exception(error)
-        print(f"{prefix}{who}: error: {one_line(_words(error))}", file=sys.stderr)
+        print(f"{prefix}{who}: {in_colour('error:', 31)} {one_line(_words(error))}", file=sys.stderr)
     except (OSError, ValueError):  # nobody reads stderr either
         pass
     return 1

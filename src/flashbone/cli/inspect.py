@@ -26,7 +26,8 @@ TARGET is a model or an adapter:
 A folder or hub id with the configs of both is an adapter if it has an adapter's weights, adapter_model.safetensors or
 adapter_model.bin, and else a model.
 
-The adapter on a model is the published setting for its size, unless --config or any field of BoneConfig says otherwise:
+The adapter on a model is `bone` with r = 64 on all linear layers, unless --config or any field of BoneConfig says
+otherwise; the setting that was published for a model of this size is named below the table:
   flashbone inspect HuggingFaceTB/SmolLM2-135M --adapter.variant bone --adapter.r 64
   flashbone inspect my-model --adapter.target_modules '[q_proj, v_proj]' --tokens 8192
   flashbone inspect my-model --config train.yaml
@@ -71,7 +72,7 @@ def _inspect_model(options: argparse.Namespace, fields: list[str]) -> Any:
     from flashbone.train.recipe import load_adapter_fields
 
     adapter = load_adapter_fields(options.config, fields)
-    settings = {"recommend": options.config is None, "tokens": options.tokens, "dtype": getattr(torch, options.dtype)}
+    settings = {"tokens": options.tokens, "dtype": getattr(torch, options.dtype)}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # which kernels are installed does not matter here
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from flashbone.cli import hub
 from flashbone.cli.places import expand
-from flashbone.cli.terminal import name_leftovers, progress_bars
+from flashbone.cli.terminal import in_colour, name_leftovers, progress_bars
 from flashbone.errors import FlashboneError
 
 if TYPE_CHECKING:
@@ -114,21 +114,25 @@ def _check(
     def check(merged: Path) -> None:
         verification = compare_logits(base, adapters, weights, merged)
         verifications.append(verification)
-        numbers = (
-            f"outputs differ by {verification.relative_error:.2e} (relative RMS, {verification.tokens} tokens), by"
-            f" {verification.unexplained:.2e} more than rounding explains"
-        )
-        if verification.answer_tokens:
-            same = "are the same" if verification.same_answer else "differ"
-            numbers += f"; the first {verification.answer_tokens} tokens of an answer and its settings {same}"
         if not verification.ok:
-            raise FlashboneError(
-                f"verification failed: {numbers} from the unmerged model's; at most {verification.limit:.2e} was"
-                " wanted; nothing was written"
-            )
-        print(f"flashbone merge: verified, {numbers}", file=sys.stderr)
+            raise FlashboneError(f"verification FAILED: {_outcome(verification)}; nothing was written")
+        print(f"flashbone merge: {in_colour('OK:', 32)} {_outcome(verification)}", file=sys.stderr)
 
     return check
+
+
+def _outcome(verification: Verification) -> str:
+    """`outputs agree to 1.1e-6 (limit 3e-5)`, and what else was compared."""
+    within = verification.unexplained <= verification.limit
+    words = f"outputs {'agree to' if within else 'differ by'} {verification.unexplained:.1e}"
+    words += f" (limit {verification.limit:.0e}"
+    if verification.rounding > verification.unexplained:
+        words += f"; rounding to {verification.dtype} adds {verification.rounding:.1e}"
+    words += ")"
+    if verification.answer_tokens:
+        same = "is the same" if verification.same_answer else "differs"
+        words += f", and an answer of {verification.answer_tokens} tokens {same}"
+    return words.replace("e-0", "e-")
 
 
 def make_parser() -> argparse.ArgumentParser:

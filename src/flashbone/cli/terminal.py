@@ -57,6 +57,12 @@ def set_up_notices() -> None:
         log.propagate = False
 
 
+def in_colour(word: str, colour: int) -> str:
+    """A word for stderr, in an ANSI colour (31 is red, 32 green) where that is a terminal that may have colours."""
+    is_shown = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return f"\033[{colour}m{word}\033[0m" if is_shown else word
+
+
 def name_leftovers(command: str, out: Path) -> None:
     """Name what killed runs left beside an output, on stderr."""
     from flashbone.files import outputs

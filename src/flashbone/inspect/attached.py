@@ -23,7 +23,7 @@ from flashbone.tuner.layers.layer import BoneLayer
 from flashbone.tuner.layers.parameters import ParamWrapper, own_name
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.keys import bare
-from flashbone.tuner.model.presets import KIND, parameter_count, published_preset, without_empty_kind
+from flashbone.tuner.model.presets import parameter_count, without_empty_kind
 from flashbone.tuner.model.skeleton import skeleton
 
 ADAPTER = "default"
@@ -54,9 +54,7 @@ class AttachedModel:
     saved_others: dict[str, Tensor]
 
 
-def attach(
-    source: PretrainedConfig | str | Path, fields: dict[str, Any], *, recommend: bool, dtype: torch.dtype
-) -> AttachedModel:
+def attach(source: PretrainedConfig | str | Path, fields: dict[str, Any], *, dtype: torch.dtype) -> AttachedModel:
     """Build a model without weights and put an adapter on it; arguments as in `inspect_model`, or the model's config.
 
     Raises:
@@ -75,7 +73,7 @@ def attach(
         labels=base.config.num_labels if _has_classifier(base) else None,
         assumption=assumption,
     )
-    config = _config(base, fields, recommend)
+    config = _config(base, fields)
     model = _adapted(base, config)
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, BoneLayer)}
     _check_kinds(layers)
@@ -91,23 +89,19 @@ def attach(
     )
 
 
-def _config(base: Any, fields: dict[str, Any], recommend: bool) -> BoneConfig:
-    """As `flashbone train` would have it; or the published setting, if the fields do not choose another."""
+def _config(base: Any, fields: dict[str, Any]) -> BoneConfig:
+    """As `flashbone train` would have it."""
     layers = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is not None]
     if layers and "target_modules" not in fields:
         raise ConfigError(
             f"adapter: {' and '.join(layers)} without target_modules, which is then all-linear, in every layer; name"
             " the modules in a list, such as target_modules [q_proj, v_proj]"
         )
-    fields = {"target_modules": "all-linear", **(without_empty_kind(fields) if recommend else fields)}
+    fields = {"target_modules": "all-linear", **without_empty_kind(fields)}
     if _has_classifier(base):
         fields.setdefault("task_type", "SEQ_CLS")  # PEFT then trains the classifier, too
     try:
-        if not recommend or any(name in fields for name in KIND):
-            return BoneConfig(**fields)
-        if published_preset(parameter_count(base)) is None:
-            return BoneConfig(**{"r": 64, "variant": "bone", **fields})
-        return BoneConfig.recommended(base, **fields)
+        return BoneConfig(**fields)
     except TypeError as error:
         raise ConfigError(f"adapter: {error}") from error
 

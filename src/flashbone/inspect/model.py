@@ -28,20 +28,18 @@ METADATA = {"format": "pt"}  # that PEFT writes into its files
 
 
 def inspect_model(
-    source: PretrainedConfig | str | Path,
+    source: str | Path,
     fields: dict[str, Any] | None = None,
     *,
-    recommend: bool = True,
     tokens: int = 2048,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ModelReport:
     """What training an adapter on a model would cost. No weights are read, and none are made.
 
     Args:
-        source: A config, a folder, a config.json, a hub id, or the `.pth` file of an RWKV-7 or RWKV-6 model.
-        fields: Of BoneConfig; all linear layers unless they name others. `task_type` decides the head of the model.
-        recommend: Where the fields choose neither variant nor block size, take the published setting for the model's
-            size, and `bone` with r = 64 above 13B; else BoneConfig's defaults.
+        source: A folder, a config.json, a hub id, or the `.pth` file of an RWKV-7 or RWKV-6 model.
+        fields: Of BoneConfig, whose defaults are `bone` with r = 64; all linear layers unless they name others.
+            `task_type` decides the head of the model.
         tokens: Batch times sequence of one training step.
         dtype: Of the base while training, under autocast where it is half precision; the adapter is in fp32.
 
@@ -51,7 +49,7 @@ def inspect_model(
     """
     if tokens < 1:
         raise ConfigError(f"tokens: got {tokens}, wanted at least 1")
-    model = attach(_config_source(source), fields or {}, recommend=recommend, dtype=dtype)
+    model = attach(_config_source(source), fields or {}, dtype=dtype)
     config = model.config
     preset = published_preset(model.base.parameters)
     published = Recommendation(preset.r, preset.dropout, preset.orthogonal_eps) if preset else None
@@ -59,7 +57,7 @@ def inspect_model(
     layers = _bone_layers(model, tokens, dtype)
     return ModelReport(
         **vars(model.base),
-        model=source.name_or_path if isinstance(source, PretrainedConfig) else str(source),
+        model=str(source),
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
         config=_deciding_fields(config),
@@ -72,10 +70,8 @@ def inspect_model(
     )
 
 
-def _config_source(source: PretrainedConfig | str | Path) -> PretrainedConfig | str | Path:
+def _config_source(source: str | Path) -> PretrainedConfig | str | Path:
     """What the model is built from: for a `.pth` file, the config that follows from its names and shapes."""
-    if isinstance(source, PretrainedConfig):
-        return source
     path = Path(source).expanduser()
     if path.suffix != ".pth" or not path.is_file():
         return source

@@ -150,8 +150,8 @@ def _notes(report: ModelReport) -> list[str]:
         notes.append("Nothing is published for models of this size; the published settings end at 13B.")
     elif not report.is_recommended:
         notes.append(
-            f"Published for this size: bottleneck_size {published.r}, dropout {published.dropout}, orthogonal_eps"
-            f" {published.orthogonal_eps:g}."
+            f"Published for this size: variant orthogonal, by --adapter.bottleneck_size {published.r}"
+            f" --adapter.dropout {published.dropout} --adapter.orthogonal_eps {published.orthogonal_eps:g}."
         )
     return notes
 

@@ -206,12 +206,15 @@ def _no_bars() -> Iterator[None]:
 def _load_report(is_wanted: bool) -> Iterator[None]:
     """transformers' report of weights that are new, if wanted."""
     log = logging.getLogger("transformers.modeling_utils")
-    before = log.level
-    log.setLevel(before if is_wanted else logging.ERROR)
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return is_wanted or record.levelno >= logging.ERROR
+
+    log.addFilter(is_shown)  # with a level of its own, this logger would also list what tensor parallelism left whole
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.removeFilter(is_shown)
 
 
 def _plain(model: Any, name: str) -> Any:
