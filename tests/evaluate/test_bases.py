@@ -89,7 +89,7 @@ def test_a_base_in_the_hubs_cache_counts(llama, tmp_path, monkeypatch):
 
 def test_two_adapters_at_once_are_refused_by_eval(llama, tmp_path):
     adapter = adapter_of(llama, tmp_path / "a")
-    with pytest.raises(ConfigError, match="is an adapter; give the base in its place"):
+    with pytest.raises(ConfigError, match="is an adapter, and --adapter names another; give the base"):
         settled(Request(str(adapter), adapter=adapter, perplexity=tmp_path))
 
 

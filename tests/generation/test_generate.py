@@ -90,7 +90,7 @@ def test_a_system_prompt_and_plain_texts(llama, jsonl):
     assert plain.ids(tokenizer, None, False) == tokenizer("the cat")["input_ids"]
     for row in (plain, talk):
         assert tokenizer.decode(row.ids(tokenizer, "big", True)).startswith("<|system|> big </s>")
-    with pytest.raises(FormatError, match="takes no --system prompt"):
+    with pytest.raises(FormatError, match="which has no system prompt; leave out --system"):
         plain.ids(tokenizer, "big", False)
     tokenizer.chat_template = None
     with pytest.raises(FormatError, match=r"rows.jsonl:2: is a conversation, but the tokenizer has no chat template"):

@@ -54,7 +54,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not any([*generative, args.classification]):
         parser.error("nothing to measure; give --tasks, --exact-match, --classification or --perplexity")
     if args.classification and any(generative):
-        parser.error("--classification needs another kind of model than the rest; measure it on its own")
+        parser.error("--classification needs a classifier, the others a language model; run it by itself")
     if args.merge and args.adapter is None and not is_adapter(args.model):
         parser.error("--merge needs an --adapter")
     belong = [

@@ -112,7 +112,7 @@ class TrainingMethod:
             raise ConfigError(f"{self.name}: {' '.join(str(error).split())}") from error
         for name, value in self.identity.items():  # settings may also change one through another
             if not _means(other := getattr(config, name), value):
-                raise ConfigError(f"{self.name}: {name} would be {other!r}, not {value!r}, which is another method")
+                raise ConfigError(f"{self.name}: {name}={other!r} makes it another method, wanted {value!r}")
         for method in METHODS.values() if self.config_class == "LoraConfig" else ():
             start = method.identity.get("init_lora_weights")
             if start and "init_lora_weights" not in self.identity and _means(config.init_lora_weights, start):

@@ -138,7 +138,7 @@ def _target(to: str | None, server: engines.ServingEngine | None) -> AdapterForm
     if to is None and server is None:
         raise ConfigError(f"to: got nothing, wanted one of {', '.join(reading.FORMATS)}, or an engine")
     if server is not None and to not in (None, *server.formats):
-        raise ConfigError(f"{server.name} takes {' or '.join(server.formats)}, not {to}; leave out one of the two")
+        raise ConfigError(f"{server.name} takes {' or '.join(server.formats)}, not {to}; leave out --to")
     name = server.formats[0] if server is not None and to is None else to
     if name not in reading.FORMATS:
         raise ConfigError(f"to: got {name!r}, wanted one of {', '.join(reading.FORMATS)}")

@@ -224,8 +224,8 @@ def resized(lora: Lora, rank: int | None, error: float | None, where: Path) -> L
     if rank is None or rank < lora.rank:
         asked = f"error {error}" if rank is None else f"rank {rank}"
         raise ConfigError(
-            f"{where}: {asked} would change what this LoRA of rank {lora.rank} computes, and it is only padded with"
-            " zeros; ask for a rank that is not smaller, or for none"
+            f"{where}: {asked}: this LoRA has rank {lora.rank}, and may be padded but not cut; ask for a rank of"
+            f" {lora.rank} or more, or for none"
         )
     return replace(lora, factors={name: lowrank.pad(A, B, rank) for name, (A, B) in lora.factors.items()})
 

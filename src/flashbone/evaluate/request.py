@@ -74,10 +74,12 @@ def settled(request: Request) -> Request:
     if not any(wanted):
         raise ConfigError("nothing to measure: give tasks, exact_match, classification or perplexity")
     if request.classification and any((request.tasks, request.exact_match, request.perplexity)):
-        raise ConfigError("classification needs another kind of model than the rest; measure it on its own")
+        raise ConfigError("classification needs a classifier, the other measures a language model; run it by itself")
     if is_adapter(request.model):
         if request.adapter is not None:
-            raise ConfigError(f"model {request.model}: is an adapter; give the base in its place, or no other adapter")
+            raise ConfigError(
+                f"model {request.model}: is an adapter, and --adapter names another; give the base as MODEL"
+            )
         request = replace(request, model=base_of(request.model), adapter=Path(request.model).expanduser())
     if request.merge and request.adapter is None:
         raise ConfigError("merge: there is no adapter to merge; give one, or leave it out")

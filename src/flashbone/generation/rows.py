@@ -54,7 +54,9 @@ class Asked:
         """
         if self.text is not None and (self.is_whole or not chat_template or tokenizer.chat_template is None):
             if system is not None:
-                raise FormatError(f"{self.place}: is a text outside of a chat template, which takes no --system prompt")
+                raise FormatError(
+                    f"{self.place}: is plain text outside a chat template, which has no system prompt; leave out --system"
+                )
             return text_ids(tokenizer, self.text)
         if tokenizer.chat_template is None:
             raise FormatError(f"{self.place}: is a conversation, but the tokenizer has no chat template")
