@@ -16,11 +16,12 @@ from helpers.blocks import VARIANT_NAMES  # noqa: E402
 PAGE = ROOT / "docs" / "support.md"
 HEAD = """# What works on which layer
 
-Tests run every operation on every kind of layer, in every variant and several dtypes, and compare the result with the formula. This page is
-generated from them (`python tests/matrix/matrix_table.py`); `pytest tests/matrix -k merge-Linear` runs the cell `merge`, `Linear`.
+Tests run every operation on every kind of layer, in every variant and several dtypes, and compare the result with the
+formula. This page is generated from them (`python tests/matrix/matrix_table.py`); `pytest tests/matrix -k
+merge-Linear` runs the cell `merge`, `Linear`.
 
-**yes** means all variants; a list of variants means these alone. A number gives the reason for the others, below: they fail with an error that says
-so. Operations with equal cells share a row.
+**yes** means all variants; a list of variants means these alone. A number gives the reason for the others, below: they
+fail with an error that says so. Operations with equal cells share a row.
 
 """
 
@@ -59,8 +60,8 @@ def _cell(host: Host, operation: str, reasons: list[str]) -> str:
             refused.setdefault(_number(refusal, reasons), []).append(variant)
     if not refused:
         return "yes"
-    left = [name for name in VARIANT_NAMES if name not in sum(refused.values(), [])]
-    return f"{', '.join(left)} ({', '.join(sorted(refused, key=int))})".strip()
+    left = ", ".join(name for name in VARIANT_NAMES if host.refusal(operation, name) is None)
+    return f"{left} ({', '.join(sorted(refused, key=int))})".strip()
 
 
 def _number(refusal: Refusal, reasons: list[str]) -> str:

@@ -226,5 +226,5 @@ def test_token_ids_that_the_model_does_not_know_are_refused_before_training(llam
 
 
 def test_windows_of_one_token_are_refused(llama, pair, tmp_path):
-    with pytest.raises(ConfigError, match=r"training\.max_length is 1; wanted at least 2, since each token"):
+    with pytest.raises(ConfigError, match=r"training\.max_length is 1; wanted at least 2: a token and the next"):
         train(run_of(llama, pair(documents(4)), tmp_path / "run", max_length=1))

@@ -55,7 +55,7 @@ class Asked:
         if self.text is not None and (self.is_whole or not chat_template or tokenizer.chat_template is None):
             if system is not None:
                 raise FormatError(
-                    f"{self.place}: is plain text outside a chat template, which has no system prompt; leave out --system"
+                    f"{self.place}: is text outside a chat template, which has no system prompt; leave out --system"
                 )
             return text_ids(tokenizer, self.text)
         if tokenizer.chat_template is None:

@@ -49,7 +49,7 @@ def fitting_length(
         ConfigError: the length is beyond a limit, or below 2.
     """
     if asked is not None and (not isinstance(asked, int) or asked < 2):
-        raise ConfigError(f"{field} is {asked!r}; wanted at least 2, since each token is learned from those before it")
+        raise ConfigError(f"{field} is {asked!r}; wanted at least 2: a token and the next")
     limits = {"the tokenizer's model_max_length is": of_tokenizer, "the model's positions are": _positions(config)}
     known = [(limit, name) for name, limit in limits.items() if limit and limit < _NO_LIMIT]
     most, name = min(known, default=(_NO_LIMIT, ""))

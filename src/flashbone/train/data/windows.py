@@ -28,9 +28,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
-            raise ConfigError(
-                f"training.max_length is {self.length}; wanted at least 2, since each token is learned from those before it"
-            )
+            raise ConfigError(f"training.max_length is {self.length}; wanted at least 2: a token and the next")
 
     def slices(self, size: int) -> Iterator[slice]:
         """The windows of a document of `size` tokens; none where nothing in it would be learned."""
