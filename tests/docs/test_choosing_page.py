@@ -122,7 +122,7 @@ def sizes() -> str:
     lora = 32 * sum(35 * (out + into) for out, into in LLAMA_2_7B)
     numbers = [trained(name) for name in METHODS[:-1]] + [lora]
     row = ["trained numbers", *(f"{number:,}" for number in numbers)]
-    return table(["", *head, "LoRA, rank 35"], [row])
+    return table(["Llama-2-7B", *head, "LoRA, rank 35"], [row])
 
 
 PARTS: dict[str, Callable[[], str]] = {"sizes": sizes, "costs": costs}
