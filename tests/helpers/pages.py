@@ -3,7 +3,7 @@
 A block is code if its language says so: ```python, ```bash, ```yaml, ```json. Anything else (```text, indented lines)
 is a synopsis, a formula or an output, and is not run. A ```yaml or ```json block whose first line is a comment with a
 file's name (`# train.yaml`) is written to that file, so that the commands below can use it; a ```yaml block without one
-is fields of a recipe.
+is fields of a recipe. A file whose format has no comments is named by the fence: ```json title="rows.jsonl".
 """
 
 import json
@@ -41,7 +41,9 @@ def blocks(page: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
         language = match[2].split()[0] if match[2].split() else ""
-        found.append(Block(language, textwrap.dedent(match[3]), text.count("\n", 0, match.start()) + 1))
+        title = re.search(r'title="([^"]+)"', match[2])
+        content = (f"# {title[1]}\n" if title else "") + textwrap.dedent(match[3])
+        found.append(Block(language, content, text.count("\n", 0, match.start()) + 1))
     return found
 
 

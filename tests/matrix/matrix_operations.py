@@ -1,6 +1,6 @@
 """What one does with an adapter: each operation carries out one thing on a case and asserts what must hold then.
 
-The first line of each docstring is its row in docs/support.md.
+The first line of each docstring says what its row in docs/support.md means.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ formula. This page is generated from them (`python tests/matrix/matrix_table.py`
 merge-Linear` runs the cell `merge`, `Linear`.
 
 **yes** means all variants; a list of variants means these alone. A number gives the reason for the others, below: they
-fail with an error that says so. Operations with equal cells share a row.
+fail with an error that says so. Operations with equal cells share a row; tests/matrix/matrix_operations.py says what
+each does.
 
 """
 
@@ -34,22 +35,14 @@ def page() -> str:
     for name in OPERATIONS:
         rows.setdefault(" | ".join(_cell(host, name, reasons) for host in HOSTS), []).append(f"`{name}`")
     lines += [f"| {', '.join(names)} | {cells} |" for cells, names in rows.items()]
-    what = ["| operation | what it is |", "| --- | --- |"]
-    what += [f"| `{name}` | {_what(name)} |" for name in OPERATIONS]
     dtypes = ["| layer | dtypes | what it is |", "| --- | --- | --- |"]
     dtypes += [
         f"| {host.name} | {', '.join(str(dtype).removeprefix('torch.') for dtype in host.dtypes)} | {host.what} |"
         for host in HOSTS
     ]
     numbered = [f"{i}. {reason[:1].upper()}{reason[1:]}." for i, reason in enumerate(reasons, 1)]
-    parts = ["\n".join(lines), "## Why not", "\n".join(numbered), "## The operations", "\n".join(what)]
-    return HEAD + "\n\n".join([*parts, "## The layers", "\n".join(dtypes)]) + "\n"
-
-
-def _what(name: str) -> str:
-    doc = OPERATIONS[name].__doc__
-    assert doc is not None
-    return doc.strip().splitlines()[0]
+    parts = ["\n".join(lines), "## Why not", "\n".join(numbered), "## The layers", "\n".join(dtypes)]
+    return HEAD + "\n\n".join(parts) + "\n"
 
 
 def _cell(host: Host, operation: str, reasons: list[str]) -> str:
@@ -60,8 +53,10 @@ def _cell(host: Host, operation: str, reasons: list[str]) -> str:
             refused.setdefault(_number(refusal, reasons), []).append(variant)
     if not refused:
         return "yes"
-    left = ", ".join(name for name in VARIANT_NAMES if host.refusal(operation, name) is None)
-    return f"{left} ({', '.join(sorted(refused, key=int))})".strip()
+    left = [name for name in VARIANT_NAMES if host.refusal(operation, name) is None]
+    without = [name for name in VARIANT_NAMES if name not in left]
+    words = f"not {', '.join(without)}" if len(without) < len(left) else ", ".join(left)
+    return f"{words} ({', '.join(sorted(refused, key=int))})".strip()
 
 
 def _number(refusal: Refusal, reasons: list[str]) -> str:
