@@ -149,7 +149,8 @@ def test_columns_and_templates_reach_the_model(here, capsys):
     ("options", "said"),
     [
         ([], "nothing to measure"),
-        (["--classification", "c", "--perplexity", "p"], "on its own"),
+        (["--classification", "c", "--perplexity", "p"], "by itself"),
+        (["runs/adapter", "--perplexity", "p"], "an adapter is --adapter runs/adapter"),
         (["--perplexity", "p", "--merge"], "--merge needs an --adapter"),
         (["--perplexity", "p", "--num-fewshot", "0"], "--num-fewshot needs --tasks"),
         (["--perplexity", "p", "--no-chat-template"], "--no-chat-template needs --exact-match"),

@@ -1,6 +1,7 @@
 """Loading a base model: whatever is wrong with its files is one line that names the model."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from flashbone.errors import ConfigError, FormatError
 from flashbone.train.models import load_causal_lm
 from flashbone.train.tokenizers import load_tokenizer
+from helpers.tiny_llama import write_tiny_llama
 
 
 @pytest.fixture
@@ -66,3 +68,13 @@ def test_a_model_without_a_tokenizer_gets_the_whole_reason(damaged):
     with pytest.raises(ConfigError, match=r"from one of: \(1\)") as error:
         load_tokenizer(str(damaged))
     assert "\n" not in str(error.value)
+
+
+def test_loading_does_not_list_layers_that_tensor_parallelism_leaves_whole(tmp_path, caplog):
+    log = logging.getLogger("transformers.distributed.tensor_parallel")
+    log.addHandler(caplog.handler)
+    try:
+        load_causal_lm(str(write_tiny_llama(tmp_path / "llama")), torch.float32)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert "sharded" not in caplog.text
