@@ -24,7 +24,7 @@ def dry_run(recipe: "Recipe", as_json: bool, reward: "Reward | None" = None) -> 
     made = plan(recipe, reward)
     if os.environ.get("RANK", "0") != "0":
         return
-    memory, note = _memory(made, recipe)
+    memory, note = _memory(made)
     if as_json:
         print(json.dumps(_plain(made, memory), indent=2, ensure_ascii=False))
     else:
@@ -33,7 +33,7 @@ def dry_run(recipe: "Recipe", as_json: bool, reward: "Reward | None" = None) -> 
         print_plan(made, memory, note)
 
 
-def _memory(made: "Plan", recipe: "Recipe") -> tuple[dict[str, int] | None, str]:
+def _memory(made: "Plan") -> tuple[dict[str, int] | None, str]:
     """The bytes that training takes, as `flashbone inspect` counts them, and a note; or why it does not."""
     from flashbone.inspect.model import inspect_model
 
@@ -44,10 +44,10 @@ def _memory(made: "Plan", recipe: "Recipe") -> tuple[dict[str, int] | None, str]
         if item.init and item.name not in OF_FILES and (value := getattr(config, item.name)) != item.default
     }
     try:
-        report = inspect_model(recipe.model, fields, tokens=made.tokens, dtype=made.dtype)
+        report = inspect_model(made.model, fields, tokens=made.tokens, dtype=made.dtype)
     except FlashboneError as error:
         return None, str(error)
-    note = "; the base is counted as if it were not quantised" if recipe.quantization else ""
+    note = "; the base is counted as if it were not quantised" if made.is_quantised else ""
     costs = {name: getattr(report.costs, name) for name in MEMORY[1:]}
     return {"base_bytes": report.base_bytes, **costs}, note
 

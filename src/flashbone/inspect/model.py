@@ -28,7 +28,7 @@ METADATA = {"format": "pt"}  # that PEFT writes into its files
 
 
 def inspect_model(
-    source: str | Path,
+    source: PretrainedConfig | str | Path,
     fields: dict[str, Any] | None = None,
     *,
     tokens: int = 2048,
@@ -37,7 +37,7 @@ def inspect_model(
     """What training an adapter on a model would cost. No weights are read, and none are made.
 
     Args:
-        source: A folder, a config.json, a hub id, or the `.pth` file of an RWKV-7 or RWKV-6 model.
+        source: A config, a folder, a config.json, a hub id, or the `.pth` file of an RWKV-7 or RWKV-6 model.
         fields: Of BoneConfig, whose defaults are `bone` with r = 64; all linear layers unless they name others.
             `task_type` decides the head of the model.
         tokens: Batch times sequence of one training step.
@@ -57,7 +57,7 @@ def inspect_model(
     layers = _bone_layers(model, tokens, dtype)
     return ModelReport(
         **vars(model.base),
-        model=str(source),
+        model=source.name_or_path if isinstance(source, PretrainedConfig) else str(source),
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
         config=_deciding_fields(config),
@@ -70,8 +70,10 @@ def inspect_model(
     )
 
 
-def _config_source(source: str | Path) -> PretrainedConfig | str | Path:
+def _config_source(source: PretrainedConfig | str | Path) -> PretrainedConfig | str | Path:
     """What the model is built from: for a `.pth` file, the config that follows from its names and shapes."""
+    if isinstance(source, PretrainedConfig):
+        return source
     path = Path(source).expanduser()
     if path.suffix != ".pth" or not path.is_file():
         return source
