@@ -1,4 +1,4 @@
-"""Fill what docs/comparing.md and README.md say of comparisons from the results that are kept beside this file.
+"""Fill what docs/comparing.md says of comparisons from the results that are kept beside this file.
 
 python -m examples.compare.tables [--check]
 """
@@ -17,24 +17,23 @@ from flashbone.compare.results import ComparisonResults
 
 RESULTS = Path("examples/compare/results")
 SHOWN = ("method", "test", "size", "rate", "step_ms", "above_model_mib")
-PAGE, README = Path("docs/comparing.md"), Path("README.md")
+PAGE = Path("docs/comparing.md")
 
 
 def main(args: list[str]) -> int:
-    """Write the pages, or with --check only say by the exit code whether they are as the results are."""
-    before = {page: page.read_text(encoding="utf-8") for page in (PAGE, README)}
-    after = {page: filled(text, RESULTS) for page, text in before.items()}
+    """Write the page, or with --check only say by the exit code whether it is as the results are."""
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before, RESULTS)
     if args == ["--check"]:
         return int(before != after)
-    for page, text in after.items():
-        page.write_text(text, encoding="utf-8")
+    PAGE.write_text(after, encoding="utf-8")
     return 0
 
 
 def filled(text: str, folder: Path) -> str:
-    """A page with what stands between its markers as the results say it: `section`, `verdict` or `claims of NAME`."""
+    """A page with what is between its markers as the results say it: `section` or `claims of NAME`."""
     for results in sorted(folder.glob("*/results.jsonl")):
-        for what, write in (("section", section), ("verdict", verdict), ("claims", claims)):
+        for what, write in (("section", section), ("claims", claims)):
             start, end = f"<!-- {what} of {results.parent.name} -->", f"<!-- end of {results.parent.name} -->"
             pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
             content = f"{start}\n{write(results)}\n{end}"
@@ -57,11 +56,6 @@ def section(results: Path) -> str:
         f"![Learning curves of {results.parent.name}]({place}/learning_curves.png)",
     ]
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"
-
-
-def verdict(results: Path) -> str:
-    """The two sentences of one comparison."""
-    return judge(rank(read_results(results))).text
 
 
 def claims(results: Path) -> str:

@@ -20,7 +20,7 @@ def test_the_readme_runs_from_top_to_bottom(place, capsys):
 
     write_tiny_llama(place / SMOLLM2)
     run = run_page("README.md", replaced={"generate my-adapter": "generate my-adapter --max-new-tokens 8"})
-    assert run.ran == ["python", "bash", "python"]
+    assert run.ran == ["bash", "python", "bash", "python"]
     losses = [entry["loss"] for entry in run.names["trainer"].state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert capsys.readouterr().out.strip()
