@@ -228,6 +228,7 @@ def test_lines_from_a_pipe_are_answered_with_nothing_else_on_stdout(here, monkey
     ("argv", "code", "said"),
     [
         (["nowhere"], 1, "nowhere"),
+        (["llama", "runs/adapter"], 2, "an adapter is --adapter runs/adapter"),
         (["llama", "--adapter", "nowhere/at/all"], 1, "nowhere/at/all"),
         (["llama", "--temperature", "-1"], 2, "--temperature: got '-1', wanted a number, 0 or more"),
         (["llama", "--top-p", "2"], 2, "--top-p: got '2'"),

@@ -69,6 +69,7 @@ def test_a_killed_run_goes_on_where_it_was_to_the_same_rows(here, sampling):
     [
         (["llama"], 2, "give FILE or --prompt TEXT, one of the two"),
         (["llama", "q.jsonl", "--prompt", "a"], 2, "give FILE or --prompt TEXT, one of the two"),
+        (["llama", "first"], 2, "first is an adapter, not rows; give it as --adapter first"),
         (["llama", "gone.jsonl"], 1, "gone.jsonl: no such data file"),
         (["llama", "q.jsonl"], 1, "q.jsonl:2: 'adapter' is 'first'; wanted null for the base"),
         (["llama", "--prompt", " "], 1, "--prompt: is blank"),

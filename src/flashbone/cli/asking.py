@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 MODEL_HELP = "folder, hub id, .gguf file, or an RWKV model's .pth file; or an adapter's folder, for its base with it"
 
 
+def with_one_model(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command that takes one MODEL; a second one is an adapter without its option."""
+    args, more = parser.parse_known_args(argv)
+    if more:
+        hint = "" if more[0].startswith("-") else f"; an adapter is --adapter {more[0]}"
+        parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
+    return args
+
+
 def at_least(least: float, kind: type = int, most: float | None = None) -> Callable[[str], Any]:
     """A parser of numbers in a range."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone import floors
-from flashbone.cli.asking import add_decoding, add_model, decoding_of, model_of
+from flashbone.cli.asking import add_decoding, add_model, decoding_of, model_of, with_one_model
 from flashbone.cli.terminal import set_up_notices
 from flashbone.errors import LINES, FlashboneError, escaped, one_line, visible
 
@@ -37,7 +37,7 @@ PROMPT, MORE = "> ", ". "
 
 def run(argv: list[str]) -> int:
     """Talk until the input ends; answers go to stdout, everything else to stderr."""
-    args = make_parser().parse_args(argv)
+    args = with_one_model(make_parser(), argv)
     floors.check("train")
     set_up_notices()
     with _loading(args.model):

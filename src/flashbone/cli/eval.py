@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from flashbone.cli import hub
-from flashbone.cli.asking import MODEL_HELP, at_least
+from flashbone.cli.asking import MODEL_HELP, at_least, with_one_model
 from flashbone.cli.places import expand
 from flashbone.cli.terminal import rows_bar, set_up_notices
 from flashbone.evaluate.bases import is_adapter
@@ -26,10 +26,7 @@ _PLACES = ("model", "adapter", "vocabulary", "output", "exact_match", "classific
 def run(argv: list[str]) -> int:
     """Measure, print a table or JSON on stdout; bad input raises a FlashboneError, a bad command line SystemExit."""
     parser = make_parser()
-    args, more = parser.parse_known_args(argv)
-    if more:
-        is_word = not more[0].startswith("-")
-        parser.error(f"unrecognized arguments: {' '.join(more)}" + f"; an adapter is --adapter {more[0]}" * is_word)
+    args = with_one_model(parser, argv)
     expand(args, *_PLACES)
     _check(parser, args)
     set_up_notices()

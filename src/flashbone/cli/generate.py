@@ -12,6 +12,7 @@ from flashbone.cli.eval import columns
 from flashbone.cli.places import expand
 from flashbone.cli.terminal import rows_bar, set_up_notices
 from flashbone.errors import LINES, escaped
+from flashbone.evaluate.bases import is_adapter
 
 EPILOG = """\
 examples:
@@ -31,6 +32,8 @@ def run(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)  # FILE may come after options
     if (args.file is None) == (args.prompt is None):
         parser.error("give FILE or --prompt TEXT, one of the two")
+    if args.file is not None and is_adapter(args.file):
+        parser.error(f"{args.file} is an adapter, not rows; give it as --adapter {args.file}")
     expand(args, "file", "output")
     floors.check("train")
     set_up_notices()
