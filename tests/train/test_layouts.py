@@ -50,6 +50,11 @@ def test_every_format_of_the_table_has_a_row():
     assert {layout.format for layout in LAYOUT_ROWS.values()} == {n for n, f in FORMATS.items() if "sft" in f.tasks}
 
 
+def test_the_golden_text_is_what_is_learned():
+    """If this is meant to change: tests/golden/write_learned.py, and look at the difference."""
+    assert FILE.read_text(encoding="utf-8") == learned_text()
+
+
 def table() -> dict[str, tuple[str, str]]:
     """By format: the row that the page shows for it, and its optional columns."""
     rows = re.findall(r"^\| (`[^{|]+?) \| `(\{\W.*?})`[^|]* \| ([^|]*)\|$", PAGE.read_text(), re.M)
