@@ -45,7 +45,9 @@ def plan_of(name: str) -> Plan:
     rows = SourceRows(format=name, read=1, kept=1, dropped={name: 1}, cut=0, held_out=0, learned=1, lengths={1: 1})
     parameters = {"trainable_parameters": 1, "total_parameters": 2, "trainable_percent": 50.0}
     shown = Shown(name, [name], [(name, True)])
-    return Plan({name: rows}, {"used": [name], "unused": []}, [shown], 1, parameters, None, False, None, 1, torch.float32)
+    return Plan(
+        {name: rows}, {"used": [name], "unused": []}, [shown], 1, parameters, None, False, None, 1, torch.float32
+    )
 
 
 def test_escapes_of_a_dry_run_and_a_comparison_do_not_reach_the_terminal(tmp_path, capsys):

@@ -12,7 +12,9 @@ from flashbone.train.data.formats import choose_format, open_examples
 from flashbone.train.data.layouts import FORMATS
 from golden.write_learned import FILE, learned_text
 
-PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("training.md", "preferences.md")]
+TRAINING, PREFERENCES = (
+    (Path(__file__).parents[2] / "docs" / name).read_text() for name in ("training.md", "preferences.md")
+)
 
 
 def example_of(row, task="sft", **settings):
@@ -57,19 +59,24 @@ def test_the_golden_text_is_what_is_learned():
 
 def table() -> dict[str, tuple[str, str]]:
     """By format: the row that the page shows for it, and its optional columns."""
-    rows = re.findall(r"^\| (`[^{|]+?) \| `(\{\W.*?})`[^|]* \| ([^|]*)\|$", PAGE.read_text(), re.M)
+    rows = re.findall(r"^\| (`[^{|]+?) \| `(\{\W.*?})`[^|]* \| ([^|]*)\|$", TRAINING, re.M)
     return {name: (row, optional.strip()) for names, row, optional in rows for name in re.findall("`([^`]+)`", names)}
 
 
-def test_the_page_has_every_format_with_a_row_and_its_optional_columns():
-    assert table().keys() == FORMATS.keys()
-    for name, (row, optional) in table().items():
-        assert optional == ", ".join(FORMATS[name].optional)
-        example = json.loads(row)
-        if set(FORMATS[name].needed) <= example.keys():
-            task = FORMATS[name].task
-            assert choose_format(example, task, "d")[0] == name
-            assert example_of(example, task)
+def test_the_pages_have_every_format_with_a_row_or_its_columns():
+    shown = table()
+    assert shown.keys() <= FORMATS.keys()
+    for name, entry in FORMATS.items():
+        if name not in shown:  # of preferences and rewards
+            optional = f"; optional {', '.join(entry.optional)}" if entry.optional else ""
+            assert f"| `{name}` | {', '.join(entry.needed)}{optional} | {entry.learned} |" in PREFERENCES.splitlines()
+            continue
+        example, task = json.loads(shown[name][0]), entry.tasks[0]
+        assert shown[name][1] == ", ".join(entry.optional)
+        if set(entry.needed) <= example.keys():
+            asked = "rwkv" if name == "rwkv" else "auto"  # the one that is taken only when it is named
+            assert choose_format(example, task, "d", asked)[0] == name
+            assert example_of(example, task, asked=asked)
 
 
 def test_the_older_forms_of_calls_are_read_as_today_s():
