@@ -13,12 +13,16 @@ from typing import Any
 from flashbone import floors
 from flashbone.import_hook import when_imported
 
+_SWITCHES = ("set_adapter", "enable_adapters", "disable_adapters", "delete_adapter")
 _METHODS = {
-    "transformers.integrations.peft": ("PeftAdapterMixin", ("add_adapter", "load_adapter")),
+    "transformers.integrations.peft": ("PeftAdapterMixin", ("add_adapter", "load_adapter", *_SWITCHES)),
+    "transformers.generation.utils": ("GenerationMixin", ("generate",)),
     "diffusers.loaders.peft": ("PeftAdapterMixin", ("add_adapter", "save_lora_adapter")),
     "transformers.trainer": ("Trainer", ("_load_best_model",)),
     "trl.trainer.base_trainer": ("_BaseTrainer", ("create_model_card",)),
 }
+# Of these a model without adapters needs nothing, and peft is not imported for it.
+_FOR_ADAPTED = ("generate", *_SWITCHES)
 
 
 def wrap_when_imported() -> None:
@@ -40,6 +44,8 @@ def _wrap(host: ModuleType) -> None:
 def _wrapped(original: Callable, name: str) -> Callable:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in _FOR_ADAPTED and not getattr(self, "_hf_peft_config_loaded", False):
+            return original(self, *args, **kwargs)
         import_module("peft")  # before flashbone.tuner, whatever thread comes first
         return getattr(import_module("flashbone.tuner.hosts.model_methods"), name)(original, self, *args, **kwargs)
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from transformers import (
 )
 
 from flashbone.errors import ConfigError, FlashboneError, FormatError, ShapeError
+from flashbone.ops import moves
+from flashbone.tuner.layers.calls import CURRENT
 from flashbone.tuner.layers.layer import BoneLayer
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
@@ -264,6 +268,39 @@ def test_other_methods_do_what_they_did_without_flashbone(llama, tmp_path):
     with pytest.raises(ValueError, match="not found") as raised:
         base(llama).add_adapter(LoraConfig(target_modules=["typo"]))
     assert not isinstance(raised.value, ConfigError)
+
+
+def test_generation_is_one_call_for_which_layers_keep_their_weights_and_switches_wait(llama, monkeypatch):
+    model, built, original = base(llama).eval(), [], moves.shifted_weight
+    plain = model.generate(TOKENS, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    model.add_adapter(config("bat-col"), "a")
+    model.add_adapter(config("bone"), "b")
+    model.set_adapter("a")
+    model.eval()
+    monkeypatch.setattr(moves, "shifted_weight", lambda *a: built.append(1) or original(*a))
+    fields = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    in_process = {"attention_mask": torch.ones_like(TOKENS), **fields}
+    for _ in range(2):
+        built.clear()
+        model.generate(TOKENS, **in_process)
+        assert len(built) == len(LAYERS)
+        assert CURRENT.gate is CURRENT.kept is None
+    order, inside = [], threading.Event()
+
+    def stay(ids, scores):
+        inside.set()
+        time.sleep(0.01)
+        order.append("token")
+        return scores
+
+    caller = threading.Thread(target=lambda: model.generate(TOKENS, logits_processor=[stay], **in_process))
+    caller.start()
+    assert inside.wait(20)
+    model.set_adapter("b")
+    assert order == ["token"] * 8
+    caller.join(20)
+    model.disable_adapters()
+    assert model.generate(TOKENS, **in_process).tolist() == plain.tolist()
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The adapter methods of transformers' and diffusers' models: with BONE a failure raises and leaves no trace.
 
+`generate` is one call of the model, and changes of its adapters wait for it.
+
 Both set a flag before they add an adapter. transformers adds the adapter before it reads the weights, and only logs
 what the file lacks. Adapters of other methods pass through.
 """
@@ -14,6 +16,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from flashbone.errors import ConfigError
+from flashbone.tuner.layers.calls import CURRENT, Gate, one_call
 from flashbone.tuner.model.config import BoneConfig
 from flashbone.tuner.model.loading import adapters_in, ignoring_sizes, no_trace
 from flashbone.tuner.model.whole import saved_names
@@ -94,6 +97,32 @@ def load_adapter(
                 if isinstance(keys, set):  # parameters_to_save: all are loaded now, else that would have raised
                     keys.clear()
         return info
+
+
+def generate(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`GenerationMixin.generate` of a model with adapters of its own: one call, so that layers keep what they build
+    between tokens, as with PeftModel."""
+    if CURRENT.gate is not None:  # inside a call of a PeftModel, whose rows may have names
+        return original(model, *args, **kwargs)
+    with one_call(_gate(model)):
+        return original(model, *args, **kwargs)
+
+
+def _gate(model: Any) -> Gate:
+    return vars(model).setdefault("_bone_gate", Gate())
+
+
+def _alone(name: str) -> Callable[..., Any]:
+    def switch(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _gate(model).change(name):
+            return original(model, *args, **kwargs)
+
+    return switch
+
+
+# They wait for a `generate` in another thread.
+set_adapter, delete_adapter = _alone("set_adapter"), _alone("delete_adapter")
+enable_adapters, disable_adapters = _alone("enable_adapters"), _alone("disable_adapters")
 
 
 def _load_best_model(original: Callable, trainer: Any) -> None:
