@@ -41,7 +41,8 @@ def full_and_tail(
 ) -> tuple[Float[Tensor, "*batch n_full r"], Float[Tensor, "*batch tail"]]:
     """The shards that are whole, and the ragged rest (`size % r` entries, maybe none): two views, nothing is padded."""
     whole = x.shape[-1] // r
-    return x[..., : whole * r].unflatten(-1, (whole, r)), x[..., whole * r :]
+    width = whole * r
+    return (x if width == x.shape[-1] else x[..., :width]).view(*x.shape[:-1], whole, r), x[..., width:]
 
 
 def shard_sum(x: Float[Tensor, "*batch size"], r: int) -> Float[Tensor, "*batch r"]:
@@ -51,8 +52,9 @@ def shard_sum(x: Float[Tensor, "*batch size"], r: int) -> Float[Tensor, "*batch 
     The ragged tail is added to the front of the sum, so that no padded copy of x is made. Autograd keeps nothing of x.
     """
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    if x.shape[-1] % r == 0:  # apart: a decoding step feels slices and pads
-        return x.view(*x.shape[:-1], x.shape[-1] // r, r).sum(-2, dtype=dtype)
+    if x.shape[-1] % r == 0:  # apart: a decoding step feels slices, pads, and the argument of a dtype
+        whole = x.view(*x.shape[:-1], x.shape[-1] // r, r)
+        return whole.sum(-2) if dtype == x.dtype else whole.sum(-2, dtype=dtype)
     whole, tail = full_and_tail(x, r)
     return whole.sum(-2, dtype=dtype) + F.pad(tail, (0, r - tail.shape[-1]))
 
@@ -69,7 +71,7 @@ def add_tiled(y: Float[Tensor, "*batch size"], t: Float[Tensor, "*batch k"]) -> 
     """`y + tile(t)`, without materialising the tiles where k divides the size."""
     if y.shape[-1] % t.shape[-1]:
         return y + tile(t, y.shape[-1])
-    return (y.unflatten(-1, (-1, t.shape[-1])) + t.unsqueeze(-2)).flatten(-2)
+    return (y.view(*y.shape[:-1], y.shape[-1] // t.shape[-1], t.shape[-1]) + t.unsqueeze(-2)).flatten(-2)
 
 
 def split_weight(W: Float[Tensor, "out in"], r: int) -> Float[Tensor, "n_out r n_in r"]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import BoneConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flashbone import BoneLinear
@@ -167,6 +168,29 @@ def test_generation_keeps_a_weight_from_its_second_step_on_and_nothing_afterward
     assert model.generate(input_ids=ids, **fields).tolist() == got[0].tolist() == got[1].tolist()
     assert len(built) == 4
     assert CURRENT.kept is None
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_a_block_of_another_dtype_is_cast_once_a_call(name):
+    """As PEFT keeps blocks, in fp32 on a base in bf16."""
+    layer, x = make_layer((name,)).bfloat16(), torch.randn(2, IN, dtype=torch.bfloat16)
+    layer.bone_block.float()
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                casts[-1].append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        for _ in range(2):
+            with one_call(Gate()), Casts():
+                for _ in range(4):
+                    casts.append([])
+                    layer(x)
+    assert casts[0] == casts[4] != []  # a new call sees new values
+    assert casts[2] == casts[3] == casts[6] == casts[7] == []
 
 
 @pytest.mark.parametrize("name", VARIANT_NAMES)

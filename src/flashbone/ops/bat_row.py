@@ -44,7 +44,7 @@ def _by_shard(t: Tensor) -> Tensor:
 def _forward(x: Tensor, D: Tensor, base_x: Tensor | None) -> tuple[Tensor, Tensor]:
     whole, tail = shards.full_and_tail(x, D.shape[-1])
     base_whole, base_tail = (whole, tail) if base_x is None else shards.full_and_tail(base_x, D.shape[-1])
-    z = torch.bmm(_by_shard(whole), D[: whole.shape[1]].mT)
+    z = torch.bmm(_by_shard(whole), (D[: whole.shape[1]] if tail.shape[-1] else D).mT)
     shifted, z_sum = (base_whole + _by_shard(z)).flatten(-2), z.sum(0)
     if width := tail.shape[-1]:
         z_tail = tail @ D[-1, :, :width].mT

@@ -19,15 +19,17 @@ def flat(x: Tensor) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives to the base's GEMM."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if x.dtype != torch.float64 and torch._C._is_any_autocast_enabled():  # the cheapest question first
+        kind = x.device.type
+        if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def compute_input(x: Tensor) -> Tensor:
     """x in that dtype."""
-    return x.to(compute_dtype(x))
+    dtype = compute_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def overflow_unit(x: Tensor, r: int) -> int:

@@ -45,6 +45,7 @@ class Moves:
 
     def __init__(self, x: Tensor, kept: Kept | None = None, backend_name: str = "torch") -> None:
         self.x = x
+        self._flat_x: Tensor | None = None
         self._kept = kept
         self._backend = backend.get(backend_name)
         # Of each kind: (identity of the x that it sees, sizes of the block) -> that x and the blocks.
@@ -111,7 +112,8 @@ class Moves:
         if len(shape) == 2:
             return y
         # Not a view for autograd, as what F.linear returns: whoever overwrites it later pays nothing extra in backward.
-        return y.view(shape) if self._functional else torch.ops.aten._unsafe_view(y, shape)
+        is_plain_view = self._functional or not torch.is_grad_enabled()
+        return y.view(shape) if is_plain_view else torch.ops.aten._unsafe_view(y, shape)
 
     @property
     def shifts_weight(self) -> bool:
@@ -121,7 +123,7 @@ class Moves:
     def begin(self) -> Tensor | None:
         """Compute what precedes the base call; what the base is to see, (tokens, in), None for the pristine input."""
         # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
-        self._sums = [self._sum(x, terms[0][0].shape[0]) for x, terms in self._factors.values()]
+        self._sums = [(*self._sum(x, terms[0][0].shape[0]), terms) for x, terms in self._factors.values()]
         self._tiles = self._tiled_sums() if self._tiled_factors else []
         base_x, z_sums = self._shifted_input() if self._input_shifts else (None, [])
         self._tiles += z_sums
@@ -138,31 +140,40 @@ class Moves:
 
     def _add_shifts(self, y: Tensor, own: bool) -> Tensor:
         if self._sums:
-            groups = [(terms, overflow_unit(x, terms[0][0].shape[0])) for x, terms in self._factors.values()]
-            s = self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, -1)
+            groups = [(terms, unit) for _, unit, terms in self._sums]
+            s = self._sums[0][0] if len(groups) == 1 else torch.cat([s for s, _, _ in self._sums], -1)
             y, own = add_factored(y, s, self._combined("bone", groups, y.dtype), own), not self._functional
         for t in self._tiles:
             y, own = add_tiles(y, t, own), not self._functional
         return y
 
-    def _sum(self, x: Tensor, r: int) -> Tensor:
-        """S(x) (tokens, r), divided by `overflow_unit`."""
-        return flat(self._backend.bounded_sum(x, r, overflow_unit(x, r)))
+    def _sum(self, x: Tensor, r: int) -> tuple[Tensor, int]:
+        """S(x) (tokens, r), divided by `overflow_unit`, and that."""
+        unit = overflow_unit(x, r)
+        return self._backend.bounded_sum(self._rows(x), r, unit), unit
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x as (tokens, in); the layer's own input is flattened once."""
+        if x is not self.x:
+            return flat(x)
+        if self._flat_x is None:
+            self._flat_x = flat(x)
+        return self._flat_x
 
     def _tiled_sums(self) -> list[Tensor]:
         tiles = []
         for (_, r, width), (x, terms) in self._tiled_factors.items():
-            s = self._sum(x, r)
-            tiles.append(s @ self._combined(("mini", r, width), [(terms, overflow_unit(x, r))], s.dtype))
+            s, unit = self._sum(x, r)
+            tiles.append(s @ self._combined(("mini", r, width), [(terms, unit)], s.dtype))
         return tiles
 
     def _shifted_input(self) -> tuple[Tensor | None, list[Tensor]]:
         """What the base is to see, (tokens, in), None where that is the pristine input; and the sums of z."""
         base_x, z_sums = None, []
         for (_, r), (seen, terms) in self._input_shifts.items():
-            x = flat(compute_input(seen))
+            x = compute_input(self._rows(seen))
             if base_x is None and seen is not self.x:
-                base_x = flat(compute_input(self.x))
+                base_x = compute_input(self._rows(self.x))
             D = self._combined(("bat-row", r), [(terms, 1)], x.dtype)
             composite = self._composite if self._backend is backend.BACKENDS["torch"] else self._transformed
             base_x, z_sum = self._backend.shift_input(x, D, base_x, composite)
@@ -172,9 +183,9 @@ class Moves:
     def _rotated_input(self, base_x: Tensor | None) -> Tensor | None:
         """As `_shifted_input`, which went before: `base_x` is what it left."""
         for seen, terms in self._rotations.values():
-            x = flat(compute_input(seen))
+            x = compute_input(self._rows(seen))
             if base_x is None and seen is not self.x:
-                base_x = flat(compute_input(self.x))
+                base_x = compute_input(self._rows(self.x))
             base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, self._composite)
         return base_x
 
@@ -193,7 +204,7 @@ class Moves:
     def _base_call(self, base_x: Tensor | None, base: Callable, is_plain: bool) -> tuple[Tensor, bool]:
         """The base's output; and whether it is ours alone, to be overwritten."""
         if is_plain and type(self.x) in (Tensor, torch.nn.Parameter):
-            return base(flat(self.x) if base_x is None else base_x), True
+            return base(self._rows(self.x) if base_x is None else base_x), True
         # In the dtype of x: some quantised layers know nothing of autocast.
         return base(self.x if base_x is None else base_x.view(self.x.shape).to(self.x.dtype)), False
 
@@ -245,7 +256,7 @@ class Moves:
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
         is_one_block = len(groups) == len(groups[0][0]) == 1
-        if self._kept is None or is_one_block:
+        if self._kept is None or (is_one_block and groups[0][0][0][0].dtype == dtype):
             return _combine(groups, dtype)
         settings = tuple((unit, *(scale for _, scale in terms)) for terms, unit in groups)
         return self._kept.get((role, dtype, settings), lambda: _combine(groups, dtype))
@@ -255,5 +266,6 @@ def _combine(groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
     sums = []
     for terms, factor in groups:
         first, *others = (scaled(block, scale * factor) for block, scale in terms)
-        sums.append(sum(others, first).to(dtype))
+        total = sum(others, first) if others else first
+        sums.append(total if total.dtype == dtype else total.to(dtype))
     return sums[0] if len(sums) == 1 else torch.cat(sums)

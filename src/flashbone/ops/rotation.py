@@ -94,8 +94,8 @@ def rotate_input(
 
 
 def _forward(x: Tensor, E: Tensor, base_x: Tensor | None) -> Tensor:
-    base_x = x if base_x is None else base_x
-    (whole, _), (base_whole, tail) = shards.full_and_tail(x, E.shape[-1]), shards.full_and_tail(base_x, E.shape[-1])
+    whole, tail = shards.full_and_tail(x, E.shape[-1])
+    base_whole, tail = (whole, tail) if base_x is None else shards.full_and_tail(base_x, E.shape[-1])
     return _with_tail(torch.addmm(_rows(base_whole), _rows(whole), E.mT), tail, whole.shape)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
@@ -18,16 +19,20 @@ class _AddTiled_(Function):
     def forward(ctx: Any, y: Tensor, t: Tensor) -> Tensor:
         ctx.mark_dirty(y)
         ctx.width, ctx.dtype = t.shape[-1], t.dtype
-        whole, tail = shards.full_and_tail(y, ctx.width)
-        whole.add_(t.unsqueeze(-2))
-        if tail.shape[-1]:
-            tail.add_(t[..., : tail.shape[-1]])
-        return y
+        return _add_tiles_(y, t)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         need_y, need_t = ctx.needs_input_grad
         return grad if need_y else None, shards.shard_sum(grad, ctx.width).to(ctx.dtype) if need_t else None
+
+
+def _add_tiles_(y: Tensor, t: Tensor) -> Tensor:
+    whole, tail = shards.full_and_tail(y, t.shape[-1])
+    whole.add_(t.unsqueeze(-2))
+    if tail.shape[-1]:
+        tail.add_(t[..., : tail.shape[-1]])
+    return y
 
 
 def add_tiles(
@@ -36,4 +41,6 @@ def add_tiles(
     """`y + tile(t)` in y's dtype. `in_place` overwrites y, which nobody else may hold and which must not be a view;
     not under torch.compile, nor in torch.func's transforms."""
     t = t.to(y.dtype)
-    return _AddTiled_.apply(y, t) if in_place else shards.add_tiled(y, t)
+    if not in_place:
+        return shards.add_tiled(y, t)
+    return _AddTiled_.apply(y, t) if torch.is_grad_enabled() else _add_tiles_(y, t)

@@ -42,7 +42,7 @@ class AdaptedLayer(BaseTunerLayer):
     def block_of(self, name: str) -> Tensor:
         """The adapter's block, whole, for autograd."""
         # ParameterDict's own look-up is a chain of Python calls that shows in decoding.
-        block: Any = self.bone_block._parameters.get(name)
+        block: Any = cast(Any, self)._modules["bone_block"]._parameters.get(name)
         return (
             block
             if offloading.is_materialized(block)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from flashbone.errors import ConfigError
@@ -55,6 +56,16 @@ class BaseKind:
     def caller(self, module: Any) -> Callable[..., Tensor]:
         """The function that computes the layer's output with the gradient of its input."""
         return module
+
+    def product(self, module: Any) -> Callable[[Tensor], Tensor]:
+        """The same of a plain layer (`is_plain`) for rows of its input, where that is possible without the module's
+        call, which costs as much as a small product."""
+        parameters = module._parameters
+        W = parameters.get("weight")
+        if type(W) is not nn.Parameter or "bias" not in parameters or type(module).forward is not nn.Linear.forward:
+            return self.caller(module)
+        bias = parameters["bias"]
+        return lambda x: linear(x, W, bias)
 
     def check_writable(self, module: nn.Module) -> None:
         """

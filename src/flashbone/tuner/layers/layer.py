@@ -184,19 +184,20 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
             return self._forward_by_rows(x, *args, **kwargs)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        bone_block = self.bone_block
+        modules: Any = self._modules  # attributes of modules are looked up in a chain of Python calls
+        base_layer, bone_block = modules["base_layer"], modules["bone_block"]
         active = [name for name in self.active_adapters if name in bone_block]
         if self._disable_adapters or self.merged_adapters or not active:
-            return self.base_layer(x, *args, **kwargs)
-        base_layer = self.base_layer
+            return base_layer(x, *args, **kwargs)
         moves = Moves(x, self._kept(x), self.backend)
         for name in active:
             adapter_x = self._with_dropout(name, x) if self.training else x
             self.bone_variant[name].move(moves, adapter_x, self.block_of(name), self.bone_scale[name])
-        call = self.base_kind.caller(base_layer)
-        base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
         refetch = moves.shifts_weight and self._is_refetched()
-        return moves.run(base, self._weight_and_bias, is_plain(base_layer), refetch)
+        plain = is_plain(base_layer) and not (refetch or args or kwargs)
+        call = self.base_kind.product(base_layer) if plain else self.base_kind.caller(base_layer)
+        base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
+        return moves.run(base, self._weight_and_bias, plain, refetch)
 
     def _forward_by_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
