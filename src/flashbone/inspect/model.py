@@ -57,7 +57,7 @@ def inspect_model(
     layers = _bone_layers(model, tokens, dtype)
     return ModelReport(
         **vars(model.base),
-        model=source.name_or_path if isinstance(source, PretrainedConfig) else str(source),
+        model=str(source.name_or_path if isinstance(source, PretrainedConfig) else source),
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
         config=_deciding_fields(config),
