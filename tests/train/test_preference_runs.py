@@ -10,6 +10,7 @@ from training_runs import metrics_of, recipe_for
 
 from flashbone import variants
 from flashbone.errors import ConfigError
+from flashbone.merge import merge_checkpoint
 from flashbone.train import fitting
 from flashbone.train.plan import plan
 from flashbone.train.report import plot_losses, print_summary
@@ -160,6 +161,29 @@ def test_the_merged_model_answers_as_the_adapted_one(llama, runs):
     tokens = AutoTokenizer.from_pretrained(place.adapter)(PROMPT, return_tensors="pt")
     with torch.no_grad():
         assert close(merged(**tokens).logits, adapted(**tokens).logits)
+
+
+@pytest.mark.parametrize("how", ["recipe", "command"])
+def test_a_merged_reward_model_scores_as_the_adapted_one(llama, runs, tmp_path, how):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification as Classifier
+    from transformers import AutoTokenizer
+
+    place = runs["reward"].folder
+    folder = place.merged
+    if how == "command":
+        folder = tmp_path / "merged"
+        merge_checkpoint(llama, place.adapter, folder)
+    merged = Classifier.from_pretrained(folder).eval()
+    assert (merged.config.num_labels, merged.config.pad_token_id) == (1, 0)
+    adapted = PeftModel.from_pretrained(Classifier.from_pretrained(llama, num_labels=1), place.adapter).eval()
+    adapted.config.pad_token_id = 0
+    texts = [PROMPT.format("big", "cat") + answer for answer in (BETTER, WORSE)]
+    tokens = AutoTokenizer.from_pretrained(place.adapter)(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        better, worse = merged(**tokens).logits
+        assert close(merged(**tokens).logits, adapted(**tokens).logits)
+    assert better > worse
 
 
 @pytest.mark.parametrize("task", TASKS)

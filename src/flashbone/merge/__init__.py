@@ -15,10 +15,11 @@ import torch
 
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files import outputs
-from flashbone.files.base import open_base
+from flashbone.files.base import BaseModel, open_base
 from flashbone.files.beside import beside, tokenizer_folder
+from flashbone.merge.head import with_heads
 from flashbone.merge.layout import dtype_name, plan_layout, shard_bytes
-from flashbone.merge.plan import plan_edits, read_adapters
+from flashbone.merge.plan import WeightedAdapter, plan_edits, read_adapters
 from flashbone.merge.record import make_record
 from flashbone.merge.write import write_result
 
@@ -89,12 +90,31 @@ def merge_checkpoint(
     start = time.perf_counter()
     base, out = Path(base), Path(out)
     dtype, largest = dtype_name(dtype), shard_bytes(shard_size)
-    model = open_base(base)
+    plain = open_base(base)
     weighted = read_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, weights)
-    if model.is_pth and largest is not None:
+    if plain.is_pth and largest is not None:
         raise ConfigError(f"shard size: {base} is one file, and so is the result; omit the shard size")
-    if model.is_pth and out.suffix != ".pth":
+    if plain.is_pth and out.suffix != ".pth":
         raise FlashboneError(f"{out}: {base} is one file, and so is the result; name it {out}.pth")
+    with with_heads(plain, weighted) as model:
+        if model is not plain and largest is None:  # one file stays one
+            largest = max(file.size for file in plain.files) + model.files[-1].size
+        parts = _merge(base, model, len(plain.files), weighted, out, progress, dtype, largest, check)
+    return dataclasses.replace(parts, seconds=time.perf_counter() - start)
+
+
+def _merge(
+    base: Path,
+    model: BaseModel,
+    files: int,
+    weighted: list[WeightedAdapter],
+    out: Path,
+    progress: Callable[[int, int], None] | None,
+    dtype: str | None,
+    largest: int | None,
+    check: Callable[[Path], None] | None,
+) -> MergeReport:
+    """Merge into a base that has all that the adapters name; its first `files` files are on disk."""
     edits = plan_edits(model, weighted)
     brought = beside([path for _, path, _ in weighted])
     grown = {name: tuple(e.value[0].shape) for name, e in edits.items() if e.value is not None}
@@ -105,7 +125,7 @@ def merge_checkpoint(
         for name, entry in model.entries.items()
         if name in edits or layout.dtypes[name] != entry.dtype
     }
-    record = make_record(model, weighted, brought, dtype, changes)
+    record = make_record(dataclasses.replace(model, files=model.files[:files]), weighted, brought, dtype, changes)
     if model.is_pth and brought.files:
         outputs.check(tokenizer_folder(out), 0, base)
     written = write_result(out, model, edits, layout, record, check, progress)
@@ -123,7 +143,7 @@ def merge_checkpoint(
         replaced=len(edits) - len(merged),
         copied=len(model.entries) - len(edits),
         bytes_written=written,
-        seconds=time.perf_counter() - start,
+        seconds=0.0,
         beside=brought.words,
         record=dataclasses.asdict(record),
     )

@@ -113,7 +113,7 @@ def plan_layout(
     config = _with_rope_as_before(model.config if dtype is None else config_in(model.config, dtype))
     for name, shape in shapes.items():
         config = _with_vocabulary(config, model.entries[name].shape[0], shape[0])
-    if config != model.config:
+    if config != model.config or any(file.path.parent != model.folder for file in model.files):  # or has a new head
         beside["config.json"] = _json_bytes(config)
     if largest is not None or [file.header for file in weights] != [file.header for file in model.files]:
         beside.pop(INDEX, None)

@@ -138,3 +138,9 @@ def keep_start(trainer: Any) -> None:
             copy = model.get_parameter(".".join([*parts[:place], START, *parts[place + 1 :]]))
             copy.data = parameter.data.clone()
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
+
+
+def keep_float(trainer: Any) -> None:
+    """Undo that TRL makes adapters on quantised models bf16."""
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data

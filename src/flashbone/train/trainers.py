@@ -123,6 +123,8 @@ def _reward_trainer(
         eval_dataset=_held_out(data),
         processing_class=tokenizer,
     )
+    if recipe.quantization:
+        preferring.keep_float(trainer)
     trainer.row_counts = learned
     return trainer, load
 
@@ -169,9 +171,8 @@ def _language_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    if recipe.quantization:  # TRL makes adapters on such models bf16
-        for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    if recipe.quantization:
+        preferring.keep_float(trainer)
     if preferring.START in getattr(trainer.model, "peft_config", ()):
         preferring.keep_start(trainer)
     trainer.reward_sha256 = getattr(reward, "sha256", None)  # pyright: ignore[reportAttributeAccessIssue]
