@@ -66,9 +66,9 @@ def claims(results: Path) -> str:
     for key in ("bone", "bat-row", "bat-col", "orthogonal"):
         if key in {method.method for method in comparison.methods}:
             lead = bootstrap.difference(key, "lora")
-            verb = "is tied with" if lead.tied else "is better than" if lead.mean > 0 else "is worse than"
-            lines.append(f"{comparison.label(key)} {verb} LoRA: {words.lead(header, lead)}")
-    text = "; ".join(lines) + f". (Leads over LoRA in test {words.metric(header)}, 95% intervals; positive is better.)"
+            verdict = "tied" if lead.tied else "better" if lead.mean > 0 else "worse"
+            lines.append(f"{comparison.label(key)} {verdict}, {words.lead(header, lead)}")
+    text = f"Leads over LoRA in test {words.metric(header)}, 95% intervals: {'; '.join(lines)}."
     if header.epochs >= 2:
         shares = [
             f"{comparison.label(key)} {100 * first_epoch(comparison, key):.0f}%" for key in ("bone", "lora", "full")
