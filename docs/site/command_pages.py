@@ -24,6 +24,7 @@ GUIDES = {
     "schema": "training.md",
     "completion": "training.md",
     "env": "troubleshooting.md",
+    "run": "trainers.md",
 }
 # The dataclasses that a command's file fills, with the head of their tables.
 FIELDS = {

@@ -33,14 +33,10 @@ def write_questions(file: Path) -> None:
 @pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(place):
     write_rwkv(place / "RWKV.pth", 7, vocabulary=65536)
-    run = run_page("docs/rwkv.md", replaced={"metamath.yaml": f"metamath.yaml {' '.join(SMALL)}"})
-    assert run.ran == ["bash", "python", "python"]
-    said = capsys.readouterr()
-    assert "OK: outputs agree to" in said.err
-    files = ("runs/rwkv-bone/merged.pth", "rwkv-metamath.pth")
-    trained, merged = (torch.load(file, weights_only=True) for file in files)
-    assert all(same_bits(merged[name], trained[name], Promise.SAME_PRODUCT) for name in trained)
+    run = run_page("docs/rwkv.md")
+    assert run.ran == ["python"] * 3
     assert run.names["logits"].shape[-1] == 65536
+    assert Path("state.pth").is_file()
     assert torch.load("merged.pth", weights_only=True).keys() == torch.load("RWKV.pth", weights_only=True).keys()
 
 
