@@ -8,10 +8,11 @@ import torch
 from peft import MissConfig, PeftModel, get_peft_model
 
 from flashbone import variants
+from flashbone.conversion import convert
 from flashbone.errors import FormatError
 from flashbone.files import miss, peft
 from flashbone.files.adapter import Adapter, same_values
-from helpers.adapter_folders import listing, tiny_bert
+from helpers.adapter_folders import blocks_for, listing, tiny_bert, tiny_llama, write_adapter
 from helpers.blocks import random_block
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP
@@ -196,3 +197,13 @@ def test_bad_keys_are_named_at_once(tmp_path):
     torch.save({}, tmp_path / peft.PICKLE)
     with pytest.raises(FormatError, match="it holds no miss_block"):
         miss.read(tmp_path)
+
+
+def test_an_r_above_a_layer_s_inputs_is_refused_where_the_base_is_known(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    blocks = blocks_for(model, "bone", ("q_proj", "down_proj"), 24)
+    write_adapter(tmp_path / "adapter", "bone", blocks, r=24)
+    with pytest.raises(FormatError, match=r"q_proj \(20\).*keep it as BONE"):
+        convert(tmp_path / "adapter", tmp_path / "out", "miss", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()

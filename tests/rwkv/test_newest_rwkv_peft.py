@@ -12,6 +12,7 @@ from helpers.comparison import close
 from helpers.rwkv import write_rwkv
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .*pth:UserWarning")
 @pytest.mark.parametrize("version", [7, 6])
 def test_its_miss_folders_are_merged_and_converted(version, tmp_path):
     base = write_rwkv(tmp_path / "base.pth", version)

@@ -219,6 +219,16 @@ def test_layer_norms_and_time_values_are_trained_along_and_merged(recipe_for, ba
 
 
 @pytest.mark.slow
+def test_a_state_is_learned_along_and_merged(recipe_for, base, tmp_path):
+    train(recipe_for(base, tmp_path / "run", merge=True, rwkv={"train_parts": ["state"]}))
+    adapter, merged = reading.read_adapter(tmp_path / "run" / "adapter"), from_pth(tmp_path / "run" / "merged.pth")
+    assert len(adapter.replacements) == merged.config.num_hidden_layers
+    for name, state in adapter.replacements.items():
+        assert state.any()
+        same_bits(merged.get_parameter(name).detach(), state, Promise.STORED)
+
+
+@pytest.mark.slow
 def test_layer_norms_of_a_bf16_model_take_the_published_steps(recipe_for, base, tmp_path):
     """2e-5 is far below bf16's rounding of weights around 1: they are trained in fp32."""
     training = {"max_steps": 1, "learning_rate": 2e-5, "lr_scheduler_type": "constant", "bf16": True, "use_cpu": True}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flashbone.conversion import engines, factors
 from flashbone.conversion.factors import ModuleError
-from flashbone.errors import ConfigError, FormatError
-from flashbone.files import cards, outputs, reading
+from flashbone.errors import ConfigError, FormatError, shortened
+from flashbone.files import cards, miss, outputs, placing, reading
 from flashbone.files.adapter import Adapter
 from flashbone.files.base import BaseModel, open_base
 from flashbone.files.beside import Beside, beside
@@ -100,6 +100,8 @@ def convert(
         adapted = adapted if server is None else server.prepare(adapted, path)
     else:
         adapted = factors.to_adapter(read, path) if isinstance(read, Lora) else read
+        if target is miss.FORMAT and (model := _base(base, read.base_model)) is not None:
+            _check_inputs(adapted, model, path)
     brought = beside([path] if server is not None else [])
     is_file = bool(target.suffix) and out.suffix == target.suffix
     outputs.check(out, _size(adapted), path, is_file)
@@ -182,6 +184,18 @@ def _base(asked: str | Path | None, named: str | None) -> BaseModel | None:
         return None
     path = Path(named)
     return open_base(path) if path.is_dir() or (path.suffix == ".pth" and path.is_file()) else None
+
+
+def _check_inputs(adapter: Adapter, model: BaseModel, path: Path) -> None:
+    """Refuse layers with fewer inputs than r, which PEFT's MISS takes up to 0.20 alone; all are named."""
+    here = [p for p in placing.place(model, factors.blocks_only(adapter)) if p.block is not None]
+    small = {p.name: p.matrix[1] for p in here if p.block is not None and p.block.shape[-2] > p.matrix[1]}
+    if small:
+        named = shortened([f"{name} ({inputs})" for name, inputs in small.items()], 3)
+        raise FormatError(
+            f"{path}: MISS has an r of at most a layer's inputs in PEFT from 0.21 on, which these layers have not:"
+            f" {named}; keep it as BONE, or convert it to a LoRA"
+        )
 
 
 def _name_of_base(asked: str | Path | None, named: str | None) -> str | None:

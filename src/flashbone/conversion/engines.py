@@ -1,6 +1,6 @@
 """The serving engines: which LoRAs each takes, which files it needs, and the command that starts it with an adapter.
 
-Taken from their sources and documentation in November 2026; the tests run llama.cpp alone.
+Taken from their sources and documentation in November 2026; tests/engines runs vLLM, llama.cpp and mlx-lm.
 """
 
 from __future__ import annotations

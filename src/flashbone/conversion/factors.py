@@ -61,7 +61,7 @@ def to_lora(
         NonFiniteError: a delta holds NaN or infinity.
     """
     lowrank.check_size(rank, error)
-    places = [p for p in place(model, _blocks_only(adapter)) if p.block is not None]
+    places = [p for p in place(model, blocks_only(adapter)) if p.block is not None]
     saved, problems = _saved_modules(adapter, model)
     problems += _without_factors(adapter, model, places)
     if problems:
@@ -89,7 +89,7 @@ def to_lora(
     return lora, tuple(sorted(errors, key=lambda e: (-e.error, e.name)))
 
 
-def _blocks_only(adapter: Adapter) -> Adapter:
+def blocks_only(adapter: Adapter) -> Adapter:
     """Without the replacements of tensors that no block shifts: a LoRA needs no place in the base for them."""
     shifted = {adapter.parameter(name) for name in adapter.blocks}
     return replace(adapter, replacements={n: t for n, t in adapter.replacements.items() if n in shifted})

@@ -58,10 +58,16 @@ def locate(wanted: Iterable[str], stored: Collection[str]) -> tuple[dict[str, st
             located[name] = near[0]
             shifted[name] = f"-{name.partition('.')[0]}" if near[0] == tail else f"+{near[0].partition('.')[0]}"
         else:
-            lost[name] = f"could be any of {', '.join(sorted(near))}" if near else "not in the base"
+            lost[name] = f"could be any of {', '.join(sorted(near))}" if near else _absent(name)
     if len(set(shifted.values())) > 1:
         lost |= {name: f"could be {located.pop(name)}, but other names differ by another prefix" for name in shifted}
     return located, lost
+
+
+def _absent(name: str) -> str:
+    if name.endswith(".time_state"):
+        return "a learned state, which only a live model takes: merge_and_unload() it, and write that with to_pth"
+    return "not in the base"
 
 
 def is_transposed(tensor: str, config: dict[str, Any]) -> bool | None:

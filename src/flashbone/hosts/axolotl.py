@@ -40,7 +40,7 @@ class BonePlugin(BasePlugin):
             r=cfg.lora_r,
             target_modules=sorted(set(targets)) or None,
             modules_to_save=cfg.lora_modules_to_save or None,
-            bone_dropout=cfg.lora_dropout or 0.0,
+            dropout=cfg.lora_dropout or 0.0,
             layers_to_transform=cfg.peft_layers_to_transform,
             task_type=loaders._get_peft_task_type(model),
             **(cfg.bone or {}),

@@ -89,6 +89,11 @@ def write_merged(folder: RunFolder, base: Path | None, trainer: Any, load_plain:
         if load_plain is not None:  # merging into quantised weights would lose much of the adapter
             adapted = peft.PeftModel.from_pretrained(load_plain(), folder.adapter)
         merged_model = adapted.merge_and_unload()
+        if is_pth(str(merged_model.name_or_path)):  # with a learned state, which the base's file has no place for
+            with tempfile.TemporaryDirectory(prefix="merging", suffix=PARTIAL, dir=folder.path) as place:
+                merged_model.to_pth(Path(place) / folder.merged_pth.name)
+                os.replace(Path(place) / folder.merged_pth.name, folder.merged_pth)
+            return
         with whole_or_absent(folder.merged, replace=True) as partial:
             merged_model.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
