@@ -42,6 +42,11 @@ NEOX_MLP = "mlp.dense_h_to_4h - mlp.dense_4h_to_h"
 SELF = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 GLU = "mlp.up_proj mlp.gate_proj mlp.down_proj"
 VIT = "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 - mlp.fc2"
+IS_OLD = not hasattr(hf, "Qwen3_5TextConfig")  # transformers 5.0, whose ViT has other names
+OLD_VIT = {
+    "vit.encoder.layer.*": "attention.attention.query attention.attention.key attention.attention.value"
+    f" attention.output.dense {BERT_MLP}"
+}
 BART_LAYER = f"{SELF} self_attn.out_proj fc1 - fc2"
 CLIP_LAYER = f"{SELF} self_attn.out_proj mlp.fc1 - mlp.fc2"
 RWKV_ATTENTION = "attention.receptance attention.key attention.value attention.output"
@@ -273,7 +278,7 @@ FAMILIES = {
     "t5 for classification": Family(hf.T5ForSequenceClassification, hf.T5Config, T5, _t5("wi - wo", "transformer.")),
     "bart": Family(hf.BartForSequenceClassification, hf.BartConfig, BART, _bart()),
     "whisper": Family(hf.WhisperForConditionalGeneration, hf.WhisperConfig, WHISPER, _bart()),
-    "vit": Family(hf.ViTForImageClassification, hf.ViTConfig, IMAGE, {"vit.layers.*": VIT}),
+    "vit": Family(hf.ViTForImageClassification, hf.ViTConfig, IMAGE, OLD_VIT if IS_OLD else {"vit.layers.*": VIT}),
     "clip": Family(
         hf.CLIPModel,
         hf.CLIPConfig,

@@ -84,13 +84,14 @@ HOSTS = {
     "FalconMamba": Host(
         lambda: hosts.FalconMambaForCausalLM(hosts.FalconMambaConfig(**TINY)), ["dt_proj", "conv1d", "out_proj"]
     ),
-    "Jamba": Host(lambda: hosts.JambaForCausalLM(hosts.JambaConfig(**JAMBA)), ["dt_proj", "conv1d"]),
     "Mamba2": Host(lambda: hosts.Mamba2ForCausalLM(hosts.Mamba2Config(**MAMBA_2)), ["conv1d", "out_proj"]),
     "Qwen3-Next": Host(lambda: hosts.Qwen3NextForCausalLM(hosts.Qwen3NextConfig(**NEXT)), ["conv1d"]),
-    "Qwen3.5": Host(lambda: hosts.Qwen3_5ForCausalLM(hosts.Qwen3_5TextConfig(**NEXT)), ["conv1d"]),
     "MobileBERT": Host(lambda: hosts.MobileBertForMaskedLM(hosts.MobileBertConfig(**BERT)), ["predictions.dense"]),
     "Bloom": Host(lambda: hosts.BloomForCausalLM(hosts.BloomConfig(**BLOOM)), ["dense", "dense_4h_to_h"]),
 }
+if hasattr(hosts, "Qwen3_5TextConfig"):  # not in transformers 5.0, whose Jamba calls its dt_proj
+    HOSTS["Qwen3.5"] = Host(lambda: hosts.Qwen3_5ForCausalLM(hosts.Qwen3_5TextConfig(**NEXT)), ["conv1d"])
+    HOSTS["Jamba"] = Host(lambda: hosts.JambaForCausalLM(hosts.JambaConfig(**JAMBA)), ["dt_proj", "conv1d"])
 
 
 def output(model: nn.Module, host: Host) -> Tensor:

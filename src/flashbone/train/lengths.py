@@ -3,7 +3,7 @@
 from typing import Any
 
 from flashbone.errors import ConfigError
-from flashbone.train.models import load_config, locate
+from flashbone.train.models import load_config, locate, trust_of
 from flashbone.train.recipe import Recipe, is_pth
 
 CLASSIFIED = 512  # tokens of a text that a classifier reads, unless training.max_length sets another number
@@ -26,10 +26,9 @@ def limit_length(recipe: Recipe, args: Any) -> None:
         default = None
     config, read = None, None
     if not is_pth(recipe.model):
-        trust = {"trust_remote_code": True} if getattr(args, "trust_remote_code", False) else {}
         init = recipe.training.get("model_init_kwargs") or {}
         positions = {key: init[key] for key in ("revision", "max_position_embeddings") if key in init}
-        config, read = load_config(recipe.model, **trust, **positions), _recorded(recipe.model)
+        config, read = load_config(recipe.model, **trust_of(args), **positions), _recorded(recipe.model)
     args.max_length = fitting_length(asked, default, config, read, "training.max_length")
 
 

@@ -95,6 +95,11 @@ def without_weights(load: "partial[Any]", recipe: Recipe, dtype: Any, labels: li
     return skeleton(config, dtype, TASKS[recipe.task].task_type)
 
 
+def trust_of(args: Any) -> dict[str, Any]:
+    """`trust_remote_code` for whatever loads, where the trainer's arguments ask for it; TRL 1.0 has no such field."""
+    return {"trust_remote_code": True} if getattr(args, "trust_remote_code", False) else {}
+
+
 def load_config(name: str, **kwargs: Any) -> Any:
     """The model's configuration.
 

@@ -9,7 +9,7 @@ from flashbone.errors import ConfigError, FormatError
 from flashbone.files.beside import TEMPLATE, TOKENIZER_CONFIG, beside_model
 from flashbone.train.data.origins import named
 from flashbone.train.data.tokens import text_ids
-from flashbone.train.models import load, locate
+from flashbone.train.models import load, locate, trust_of
 from flashbone.train.recipe import Recipe, is_pth
 from flashbone.train.templates import check_template, give_template, rendered
 
@@ -84,8 +84,7 @@ def training_tokenizer(
     Raises:
         ConfigError: the template is not a file, or a token or template is missing.
     """
-    trust: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
-    tokenizer = load_tokenizer(recipe.model, vocabulary, **trust)
+    tokenizer = load_tokenizer(recipe.model, vocabulary, **trust_of(args))
     if args.chat_template_path:
         file = Path(args.chat_template_path)
         if file.suffix not in (".jinja", ".j2") or not file.is_file():

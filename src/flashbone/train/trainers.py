@@ -24,6 +24,7 @@ from flashbone.train.models import (
     load_causal_lm,
     load_classifier,
     quantized_loading,
+    trust_of,
     without_weights,
 )
 from flashbone.train.rates import set_rates
@@ -134,10 +135,9 @@ def _language_trainer(
 ) -> tuple[Any, Callable]:
     settings = rwkv_of(recipe)
     tokenizer = training_tokenizer(recipe, args, settings and settings.vocabulary, data.conversational)
-    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
     init = args.model_init_kwargs or {}
     args.model_init_kwargs = None  # they are used here
-    load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust, **init})
+    load = functools.partial(load_causal_lm, recipe.model, model_dtype(args), **{**trust_of(args), **init})
     quantized = quantized_loading(recipe, model_dtype(args))
     model = load(**quantized) if has_weights else without_weights(load, recipe, model_dtype(args))
     trainer_class, along = _trainer_class(recipe, model, settings, args)

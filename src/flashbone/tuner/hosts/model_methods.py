@@ -93,9 +93,8 @@ def load_adapter(
             raise
         if info is None or info.missing_keys or info.unexpected_keys:  # older transformers return nothing
             load_as_peft_does()
-            for keys in (getattr(info, "missing_keys", None), getattr(info, "unexpected_keys", None)):
-                if isinstance(keys, set):  # parameters_to_save: all are loaded now, else that would have raised
-                    keys.clear()
+            for keys in (info.missing_keys, info.unexpected_keys) if info else ():
+                keys.clear()  # all are loaded now, else that would have raised
         return info
 
 
