@@ -42,12 +42,12 @@ docs: .venv/.docs
 # five seconds. What is marked `beside` needs packages that lie beside the environment.
 test test-all test-floors test-newest coverage: export OMP_NUM_THREADS ?= 1
 TESTS = -m pytest -n 2 --dist loadfile --durations=25 --most-seconds=5
-BESIDE_PATH := $(CURDIR)/.venv/quant:$(CURDIR)/.venv/eval:$(CURDIR)/.venv/build
+BESIDE_PATH := $(CURDIR)/.venv/quant:$(CURDIR)/.venv/eval:$(CURDIR)/.venv/trackers:$(CURDIR)/.venv/build
 
 test: .venv/.dev
 	$(BIN)/python $(TESTS) -m "not slow"
 
-test-all: .venv/.dev .venv/.quant .venv/.eval .venv/.build
+test-all: .venv/.dev .venv/.quant .venv/.eval .venv/.trackers .venv/.build
 	$(BIN)/python $(TESTS) -m "not beside"
 	PYTHONPATH="$(BESIDE_PATH)" $(BIN)/python $(TESTS) -m beside
 
@@ -70,7 +70,7 @@ test-hostile: .venv/.dev
 # times do not hold where lines are counted; the Triton kernels have tests of their own, test-triton.
 coverage: export COVERAGE_PROCESS_START = $(CURDIR)/pyproject.toml
 coverage: export COVERAGE_DATA = $(CURDIR)/.cache/coverage/data
-coverage: .venv/.coverage .venv/.quant .venv/.eval .venv/.build
+coverage: .venv/.coverage .venv/.quant .venv/.eval .venv/.trackers .venv/.build
 	rm -rf .cache/coverage && mkdir -p .cache/coverage
 	PYTHONPATH="$(CURDIR)/.venv/coverage:$(CURDIR)/tests/coverage" $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=900 -m "not beside" --ignore tests/packaging/test_startup.py
 	PYTHONPATH="$(CURDIR)/.venv/coverage:$(CURDIR)/tests/coverage:$(BESIDE_PATH)" $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=900 -m beside

@@ -62,6 +62,10 @@ BESIDE = rm -rf .venv/$(1) && $(PIP) --no-deps --target .venv/$(1) $(2) && touch
 .venv/.eval: .venv/.dev
 	$(call BESIDE,eval,lm-eval sacrebleu lxml portalocker tabulate colorama)
 
+# What trackio and tensorboard's reader import, of all that they require.
+.venv/.trackers: .venv/.dev
+	$(call BESIDE,trackers,tensorboard absl-py protobuf trackio gradio_client httpx orjson uvicorn starlette)
+
 .venv/.build: .venv/.dev
 	$(call BESIDE,build,build pyproject_hooks)
 

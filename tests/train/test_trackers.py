@@ -32,7 +32,7 @@ def of_trackio(folder):
     return {name: [(row["train/global_step"], row[name]) for row in rows if name in row] for name in names}
 
 
-@pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize(("tracker", "read"), [("tensorboard", of_tensorboard), ("trackio", of_trackio)])
 def test_a_tracker_has_the_losses_of_the_run(tracker, read, llama, questions_file, tmp_path):
     if importlib.util.find_spec(tracker) is None:
