@@ -1,5 +1,7 @@
 """Columns and keys that no format reads: named in one notice, refused where they change what is learned."""
 
+import re
+
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
@@ -121,6 +123,33 @@ def test_answers_that_are_marked_as_bad_are_refused():
         examples_of({**PAIR, "label": False})
     assert examples_of({**PAIR, "label": True}) == [PAIR]
     assert examples_of({"text": "a", "label": False}) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"text": "a", "role": "prompter", "parent_id": None},
+            "'role' is 'prompter': the columns are one message a row",
+        ),
+        ({"text": "a", "code": "b", "task_id": 1}, "'text' would be learned, and 'code' left out; set data.columns"),
+        ({"text": "a", "summary": "b"}, "completion: summary}, or {text: text} to learn the text alone"),
+        ({"messages": TALK, "images": ["a.jpg"]}, "'images' is no text, and only text is read"),
+        ({"question": "a", "answers": [{"text": "b", "score": 1}]}, "'answers' has 'score', which nothing reads"),
+    ],
+)
+def test_rows_that_are_more_than_their_text_are_refused_with_what_to_do(row, problem):
+    """OpenAssistant's messages, MBPP's code, summaries, pictures, answers with votes."""
+    with pytest.raises(FormatError, match=re.escape(problem)):
+        examples_of(row)
+
+
+def test_a_text_is_learned_beside_what_describes_it_or_where_it_is_named():
+    assert examples_of({"text": "a", "label": 1, "role": "poet", "summary": " "}) == [{"text": "a"}]
+    assert examples_of({"text": "a", "code": "b"}, columns={"text": "text"}) == [{"text": "a"}]
+    assert examples_of({"text": "a", "code": "b"}, columns={"prompt": "text", "completion": "code"}) == [
+        {"prompt": "a", "completion": "b"}
+    ]
 
 
 def test_named_columns_leave_the_rest_out(jsonl, caplog):

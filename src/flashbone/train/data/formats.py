@@ -10,7 +10,7 @@ from flashbone.train.data.conversations import as_turns, packed
 from flashbone.train.data.counts import RowCounts, listed
 from flashbone.train.data.layouts import FORMATS, Example, RowFormat
 from flashbone.train.data.makers import Unlabelled
-from flashbone.train.data.marks import REFUSED, check_context, check_marks
+from flashbone.train.data.marks import REFUSED, check_context, check_marks, check_text
 from flashbone.train.data.preferences import LeftOut
 from flashbone.train.data.rows import BadRow, Row
 
@@ -154,6 +154,8 @@ def converter(
         check_marks(named, entry.columns, entry.turns)
         if depends:
             check_context(named, entry.columns, format)
+        elif format == "text" and refuse_context:
+            check_text(named)
         return packed(entry.convert(named), turns)
 
     return convert

@@ -133,6 +133,10 @@ def classification(row: Row) -> Example:
 
 def squad(row: Row) -> Example:
     answers = row["answers"]
+    of_each = answers if isinstance(answers, list) else [answers]
+    keys = {key for answer in of_each if isinstance(answer, dict) for key in answer}
+    if unread := sorted(keys - {"text", "answer_start"}):
+        raise FormatError(f"'answers' has {unread[0]!r}, which nothing reads; give the one to be learned as 'answer'")
     if isinstance(answers, dict):
         answers = answers.get("text")
     elif isinstance(answers, list):

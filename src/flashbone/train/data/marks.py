@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from flashbone.errors import FormatError
-from flashbone.train.data.conversations import FLAGS, is_blank, kind
+from flashbone.train.data.conversations import FLAGS, ROLES, is_blank, kind
 
 # Columns of tokenised data that can mark tokens as not learned.
 MASKS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
@@ -19,6 +19,10 @@ CONTEXT = (
     "context", "input", "system", "system_prompt", "system_message", "history", "chat_history", "tools", "functions",
     "documents", "passage",
 )  # fmt: skip
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+# Columns beside a text that say that the text is not all, or not what is to be learned.
+ANSWERS = ("answer", "answers", "code", "completion", "output", "response", "summary", "target", "targets")
+_WHO = ("role", "from", "speaker")
 _CHOSEN = (
     "are preferences: set task: dpo or reward; or learn one answer with task sft: data.columns: {prompt: prompt,"
     " completion: chosen}, or {messages: chosen} where it holds the whole conversation, or {text: chosen}"
@@ -67,12 +71,33 @@ def check_marks(row: dict[str, Any], read: Collection[str], turns: Collection[st
                     )
 
 
+def check_text(row: dict[str, Any]) -> None:
+    """Refuse rows of which only the text would be learned: messages in rows of their own, and questions beside their
+    answers.
+
+    Raises:
+        FormatError: it is one.
+    """
+    who = [name for name in _WHO if isinstance(row.get(name), str) and row[name].lower() in ROLES]
+    if who:
+        raise FormatError(f"{who[0]!r} is {row[who[0]]!r}: the columns {REFUSED['role', 'content']}")
+    if answers := [name for name in ANSWERS if not is_blank(row.get(name))]:
+        raise FormatError(
+            f"'text' would be learned, and {answers[0]!r} left out; set data.columns: {{prompt: text, completion:"
+            f" {answers[0]}}}, or {{text: text}} to learn the text alone"
+        )
+
+
 def check_context(row: dict[str, Any], read: Collection[str], format: str) -> None:
     """Refuse columns that are not read and that the answer may depend on, and answers that are marked as bad.
 
     Raises:
         FormatError: there is one.
     """
+    if media := [name for name in MEDIA if name not in read and not is_blank(row.get(name))]:
+        raise FormatError(
+            f"{media[0]!r} is no text, and only text is read; name what is learned in data.columns, which leaves it out"
+        )
     unread = [name for name in CONTEXT if name not in read and not is_blank(row.get(name))]
     if unread:
         raise FormatError(
