@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 5  # counts up when the same rows become other examples, so that cached ones are not reused
+CONVERSION = 6  # counts up when the same rows become other examples, so that cached ones are not reused
 
 
 @dataclass

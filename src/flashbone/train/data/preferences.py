@@ -12,9 +12,9 @@ from typing import Any
 from flashbone.errors import FormatError
 from flashbone.train.data.conversations import CONTENTS, ROLES, as_turns, conversation, is_blank, kind, packed
 from flashbone.train.data.makers import Example, Row
+from flashbone.train.data.marks import MEDIA
 
 STAND_IN = "..."  # where a prompt has no answer
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 WANTED = (
     "true",
     "1",
