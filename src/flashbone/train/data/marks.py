@@ -95,9 +95,7 @@ def check_context(row: dict[str, Any], read: Collection[str], format: str) -> No
         FormatError: there is one.
     """
     if media := [name for name in MEDIA if name not in read and not is_blank(row.get(name))]:
-        raise FormatError(
-            f"{media[0]!r} is no text, and only text is read; name what is learned in data.columns, which leaves it out"
-        )
+        raise FormatError(f"{media[0]!r}: only text is read; name what is learned in data.columns, which leaves it out")
     unread = [name for name in CONTEXT if name not in read and not is_blank(row.get(name))]
     if unread:
         raise FormatError(
