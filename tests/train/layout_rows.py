@@ -90,6 +90,9 @@ LAYOUT_ROWS = {
     "messages": LayoutRow(
         {"messages": talk(("system", "be short ."), *TWICE)}, "messages", (FIRST, SECOND), ("be short .", ASKED[1])
     ),
+    "messages and images": LayoutRow(
+        {"messages": talk(*TWICE[:2]), "images": ["cat.png"]}, "images", (FIRST,), (TWICE[0][1],)
+    ),
     "messages with weights": LayoutRow(
         {"messages": [*talk(*TWICE[:2], weight=0), *talk(*TWICE[2:], weight=1)]}, "messages", (SECOND,), (FIRST,)
     ),

@@ -53,7 +53,7 @@ def test_a_format_is_one_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(FORMATS, "backwards", reversed_text)
     reading = open_examples(iter([("d:1", {"backwards": "tac"})]), "sft", "d")
     assert (reading.format, list(reading.examples)) == ("backwards", [{"text": "cat"}])
-    with pytest.raises(ConfigError, match=r"got 'forwards', wanted auto, messages, .*, backwards"):
+    with pytest.raises(ConfigError, match=r"got 'forwards', wanted auto, images, messages, .*, backwards"):
         choose_format({"text": "a"}, "sft", "d", "forwards")
 
 

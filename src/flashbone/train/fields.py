@@ -160,10 +160,10 @@ class Schema(Generic[T]):
         return sorted(missing, key=lambda name: "." in name)
 
     @staticmethod
-    def needed(cls: Any) -> list[str]:
+    def needed(kind: Any) -> list[str]:
         """The fields of a dataclass that have no default."""
         absent = dataclasses.MISSING
-        return [item.name for item in dataclasses.fields(cls) if item.default is item.default_factory is absent]
+        return [item.name for item in dataclasses.fields(kind) if item.default is item.default_factory is absent]
 
     def required_in(self, section: str) -> list[str]:
         """The fields of a section that are required, though they have a default."""

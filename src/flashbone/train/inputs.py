@@ -141,6 +141,7 @@ def _plain(value: Any) -> bytes:
 
 
 def _tokenizer(tokenizer: Any) -> str:
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())
     rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # set by each call

@@ -140,7 +140,7 @@ def descriptions(kind: Any) -> dict[str, str]:
     return {name: _short(note) for name, note in notes.items()}
 
 
-def field_comments(cls: type) -> dict[str, str]:
+def field_comments(cls: Any) -> dict[str, str]:
     """The comment behind each of a dataclass's own fields, or the one above it."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines, comments = source.splitlines(), {}

@@ -13,7 +13,7 @@ from flashbone.files import claims, gguf_head
 from flashbone.files.sources import hub_problem, read_json, refuse_special
 from flashbone.train.recipe import Quantization, Recipe, is_pth, quantization_of
 from flashbone.train.tasks import TASKS
-from flashbone.tuner.model.skeleton import skeleton
+from flashbone.tuner.model.skeleton import language_class, skeleton
 
 
 def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
@@ -29,7 +29,9 @@ def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     place, gguf = locate(name)
-    model = load(AutoModelForCausalLM, name, place, **{"dtype": dtype, **gguf, **kwargs})
+    of_config = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    auto = AutoModelForCausalLM if gguf else language_class(load_config(name, **of_config))
+    model = load(auto, name, place, **{"dtype": dtype, **gguf, **kwargs})
     return _plain(model, name) if gguf else model
 
 

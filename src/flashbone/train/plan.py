@@ -11,6 +11,7 @@ from flashbone.errors import ConfigError
 from flashbone.train.arguments import check_launch, trainer_arguments
 from flashbone.train.classify import untruncated
 from flashbone.train.data.counts import RowCounts
+from flashbone.train.data.images import has_images
 from flashbone.train.data.loading import Data, Read, load_data
 from flashbone.train.data.prepared import prepare
 from flashbone.train.data.tokens import IGNORED, Tokens, pieces
@@ -113,6 +114,8 @@ def plan(recipe: Recipe, reward: Reward | None = None) -> Plan:
         check_launch(recipe, args)
         limit_length(recipe, args)
         data = load_data(recipe, windows_for(args))
+        if has_images(data.train):
+            raise ConfigError("--dry-run: images are only read by a run itself; start one with training.max_steps: 1")
         trainer, _ = build_trainer(recipe, _unplaced(args), data, has_weights=False, reward=reward)
         steps = total_steps(trainer)
     numbers = [(source.held_out, source.learned) for source in data.sources]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flashbone.train.data.images import has_images
 from flashbone.train.data.loading import Data
 from flashbone.train.data.tokens import Talk, tokenise
 from flashbone.train.decoding import Decoding, answering, continuations, positions, text_of
@@ -61,6 +62,9 @@ class Samples:
     def ask_before(self) -> None:
         """Let the model answer, in the main process alone; the state of random numbers stays what it was."""
         if not self.data.eval or not self.count or self._is_classifier:
+            return
+        if has_images(self.data.eval):
+            log.info("samples: rows with images are not shown; samples: 0 leaves this line out")
             return
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             log.info("samples: the model is sharded, so no answers are shown; samples: 0 leaves this line out")

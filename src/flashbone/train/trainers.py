@@ -14,6 +14,7 @@ from flashbone.train import preferring
 from flashbone.train.adapters import adapter_config, saved_along, start_from
 from flashbone.train.arguments import model_dtype
 from flashbone.train.classify import classification_trainer
+from flashbone.train.data.images import has_images
 from flashbone.train.data.loading import Data
 from flashbone.train.data.origins import elsewhere, sources_of
 from flashbone.train.data.places import places
@@ -32,6 +33,7 @@ from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rew
 from flashbone.train.rewards import Reward
 from flashbone.train.tasks import TASKS
 from flashbone.train.tokenizers import load_tokenizer, stop_at, training_tokenizer
+from flashbone.train.vision import load_processor, with_images
 
 log = logging.getLogger(__name__)
 
@@ -142,11 +144,13 @@ def _language_trainer(
     model = load(**quantized) if has_weights else without_weights(load, recipe, model_dtype(args))
     trainer_class, along = _trainer_class(recipe, model, settings, args)
     asked = data
-    data, (learned, *_) = tokenised(recipe, args, data, tokenizer, model)
+    processor = load_processor(recipe, args, tokenizer, adapt is None) if has_images(data.train) else tokenizer
+    make_ready = tokenised if processor is tokenizer else with_images
+    data, (learned, *_) = make_ready(recipe, args, data, processor, model)
     stops_anew = stop_at(model, tokenizer, learned.ends)
     if recipe.task == "sft":
         args.assistant_only_loss = args.assistant_only_loss and not data.conversational
-        if not (args.packing or args.eval_packing or args.shuffle_dataset):
+        if processor is tokenizer and not (args.packing or args.eval_packing or args.shuffle_dataset):
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     elif recipe.task == "grpo":
         data = preferring.prompts(asked, learned, args)
@@ -168,7 +172,7 @@ def _language_trainer(
         args=args,
         train_dataset=data.train,
         eval_dataset=_held_out(data),
-        processing_class=tokenizer,
+        processing_class=processor,
         peft_config=peft_config,
     )
     if recipe.quantization:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from flashbone.train.data import makers, preferences
+from flashbone.train.data import images, makers, preferences
 from flashbone.train.data.makers import Example, Row
 from flashbone.train.data.marks import MASKS
 
@@ -112,6 +112,14 @@ _ANSWERS = "the assistant's answers"
 
 # The table. The first format of a task whose columns exist is taken in `auto`.
 FORMATS = {
+    "images": RowFormat(
+        images.convert,
+        ("messages", "images"),
+        ("system", "chat_template_kwargs"),
+        _ANSWERS,
+        turns=("messages",),
+        names={**SYSTEM, "images": ("image",)},
+    ),
     "messages": RowFormat(
         makers.messages,
         ("messages",),

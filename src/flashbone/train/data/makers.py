@@ -5,6 +5,7 @@ An example is one of
     {"prompt", "completion"}    the completion is learned, as in TRL's prompt-completion data
     {"conversation"}            JSON text: "messages" as the chat template sees them, "learned" (a truth for each
                                 message), and "tools" and "chat_template_kwargs" where a row has them
+    {"conversation", "images"}  the same about images: path and bytes of each
     {"text", "label"}           classification; {"text_pair"}, too, where two texts are compared
     {"input_ids"}               token ids: every one is learned
     {"question", "answer"}      the model's answer is compared with this one

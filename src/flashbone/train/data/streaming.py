@@ -97,6 +97,8 @@ def _look(place: DataRecipe, task: str) -> tuple[str, bool]:
         reading = open_place(rows, place, task, at_once=True)
         if FORMATS[reading.format].is_tokenised:
             raise ConfigError(f"data.streaming: {place.path} holds token ids, which are memory maps; leave it out")
+        if reading.format == "images":
+            raise ConfigError(f"data.streaming: {place.path} holds images, which are not streamed; leave it out")
         log.info("data: %s is read as %s%s", place.path, reading.format, f" with {c}" if (c := reading.columns) else "")
         first = list(itertools.islice(reading.examples, LOOKED_AT))
     for notice in reading.counts.notices(f"data: {place.path}"):

@@ -17,9 +17,18 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from flashbone.errors import ConfigError
 from flashbone.files import claims
@@ -32,6 +41,14 @@ _BAD_FIELDS = (ValueError, TypeError, AttributeError, KeyError, ImportError, Run
 
 # PEFT's task type -> the class with the head that `flashbone train` loads for it.
 _HEADS: dict[str, Any] = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+
+
+def language_class(config: PretrainedConfig) -> Any:
+    """The Auto class of language models of this type: of some that see images, too, it is another one."""
+    is_of_images = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if is_of_images else AutoModelForCausalLM
 
 
 def skeleton(
@@ -94,7 +111,8 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, task_type: str | None) 
     """The model with the task's head; else of the class that the config names, if transformers has it; else a causal
     language model of that type, if one exists; else the bare model."""
     if task_type in _HEADS:
-        return _HEADS[task_type].from_config(config, dtype=dtype, trust_remote_code=False)
+        auto = language_class(config) if task_type == "CAUSAL_LM" else _HEADS[task_type]
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
     for name in config.architectures or []:
         model_class = getattr(transformers, name, None)
         if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
