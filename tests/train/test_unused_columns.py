@@ -134,7 +134,7 @@ def test_answers_that_are_marked_as_bad_are_refused():
         ),
         ({"text": "a", "code": "b", "task_id": 1}, "'text' would be learned, and 'code' left out; set data.columns"),
         ({"text": "a", "summary": "b"}, "completion: summary}, or {text: text} to learn the text alone"),
-        ({"messages": TALK, "images": ["a.jpg"]}, "'images': only text is read"),
+        ({**PAIR, "images": ["a.jpg"]}, "'images': only text is read"),
         ({"question": "a", "answers": [{"text": "b", "score": 1}]}, "'answers' has 'score', which nothing reads"),
     ],
 )
