@@ -8,8 +8,8 @@ bone: {variant: bat-row}    # any more fields of BoneConfig
 
 from typing import Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders import adapter as loaders
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
+from axolotl.loaders import adapter as loaders  # pyright: ignore[reportMissingImports]
 from pydantic import BaseModel
 
 from flashbone import BoneConfig

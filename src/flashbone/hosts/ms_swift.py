@@ -14,8 +14,11 @@ from flashbone.variants import VARIANTS
 def register() -> None:
     """Add the variants to ms-swift's table of tuners."""
     from peft import get_peft_model
-    from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
-    from swift.tuner_plugin import PeftTuner, tuners_map
+    from swift.pipelines.train.tuner import (  # pyright: ignore[reportMissingImports]
+        get_modules_to_save,
+        get_target_modules,
+    )
+    from swift.tuner_plugin import PeftTuner, tuners_map  # pyright: ignore[reportMissingImports]
 
     def tuner(variant: str) -> type:
         class BoneTuner(PeftTuner):
