@@ -134,6 +134,18 @@ def test_a_weight_that_leaves_no_row_is_refused(tmp_path):
         load([{"path": path, "weight": 0.1}])
 
 
+def test_a_folder_of_several_kinds_of_files_is_refused_since_only_one_would_be_read(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "a.jsonl", texts("a", 4))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "notes.txt").write_text("some notes")
+    assert len(load([str(folder)]).train) == 4
+    (folder / "b.csv").write_text("text\nb1\nb2\n")
+    with pytest.raises(ConfigError, match=r"rows: holds CSV and JSON files, and only one kind .* data\.sources"):
+        load([str(folder)])
+
+
 def test_a_list_in_yaml_and_flags_on_top_make_one_recipe(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: m\noutput: o\ndata: [{path: a.jsonl, weight: 2}, b.jsonl]\n")

@@ -198,6 +198,8 @@ def _binidx(path: Path) -> Rows:
 
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
 
+_KINDS = {".json": "JSON", ".jsonl": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "parquet"}
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _REMEDIES = {
     (".gz", ".zst", ".bz2", ".xz", ".zip"): "unpack it",
     (".xlsx", ".xls", ".ods"): "save the sheet as .csv",
@@ -223,6 +225,7 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
                 raise ConfigError(f"data.split {split}: {path} has {', '.join(splits)}")
             rows: Any = splits[split]
             return rows.to_iterable_dataset() if streaming else rows
+        _refuse_mixed_kinds(Path(path))
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
         cause = error.__cause__ or error  # some only report that there was a cause
@@ -238,6 +241,18 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
             f"data.path {path}: its rows come out of a script, {script}, and scripts are never run; "
             "give them as a .jsonl, .csv or .parquet file"
         ) from None
+
+
+def _refuse_mixed_kinds(folder: Path) -> None:
+    """Raise ConfigError for a folder with files of several kinds: datasets reads those of one, and tells nobody."""
+    names = [file.relative_to(folder) for file in folder.rglob("*") if file.suffix in _KINDS] if folder.is_dir() else []
+    kinds = {_KINDS[name.suffix] for name in names if name.name not in _DESCRIPTIONS and not str(name).startswith(".")}
+    card = folder / "README.md"
+    if len(kinds) > 1 and not (card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")):
+        raise ConfigError(
+            f"data.path {folder}: holds {' and '.join(sorted(kinds))} files, and only one kind of a folder is read; "
+            "name the files in data.sources, or keep one kind"
+        )
 
 
 def _holds_objects(kind: Any) -> bool:
