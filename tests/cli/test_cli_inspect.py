@@ -178,7 +178,10 @@ def test_an_adapters_config_is_the_adapter(adapter, capsys):
         (["BASE", "--adapter.task_type", "X"], "adapter.task_type (set `task` instead)"),
         (["BASE", "--adapter.r", "4", "--adapter.target_modules", "[nope]"], "nope"),
         (["BASE", "--config", "gone.yaml"], "gone.yaml: no such configuration file"),
-        (["BASE", "--config", "TASK"], "task: got 'clasify', wanted one of sft, classification"),
+        (
+            ["BASE", "--config", "TASK"],
+            "task: got 'clasify', wanted one of sft, dpo, kto, reward, grpo, classification",
+        ),
         (["ADAPTER", "--adapter.r", "4"], "is an adapter; --config and --adapter.* are for models"),
     ],
 )

@@ -191,6 +191,6 @@ def test_the_page_beside_an_adapter_has_the_command_for_that_folder(tmp_path, en
 
 def test_engines_that_are_not_known_are_refused():
     with pytest.raises(
-        ConfigError, match=r"engine: got 'tensorrt', wanted one of vllm, llama\.cpp, ollama, sglang, tgi"
+        ConfigError, match=r"engine: got 'tensorrt', wanted one of vllm, llama\.cpp, ollama, sglang, mlx, tgi"
     ):
         engines.get("tensorrt")

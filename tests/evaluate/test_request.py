@@ -15,7 +15,10 @@ FILE = Path("rows.jsonl")
     ("fields", "message"),
     [
         ({}, "nothing to measure: give tasks, exact_match, classification or perplexity"),
-        ({"classification": FILE, "perplexity": FILE}, "classification needs another kind of model"),
+        (
+            {"classification": FILE, "perplexity": FILE},
+            "classification needs a classifier, the other measures a language model",
+        ),
         ({"perplexity": FILE, "merge": True}, "merge: there is no adapter to merge"),
         ({"perplexity": FILE, "batch_size": 0}, "batch_size: got 0, wanted 1 or more"),
         ({"perplexity": FILE, "limit": -1}, "limit: got -1, wanted 1 or more"),

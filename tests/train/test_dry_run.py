@@ -136,14 +136,15 @@ def test_models_in_single_files_are_counted_as_the_run_has_them(make, tmp_path, 
     assert memory["weight_bytes"] == 4 * made["parameters"]["trainable_parameters"]
 
 
-def test_nothing_says_that_weights_are_loaded(llama, tmp_path, capsys):
+def test_nothing_says_that_weights_are_loaded(llama, tmp_path, capsys, caplog):
     file = write(tmp_path / "rows.jsonl", LABELLED)
     recipe = recipe_for(llama, file, tmp_path / "out", task="classification")
     assert main(["train", str(config_file(recipe, tmp_path / "c.yaml")), "--dry-run"]) == 0
     said = capsys.readouterr().err
     assert "Loading weights" not in said
     assert "LOAD REPORT" not in said
-    assert "its checkpoint has no score; trained whole" in said
+    assert "LOAD REPORT" not in caplog.text
+    assert "its checkpoint has no score; trained whole" in caplog.text
 
 
 def test_modules_that_a_checkpoint_lacks_are_counted_as_trained(tmp_path):

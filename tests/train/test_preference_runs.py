@@ -1,5 +1,6 @@
 """Runs of dpo, kto and reward on a tiny model: what they learn, from which reference, how they resume and merge."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -51,14 +52,14 @@ def recipe_of(llama, files, task, output, **changes):
 
 @pytest.fixture(scope="module")
 def runs(llama, files, tmp_path_factory):
-    """A run of each task, merged."""
+    """Runs a task, merged, when it is asked for first."""
     folder = tmp_path_factory.mktemp("runs")
-    return {task: train(recipe_of(llama, files, task, folder / task, merge=True, samples=1)) for task in TASKS}
+    return functools.cache(lambda task: train(recipe_of(llama, files, task, folder / task, merge=True, samples=1)))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_learns_what_is_better(runs, task, capsys, tmp_path):
-    summary, rows = runs[task].summary, metrics_of(runs[task].folder.path)
+    summary, rows = runs(task).summary, metrics_of(runs(task).folder.path)
     held_out = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in held_out] == [0, 3, 6]
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
@@ -67,14 +68,14 @@ def test_a_run_learns_what_is_better(runs, task, capsys, tmp_path):
     if task != "kto":
         assert summary["eval_reward_accuracy_after"] == held_out[-1]["eval_rewards/accuracies"] == 1
     assert len(summary["samples"]) == (task != "reward")
-    print_summary(summary, runs[task].folder.path, [])
+    print_summary(summary, runs(task).folder.path, [])
     assert "held-out reward margin, before -> after" in capsys.readouterr().out
-    assert plot_losses(runs[task].folder.metrics, tmp_path / "loss.png").stat().st_size > 20_000
+    assert plot_losses(runs(task).folder.metrics, tmp_path / "loss.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto"])
 def test_the_first_reference_is_the_model_itself(runs, task):
-    held_out, first = metrics_of(runs[task].folder.path)[:2]
+    held_out, first = metrics_of(runs(task).folder.path)[:2]
     wanted = LN_2 if task == "dpo" else pytest.approx(0.5, abs=1e-6)
     assert held_out["eval_loss"] == wanted
     assert first["loss"] == wanted
@@ -123,7 +124,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("task", ["dpo", "kto", "reward"])
 def test_a_stopped_run_resumes_to_the_same_losses(llama, files, runs, tmp_path, monkeypatch, task):
-    whole = metrics_of(runs[task].folder.path)
+    whole = metrics_of(runs(task).folder.path)
     stop_and_resume(recipe_of(llama, files, task, tmp_path / "run"), monkeypatch)
     assert metrics_of(tmp_path / "run") == whole
 
@@ -155,7 +156,7 @@ def test_the_merged_model_answers_as_the_adapted_one(llama, runs):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = runs["dpo"].folder
+    place = runs("dpo").folder
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), place.adapter).eval()
     merged = AutoModelForCausalLM.from_pretrained(place.merged).eval()
     tokens = AutoTokenizer.from_pretrained(place.adapter)(PROMPT, return_tensors="pt")
@@ -169,7 +170,7 @@ def test_a_merged_reward_model_scores_as_the_adapted_one(llama, runs, tmp_path, 
     from transformers import AutoModelForSequenceClassification as Classifier
     from transformers import AutoTokenizer
 
-    place = runs["reward"].folder
+    place = runs("reward").folder
     folder = place.merged
     if how == "command":
         folder = tmp_path / "merged"
@@ -189,8 +190,8 @@ def test_a_merged_reward_model_scores_as_the_adapted_one(llama, runs, tmp_path, 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_dry_run_builds_the_same_trainer(llama, files, runs, tmp_path, task):
     made = plan(recipe_of(llama, files, task, tmp_path / "run"))
-    assert made.steps == runs[task].summary["steps"]
-    assert made.parameters["trainable_parameters"] == runs[task].summary["trainable_parameters"]
+    assert made.steps == runs(task).summary["steps"]
+    assert made.parameters["trainable_parameters"] == runs(task).summary["trainable_parameters"]
     (rows,) = made.rows.values()
     assert (rows.kept, rows.cut) == (80 if task == "kto" else 40, 0)
     assert any(BETTER.strip() in "".join(example.learned) for example in made.examples)

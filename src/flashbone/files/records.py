@@ -95,7 +95,8 @@ def wanted(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(wanted, inner)))
     if origin is Literal:
-        return " or ".join(map(str, inner))
+        *first, last = map(str, inner)
+        return f"{', '.join(first)} or {last}" if first else last
     if origin in (list, tuple, set):
         return f"a list, each {wanted(inner[0])}"
     if origin is dict and inner[1] is not Any:

@@ -60,7 +60,9 @@ class Merges(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge, unload=True)
-        base = super()._unload_and_optionally_merge(merge, progressbar, safe_merge=False, adapter_names=adapter_names)
+        base: Any = super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge=False, adapter_names=adapter_names
+        )
         time_state.drop(base)
         return base
 

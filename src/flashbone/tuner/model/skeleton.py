@@ -74,7 +74,7 @@ def skeleton(
     stored: Any = config.dtype
     try:
         with torch.device("meta"):
-            model = _build(config, dtype or stored or torch.float32, task_type)
+            model: Any = _build(config, dtype or stored or torch.float32, task_type)
             model.tie_weights()  # transformers 5.0 does not without weights
             return model
     except _BAD_FIELDS as error:
