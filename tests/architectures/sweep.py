@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,4 +129,5 @@ def _error(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    words = re.sub(r" from '[^']*'", "", str(error)).split()  # a path of the machine
+    return f"{type(error).__name__}: {' '.join(words)[:160]}"

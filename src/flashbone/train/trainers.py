@@ -21,13 +21,7 @@ from flashbone.train.data.places import places
 from flashbone.train.data.prepared import Counts, Limits, check, prepare
 from flashbone.train.data.streaming import prepare_stream
 from flashbone.train.lengths import fitting_length
-from flashbone.train.models import (
-    load_causal_lm,
-    load_classifier,
-    quantized_loading,
-    trust_of,
-    without_weights,
-)
+from flashbone.train.models import load_causal_lm, load_classifier, quantized_loading, trust_of, without_weights
 from flashbone.train.rates import set_rates
 from flashbone.train.recipe import DataRecipe, Recipe, RwkvSettings, is_pth, rewards_of, rwkv_of
 from flashbone.train.rewards import Reward
