@@ -74,8 +74,9 @@ def often_switched():
     sys.setswitchinterval(before)
 
 
-def test_calls_of_eight_threads_are_right(often_switched):
-    """160 calls: names that belonged to layers made one in nine wrong."""
+@pytest.mark.parametrize("calls", [160, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_calls_of_eight_threads_are_right(calls, often_switched):
+    """Names that belonged to layers made one in nine wrong."""
     model, x = adapted(), torch.randn(9, SIZE, dtype=torch.float64)
     want = outputs_of_each(model, x)
     model.set_adapter("MINI")
@@ -84,7 +85,7 @@ def test_calls_of_eight_threads_are_right(often_switched):
         generator, wrong = torch.Generator().manual_seed(seed), []
         choices = [*NAMES, "__base__"]
         with torch.no_grad():
-            for n in range(160 // THREADS):
+            for n in range(calls // THREADS):
                 if n % 4 == 3:
                     if (model(x) - want["MINI"]).abs().max() > 1e-9:
                         wrong.append("plain")
