@@ -190,6 +190,22 @@ def test_helper_processes_say_who_speaks(command, capsys, monkeypatch):
     assert capsys.readouterr().err == "[process 1] flashbone train: error: no\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:25989: Connection reset by peer.",
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+def test_helper_processes_do_not_say_that_another_has_ended(words, command, capsys, monkeypatch):
+    command(raising(RuntimeError(words)))
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train"]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 @pytest.mark.parametrize(("users", "disabled"), [(None, True), ("0", False), ("1", True)])
 def test_no_command_sends_telemetry_unless_the_user_says_so(tmp_path, users, disabled):
     """Asked of huggingface_hub, whose `send_telemetry` TRL calls, in a process in which a command ran."""
