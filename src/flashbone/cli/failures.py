@@ -33,7 +33,7 @@ _KINDS = {
     "TemplateError": "the chat template cannot be rendered",
     "YAMLError": "a YAML file is malformed",
 }
-# What gloo, TCPStore and NCCL say where another process has ended.
+# What gloo, TCPStore and NCCL say where another process has ended, which says why.
 _PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "was likely closed", "remote process exited")
 READER_GONE = 141  # what a shell reports for other programs whose reader closed the pipe, as `| head -1` does
 _MOST_OF_A_REASON = 250  # characters
@@ -46,9 +46,7 @@ def report(error: Exception, who: str, with_traceback: bool) -> int:
         return READER_GONE
     rank = os.environ.get("RANK", "0")  # of a process that accelerate or torchrun launched
     prefix = "" if rank == "0" else f"[process {rank}] "
-    if (
-        prefix and isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_GONE)
-    ):  # the other one says why
+    if prefix and isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_GONE):
         return 1
     try:
         if with_traceback:
