@@ -98,7 +98,7 @@ def without_weights(load: "partial[Any]", recipe: Recipe, dtype: Any, labels: li
 
 
 def trust_of(args: Any) -> dict[str, Any]:
-    """`trust_remote_code` for whatever loads, where the trainer's arguments ask for it; TRL 1.0 has no such field."""
+    """`trust_remote_code` for whatever loads, where the arguments ask for it; those of classifiers cannot."""
     return {"trust_remote_code": True} if getattr(args, "trust_remote_code", False) else {}
 
 

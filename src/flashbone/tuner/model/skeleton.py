@@ -74,9 +74,7 @@ def skeleton(
     stored: Any = config.dtype
     try:
         with torch.device("meta"):
-            model: Any = _build(config, dtype or stored or torch.float32, task_type)
-            model.tie_weights()  # transformers 5.0 does not without weights
-            return model
+            return _build(config, dtype or stored or torch.float32, task_type)
     except _BAD_FIELDS as error:
         raise ConfigError(f"{_name(source)}: its modules cannot be built from the config: {_reason(error)}") from error
 
