@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import metrics_of, recipe_for
+from training_runs import metrics_of, recipe_for, stop_at
 
 from flashbone import variants
 from flashbone.errors import ConfigError
 from flashbone.merge import merge_checkpoint
-from flashbone.train import fitting
 from flashbone.train.plan import plan
 from flashbone.train.report import plot_losses, print_summary
 from flashbone.train.run import train
@@ -118,10 +117,6 @@ def test_the_first_loss_of_dpo_is_ln_2_for_every_variant(llama, files, tmp_path,
     assert not (tmp_path / "run" / "adapter" / "ref").exists()
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("task", ["dpo", "kto", "reward"])
 def test_a_stopped_run_resumes_to_the_same_losses(llama, files, runs, tmp_path, monkeypatch, task):
     whole = metrics_of(runs(task).folder.path)
@@ -138,17 +133,7 @@ def test_a_stopped_run_that_went_on_with_an_adapter_keeps_its_reference(llama, f
 
 
 def stop_and_resume(recipe, monkeypatch) -> None:
-    step_end = fitting.Recorder.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise Stopped
-        step_end(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.Recorder, "on_step_end", stop)
-        with pytest.raises(Stopped):
-            train(recipe)
+    stop_at(5, recipe, monkeypatch)
     train(recipe, resume=True)
 
 

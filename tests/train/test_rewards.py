@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from training_runs import config_file, metrics_of, recipe_for
+from training_runs import config_file, metrics_of, recipe_for, stop_at
 
 from flashbone.cli import main
 from flashbone.errors import ConfigError, FlashboneError
-from flashbone.train import fitting
 from flashbone.train.plan import plan
 from flashbone.train.recipe import load_recipe
 from flashbone.train.rewards import Rewards, load_reward
@@ -127,17 +126,7 @@ def test_a_stopped_run_of_grpo_resumes_to_the_same_figures(llama, prompts, tmp_p
     rewards = {"exact_match": True, "regex": "cat|dog", "length": 3}
     weighted = {"training": {"reward_weights": [1, 0.5, 0.1]}, "rewards": rewards}
     whole = train(grpo(llama, prompts, tmp_path / "whole", **weighted))
-    step_end = fitting.Recorder.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise InterruptedError
-        step_end(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.Recorder, "on_step_end", stop)
-        with pytest.raises(InterruptedError):
-            train(grpo(llama, prompts, tmp_path / "run", **weighted))
+    stop_at(3, grpo(llama, prompts, tmp_path / "run", **weighted), monkeypatch)
     train(grpo(llama, prompts, tmp_path / "run", **weighted), resume=True)
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
     assert {f"rewards/{name}/mean" for name in rewards} < metrics_of(tmp_path / "whole")[1].keys()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import BoneConfig, PeftModel, get_peft_model
+from training_runs import stop_at
 from transformers import AutoModelForCausalLM
 
 import flashbone
 from flashbone.errors import ConfigError, FlashboneError
 from flashbone.files import reading
 from flashbone.rwkv import RwkvTokenizer, from_pth
-from flashbone.train import fitting
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.data.formats import open_examples
 from flashbone.train.data.loading import load_data
@@ -96,22 +96,6 @@ def losses(folder) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-class Stop(Exception):
-    """A run that is cut off."""
-
-
-def stopped_at_25(recipe, monkeypatch):
-    def stops(self, args, state, control, _step_end=fitting.Recorder.on_step_end, **kwargs):
-        if state.global_step == 25:
-            raise Stop
-        _step_end(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting.Recorder, "on_step_end", stops)
-        with pytest.raises(Stop):
-            train(recipe)
-
-
 @pytest.mark.slow
 def test_thirty_steps_learn_resume_exactly_and_merge_into_a_file_that_the_rwkv_package_runs(
     recipe_for, base, tmp_path, monkeypatch
@@ -124,7 +108,7 @@ def test_thirty_steps_learn_resume_exactly_and_merge_into_a_file_that_the_rwkv_p
     assert sum(losses(tmp_path / "run")[-5:]) < sum(losses(tmp_path / "run")[:5]) - 3
 
     cut = recipe_for(base, tmp_path / "cut", merge=True, training=training, samples=2)
-    stopped_at_25(cut, monkeypatch)
+    stop_at(25, cut, monkeypatch)
     assert RunFolder(cut.output).last_checkpoint().name == "checkpoint-20"
     resumed = train(cut, resume=True).summary
     assert losses(tmp_path / "cut") == losses(tmp_path / "run")

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from flashbone.train import fitting
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe, Recipe
+from flashbone.train.run import train
 
 TIMINGS = ("train_s",)
 
@@ -48,6 +52,24 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def config_file(recipe: Recipe, path: Path) -> Path:
     path.write_text(json.dumps(dataclasses.asdict(recipe)))  # JSON is YAML
     return path
+
+
+class Stopped(Exception):
+    """A run that is cut off."""
+
+
+def stop_at(step: int, recipe: Recipe, monkeypatch) -> None:
+    """Train until the end of a step, which is not recorded."""
+
+    def stops(self, args, state, control, _step_end=fitting.Recorder.on_step_end, **kwargs):
+        if state.global_step == step:
+            raise Stopped
+        _step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Recorder, "on_step_end", stops)
+        with pytest.raises(Stopped):
+            train(recipe)
 
 
 def kill_at_step_seven(recipe: Recipe, folder: Path) -> None:
