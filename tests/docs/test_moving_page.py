@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, MissConfig, PeftConfig
 from safetensors.torch import load_file
 
@@ -145,20 +144,11 @@ def test_the_fields_of_the_old_bone_are_all_there():
     assert set().union(*(ours for _, ours in rows)) <= own_fields(BoneConfig)
 
 
-def test_snippets_of_recipes_are_fields_that_exist(tmp_path):
+def test_the_recipe_has_fields_that_exist(tmp_path):
     (block,) = [block.text for block in blocks("docs/moving.md") if block.language == "yaml"]
     file = tmp_path / "recipe.yaml"
     file.write_text(block)
     assert load_recipe(file).adapter == {"variant": "bat-row", "r": 64}
-    rows = [line for line in PAGE.splitlines() if line.startswith(("| `-", '| `"'))]
-    cells = [cell for row in rows for cell in re.findall(r"`([^`]+)`", row.split("|")[2])]
-    snippets = [cell for cell in cells if re.match(r"\w+: ", cell)]
-    assert len(snippets) >= 8
-    for snippet in snippets:
-        file.write_text(
-            yaml.safe_dump({"model": "M.pth", "output": "o", "data": {"path": "X"}} | yaml.safe_load(snippet))
-        )
-        load_recipe(file)
 
 
 def two_miss(first: dict, second: dict):

@@ -117,7 +117,7 @@ def test_every_flag_of_accelerate_on_the_page_exists():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_table_names_every_engine_that_has_a_file(engine):
+def test_the_page_names_every_engine_that_has_a_file(engine):
     assert sorted(path.stem for path in (ROOT / "examples/accelerate").glob("*.yaml")) == sorted(ENGINES)
     title = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}[engine]
-    assert f"| {title} |" in (ROOT / PAGE).read_text()
+    assert title in (ROOT / PAGE).read_text()

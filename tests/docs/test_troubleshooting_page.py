@@ -72,9 +72,9 @@ def places(message: str, whose: str) -> list[str]:
 
 def test_every_message_stands_in_the_source_that_is_said_to_write_it():
     messages = quoted()
-    assert len(messages) > 75
+    assert len(messages) > 50
     ours = [message for message, whose in messages if whose == "flashbone"]
-    assert len(ours) > 60
+    assert len(ours) > 35
     lost = [
         f"{message} ({whose})"
         for message, whose in messages
