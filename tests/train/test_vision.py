@@ -11,8 +11,11 @@ from PIL import Image
 from training_runs import metrics_of, recipe_for
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from flashbone.errors import ConfigError, FlashboneError
+from flashbone.errors import ConfigError, FlashboneError, FormatError
+from flashbone.generation.rows import read_asked
+from flashbone.train.data.formats import open_examples
 from flashbone.train.data.images import convert
+from flashbone.train.data.loading import load_test_rows
 from flashbone.train.run import train
 from helpers.tiny_llama import questions
 from helpers.tiny_vision import FAMILIES, write_tiny_vision
@@ -117,6 +120,22 @@ def test_images_that_cannot_be_learned_are_refused(row, message, models, rows, t
     with pytest.raises(FlashboneError, match=message):
         train(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_llavas_turns_are_read_and_pictures_beside_them_are_not_left_out():
+    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
+    row = {"conversations": turns, "image": "red.png"}
+    with pytest.raises(FormatError, match="leaves it out, or {messages: conversations, images: image}"):
+        list(open_examples(iter([("d:1", row)]), "sft", "d").examples)
+    messages = convert({"messages": turns, "images": "red.png"})["conversation"]["messages"]
+    assert messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "\nwhat ?"}]
+
+
+def test_commands_that_only_read_texts_refuse_images(rows):
+    with pytest.raises(FormatError, match="holds images, and only texts are scored here"):
+        load_test_rows(rows, "sft", {})
+    with pytest.raises(FormatError, match="is about images, and only texts are answered here"):
+        read_asked(rows, ())
 
 
 def test_a_model_without_a_processor_is_refused(llama, rows, tmp_path):

@@ -151,6 +151,8 @@ def _asked(place: str, row: dict[str, Any], format: str, columns: dict[str, str]
         theirs = columns.get(entry.turns[0], entry.turns[0])
         content[theirs] = _answered(content.get(theirs))
     example = converter(format, columns, refuse_context=not columns)(content)
+    if "images" in example:
+        raise FormatError("is about images, and only texts are answered here; ask through transformers' pipeline")
     if "conversation" in example:
         talk = json.loads(example["conversation"])
         talk["messages"].pop()

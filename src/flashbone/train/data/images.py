@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashbone.errors import ConfigError, FormatError
-from flashbone.train.data.conversations import answers, conversation, kind
+from flashbone.train.data.conversations import answers, conversation, keys_of, kind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +24,11 @@ def convert(row: dict[str, Any]) -> dict[str, Any]:
     turns = [dict(turn) if isinstance(turn, dict) else turn for turn in row["messages"] or ()]
     parted: dict[int, list[dict[str, str]]] = {}
     for number, turn in enumerate(turns):
-        parts = _parts(turn.get("content")) if isinstance(turn, dict) else []
+        said = keys_of(turn)[1] if isinstance(turn, dict) else "content"
+        parts = _parts(turn.get(said)) if isinstance(turn, dict) else []
         if {"type": "image"} in parts:
             parted[number] = parts
-            turn["content"] = "".join(part.get("text", "") for part in parts) or MARK
+            turn[said] = "".join(part.get("text", "") for part in parts) or MARK
     example = conversation(turns, system=row.get("system"), kwargs=row.get("chat_template_kwargs"))
     messages = example["conversation"]["messages"]
     shift = len(messages) - len(turns)  # a system prompt of the row's own went before
