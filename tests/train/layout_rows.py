@@ -303,5 +303,23 @@ LAYOUT_ROWS = {
         ("it is it", FIRST, '{"where": "tree"}', SECOND),
         ("be short .", "to find", '"parameters": {"type": "object"}', "a cat", "and the dog ?"),
     ),
+    "summaries of articles": LayoutRow(
+        {"id": "7", "article": "the cat sat on a mat .", "highlights": FIRST},
+        "document-summary",
+        (FIRST,),
+        ("the cat sat on a mat .",),
+    ),
+    "SAMSum": LayoutRow(
+        {"dialogue": "Ann: hi\nBob: [waves]", "summary": FIRST},
+        "document-summary",
+        (FIRST,),
+        ("Ann: hi\nBob: [waves]",),
+    ),
+    "a question, thoughts and a response": LayoutRow(
+        {"Question": "1 + 1 ?", "Complex_CoT": "it is it", "Response": "it is 2"},
+        "question-response",
+        ("it is it", "it is 2"),
+        ("1 + 1 ?",),
+    ),
     "tokens": LayoutRow({"input_ids": [5, 6, 7]}, "tokens", ()),
 }

@@ -48,7 +48,7 @@ def test_a_list_of_one_class_is_that_class_and_several_are_refused_with_what_to_
         rows = datasets.Dataset.from_dict({"text": ["a", "b"], "labels": labels}, features)
         rows.to_parquet(tmp_path / f"{name}.parquet")
     assert load(tmp_path / "one.parquet").train["label"][:] == NAMES
-    with pytest.raises(FormatError, match=r"row 2: 'label' is .*bad.*; a text has one class here: .*_label_") as error:
+    with pytest.raises(FormatError, match=r"row 2: 'label' is .*bad.*: several classes of a text .*_label_") as error:
         load(tmp_path / "two.parquet")
     assert "\n" not in str(error.value)
 
@@ -115,7 +115,7 @@ def test_labels_that_look_like_numbers_are_names(jsonl, labels):
     assert load(jsonl(rows)).labels == sorted(labels)
 
 
-@pytest.mark.parametrize("label", [1.5, ["a", "b"], {"a": 1}])
+@pytest.mark.parametrize("label", [1.5, {"a": 1}])
 def test_what_is_neither_a_name_nor_a_whole_number_is_refused(jsonl, label):
     with pytest.raises(FormatError, match=r"rows\.jsonl:1: 'label' is of type .*a name or a whole number was wanted"):
         load(jsonl([{"text": "t", "label": label}]))

@@ -167,8 +167,10 @@ def test_other_tasks_say_where_preferences_belong():
     row = PAIRS["texts"][0]
     with pytest.raises(FormatError, match="are preferences: set task: dpo or reward"):
         choose_format(row, "sft", "d")
-    with pytest.raises(FormatError, match=r"fit no format of task kto; .*label: thumbs"):
+    with pytest.raises(FormatError, match="are pairs: set task: dpo or reward; or write each as two rows"):
         choose_format(row, "kto", "d")
+    with pytest.raises(FormatError, match=r"fit no format of task kto; .*label: thumbs"):
+        choose_format({"a": 1}, "kto", "d")
     with pytest.raises(ConfigError, match=r"data\.format text does not go with task dpo"):
         choose_format(row, "dpo", "d", asked="text")
 

@@ -66,6 +66,9 @@ def test_evaluation_names_them_too(jsonl, caplog):
         ("sample_weight", 2),
         ("labels", [-100, 3]),
         ("completion_mask", [0, 1]),
+        ("mask", True),
+        ("ignore", True),
+        ("is_trained", False),
     ],
 )
 def test_marks_of_a_row_that_nothing_reads_are_refused(row, name, value):
@@ -73,7 +76,9 @@ def test_marks_of_a_row_that_nothing_reads_are_refused(row, name, value):
         examples_of({**row, name: value})
 
 
-@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"mask": [1, 1]}, {"loss": None}, {"labels": "a"}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 1}, {"train": True}, {"mask": [1, 1]}, {"loss": None}, {"labels": "a"}, {"skip": False}]
+)
 def test_marks_that_leave_all_as_it_is_are_not_refused(mark):
     assert examples_of({**PAIR, **mark}) == [PAIR]
 
@@ -86,6 +91,8 @@ def test_marks_that_leave_all_as_it_is_are_not_refused(mark):
         ({"train": "no"}, "'train' is 'no'; true or false was wanted"),
         ({"loss_mask": [0]}, "'loss_mask' is of type list ([0]), which would change what is learned"),
         ({"train_detail": [{"begin": 0}]}, "'train_detail' is of type list"),
+        ({"mask": True}, "'mask' is of type bool (True), which would change"),
+        ({"masked": 1}, "'masked' is of type int (1), which would change"),
         ({"weight": 0}, "no answer of the conversation is learned"),
         ({"training": False}, "no answer of the conversation is learned"),
     ],
@@ -110,6 +117,8 @@ def test_a_user_s_turn_that_is_to_be_learned_is_refused():
         ({"instruction": "a", "output": "b", "context": "c"}, "context"),
         ({"messages": TALK, "documents": ["d"]}, "documents"),
         ({"query": "a", "response": "b", "passage": "s"}, "passage"),
+        ({"question": "a", "answer": "b", "choices": ["b", "c"]}, "choices"),
+        ({"messages": TALK, "available_tools": [{"name": "f"}]}, "available_tools"),
     ],
 )
 def test_what_an_answer_may_depend_on_is_refused_unless_columns_are_named(row, name):
@@ -133,6 +142,15 @@ def test_answers_that_are_marked_as_bad_are_refused():
             "'role' is 'prompter': the columns are one message a row",
         ),
         ({"text": "a", "code": "b", "task_id": 1}, "'text' would be learned, and 'code' left out; set data.columns"),
+        ({"text": "a", "image": "a.jpg"}, "'image': only text is read"),
+        (
+            {"text": "a", "prompt": "b"},
+            "'text' would be learned, and 'prompt' left out; set data.columns: {prompt: prompt",
+        ),
+        (
+            {**PAIR, "rationale": "r"},
+            "'rationale' would be left out; set data.columns: {question: ..., reasoning: rati",
+        ),
         ({"text": "a", "summary": "b"}, "completion: summary}, or {text: text} to learn the text alone"),
         ({**PAIR, "images": ["a.jpg"]}, "'images': only text is read"),
         ({"question": "a", "answers": [{"text": "b", "score": 1}]}, "'answers' has 'score', which nothing reads"),
@@ -146,10 +164,36 @@ def test_rows_that_are_more_than_their_text_are_refused_with_what_to_do(row, pro
 
 def test_a_text_is_learned_beside_what_describes_it_or_where_it_is_named():
     assert examples_of({"text": "a", "label": 1, "role": "poet", "summary": " "}) == [{"text": "a"}]
+    assert examples_of({"text": "Q: b A: a", "question": "b"}) == [{"text": "Q: b A: a"}]
     assert examples_of({"text": "a", "code": "b"}, columns={"text": "text"}) == [{"text": "a"}]
     assert examples_of({"text": "a", "code": "b"}, columns={"prompt": "text", "completion": "code"}) == [
         {"prompt": "a", "completion": "b"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "problem"),
+    [
+        ("kto", {"prompt": "a", "chosen": "b", "rejected": "c"}, "are pairs: set task: dpo or reward"),
+        ("dpo", {"prompt": "a", "completion": "b", "label": True}, "are single answers with a label: set task: kto"),
+        ("reward", {"messages": TALK, "label": True}, "are single answers with a label: set task: kto"),
+        ("classification", {"tokens": ["a"], "ner_tags": [0]}, "hold a label for each word"),
+        ("classification", {"text": "a", "sentence2": "b", "label": 1}, "the class may depend on 'sentence2'"),
+        ("classification", {"text": "a", "labels": [0, 1, 1]}, "([0, 1, 1]): several classes of a text (multi-label)"),
+    ],
+)
+def test_rows_of_another_task_are_refused_with_what_to_do(task, row, problem):
+    with pytest.raises(FormatError, match=re.escape(problem)):
+        list(open_examples(iter([("d:1", row)]), task, "d").examples)
+
+
+def test_thoughts_between_question_and_answer_are_what_the_model_thinks():
+    row = {"query": "a", "thinking": "b", "response": "c"}
+    (example,) = examples_of(row)
+    assert '"content": "c", "reasoning_content": "b"' in example["conversation"]
+    assert "reasoning_content" not in examples_of({**row, "thinking": None})[0]["conversation"]
+    columns = {"prompt": "query", "completion": "response"}
+    assert examples_of(row, columns=columns) == [{"prompt": "a", "completion": "c"}]
 
 
 def test_named_columns_leave_the_rest_out(jsonl, caplog):
@@ -217,10 +261,14 @@ def test_what_a_layout_cannot_use_is_refused_by_name(row, message):
         ({"input": "a", "preferred_output": "b", "non_preferred_output": "c"}, None, "preferences"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, None, "several completions"),
         ({"role": "user", "content": "a"}, None, "one message a row"),
+        ({"translation": {"en": "a", "de": "b"}}, None, "hold languages side by side"),
+        ({"question": "a", "choices": ["b"], "answerKey": "A"}, None, "are multiple choice"),
     ],
 )
 def test_rows_for_other_trainings_are_refused_with_what_to_do(row, columns, learned):
-    with pytest.raises(FormatError, match=r"d: columns .* (are preferences|hold several|are one message)") as error:
+    with pytest.raises(
+        FormatError, match=r"d: columns .* (are preferences|hold |are one message|are multiple)"
+    ) as error:
         examples_of(row)
     if columns is None:
         assert learned in str(error.value)

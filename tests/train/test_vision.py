@@ -125,7 +125,7 @@ def test_images_that_cannot_be_learned_are_refused(row, message, models, rows, t
 def test_llavas_turns_are_read_and_pictures_beside_them_are_not_left_out():
     turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
     row = {"conversations": turns, "image": "red.png"}
-    with pytest.raises(FormatError, match="leaves it out, or {messages: conversations, images: image}"):
+    with pytest.raises(FormatError, match=r"leaves it out, or \{messages: conversations, images: image\}"):
         list(open_examples(iter([("d:1", row)]), "sft", "d").examples)
     messages = convert({"messages": turns, "images": "red.png"})["conversation"]["messages"]
     assert messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "\nwhat ?"}]

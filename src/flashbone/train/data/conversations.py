@@ -164,7 +164,7 @@ def unread_keys(turns: Any) -> Iterator[str]:
     """The keys of turns, and of the parts of their contents, that nothing reads."""
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict):
-            said = _names(turn)
+            said = keys_of(turn)
             yield from (key for key in turn if key not in KEYS and key not in said)
             content = turn.get(said[1])
             parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
@@ -174,6 +174,11 @@ def unread_keys(turns: Any) -> Iterator[str]:
 def is_blank(value: Any) -> bool:
     """Whether this is nothing: null, an empty list or mapping, or a text of spaces."""
     return value is None or (isinstance(value, str) and not value.strip()) or value == [] or value == {}
+
+
+def is_prose(value: Any) -> bool:
+    """Whether this is a text, and not JSON."""
+    return isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
 
 
 def kind(value: Any) -> str:
@@ -188,7 +193,7 @@ def _message(number: int, turn: Any) -> Turn:
     where = f"turn {number}"
     if not isinstance(turn, dict):
         raise FormatError(f"{where} is {kind(turn)}; an object with role and content was wanted")
-    keys = _names(turn)
+    keys = keys_of(turn)
     calls = _calls(where, turn)
     if keys[0] not in turn or (keys[1] not in turn and not calls):
         raise FormatError(f"{where} needs {keys[0]!r} and {keys[1]!r}")
@@ -210,7 +215,7 @@ def _message(number: int, turn: Any) -> Turn:
     return message | passed
 
 
-def _names(turn: Turn) -> tuple[str, str]:
+def keys_of(turn: Turn) -> tuple[str, str]:
     """The keys of a turn that say who speaks, and what."""
     who = next((key for key in NAMED if key in turn), "role")
     return who, next((key for key in (NAMED[who], *CONTENTS) if key in turn), NAMED[who])

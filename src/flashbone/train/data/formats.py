@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashbone.errors import ConfigError, FormatError, shortened
-from flashbone.train.data.conversations import as_turns, packed
+from flashbone.train.data.conversations import as_turns, is_prose, packed
 from flashbone.train.data.counts import RowCounts, listed
 from flashbone.train.data.layouts import FORMATS, Example, RowFormat
 from flashbone.train.data.makers import Unlabelled
-from flashbone.train.data.marks import REFUSED, check_context, check_marks, check_text
+from flashbone.train.data.marks import REFUSED, check_context, check_marks, check_second_text, check_text
 from flashbone.train.data.preferences import LeftOut
 from flashbone.train.data.rows import BadRow, Row
 
@@ -82,7 +82,7 @@ def choose_format(
         unread = [ours for ours in columns if ours not in FORMATS[name].columns]
         reads = listed(FORMATS[name].columns)
         raise ConfigError(f"data.columns: format {name} does not read {listed(unread)}; it reads {reads}")
-    refused = REFUSED if task == "sft" else {}
+    refused = REFUSED.get(task, {})
     if remedy := next((words for known, words in refused.items() if row.keys() >= set(known)), None):
         raise FormatError(f"{where}: columns {listed(row)}: {remedy}")
     remedy = {
@@ -95,9 +95,9 @@ def choose_format(
     raise FormatError(f"{where}: columns {listed(row)} fit no format of task {task}; name them, as in {remedy}")
 
 
-def _other_names(row: Collection[str], entry: RowFormat, columns: Columns) -> Columns:
+def _other_names(row: dict[str, Any], entry: RowFormat, columns: Columns) -> Columns:
     """Our names to the data's: as the user gives them, and those that the row has otherwise; where the user names
-    columns, only what a row needs."""
+    columns, only what a row needs. A plain text is no conversation under another name."""
     theirs = {name: _folded(name) for name in row if name not in columns.values()}
     known = dict(columns)
     for ours in entry.needed if columns else entry.columns:
@@ -105,6 +105,8 @@ def _other_names(row: Collection[str], entry: RowFormat, columns: Columns) -> Co
             continue
         alike = [name for name, folded in theirs.items() if folded == ours]
         others = alike or [name for name, folded in theirs.items() if folded in entry.names.get(ours, ())]
+        if ours in entry.turns and not entry.has_prompt:
+            others = [name for name in others if not is_prose(row[name])]
         if len(others) == 1:  # else nobody knows which is meant
             known[ours] = others[0]
     return known
@@ -153,7 +155,9 @@ def converter(
             raise FormatError(f"no {' and no '.join(map(repr, missing))}; it has {listed(row)}")
         check_marks(named, entry.columns, entry.turns)
         if depends:
-            check_context(named, entry.columns, format)
+            check_context(named, entry.columns, format, entry.has_prompt and "sft" in entry.tasks)
+        elif format == "classification" and refuse_context:
+            check_second_text(named)
         elif format == "text" and refuse_context:
             check_text(named)
         return packed(entry.convert(named), turns)

@@ -6,7 +6,7 @@ from functools import partial
 
 from flashbone.train.data import images, makers, preferences
 from flashbone.train.data.makers import Example, Row
-from flashbone.train.data.marks import MASKS
+from flashbone.train.data.marks import MASKS, THOUGHTS
 
 # Other names of columns.
 SYSTEM = {"system": ("system_prompt", "system_message", "system_instruction", "systeminstruction")}
@@ -93,19 +93,26 @@ def _preference(
 
 
 def _pair(
-    prompt: str, completion: str, before: tuple[str, ...] = ("context",), after: tuple[str, ...] = ("input",)
+    prompt: str,
+    completion: str,
+    before: tuple[str, ...] = ("context",),
+    after: tuple[str, ...] = ("input",),
+    names: Mapping[str, tuple[str, ...]] = SYSTEM,
 ) -> RowFormat:
-    """Rows of a prompt and its completion, with more texts before and after the prompt."""
+    """Rows of a prompt and its completion, with more texts before and after the prompt; or of a question and its
+    answer with what the model thinks between them."""
     before = ("system", *before)
 
     def convert(row: Row) -> Example:
-        return {
-            "prompt": makers.joined(row, (*before, prompt, *after), prompt),
-            "completion": makers.text_of(row, completion),
-        }
+        asked, answer = makers.joined(row, (*before, prompt, *after), prompt), makers.text_of(row, completion)
+        if "reasoning" in row:
+            return makers.thought(asked, row["reasoning"], answer)
+        return {"prompt": asked, "completion": answer}
 
-    optional = (*before, *after)
-    return RowFormat(convert, (prompt, completion), optional, f"the {completion}", has_prompt=True, names=SYSTEM)
+    optional, learned = (*before, *after, "reasoning"), f"the {completion}"
+    return RowFormat(
+        convert, (prompt, completion), optional, learned, has_prompt=True, names={"reasoning": THOUGHTS, **names}
+    )
 
 
 _ANSWERS = "the assistant's answers"
@@ -118,7 +125,7 @@ FORMATS = {
         ("system", "chat_template_kwargs"),
         _ANSWERS,
         turns=("messages",),
-        names={**SYSTEM, "images": ("image",)},
+        names={**SYSTEM, "images": ("image",), "messages": ("conversations", "conversation")},
     ),
     "messages": RowFormat(
         makers.messages,
@@ -182,6 +189,13 @@ FORMATS = {
     "human-assistant": _pair("human", "assistant"),
     "inputs-targets": _pair("inputs", "targets", before=("definition",), after=()),
     "input-output": _pair("input", "output", after=()),
+    "document-summary": _pair(
+        "document",
+        "summary",
+        before=(),
+        after=(),
+        names={"document": ("article", "dialogue", "report"), "summary": ("highlights", "abstract")},
+    ),
     "system-chat": RowFormat(makers.chat, ("chat", "system"), (), "the assistant's answers"),
     "pair-classification": RowFormat(
         makers.pair_classification,

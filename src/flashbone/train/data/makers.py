@@ -32,8 +32,8 @@ ALPACA_WITH_INPUT = (
 )
 
 _SEVERAL = (
-    "; a text has one class here: give a column of yes and no for each class, or train with transformers' Trainer and"
-    " problem_type multi_label_classification"
+    "several classes of a text (multi-label), and one is learned; train a run for each class, on a column of"
+    " yes and no, or with transformers' Trainer and problem_type multi_label_classification"
 )
 UNLABELLED = (-1, -100)  # what datasets writes for a class that is not known, and what losses ignore
 MAX_ID = 2**31  # what datasets stores token ids in
@@ -127,8 +127,9 @@ def classification(row: Row) -> Example:
             "name its class, or leave such rows out of training with data.drop_unlabelled: true"
         )
     if not isinstance(label, str | int):
-        more = _SEVERAL if isinstance(label, list) else ""
-        raise FormatError(f"'label' is {kind(label)}; a name or a whole number was wanted{more}")
+        if isinstance(label, list):
+            raise FormatError(f"'label' is {kind(label)}: {_SEVERAL}")
+        raise FormatError(f"'label' is {kind(label)}; a name or a whole number was wanted")
     return {"text": text_of(row, "text"), "label": str(label).strip()}
 
 
@@ -149,12 +150,16 @@ def squad(row: Row) -> Example:
 
 
 def thought_answer(row: Row) -> Example:
-    thoughts = row["thinking_trajectories"]
-    thoughts = thoughts if isinstance(thoughts, list) else [thoughts]
-    reasoning = "\n".join(text_of({"thinking_trajectories": part}, "thinking_trajectories") for part in thoughts)
-    answer = {"role": "assistant", "content": text_of(row, "attempt"), "reasoning_content": reasoning}
-    asked = {"role": "user", "content": text_of(row, "question")}
-    return conversation([asked, answer], system=row.get("system"))
+    return thought(text_of(row, "question"), row["thinking_trajectories"], text_of(row, "attempt"), row.get("system"))
+
+
+def thought(asked: str, thoughts: Any, answer: str, system: Any = None) -> Example:
+    """The conversation of a question, what the model thinks (texts; none where it is blank), and its answer."""
+    parts = [] if is_blank(thoughts) else thoughts if isinstance(thoughts, list) else [thoughts]
+    answered = {"role": "assistant", "content": answer}
+    if parts:
+        answered["reasoning_content"] = "\n".join(text_of({"reasoning": part}, "reasoning") for part in parts)
+    return conversation([{"role": "user", "content": asked}, answered], system=system)
 
 
 def pair_classification(row: Row) -> Example:
