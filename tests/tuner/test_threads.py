@@ -1,5 +1,6 @@
 """Threads that share a model: each call has the adapters of its own rows; changes of the model wait for calls."""
 
+import contextlib
 import copy
 import pickle
 import sys
@@ -133,19 +134,58 @@ def test_changes_between_calls_of_other_threads_leave_every_call_with_one_state(
     assert all(close(got, want[name]) for name, got in outputs_of_each(model, x).items())
 
 
+def test_adapters_come_and_go_while_eight_threads_call(often_switched, tmp_path):
+    model, x = adapted(), torch.randn(5, SIZE, dtype=torch.float64)
+    want, stop = outputs_of_each(model, x), threading.Event()
+    model.save_pretrained(tmp_path)
+    model.set_adapter("BONE")
+    names = ["MINI", "__base__", "BAT-COL", "BONE", "MINI"]
+    rows = torch.stack([want[name][i] for i, name in enumerate(names)])
+
+    def call() -> int:
+        count = 0
+        with torch.no_grad():
+            while not stop.is_set():
+                assert close(model(x, adapter_names=names), rows)
+                assert close(model(x), want["BONE"])
+                if "guest" in model.peft_config:  # as soon as it can be named it answers, or it has gone again
+                    with contextlib.suppress(ConfigError):
+                        assert close(model(x, adapter_names=["guest"] * 5), want["ORTHOGONAL"])
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        running = [pool.submit(call) for _ in range(THREADS)]
+        try:
+            for n in range(8):
+                model.load_adapter(tmp_path / "ORTHOGONAL", "guest")
+                with torch.no_grad():
+                    assert close(model(x, adapter_names=["guest"] * 5), want["ORTHOGONAL"])
+                model.delete_adapter("guest")
+                model.add_adapter(f"new{n}", BoneConfig(r=2, target_modules=["first"], modules_to_save=["head"]))
+                model.delete_adapter(f"new{n}")
+        finally:
+            stop.set()
+        assert all(future.result() for future in running)
+    assert all(close(got, want[name]) for name, got in outputs_of_each(model, x).items())
+
+
 CHANGES = {
     "set_adapter": lambda model: model.set_adapter("MINI"),
     "merge_adapter": lambda model: model.merge_adapter(),
     "disable_adapter_layers": lambda model: model.base_model.disable_adapter_layers(),
     "set_scale": lambda model: model.base_model.set_scale("BONE", 2.0),
     "delete_adapter": lambda model: model.delete_adapter("MINI"),
-    "inject_adapter": lambda model: model.add_adapter("new", BoneConfig(r=2, target_modules=["first"])),
+    "add_adapter": lambda model: model.add_adapter("new", BoneConfig(r=2, target_modules=["first"])),
+    "load_adapter": lambda model: model.load_adapter(model.saved / "BAT-ROW", "again"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_waits_for_a_call_and_is_refused_inside_one(name):
+def test_a_change_waits_for_a_call_and_is_refused_inside_one(name, tmp_path):
     model, x = adapted(), torch.randn(2, SIZE, dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    model.saved = tmp_path
     model.set_adapter("BONE")
     inside, go_on, errors, order = threading.Event(), threading.Event(), [], []
 

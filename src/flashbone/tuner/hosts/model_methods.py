@@ -35,7 +35,8 @@ def add_adapter(original: Callable, model: Any, adapter_config: Any, *args: Any,
     had_flag, asked = getattr(model, _FLAG), adapter_config.modules_to_save
     adapter_config.modules_to_save = saved_names(adapter_config) or asked
     try:
-        return original(model, adapter_config, *args, **kwargs)
+        with _gate(model).change("add_adapter"):
+            return original(model, adapter_config, *args, **kwargs)
     except BaseException:  # Ctrl-C, too
         setattr(model, _FLAG, had_flag)
         adapter_config.modules_to_save = asked
@@ -85,7 +86,7 @@ def load_adapter(
             # Compares every tensor with the model's before it loads any, and raises on a misfit.
             set_peft_model_state_dict(model, plain, name, ignore_mismatched_sizes=bool(ignores))
 
-    with no_trace(model, name, source), ignoring_sizes(bool(ignores)):
+    with _gate(model).change("load_adapter"), no_trace(model, name, source), ignoring_sizes(bool(ignores)):
         try:
             info = original(model, peft_model_id, adapter_name, *args, **kwargs)
         except RuntimeError:  # names no tensor

@@ -46,12 +46,12 @@ CURRENT = _Current()
 
 
 @contextmanager
-def one_call(gate: Gate, rows: RowNames | None = None) -> Iterator[None]:
-    """Within the block this thread calls a model: its layers take their rows' adapters from `rows`, and keep what they
-    build until the block ends."""
+def one_call(gate: Gate) -> Iterator[None]:
+    """Within the block this thread calls a model: its layers keep what they build until the block ends, and take their
+    rows' adapters from `CURRENT.rows`, if it is set in the block."""
     current, before = CURRENT, (CURRENT.rows, CURRENT.kept, CURRENT.gate)
     with gate.call():
-        current.rows, current.kept, current.gate = rows, {}, gate
+        current.rows, current.kept, current.gate = None, {}, gate
         try:
             yield
         finally:

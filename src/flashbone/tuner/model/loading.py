@@ -181,13 +181,16 @@ def _is_bone(model_id: Any, kwargs: dict[str, Any]) -> bool:
 
 def wrap_peft_model(peft_model: Any) -> None:
     """Wrap `PeftModel.from_pretrained` and `load_adapter` so that a BONE adapter that cannot be loaded leaves no trace,
-    and calls so that `BoneModel` knows of those without adapters, too.
+    calls so that `BoneModel` knows of those without adapters, too, and what adds, loads and deletes adapters so that it
+    waits for calls as a whole.
 
     PEFT adds the adapter before it reads the weights, and tells its tuners of neither. Other methods' adapters pass
     through untouched.
     """
     peft_model._enable_peft_forward_hooks = _known_calls(peft_model._enable_peft_forward_hooks)
     peft_model.load_adapter = _clean_load_adapter(peft_model.load_adapter)
+    for name in ("add_adapter", "load_adapter", "delete_adapter"):
+        setattr(peft_model, name, _between_calls(getattr(peft_model, name)))
     peft_model.from_pretrained = classmethod(_clean_from_pretrained(peft_model.from_pretrained.__func__))
 
 
@@ -218,6 +221,16 @@ def _known_calls(original: Callable) -> Callable:
     return _enable_peft_forward_hooks
 
 
+def _between_calls(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gate = getattr(self.base_model, "gate", None)
+        with gate.change(original.__name__) if gate else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return change
+
+
 def _clean_load_adapter(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -227,10 +240,7 @@ def _clean_load_adapter(original: Callable) -> Callable:
             if isinstance(layer, BoneLayer):
                 offloading.stop_offloading(layer.bone_block)
         model, ignores = self.get_base_model(), bool(kwargs.get("ignore_mismatched_sizes", False))
-        gate = getattr(self.base_model, "gate", None)
-        alone = gate.change("load_adapter") if gate and adapter_name in self.peft_config else nullcontext()
         with (
-            alone,  # calls may use an adapter that is loaded again; a new one they do not know
             no_trace(model, adapter_name, model_id),
             ignoring_sizes(ignores),
             _as_dispatched(model, model_id, kwargs),

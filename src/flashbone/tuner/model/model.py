@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.files import patterns
 from flashbone.tuner.layers import offloading
-from flashbone.tuner.layers.calls import changes_model, one_call, pass_rows_to_saved_modules
+from flashbone.tuner.layers.calls import CURRENT, changes_model, one_call, pass_rows_to_saved_modules
 from flashbone.tuner.layers.embedding import BoneEmbedding
 from flashbone.tuner.layers.layer import BoneLayer, bone_layers
 from flashbone.tuner.layers.mixed_batch import row_names
@@ -294,7 +294,7 @@ class BoneModel(Controls, BaseTuner):
                 f"adapter_names: an adapter of this model trains {saved[0].name} whole (parameters_to_save), and it has"
                 " one value for all rows of a batch; delete that adapter, or run one batch for each, with set_adapter"
             )
-        pass_rows_to_saved_modules(self.model)
-        rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
-        with one_call(self.gate, rows):
+        with one_call(self.gate):  # first, so that what is named cannot be deleted before it is called
+            pass_rows_to_saved_modules(self.model)
+            CURRENT.rows = row_names(adapter_names, list(self.peft_config), kwargs, self.model)
             yield
