@@ -34,3 +34,4 @@ def pins() -> dict[str, str]:
 if __name__ == "__main__":
     for name, version in (pins() | floors()).items():
         print(f"{name}=={version}")
+    print("pyparsing<3.3")  # later ones warn of what the lowest matplotlib calls

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from flashbone.cli import main
+from flashbone.errors import ConfigError
 from flashbone.train.arguments import trainer_arguments
 from flashbone.train.data.loading import load_data
 from flashbone.train.data.tokens import IGNORED
@@ -14,6 +15,7 @@ from flashbone.train.lengths import limit_length
 from flashbone.train.plan import plan
 from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
+from flashbone.train.tokenizers import load_tokenizer
 from flashbone.train.trainers import build_trainer
 from helpers.tiny_llama import WORDS, questions, word_tokenizer, write_tiny_llama
 from train.training_runs import config_file, recipe_for
@@ -127,6 +129,13 @@ def rwkv_recipe(tmp_path):
 @pytest.mark.parametrize("make", [gguf_recipe, rwkv_recipe])
 def test_models_in_single_files_are_counted_as_the_run_has_them(make, tmp_path, capsys):
     recipe = make(tmp_path)
+    if make is gguf_recipe:
+        try:
+            load_tokenizer(recipe.model)
+        except ConfigError as error:
+            if "argument 'merges'" not in str(error):
+                raise
+            pytest.skip("this transformers cannot read a tokenizer without merges from a GGUF")
     recipe.samples, recipe.training["max_steps"] = 0, 1
     code, made = dry_run(recipe, tmp_path, capsys)
     assert code == 0

@@ -1,6 +1,8 @@
 """Hosts that read the weight of a layer, some of which never call it: what they read holds the adapters."""
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ import transformers as hosts
 from peft import BoneConfig, convert_to_lora, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.jamba import modeling_jamba
 
 from flashbone.errors import ConfigError
 from flashbone.tuner.layers.layer import bone_layers
@@ -89,9 +92,10 @@ HOSTS = {
     "MobileBERT": Host(lambda: hosts.MobileBertForMaskedLM(hosts.MobileBertConfig(**BERT)), ["predictions.dense"]),
     "Bloom": Host(lambda: hosts.BloomForCausalLM(hosts.BloomConfig(**BLOOM)), ["dense", "dense_4h_to_h"]),
 }
-if hasattr(hosts, "Qwen3_5TextConfig"):  # not in transformers 5.0, whose Jamba calls its dt_proj
-    HOSTS["Qwen3.5"] = Host(lambda: hosts.Qwen3_5ForCausalLM(hosts.Qwen3_5TextConfig(**NEXT)), ["conv1d"])
+if re.search(r"^ +time_step = self.dt_proj.weight @", inspect.getsource(modeling_jamba), re.M):  # older ones call it
     HOSTS["Jamba"] = Host(lambda: hosts.JambaForCausalLM(hosts.JambaConfig(**JAMBA)), ["dt_proj", "conv1d"])
+if hasattr(hosts, "Qwen3_5TextConfig"):
+    HOSTS["Qwen3.5"] = Host(lambda: hosts.Qwen3_5ForCausalLM(hosts.Qwen3_5TextConfig(**NEXT)), ["conv1d"])
 
 
 def output(model: nn.Module, host: Host) -> Tensor:

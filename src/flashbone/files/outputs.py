@@ -228,6 +228,9 @@ def _take(lock: Any, folder: Path) -> None:
     from filelock import Timeout
 
     file = folder / LOCK
+    number = ""
+    with suppress(OSError, UnicodeDecodeError):
+        number = file.read_text()[:20]  # filelock below 4.0 empties the other run's file; it is written back
     try:
         while not (lock.is_locked and file.exists()):  # a run that failed may remove the folder meanwhile
             lock.release()
@@ -236,10 +239,9 @@ def _take(lock: Any, folder: Path) -> None:
                 lock.acquire(timeout=0)
         file.write_text(str(os.getpid()))
     except Timeout:
-        process = ""
-        with suppress(OSError, UnicodeDecodeError):
-            number = file.read_text()[:20]  # empty just after the other has taken the lock
-            process = f" (process {number})" if number else ""
+        with suppress(OSError):
+            file.write_text(number or file.read_text())
+        process = f" (process {number})" if number else ""  # empty just after the other has taken the lock
         raise ConfigError(
             f"output {folder}: another run is writing to it{process}; wait for it, or choose another output"
         ) from None
