@@ -5,9 +5,12 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import TypeVar
 
 # The examples are run from the root of the repository: python -m examples.demo.prepare
 from examples.offline import package_folder, prepare_all, write_jsonl
+
+T = TypeVar("T")
 
 CACHE = Path(".cache/demo")
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -15,6 +18,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # are dialogues, in which a later line answers the line before it instead of the first one.
 NO_SMALL_TALK = ("tech_support", "coding", "conversations", "health")
 HELD_OUT_QUESTIONS = 0.08
+FEWEST_QUESTIONS, TOPICS_HELD_OUT = 20, 0.3  # of topics that are classified
 
 
 def prepare_model(folder: Path) -> None:
@@ -60,8 +64,8 @@ def same_question(question: str) -> str:
 
 
 def split_by_question(
-    pairs: list[tuple[str, str]], held_out: float, seed: int = 0
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    pairs: list[tuple[str, T]], held_out: float, seed: int = 0
+) -> tuple[list[tuple[str, T]], list[tuple[str, T]]]:
     """Unique pairs as (train, test), where no question of one is in the other, however it is spelt."""
     by_question = defaultdict(list)
     for question, answer in dict.fromkeys(pairs):
@@ -82,9 +86,28 @@ def prepare_chat(folder: Path) -> None:
         write_jsonl(folder / f"{name}.jsonl", rows)
 
 
+def prepare_topics(folder: Path) -> None:
+    """Write train.jsonl and test.jsonl with exchanges as pairs of texts, and what they are about: the corpus's file."""
+    corpus = package_folder("chatterbot_corpus", "chatterbot-corpus") / "data" / "english"
+    names = [path.stem for path in sorted(corpus.glob("*.yml"))]
+    topics = {name: read_pairs(corpus, tuple(other for other in names if other != name)) for name in names}
+    topics = {name: list(dict.fromkeys(pairs)) for name, pairs in topics.items()}
+    rows = [
+        (question, (answer, name))
+        for name, pairs in topics.items()
+        if len({same_question(question) for question, _ in pairs}) >= FEWEST_QUESTIONS and name not in NO_SMALL_TALK
+        for question, answer in pairs
+    ]
+    for name, part in zip(("train", "test"), split_by_question(rows, TOPICS_HELD_OUT), strict=True):
+        random.Random(0).shuffle(part)
+        write_jsonl(folder / f"{name}.jsonl", [{"text": q, "text_pair": a, "label": topic} for q, (a, topic) in part])
+
+
 def main() -> int:
     """Prepare whatever is not there yet; the exit code."""
-    return prepare_all({CACHE / "smollm2": prepare_model, CACHE / "chat": prepare_chat})
+    return prepare_all(
+        {CACHE / "smollm2": prepare_model, CACHE / "chat": prepare_chat, CACHE / "topics": prepare_topics}
+    )
 
 
 if __name__ == "__main__":

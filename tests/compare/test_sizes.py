@@ -7,7 +7,8 @@ import torch
 from small_models import LINEARS, albert, bert, gpt2, ids, llama, minilm, real
 
 from flashbone.compare.attaching import attach
-from flashbone.compare.methods import METHODS, TrainingMethod, bone_method, ranks
+from flashbone.compare.methods import METHODS, TrainingMethod, bone_method
+from flashbone.compare.size_lists import ranks
 from flashbone.compare.sizes import Budget, MethodSize, ParameterCounter, budget_of, match
 from flashbone.errors import ConfigError
 from flashbone.tuner.model.skeleton import skeleton

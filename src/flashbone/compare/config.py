@@ -43,7 +43,7 @@ class ComparedData(DataRecipe):
 
 @dataclass
 class Answers:
-    """How the model answers the test rows where the metric is exact_match: greedily.
+    """How the model answers the test rows, greedily: for the metric exact_match, or to have it beside the loss.
 
     Raises:
         ConfigError: a value is out of range.
@@ -79,7 +79,7 @@ class ComparisonConfig:
     quantization: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
     rwkv: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
     metric: Metric = "auto"  # of the test: accuracy (classification) or loss (sft) by default
-    answers: dict[str, Any] = field(default_factory=dict)  # with exact_match: fields below
+    answers: dict[str, Any] = field(default_factory=dict)  # of language models, for exact_match: fields below
     jobs: int = 1  # runs at the same time, each on a GPU of its own, or with a share of the threads
 
     @property
@@ -194,6 +194,8 @@ def check(comparison: ComparisonConfig) -> None:
         raise ConfigError(f"tolerance: got {comparison.tolerance}, wanted a share such as 0.03")
     if (comparison.test_metric == "accuracy") != (comparison.task == "classification"):
         raise ConfigError(f"metric: {comparison.metric} does not go with task {comparison.task}")
+    if comparison.answers and comparison.task != "sft":
+        raise ConfigError(f"answers: task {comparison.task} has none; leave the section out")
     if wrong := [key for key in comparison.training if key in _DECIDED or key.startswith("do_")]:
         raise ConfigError(
             f"training.{', training.'.join(wrong)}: a comparison logs every step, evaluates by steps, and tests single"

@@ -5,20 +5,26 @@ To add a method, add an entry to `METHODS`; nothing else asks for a method's nam
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from flashbone.compare.bounds import train_all, train_head
+from flashbone.compare.size_lists import (
+    Settings,
+    SizeLists,
+    blocks,
+    circles,
+    directions,
+    halves,
+    ranks,
+    shorter_side,
+    squares,
+    tiles,
+)
 from flashbone.errors import ConfigError
 from flashbone.train.fields import check_names, field_names
 from flashbone.variants import VARIANTS, Variant, dimensions
-
-Settings = Mapping[str, Any]
-# (the adapted layers, the user's settings) -> lists of sizes, each list by rising size. The second list is tried where
-# the first does not come near the budget.
-SizeLists = Callable[[Sequence[Any], Settings], list[list[dict[str, Any]]]]
 
 # Fields that configurations have and settings cannot change.
 _DECIDED = {
@@ -41,6 +47,7 @@ class TrainingMethod:
         defaults: other fields that differ from the class's own defaults; settings win over them.
         size_fields: fields that decide how many parameters it has.
         sizes: what it can be matched to a budget with; None: it keeps the user's size, or PEFT's default.
+        smallest: the least value of the first of `size_fields`.
         size_words: its size in words, where no field decides it.
         alpha: lora_alpha as a multiple of the rank, in every layer; None: `defaults` has it, or there is none.
         seed_field: the field that seeds random matrices which do not follow torch's seed.
@@ -57,6 +64,7 @@ class TrainingMethod:
     defaults: Settings = field(default_factory=dict, hash=False)
     size_fields: tuple[str, ...] = ()
     sizes: SizeLists | None = None
+    smallest: int = 1
     size_words: str = "no size"
     alpha: int | None = None
     seed_field: str | None = None
@@ -72,7 +80,7 @@ class TrainingMethod:
     @property
     def has_patterns(self) -> bool:
         """Whether single modules can have sizes of their own (`rank_pattern`)."""
-        return self.config_class in ("BoneConfig", "LoraConfig")
+        return self.config_class in ("BoneConfig", "LoraConfig", "HiraConfig")
 
     @property
     def peft_type(self) -> str | None:
@@ -155,52 +163,10 @@ def _config_class(name: str) -> Any:
     return BoneConfig if name == "BoneConfig" else getattr(peft, name)
 
 
-def ranks(layers: Sequence[Any], settings: Settings) -> list[list[dict[str, Any]]]:
-    """Every r up to the smallest input; more rows would have nothing to do."""
-    return [[{"r": r} for r in range(1, min(layer.in_features for layer in layers) + 1)]]
-
-
-def directions(layers: Sequence[Any], settings: Settings) -> list[list[dict[str, Any]]]:
-    """Every r up to the shortest side of a layer; W has no more directions."""
-    return [[{"r": r} for r in range(1, min(map(_shorter_side, layers)) + 1)]]
-
-
-def squares(layers: Sequence[Any], settings: Settings) -> list[list[dict[str, Any]]]:
-    """Edges of blocks that divide every layer; then others, of whose last block a part trains for nothing."""
-    whole = _divisors([side for layer in layers for side in (layer.in_features, layer.out_features)])
-    return [[{"r": r} for r in whole], *directions(layers, settings)]
-
-
-def tiles(layers: Sequence[Any], settings: Settings) -> list[list[dict[str, Any]]]:
-    """Tiles used at least twice in each layer, and equally often everywhere where a divisor allows that; then tiles as
-    wide as the narrowest layer. A size that the user sets is kept, and the other varied."""
-    outputs = [layer.out_features for layer in layers]
-    if "r" in settings:
-        return [[{"mini_r": width} for width in range(1, min(outputs) + 1)]]
-    half = max((d for d in _divisors(outputs) if 2 * d <= min(outputs)), default=1)
-    widths = [settings["mini_r"]] if "mini_r" in settings else [half, min(outputs)]
-    return [[{**size, "mini_r": width} for size in ranks(layers, settings)[0]] for width in widths]
-
-
-def blocks(layers: Sequence[Any], settings: Settings) -> list[list[dict[str, Any]]]:
-    """Blocks that divide the inputs of all layers; one of 1 would rotate nothing."""
-    return [[{"oft_block_size": d} for d in _divisors([layer.in_features for layer in layers]) if d > 1]]
-
-
-def _divisors(numbers: Sequence[int]) -> list[int]:
-    """Common divisors, rising."""
-    common = math.gcd(*numbers)
-    return [d for d in range(1, common + 1) if common % d == 0]
-
-
-def _shorter_side(layer: Any) -> int:
-    return min(layer.in_features, layer.out_features)
-
-
 def _check_directions(name: str, layer: Any, r: int) -> None:
     """A start that takes W apart finds as many directions as its shorter side has entries."""
-    if r > _shorter_side(layer):
-        raise ConfigError(f"r={r}, but {name} has only {_shorter_side(layer)} directions; choose a smaller r")
+    if r > shorter_side(layer):
+        raise ConfigError(f"r={r}, but {name} has only {shorter_side(layer)} directions; choose a smaller r")
 
 
 def _check_olora(name: str, layer: Any, r: int) -> None:
@@ -252,6 +218,31 @@ _ALL = (
     # arXiv 2306.07280. PEFT's defaults otherwise: the Neumann series of five terms.
     TrainingMethod("oft", "OFT", "OFTConfig", size_fields=("oft_block_size",), sizes=blocks),
     TrainingMethod("miss", "MiSS", "MissConfig", size_fields=("r",), sizes=ranks),  # arXiv 2409.15371
+    # PEFT's defaults otherwise: every two layers share A, all layers two B.
+    TrainingMethod("lily", "Lily", "LilyConfig", defaults={"stride_A": 2}, size_fields=("r",), sizes=ranks),
+    # The update is multiplied by W, entry by entry; PEFT's comparison has 45 times the others' rate.
+    TrainingMethod("hira", "HiRA", "HiraConfig", size_fields=("r",), sizes=ranks, needs_weights=True, rate_factor=10.0),
+    TrainingMethod(
+        "shira",
+        "SHiRA",
+        "ShiraConfig",
+        size_fields=("r",),
+        sizes=ranks,
+        seed_field="random_seed",
+        needs_weights=True,
+    ),
+    # alpha = 2 r and two sub-blocks in PEFT's comparison.
+    TrainingMethod("gralora", "GraLoRA", "GraloraConfig", size_fields=("r",), sizes=halves, smallest=2),
+    # A start of zeros changes no output; its kernel is divided by the layer's inputs: 0.3 in PEFT's comparison.
+    TrainingMethod(
+        "c3a",
+        "C3A",
+        "C3AConfig",
+        defaults={"init_weights": True},
+        size_fields=("block_size",),
+        sizes=circles,
+        rate_factor=100.0,
+    ),
     # arXiv 2311.06243. Measured best: 0.01, by far. Without a CUDA extension PEFT trains one factor, whatever is set.
     TrainingMethod(
         "boft",

@@ -106,5 +106,10 @@ class MethodProgress:
 
     def run_rows(self) -> list[RunRow]:
         """The lines of its runs in results.jsonl."""
-        runs = [run for _, run in sorted(self.runs.items())]
-        return [replace(run, method=self.listed.label, counted=run.learning_rate == self.chosen) for run in runs]
+        return [self._run_row(run) for _, run in sorted(self.runs.items())]
+
+    def _run_row(self, run: RunRow) -> RunRow:
+        """With its label; losses of single held-out rows, which are long, only where they are used."""
+        counted, curve = run.learning_rate == self.chosen, run.held_out
+        curve = curve if counted or curve is None else replace(curve, rows=None, weights=None)
+        return replace(run, method=self.listed.label, counted=counted, held_out=curve)

@@ -17,18 +17,26 @@ FEWEST_ROWS = 10  # of a test set that is resampled: fewer do not show how rows 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Loss over a run; None where it was not finite. Seconds are those of making the adapter and of training steps."""
+    """Loss over a run; None where it was not finite. Seconds are those of making the adapter and of training steps.
+
+    Of held-out rows `rows` has the summed loss of each row at each step, and `weights` how many tokens that is, or 1 of
+    classifiers; only curves of counted runs have them.
+    """
 
     step: tuple[int, ...]
     seconds: tuple[float | None, ...]
     loss: tuple[float | None, ...]
     accuracy: tuple[float | None, ...] | None = None  # of a classifier's held-out rows, as the next
     macro_f1: tuple[float | None, ...] | None = None
+    rows: tuple[tuple[float, ...], ...] | None = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = len(self.step), len(self.seconds), len(self.loss)
         if len(set(counts)) > 1:
             raise ValueError("got {} steps, {} seconds and {} losses; wanted as many of each".format(*counts))
+        if self.rows is not None and {len(self.weights or ()), *map(len, self.rows)} != {len(self.rows[0])}:
+            raise ValueError("got losses of other numbers of held-out rows at different steps; wanted the same")
 
 
 @dataclass(frozen=True)

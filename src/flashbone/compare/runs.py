@@ -95,7 +95,7 @@ def run_spec(
         data=data,
         recipe={name: getattr(comparison, name) for name in fields},
         metric=comparison.test_metric,
-        answers=comparison.answers if comparison.test_metric == "exact_match" else {},
+        answers=comparison.answers,
         contents={path: _content(path) for path in _files(data)},
     )
 

@@ -111,6 +111,8 @@ class ParameterCounter:
 
         if isinstance(getattr(config, "init_lora_weights", None), str):
             config.init_lora_weights = True  # to decompose no weights takes as long as to decompose some
+        if hasattr(config, "mask_fn"):
+            config.mask_fn = None  # SHiRA looks for its entries, which the meta device has not; their number is known
         # BOFT writes permutations entry by entry, which the meta device cannot; only their shape is needed.
         no_entries = patch.object(BOFTLayer, "perm2mat", lambda self, indices: torch.zeros(2 * (len(indices),)))
         with torch.device("meta"), torch.random.fork_rng(devices=()), no_entries:
@@ -191,7 +193,7 @@ Count = Callable[[Settings], tuple[MethodSize, dict[str, LayerSize]]]
 def _search(method: TrainingMethod, settings: Settings, count: Count, budget: int, near: float) -> MethodSize:
     """The nearest size of all lists; the search ends with one that is off by no more than `near`."""
     assert method.sizes is not None
-    _, layers = count({method.size_fields[0]: 1})  # the same at all sizes
+    _, layers = count({method.size_fields[0]: method.smallest})  # the same at all sizes
     counted: list[MethodSize] = []
     for sizes in method.sizes(list(layers.values()), settings):
         around = _around(sizes, count, budget)

@@ -1,6 +1,7 @@
 """One run of a comparison, in a process of its own: train, test, save, and write down its figures.
 
-A run leaves in its folder: job.json, log.txt, metrics.jsonl, batches.jsonl, adapter/, and result.json at the end.
+A run leaves in its folder: job.json, log.txt, metrics.jsonl, batches.jsonl, held_out.jsonl, adapter/, and
+result.json at the end.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from flashbone.compare.measuring import Memory, Stopwatch, Watch
 from flashbone.compare.methods import METHODS
 from flashbone.compare.results import LossCurve, RunRow, to_json
 from flashbone.compare.runs import RunSpec
-from flashbone.compare.testing import check_prompts, check_rows, overlap, test
+from flashbone.compare.testing import HeldOut, check_prompts, check_rows, overlap, test
 from flashbone.errors import FlashboneError
 from flashbone.files.outputs import read_json_lines, whole_or_absent, write_text
 from flashbone.train.arguments import trainer_arguments
@@ -121,6 +122,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
     check_prompts(spec, trainer, data)
     loaded_s = time.perf_counter() - began - startup.seconds
     watch = Watch(trainer, folder / "batches.jsonl", memory)
+    HeldOut(spec, trainer, folder / "held_out.jsonl")
     metrics, recorder = fit(trainer, RunFolder(folder), begin=functools.partial(_clear, folder))
     model = trainer.accelerator.unwrap_model(trainer.model)
     size = adapter_bytes(model)
@@ -136,7 +138,7 @@ def execute(spec: RunSpec, folder: Path) -> RunRow:
         rows={"train": len(data.train), "held_out": len(data.eval or ()), "test": len(data.test or ())},
         overlap=overlap(data),
         train=_curve(curves, "", startup.seconds),
-        held_out=_curve(curves, "eval_", startup.seconds),
+        held_out=_held_out(_curve(curves, "eval_", startup.seconds), folder / "held_out.jsonl"),
         train_s=round(recorder.train_s, 3),
         startup_s=round(startup.seconds, 3),
         load_s=round(loaded_s, 3),
@@ -175,6 +177,13 @@ def _curve(rows: list[dict[str, Any]], prefix: str, startup_s: float) -> LossCur
     seconds = tuple(round(startup_s + row["train_s"], 3) for row in points)
     steps = tuple(row["step"] for row in points)
     return LossCurve(steps, seconds, values("loss"), **{name: values(name) for name in names})
+
+
+def _held_out(curve: LossCurve, file: Path) -> LossCurve:
+    """The curve with the losses of single rows."""
+    lines = {line["step"]: line for line in read_json_lines(file)}
+    rows = tuple(tuple(lines[step]["losses"]) for step in curve.step)
+    return dataclasses.replace(curve, rows=rows, weights=tuple(lines[curve.step[0]]["weights"]))
 
 
 def _one_line(error: Exception) -> str:
