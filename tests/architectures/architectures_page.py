@@ -36,7 +36,7 @@ def write(rows: list[Row]) -> None:
     PAGE.write_text(page(rows), encoding="utf-8")
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], version: str = transformers.__version__) -> str:
     """The counts, and what the reader of the page has to know of single architectures."""
     count = Counter(row.outcome for row in rows)
     run = [row for row in rows if row.outcome in (WORKS, REFUSED, BROKEN)]
@@ -46,7 +46,7 @@ def page(rows: list[Row]) -> str:
     return f"""# Architectures
 
 **{count[WORKS]} of the {len(run)} architectures that ran work.** {count[REFUSED]} refuse a layer, {count[BROKEN]} are
-broken. They come from transformers {transformers.__version__}, which has {len(rows)}; for the other
+broken. They come from transformers {version}, which has {len(rows)}; for the other
 {len(rows) - len(run)} our rule made no tiny model or had no input for it, so they were not tested.
 [All rows](../tests/architectures/rows.csv): find your `model_type` there.
 {chr(10) + failures + chr(10) if failures else ""}

@@ -14,7 +14,9 @@ PARTS = 8
 
 def test_the_page_is_what_the_rows_say_and_none_of_them_is_broken():
     rows = architectures_page.read()
-    assert architectures_page.PAGE.read_text(encoding="utf-8") == architectures_page.page(rows)
+    text = architectures_page.PAGE.read_text(encoding="utf-8")
+    version = text.partition("from transformers ")[2].partition(", which")[0]  # the tests run with others, too
+    assert text == architectures_page.page(rows, version)
     outcomes = [row.outcome for row in rows]
     assert outcomes.count(WORKS) > 200
     assert BROKEN not in outcomes

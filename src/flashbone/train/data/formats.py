@@ -207,6 +207,8 @@ def open_examples(
         if not isinstance(row, BadRow) and isinstance(row[1], dict) and row[1]:
             first = row[1]
             break
+    if not start:
+        raise FormatError(f"{where}: no rows")
     format, names = choose_format(first, task, where, asked, columns)
     reading = Reading(format, names, iter(()), RowCounts())
     convert = converter(format, names, turns, refuse_context=not columns)
@@ -255,8 +257,6 @@ def _converted(
         else:
             counts.kept += 1
             yield example
-    if not counts.read:
-        raise FormatError(f"{where}: no rows")
     if bad:
         raise FormatError(shortened(bad, SHOWN_BAD_ROWS, "; "))
     if not counts.kept:
