@@ -135,9 +135,9 @@ def load_test_rows(path: Path, task: str, columns: dict[str, str], limit: int | 
         return [{"text": text}]
     with contextlib.closing(read_rows(path)) as rows:
         reading = open_examples(itertools.islice(rows, limit), task, str(path), columns=columns)
-        if reading.format == "images":
-            raise FormatError(f"{path}: holds images, and only texts are scored here; hold rows out with data.eval")
         examples = list(reading.examples)
+    if reading.format == "images":
+        raise FormatError(f"{path}: holds images, and only texts are scored here; hold rows out with data.eval")
     for notice in reading.counts.notices(str(path)):
         log.warning(notice)
     return examples
