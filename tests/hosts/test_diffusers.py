@@ -4,13 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from peft import BoneConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flashbone.errors import ConfigError, FlashboneError
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
+from helpers.mlp import fill_blocks
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -158,3 +167,80 @@ def test_files_in_diffusers_own_format_are_lora_s_alone(tmp_path):
     again = unet()
     again.load_lora_adapter(str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors")
     assert close(noise(again), noise(other))
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+WORDS, STEP = drawn(1, 3, 12), torch.tensor([1])
+HEADS = {"num_attention_heads": 2, "num_layers": 1}
+IMAGES = {"in_channels": 4, "sample_size": 8, "patch_size": 2}
+TEXT = {"joint_attention_dim": 12, "pooled_projection_dim": 10}
+BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+ARCHITECTURES = {
+    "unet": (unet, lambda m: m(drawn(1, 4, 8, 8), 1, WORDS)),
+    "vae": (
+        lambda: AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **BLOCKS
+        ),
+        lambda m: m(drawn(1, 3, 8, 8)),
+    ),
+    "dit": (
+        lambda: DiTTransformer2DModel(
+            attention_head_dim=4, out_channels=8, num_embeds_ada_norm=10, norm_num_groups=4, **HEADS, **IMAGES
+        ),
+        lambda m: m(drawn(1, 4, 8, 8), timestep=STEP, class_labels=torch.tensor([3])),
+    ),
+    "sd3": (
+        lambda: SD3Transformer2DModel(
+            attention_head_dim=8,
+            caption_projection_dim=16,
+            out_channels=4,
+            pos_embed_max_size=8,
+            **HEADS,
+            **IMAGES,
+            **TEXT,
+        ),
+        lambda m: m(drawn(1, 4, 8, 8), WORDS, drawn(1, 10), STEP),
+    ),
+    "flux": (
+        lambda: FluxTransformer2DModel(
+            in_channels=4, num_single_layers=1, attention_head_dim=16, axes_dims_rope=(4, 4, 8), **HEADS, **TEXT
+        ),
+        lambda m: m(
+            drawn(1, 16, 4), WORDS, drawn(1, 10), STEP.double(), img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(3, 3)
+        ),
+    ),
+    "wan": (
+        lambda: WanTransformer3DModel(
+            attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12, freq_dim=16, ffn_dim=20, **HEADS
+        ),
+        lambda m: m(drawn(1, 4, 2, 8, 8), STEP, WORDS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_linear_layer_and_convolution_acts_as_it_does_merged_and_learns(name):
+    build, call = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = build().double().eval()
+    targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    adapted = get_peft_model(model, config(target_modules=targets))
+    fill_blocks(adapted)
+    live = call(model).sample
+    live.square().mean().backward()
+    idle = [
+        name for name, p in adapted.named_parameters() if p.requires_grad and not (p.grad is not None and p.grad.any())
+    ]
+    # What the queries of the last block's words compute is dropped.
+    assert idle == (
+        ["base_model.model.transformer_blocks.0.attn.add_q_proj.bone_block.default"] if name == "sd3" else []
+    )
+    adapted.merge_adapter()
+    with torch.no_grad():
+        assert close(call(model).sample, live.detach())
+        adapted.unmerge_adapter()
+        with adapted.disable_adapter():
+            assert not close(call(model).sample, live.detach())
