@@ -77,3 +77,10 @@ def kill_at_step_seven(recipe: Recipe, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(config)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 9, done.stderr
     assert RunFolder(recipe.output).last_checkpoint().name == "checkpoint-6"
+
+
+def flip(file: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)

@@ -61,10 +61,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def forgotten_unless(self, has_begun: Callable[[], Any]) -> Iterator[None]:
-        """Undo the start of a run that fails before its first step, so that the folder holds none."""
+        """Undo the start of a run that ends before its first step, so that the folder holds none."""
         try:
             yield
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             if not has_begun() and not checkpoints(self.path):
                 for file in (self.recipe, self.inputs, self.metrics):
                     file.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def record(recipe: Recipe, inputs: Inputs) -> None:
     try:
         write_text(folder.recipe, to_json(recipe))
         write_text(folder.inputs, to_json(inputs))
-    except Exception:
+    except BaseException:
         for file in new:
             file.unlink(missing_ok=True)
         raise

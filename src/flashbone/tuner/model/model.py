@@ -102,7 +102,7 @@ class BoneModel(Controls, BaseTuner):
             on_meta = bool(kwargs.get("low_cpu_mem_usage", False))
             saved_parameters.add_values(model, config, adapter_name, self.active_adapters, on_meta)
             check_host(model)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too
             config.target_modules, config.parameters_to_save = asked
             take_back(model, adapter_name, trained)
             self.peft_config.pop(adapter_name, None)
