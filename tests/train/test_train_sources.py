@@ -171,3 +171,26 @@ def test_a_run_on_two_sources_resumes_to_the_same_losses_and_counts_each(llama, 
     assert [source["learned"] for source in result.summary["sources"]] == [18, 24]
     assert result.summary["train_rows"] == 42
     assert read_record(Summary, tmp_path / "whole" / "summary.json", "").sources[1].rows == 13
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (
+            {"a.jsonl": '{"prompt": "a", "completion": "b"}', "b/c.jsonl": '{"text": "c"}'},
+            "a.jsonl has the columns prompt, completion; b/c.jsonl has the columns text; name the files in data.sources",
+        ),
+        (
+            {"a.csv": "text,label\nx,y", "b.csv": "text,label,id\nx,y,1"},
+            "a.csv has the columns text, label; b.csv has the columns text, label, id; name the files in data.sources",
+        ),
+        ({"a.csv": "text,label\nx,1", "b.csv": "text,label\nx,y"}, "label: int64 .*; write each column alike in all"),
+    ],
+)
+def test_files_of_a_folder_that_do_not_go_together_are_named_in_one_line(tmp_path, files, problem):
+    for name, text in files.items():
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_text(text + "\n")
+    with pytest.raises(ConfigError, match=rf"rows \(train\): the folder cannot be read: .*{problem}") as error:
+        load_data(recipe_for("m", tmp_path / "rows", tmp_path / "out"))
+    assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashbone.errors import ConfigError, FormatError, one_line
+from flashbone.errors import ConfigError, FormatError, one_line, shortened
 from flashbone.train.data.binidx import BinIdx, is_binidx, pair
 from flashbone.train.data.parsing import csv_cells, csv_columns, encoding_of, json_items, list_under, parse_json
 
@@ -229,6 +229,9 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
         cause = error.__cause__ or error  # some only report that there was a cause
+        if Path(path).is_dir():
+            reason = _other_columns(Path(path)) or f"{one_line(cause, 200)}; write each column alike in all files"
+            raise ConfigError(f"data.path {path} ({split}): the folder cannot be read: {reason}") from None
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ConfigError(
             f"data.path {path} ({split}): no such file, and no dataset of that id could be loaded: {reason}"
@@ -243,16 +246,36 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
         ) from None
 
 
+def _data_files(folder: Path) -> list[Path]:
+    """The files of rows in a folder, relative to it."""
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.suffix in _KINDS]
+    return [name for name in names if name.name not in _DESCRIPTIONS and not str(name).startswith(".")]
+
+
 def _refuse_mixed_kinds(folder: Path) -> None:
     """Raise ConfigError for a folder with files of several kinds: datasets reads those of one, and tells nobody."""
-    names = [file.relative_to(folder) for file in folder.rglob("*") if file.suffix in _KINDS] if folder.is_dir() else []
-    kinds = {_KINDS[name.suffix] for name in names if name.name not in _DESCRIPTIONS and not str(name).startswith(".")}
+    kinds = {_KINDS[name.suffix] for name in _data_files(folder)} if folder.is_dir() else set()
     card = folder / "README.md"
     if len(kinds) > 1 and not (card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")):
         raise ConfigError(
             f"data.path {folder}: holds {' and '.join(sorted(kinds))} files, and only one kind of a folder is read; "
             "name the files in data.sources, or keep one kind"
         )
+
+
+def _other_columns(folder: Path) -> str:
+    """Which files of a folder have other columns than its first; blank if none has."""
+    columns: dict[Path, dict[str, Any]] = {}
+    for name in _data_files(folder):
+        first = next((row for row in read_rows(folder / name) if not isinstance(row, BadRow)), None)
+        if first is not None and isinstance(first[1], dict):
+            columns[name] = first[1]
+    names = list(columns)
+    others = [name for name in names[1:] if columns[name].keys() != columns[names[0]].keys()]
+    listed = [f"{name} has the columns {', '.join(columns[name])}" for name in [*names[:1], *others]]
+    if not others:
+        return ""
+    return f"{shortened(listed, 3, '; ')}; name the files in data.sources, or give all the same columns"
 
 
 def _holds_objects(kind: Any) -> bool:
