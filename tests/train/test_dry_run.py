@@ -2,6 +2,7 @@
 and writes nothing."""
 
 import json
+import sys
 import shutil
 
 import pytest
@@ -46,6 +47,7 @@ def weightless(tmp_path):
 def dry_run(recipe, tmp_path, capsys, *flags):
     code = main(["train", str(config_file(recipe, tmp_path / "c.yaml")), "--dry-run", "--json", *flags])
     out, err = capsys.readouterr()
+    print(err, file=sys.stderr)
     return code, json.loads(out) if code == 0 else err
 
 
@@ -139,6 +141,7 @@ def test_models_in_single_files_are_counted_as_the_run_has_them(make, tmp_path, 
     recipe.samples, recipe.training["max_steps"] = 0, 1
     code, made = dry_run(recipe, tmp_path, capsys)
     assert code == 0
+    assert ("not compared with its weights" in capsys.readouterr().err) == (recipe.task == "classification")
     memory = made["parameters"].pop("memory")
     summary = train(recipe).summary
     assert {name: summary[name] for name in made["parameters"]} == made["parameters"]

@@ -178,11 +178,11 @@ def test_a_run_on_two_sources_resumes_to_the_same_losses_and_counts_each(llama, 
     [
         (
             {"a.jsonl": '{"prompt": "a", "completion": "b"}', "b/c.jsonl": '{"text": "c"}'},
-            "a.jsonl has the columns prompt, completion; b/c.jsonl has the columns text; name the files in data.sources",
+            "a.jsonl has the columns prompt, completion; b/c.jsonl has the columns text; name the files in",
         ),
         (
             {"a.csv": "text,label\nx,y", "b.csv": "text,label,id\nx,y,1"},
-            "a.csv has the columns text, label; b.csv has the columns text, label, id; name the files in data.sources",
+            "a.csv has the columns text, label; b.csv has the columns text, label, id; name the files in",
         ),
         ({"a.csv": "text,label\nx,1", "b.csv": "text,label\nx,y"}, "label: int64 .*; write each column alike in all"),
     ],

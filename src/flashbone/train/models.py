@@ -15,6 +15,8 @@ from flashbone.train.recipe import Quantization, Recipe, is_pth, quantization_of
 from flashbone.train.tasks import TASKS
 from flashbone.tuner.model.skeleton import language_class, skeleton
 
+log = logging.getLogger(__name__)
+
 
 def load_causal_lm(name: str, dtype: Any, **kwargs: Any) -> Any:
     """The language model in `dtype`.
@@ -92,6 +94,8 @@ def without_weights(load: "partial[Any]", recipe: Recipe, dtype: Any, labels: li
     if not is_file and not recipe.model.endswith(".gguf") and not hasattr(config, "quantization_config"):
         with suppress(ConfigError), _load_report(False), _no_bars():
             return load(device_map="meta", local_files_only=True)
+    if TASKS[recipe.task].is_classifier:
+        log.info("model %s: not compared with its weights; a run also trains whole what they lack", recipe.model)
     if labels is not None:
         config.num_labels = len(labels)
     return skeleton(config, dtype, TASKS[recipe.task].task_type)
