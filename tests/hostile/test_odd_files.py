@@ -10,7 +10,7 @@ from flashbone.cli import main
 from flashbone.errors import FormatError
 from flashbone.files import gguf_head, records
 from flashbone.files.sources import refuse_special
-from flashbone.train.data import rows
+from flashbone.train.data import parsing, rows
 from helpers.adapter_folders import write_adapter
 from hostile.originals import write_gguf
 
@@ -39,11 +39,16 @@ def test_a_config_of_a_terabyte_is_refused_unread(tmp_path, capsys):
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LONGEST_LINE", 1 << 20)
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    os.truncate(tmp_path / "rows.jsonl", 1 << 40)
-    with pytest.raises(FormatError, match=r"rows.jsonl:2: a line of more than 1 MiB"):
-        list(rows.read_rows(tmp_path / "rows.jsonl"))
+    monkeypatch.setattr(parsing, "LONGEST", 1 << 20)
+    monkeypatch.setattr(rows, "LONGEST", 1 << 20)
+    for name, start in (("rows.jsonl", '{"text": "a"}\n'), ("rows.csv", "text\n")):
+        (tmp_path / name).write_text(start)
+        os.truncate(tmp_path / name, 1 << 40)
+        with pytest.raises(FormatError, match=rf"{name}:2: a line of more than 1 MiB"):
+            list(rows.read_rows(tmp_path / name))
+    (tmp_path / "rows.csv").write_text('text\n"' + "x\n" * (1 << 20) + '"\n')
+    with pytest.raises(FormatError, match=r"rows.csv:2: a cell of more than 1 MiB; is a quote not closed"):
+        list(rows.read_rows(tmp_path / "rows.csv"))
 
 
 def test_a_damaged_page_of_parquet_is_named(tmp_path):

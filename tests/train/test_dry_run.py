@@ -2,8 +2,8 @@
 and writes nothing."""
 
 import json
-import sys
 import shutil
+import sys
 
 import pytest
 

@@ -4,8 +4,9 @@ import datasets
 import pytest
 
 from flashbone.errors import ConfigError, FormatError
+from flashbone.train.data.folders import open_dataset
 from flashbone.train.data.parsing import parse_json
-from flashbone.train.data.rows import BadRow, open_dataset, read_rows
+from flashbone.train.data.rows import BadRow, read_rows
 
 
 def rows_of(tmp_path, text: str) -> list:

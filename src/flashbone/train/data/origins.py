@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from flashbone.errors import ConfigError
 from flashbone.files.sources import expanded
+from flashbone.train.data.folders import open_dataset
 from flashbone.train.data.formats import Reading, check_template, in_template, open_examples
-from flashbone.train.data.rows import BadRow, Row, Rows, dataset_rows, local_files, open_dataset, read_rows
+from flashbone.train.data.rows import BadRow, Row, Rows, dataset_rows, local_files, read_rows
 from flashbone.train.fields import field_names, section
 
 

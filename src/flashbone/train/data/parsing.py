@@ -4,9 +4,10 @@ import contextlib
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flashbone.errors import FormatError
 
@@ -16,6 +17,19 @@ DEEP = f"is nested more than {MAX_DEPTH} levels deep"
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # of characters; two make one
 _BLANKS = re.compile(r"[ \t\n\r]*")
 SEPARATORS = (",", ";", "\t", "|")
+LONGEST = 64 << 20  # characters of a line of rows, and of a cell of CSV
+
+
+def lines_of(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of an open file.
+
+    Raises:
+        FormatError: one is longer than `LONGEST`.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), ""), 1):
+        if len(line) > LONGEST:
+            raise FormatError(f"{path}:{number}: a line of more than {LONGEST >> 20} MiB; is it damaged?")
+        yield line
 
 
 def parse_json(text: str) -> Any:
@@ -171,17 +185,17 @@ def csv_columns(path: Path) -> tuple[list[str], str]:
     headers = {}
     for separator in (usual, *SEPARATORS):
         with path.open(encoding=encoding_of(path), newline="") as lines, contextlib.suppress(csv.Error):
-            headers[separator] = next(filter(None, csv_cells(lines, separator)), [])
+            headers[separator] = next(filter(None, csv_cells(lines_of(lines, path), separator)), [])
     if not headers:
         raise FormatError(f"{path}:1: not valid CSV: a quote that is not closed, or in the middle of a name")
     separator = next((other for other, names in headers.items() if len(names) > 1), next(iter(headers)))
     names = headers[separator]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise FormatError(f"{path}: several columns have the name {', '.join(map(repr, twice))}; rename or remove them")
     return names, separator
 
 
 def csv_cells(lines: Iterable[str], separator: str) -> Any:
-    """A reader of CSV that refuses stray quotes, which would join cells or rows, and takes cells of any length."""
-    csv.field_size_limit(2**31 - 1)  # of the process; nothing else sets it
+    """A reader of CSV that refuses stray quotes, which would join cells or rows, and takes cells of up to `LONGEST`."""
+    csv.field_size_limit(LONGEST)  # of the process; nothing else sets it
     return csv.reader(lines, delimiter=separator, strict=True)
