@@ -156,7 +156,7 @@ golden: .venv/.dev
 	$(BIN)/python tests/rwkv/write_golden.py
 
 # Not in parallel, whatever -j says: one measurement at a time.
-BENCHMARKS := layer step memory decode forward mixed load merge wkv
+BENCHMARKS := layer step memory decode forward mixed load merge train wkv
 
 benchmarks: .venv/.dev .venv/.demo
 	$(BIN)/python -m examples.demo.prepare

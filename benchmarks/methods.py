@@ -24,6 +24,8 @@ class Method:
         fields: The configuration's fields for a block size r.
         worker: The environment it runs in: CURRENT, or OLD for PEFT 0.18.1.
         several: Whether several of its adapters can be active at once.
+        needs: What its gradients need for each token: the "sum" of a layer's shards, the "input", or "input and inner",
+            with what a first factor makes of it.
         merged: "" (adapters beside the base), "merged" (still wrapped) or "unloaded" (the plain base again).
     """
 
@@ -32,6 +34,7 @@ class Method:
     fields: Callable[[int], dict[str, Any]] = lambda r: {"r": r}
     worker: str = CURRENT
     several: bool = False
+    needs: str = "input"
     merged: str = ""
 
 
@@ -46,17 +49,19 @@ def _variant(name: str) -> Callable[[int], dict[str, Any]]:
 
 _ADAPTING = {
     "frozen": Method("frozen base"),
-    "bone": Method("flashbone bone", "BoneConfig", _variant("bone"), several=True),
-    "mini": Method("flashbone mini", "BoneConfig", lambda r: {"r": r, "variant": "mini", "mini_r": r}, several=True),
+    "bone": Method("flashbone bone", "BoneConfig", _variant("bone"), several=True, needs="sum"),
+    "mini": Method(
+        "flashbone mini", "BoneConfig", lambda r: {"r": r, "variant": "mini", "mini_r": r}, several=True, needs="sum"
+    ),
     "bat-row": Method("flashbone bat-row", "BoneConfig", _variant("bat-row"), several=True),
     "bat-col": Method("flashbone bat-col", "BoneConfig", _variant("bat-col"), several=True),
     "orthogonal": Method("flashbone orthogonal", "BoneConfig", lambda r: {"bottleneck_size": r}, several=True),
-    "lora": Method("PEFT LoRA", "LoraConfig", _lora, several=True),
-    "dora": Method("PEFT DoRA", "LoraConfig", lambda r: {**_lora(r), "use_dora": True}),
+    "lora": Method("PEFT LoRA", "LoraConfig", _lora, several=True, needs="input and inner"),
+    "dora": Method("PEFT DoRA", "LoraConfig", lambda r: {**_lora(r), "use_dora": True}, needs="input and inner"),
     "oft": Method("PEFT OFT", "OFTConfig", lambda r: {"oft_block_size": r}),
-    "miss": Method("PEFT MiSS", "MissConfig"),
+    "miss": Method("PEFT MiSS", "MissConfig", needs="sum"),
     "miss-bat": Method("PEFT MiSS bat", "MissConfig", lambda r: {"r": r, "init_weights": "bat"}),
-    "peft-bone": Method("PEFT 0.18.1 Bone", "BoneConfig", lambda r: {"r": r, "init_weights": True}, worker=OLD),
+    "peft-bone": Method("PEFT 0.18.1 Bone", "BoneConfig", lambda r: {"r": r, "init_weights": True}, OLD, needs="sum"),
     "peft-bat": Method("PEFT 0.18.1 Bone bat", "BoneConfig", lambda r: {"r": r, "init_weights": "bat"}, worker=OLD),
     "bone-merged": Method("flashbone bone, merged", "BoneConfig", _variant("bone"), merged="merged"),
     "bone-unloaded": Method("flashbone bone, unloaded", "BoneConfig", _variant("bone"), merged="unloaded"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.cases import SMOLLM2
+from benchmarks.cases import MODELS
 
 ATTENTION_OUTPUTS = ["attention.output.dense"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -25,18 +24,30 @@ class OneLayer(nn.Module):
 
 
 def load_model(name: str, dtype: str, device: str) -> Any:
-    """A frozen causal language model: "smollm2" from its folder, "tiny" made on the spot (0.1M parameters)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    """A frozen Llama with random weights: of one of the shapes of `MODELS`."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    if name == "tiny":
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, **sizes))
-        model.to(getattr(torch, dtype))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=getattr(torch, dtype))
-    model.config.use_cache = False
-    return model.to(device).requires_grad_(False)
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[name], use_cache=False)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model.requires_grad_(False)
+
+
+def quantize(model: Any) -> None:
+    """Put bitsandbytes' nf4 weights in the place of those of a Llama's blocks."""
+    import bitsandbytes as bnb
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if name in LINEARS:
+                weight = bnb.nn.Params4bit(child.weight.data.clone(), requires_grad=False, quant_type="nf4")
+                dtype, device = child.weight.dtype, child.weight.device
+                replaced = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+                )
+                replaced.weight = weight
+                setattr(module, name, replaced.to(device))
 
 
 def load_encoder(name: str, dtype: str, device: str) -> Any:
@@ -47,16 +58,6 @@ def load_encoder(name: str, dtype: str, device: str) -> Any:
     torch.manual_seed(0)
     model: Any = BertForSequenceClassification(BertConfig(**(tiny if name == "bert-tiny" else {})))
     return model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
-
-
-def model_folder(name: str, scratch: Path) -> Path:
-    """Where the model's checkpoint lies; that of "tiny" is written into `scratch`."""
-    if name != "tiny":
-        return SMOLLM2
-    folder = scratch / "tiny"
-    if not folder.is_dir():
-        load_model(name, "float32", "cpu").save_pretrained(folder)
-    return folder
 
 
 def twin(module: nn.Module) -> Any:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.cases import SMOLLM2
-from benchmarks.errors import UsageError
+from benchmarks.cases import DTYPES, MODEL, MODEL_OF_FP32, MODELS
 from benchmarks.methods import METHODS
 
 
@@ -21,7 +20,7 @@ class Spec:
         parts: Its parts, in order.
         rounds, warmup: How often, unless asked otherwise.
         dtypes: The dtypes of a run that names none.
-        needs_model: Whether it runs on a language model.
+        has_model: Whether it runs on a language model.
         tests: Of the ops that it measures; nothing is measured while they fail.
     """
 
@@ -30,26 +29,41 @@ class Spec:
     rounds: int
     warmup: int = 2
     dtypes: tuple[str, ...] = ("float32",)
-    needs_model: bool = True
+    has_model: bool = True
     tests: str = "tests/ops"
 
 
+TRAINING = tuple(DTYPES.values())
 SPECS = {
     "layer": Spec(
-        "one linear layer, forward and backward", ("shapes", "tokens", "r", "adapters"), 20, needs_model=False
+        "one linear layer, forward and backward",
+        ("shapes", "tokens", "r", "adapters"),
+        20,
+        dtypes=("bfloat16", "float32"),
+        has_model=False,
     ),
-    "step": Spec("a training step of SmolLM2-135M", ("main", "targets"), 10),
-    "memory": Spec("peak memory of training steps", ("main", "live", "tokens", "r", "adapters"), 3, warmup=0),
-    "decode": Spec("one layer, one token", ("main",), 30, dtypes=("float32", "bfloat16"), needs_model=False),
-    "forward": Spec("inference of BERT-base with adapted attention outputs", ("main",), 40, needs_model=False),
-    "mixed": Spec("a batch whose rows belong to 8 adapters", ("prefill", "decode"), 12),
+    "step": Spec("a training step of a language model", ("main", "targets"), 10, dtypes=TRAINING),
+    "memory": Spec(
+        "peak memory of training steps", ("main", "live", "alive", "tokens", "r", "adapters"), 3, 0, TRAINING
+    ),
+    "decode": Spec("one layer, one token", ("main",), 30, dtypes=("bfloat16", "float32"), has_model=False),
+    "forward": Spec("inference of BERT-base with adapted attention outputs", ("main",), 40, has_model=False),
+    "mixed": Spec("a batch whose rows belong to 8 adapters", ("prefill", "decode"), 12, dtypes=("bfloat16", "float32")),
     "load": Spec("importing the packages, loading an adapter", ("import", "adapter"), 10, warmup=1),
     "merge": Spec("merging into a live model and into files", ("live", "command"), 10, warmup=1),
+    "train": Spec(
+        "whole runs over chats, beside TRL with LoRA and MiSS",
+        ("plain", "packing", "padding-free", "conversations", "answers"),
+        3,
+        warmup=0,
+        dtypes=(TRAINING[0], TRAINING[-1]),
+        tests="tests/train/test_tokens.py",
+    ),
     "wkv": Spec(
         "RWKV's time mixing, in chunks and token by token",
         ("forward", "training"),
         10,
-        needs_model=False,
+        has_model=False,
         tests="tests/rwkv/test_wkv.py",
     ),
 }
@@ -66,6 +80,7 @@ class Options:
     warmup: int
     threads: int
     dtypes: tuple[str, ...]
+    dtype_is_asked_for: bool
     device: str
     model: str
     quick: bool
@@ -93,28 +108,26 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--methods", type=_methods, help=f"a,b,c of: {', '.join(METHODS)}")
         command.add_argument("--rounds", type=_positive, help=f"counted rounds (default: {spec.rounds})")
         command.add_argument("--threads", type=_positive, default=2, help="CPU threads (default: 2)")
-        command.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the base (default: float32)")
+        command.add_argument("--dtype", choices=DTYPES, help="of the base (default: all that the benchmark has)")
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         command.add_argument("--out", type=Path, help="write the rows here, not into benchmarks/results")
         command.add_argument("--quick", action="store_true", help="tiny sizes, few rounds, no op tests, no results")
-        if spec.needs_model:
-            command.add_argument("--model", choices=["smollm2", "tiny"], help="tiny: made on the spot, for tests")
+        if "alive" in spec.parts:
+            command.add_argument("--alive", dest="part", action="store_const", const="alive", help="as --part alive")
+        if spec.has_model:
+            command.add_argument(
+                "--model",
+                choices=MODELS,
+                help=f"shape, with random weights (default: {MODEL}; {MODEL_OF_FP32} in fp32)",
+            )
     tables = commands.add_parser("tables", help="rewrite docs/benchmarks.md and its plots from the results")
     tables.add_argument("--check", action="store_true", help="exit with 1 if the page is not what the results give")
     return top
 
 
 def options_of(parsed: argparse.Namespace) -> Options:
-    """The options of a benchmark.
-
-    Raises:
-        UsageError: the model is not there.
-    """
+    """The options of a benchmark."""
     spec, given = SPECS[parsed.benchmark], vars(parsed)
-    model = given.get("model") or ("tiny" if parsed.quick else "smollm2")
-    if spec.needs_model and model == "smollm2" and not SMOLLM2.is_dir():
-        prepare = "`make .venv/.demo` and `python -m examples.demo.prepare`"
-        raise UsageError(f"the model of the benchmarks is not there yet: run {prepare} first")
     return Options(
         benchmark=parsed.benchmark,
         parts=spec.parts if parsed.part == "all" else (parsed.part,),
@@ -122,9 +135,10 @@ def options_of(parsed: argparse.Namespace) -> Options:
         rounds=parsed.rounds or (2 if parsed.quick else spec.rounds),
         warmup=min(spec.warmup, 1) if parsed.quick else spec.warmup,
         threads=parsed.threads,
-        dtypes=(parsed.dtype,) if parsed.dtype else spec.dtypes,
+        dtypes=(DTYPES[parsed.dtype],) if parsed.dtype else spec.dtypes,
+        dtype_is_asked_for=parsed.dtype is not None,
         device=parsed.device,
-        model=model,
+        model=given.get("model") or ("tiny" if parsed.quick else ""),
         quick=parsed.quick,
         out=parsed.out,
     )

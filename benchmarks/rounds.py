@@ -110,15 +110,18 @@ def _placed(pool: Pool, settings: list[Setting], floor: Setting) -> list[tuple[W
 def rows_of(samples: list[Sample], floor: str, common: dict[str, Any], device_suffix: str) -> list[Row]:
     """Rows of a case: each figure, and beside it its relation to the floor of the same source.
 
-    Times become ratios, paired by round; memory becomes what lies above the floor's median.
+    Times become ratios, paired by round; memory becomes what lies above the floor's median. A figure that the floor
+    has not has no relation.
     """
     floors = {sample.source: sample for sample in samples if sample.setting.method == floor}
     rows = []
     for sample in samples:
         for metric, values in sample.figures.items():
-            below = floors[sample.source].figures[metric]
+            below = floors[sample.source].figures.get(metric)
             figures = {metric: values}
-            if metric.endswith("_mib"):
+            if below is None:
+                pass
+            elif metric.endswith("_mib"):
                 median = spread(below)["median"]
                 figures["above_floor_mib"] = [value - median for value in values]
             else:

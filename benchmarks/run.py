@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.cases import FROZEN, ROOT, Case, Setting
+from benchmarks.cases import FROZEN, MODEL, MODEL_OF_FP32, ROOT, Case, Setting
 from benchmarks.errors import BenchmarkError, UsageError
 from benchmarks.methods import CURRENT
 from benchmarks.options import SPECS, Options
 from benchmarks.rounds import Plan, Sample, in_processes, in_workers, rows_of
 from benchmarks.rows import Row
 from benchmarks.workers import Pool
+
+COUNTED = ("alive",)  # parts that are the same on every machine
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Run:
     options: Options
     pool: Pool
     part: str
+    dtype: str
     commit: str
     date: str
 
@@ -35,17 +39,28 @@ class Run:
         """How often every case is measured."""
         return Plan(self.options.rounds, self.options.warmup)
 
-    def case(self, kind: str, shape: dict[str, Any], dtype: str | None = None, **fields: Any) -> Case:
-        """A case on the run's device, in its first dtype unless another is given."""
-        return Case(kind, shape, dtype or self.options.dtypes[0], self.options.device, **fields)
+    @property
+    def model(self) -> str:
+        """The language model, a name of `MODELS`."""
+        return self.options.model or (MODEL_OF_FP32 if self.dtype == "float32" else MODEL)
+
+    def case(self, kind: str, shape: dict[str, Any], **fields: Any) -> Case:
+        """A case on the run's device, in its dtype."""
+        return Case(kind, shape, self.dtype, self.options.device, **fields)
 
     def measure(
-        self, case: Case, settings: list[Setting], floor: Setting = FROZEN, own_process: bool = False
+        self,
+        case: Case,
+        settings: list[Setting],
+        floor: Setting = FROZEN,
+        own_process: bool = False,
+        plan: Plan | None = None,
     ) -> list[Row]:
         """The rows of settings on a case; none where there is nothing beside the floor."""
         if not settings:
             return []
-        measured = (in_processes if own_process else in_workers)(self.pool, case, settings, floor, self.plan)
+        measure = in_processes if own_process else in_workers
+        measured = measure(self.pool, case, settings, floor, plan or self.plan)
         return self.rows(measured, case, floor.method)
 
     def about(self, case: Case) -> dict[str, Any]:
@@ -74,13 +89,18 @@ class Run:
         return rows_of(samples, floor, common, f", {threads} thread{'s' if threads > 1 else ''}")
 
 
-def run(options: Options, pool: Pool) -> list[Row]:
+def run(options: Options, pool: Pool, is_checked: bool = False) -> list[Row]:
     """Measure, save and print; the rows.
+
+    Args:
+        options: What was asked for.
+        pool: Where it runs.
+        is_checked: Whether the ops were compared with the oracle already.
 
     Raises:
         BenchmarkError: the op tests fail, or a measurement.
     """
-    if not options.quick:
+    if not (options.quick or is_checked):
         check_ops(SPECS[options.benchmark].tests)
     command = import_module(f"benchmarks.commands.{options.benchmark}")
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
@@ -88,8 +108,11 @@ def run(options: Options, pool: Pool) -> list[Row]:
     if target is None and not options.quick and options.model != "tiny":
         target = rows.RESULTS / f"{options.benchmark}.jsonl"
     measured: list[Row] = []
-    for part in options.parts:
-        found = command.measure(Run(options, pool, part, rows.current_commit(), now))
+    is_emulated = _emulates_bf16(options, pool)
+    for part, dtype in itertools.product(options.parts, options.dtypes):
+        if is_emulated and dtype != "float32" and part not in COUNTED:
+            continue
+        found = command.measure(Run(options, pool, part, dtype, rows.current_commit(), now))
         if target is not None and found:
             rows.save(target, found)
         print_rows(part, found)
@@ -97,6 +120,18 @@ def run(options: Options, pool: Pool) -> list[Row]:
     if not measured:
         raise UsageError(f"{options.benchmark}: none of the methods asked for is measured here")
     return measured
+
+
+def _emulates_bf16(options: Options, pool: Pool) -> bool:
+    """Whether bf16 is left out: on a CPU without instructions for it a product takes ten times as long as in fp32, and
+    beside that every adapter looks cheap."""
+    if options.quick or options.dtype_is_asked_for or options.device != "cpu" or options.dtypes == ("float32",):
+        return False
+    (worker,) = pool.get(CURRENT)
+    if worker.ask("device", device="cpu")["has_bf16"]:
+        return False
+    print("benchmarks: this CPU has no bf16 instructions; --dtype asks for bf16 all the same", file=sys.stderr)
+    return True
 
 
 def check_ops(tests: str) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case, Setting
+from benchmarks.kept import KeptSubject
+from benchmarks.memory import peak_mib, reset_peak
 from benchmarks.methods import METHODS, adapted
 from benchmarks.models import (
     ATTENTION_OUTPUTS,
@@ -21,10 +23,10 @@ from benchmarks.models import (
     bare,
     load_encoder,
     load_model,
-    model_folder,
     twin,
 )
 from benchmarks.timing import timed_ms
+from benchmarks.whole_run import TrainSubject
 from benchmarks.wkv import WkvForwardSubject, WkvTrainingSubject
 
 Repetition = Callable[[], dict[str, float]]
@@ -45,7 +47,7 @@ class LayerSubject:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         tokens, in_features, out_features = (case.shape[key] for key in ("tokens", "in", "out"))
-        dtype = getattr(torch, case.dtype)
+        dtype = getattr(torch, case.base_dtype)
         self.case = case
         self.base = OneLayer(in_features, out_features, dtype, case.device)
         self.x = torch.randn(tokens, in_features, dtype=dtype, device=case.device)
@@ -95,7 +97,7 @@ class ForwardSubject:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.base = load_encoder(case.shape["model"], case.dtype, case.device)
+        self.base = load_encoder(case.shape["model"], case.base_dtype, case.device)
         size = (case.shape["batch"], case.shape["seq"])
         self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
 
@@ -116,7 +118,7 @@ class LanguageModelSubject:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.base = load_model(case.shape["model"], case.dtype, case.device)
+        self.base = load_model(case.shape["model"], case.base_dtype, case.device)
         torch.manual_seed(0)
         size = (case.shape["batch"], case.shape["seq"])
         self.tokens = torch.randint(self.base.config.vocab_size, size, device=case.device)
@@ -155,7 +157,9 @@ class StepSubject(LanguageModelSubject):
         optimiser = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
 
         def step() -> None:
-            model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+            with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.is_autocast):
+                loss = model(input_ids=self.tokens, labels=self.tokens).loss
+            loss.backward()
             if optimiser is not None:
                 optimiser.step()
                 optimiser.zero_grad()
@@ -176,26 +180,12 @@ class MemorySubject(StepSubject):
         step = self.step(setting)
 
         def repetition() -> dict[str, float]:
-            _reset_peak(self.case.device)
+            reset_peak(self.case.device)
             for _ in range(self.case.calls):
                 step()
-            return {"peak_mib": _peak_mib(self.case.device)}
+            return {"peak_mib": peak_mib(self.case.device)}
 
         return repetition
-
-
-def _reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
-
-
-def _peak_mib(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 class LiveMemorySubject(MemorySubject):
@@ -214,8 +204,8 @@ class LoadSubject:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.base = load_model(case.shape["model"], case.dtype, case.device)
-        model_folder(case.shape["model"], Path(case.scratch))
+        self.base = load_model(case.shape["model"], case.base_dtype, case.device)
+        self.base.save_pretrained(Path(case.scratch, "model"))
 
     def prepare(self, setting: Setting) -> Repetition:
         """Save an adapter as `scratch`/METHOD; a repetition loads it into a fresh twin of the model."""
@@ -236,7 +226,7 @@ class MergeSubject:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.base = load_model(case.shape["model"], case.dtype, case.device)
+        self.base = load_model(case.shape["model"], case.base_dtype, case.device)
 
     def prepare(self, setting: Setting) -> Repetition:
         """Both times. Every model has a base of its own: PEFT's methods merge in place, with rounding."""
@@ -257,8 +247,10 @@ SUBJECTS = {
     "step": StepSubject,
     "memory": MemorySubject,
     "live_memory": LiveMemorySubject,
+    "alive": KeptSubject,
     "load": LoadSubject,
     "merge": MergeSubject,
+    "train": TrainSubject,
     "wkv_forward": WkvForwardSubject,
     "wkv_training": WkvTrainingSubject,
 }

@@ -38,10 +38,13 @@ class Server:
         return {"versions": {"python": platform.python_version(), **versions}}
 
     def device(self, device: str) -> dict[str, Any]:
-        """The name of the processor that "cpu" or "cuda" stands for."""
+        """The name of the processor that "cpu" or "cuda" stands for, and whether it has instructions for bf16."""
+        import torch
+
         from benchmarks.subjects import device_name
 
-        return {"device": device_name(device)}
+        has_bf16 = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return {"device": device_name(device), "has_bf16": has_bf16}
 
     def open(self, case: dict[str, Any]) -> dict[str, Any]:
         """Take up a new case; the former one and its settings are let go."""

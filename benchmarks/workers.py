@@ -75,10 +75,14 @@ class Worker:
         lines = self._stderr.read().split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")
 
-    def close(self) -> None:
-        """End the process and what it forked, whatever they do."""
+    def kill(self) -> None:
+        """End the process and what it forked, whatever they do; a request that waits for its reply fails."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """The same, and let its files go."""
+        self.kill()
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._stderr):
             if file is not None:
@@ -109,12 +113,21 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
+    def kill(self) -> None:
+        """End what the workers do, from another thread; they are still to be closed."""
+        for worker in list(self._workers.values()):
+            worker.kill()
+
+    def close(self) -> None:
+        """End the workers; those that are asked for later are new."""
+        workers, self._workers = self._workers, {}
+        for worker in workers.values():
+            worker.close()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._workers.values():
-            worker.close()
-        self._workers = {}
+        self.close()
 
 
 def _environment(name: str, threads: int) -> dict[str, str]:

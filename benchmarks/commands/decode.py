@@ -11,11 +11,10 @@ MANY_ADAPTERS = 10
 
 
 def measure(run: Run) -> list[Row]:
-    """The rows of a part, in every dtype asked for."""
+    """The rows of a part."""
     edge, r, calls = (32, 8, 2) if run.options.quick else (4096, 64, 50)
     names = run.options.pick(METHODS)
     settings = [Setting(name, r) for name in names]
     settings += [Setting(name, r, MANY_ADAPTERS) for name in names if name == "bone"]
     shape = {"tokens": 1, "in": edge, "out": edge}
-    cases = [run.case("decode", shape, dtype, calls=calls) for dtype in run.options.dtypes]
-    return [row for case in cases for row in run.measure(case, settings)]
+    return run.measure(run.case("decode", shape, calls=calls), settings)

@@ -27,7 +27,7 @@ def measure(run: Run) -> list[Row]:
     r = 16 if run.options.quick else 64
     settings = [Setting(name, r) for name in run.options.pick(METHODS)]
     with tempfile.TemporaryDirectory() as scratch:
-        case = run.case("load", {"model": run.options.model}, scratch=scratch)
+        case = run.case("load", {"model": run.model}, scratch=scratch)
         return run.measure(case, settings, floor=Setting("lora", r))
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.cases import ROOT, SMOLLM2, Setting
+from benchmarks.cases import ROOT, Setting
 from benchmarks.errors import BenchmarkError
 from benchmarks.methods import CURRENT
 from benchmarks.rounds import Plan, Sample, interleave, progress
@@ -27,16 +27,15 @@ def measure(run: Run) -> list[Row]:
     if run.part == "command":
         return _command(run, r)
     settings = [Setting(name, r) for name in run.options.pick(METHODS)]
-    return run.measure(run.case("merge", {"model": run.options.model}), settings, floor=Setting("lora", r))
+    return run.measure(run.case("merge", {"model": run.model}), settings, floor=Setting("lora", r))
 
 
 def _command(run: Run, r: int) -> list[Row]:
     names = ("copy", "merge-command")
     with tempfile.TemporaryDirectory() as scratch:
-        case = run.case("load", {"model": run.options.model}, scratch=scratch)
+        case = run.case("load", {"model": run.model}, scratch=scratch)
         about = run.prepare(case, Setting("bone", r))
-        base = SMOLLM2 if run.options.model == "smollm2" else Path(scratch, "tiny")
-        out = Path(scratch, "out")
+        base, out = Path(scratch, "model"), Path(scratch, "out")
         merge = [sys.executable, "-m", "flashbone", "merge", str(base), str(Path(scratch, "bone")), str(out)]
         commands = [["cp", "-r", str(base), str(out)], merge]
         # The test of the benchmarks has no time for more starts of the command.

@@ -13,7 +13,7 @@ ADAPTERS = 8
 def measure(run: Run) -> list[Row]:
     """The rows of a part: `prefill` has many tokens a row, `decode` one."""
     rows, seq, r = (8, 4, 8) if run.options.quick else (32, 16, 64)
-    shape = {"model": run.options.model, "batch": rows, "seq": 1 if run.part == "decode" else seq}
+    shape = {"model": run.model, "batch": rows, "seq": 1 if run.part == "decode" else seq}
     names = run.options.pick(METHODS)
     settings = [Setting(name, r, adapters) for name in names for adapters in (1, ADAPTERS)]
     return run.measure(run.case("mixed", shape), settings)

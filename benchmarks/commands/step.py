@@ -11,9 +11,14 @@ from benchmarks.run import Run
 OF_TARGETS = ("bone", "bat-row", "bat-col", "lora", "miss", "miss-bat")
 
 
+def batch_of(dtype: str) -> int:
+    """Rows of a batch."""
+    return 2 if dtype == "float32" else 4
+
+
 def measure(run: Run) -> list[Row]:
     """The rows of a part."""
     r, seq = (16, 16) if run.options.quick else (64, 256)
     names = run.options.pick(OF_TARGETS if run.part == "targets" else [name for name in TRAINED if name != "frozen"])
-    case = run.case("step", {"model": run.options.model, "batch": 2, "seq": seq})
+    case = run.case("step", {"model": run.model, "batch": batch_of(run.dtype), "seq": seq})
     return run.measure(case, [Setting(name, r) for name in names])

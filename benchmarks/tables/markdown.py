@@ -37,6 +37,8 @@ def cell(row: Row) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) < 5e-4:
+        return "0"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

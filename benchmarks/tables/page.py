@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from benchmarks.cases import DTYPES
 from benchmarks.errors import BenchmarkError
 from benchmarks.methods import TRAINED
 from benchmarks.rows import Row
 from benchmarks.tables import plots
 from benchmarks.tables.markdown import TITLES, cell, is_current, is_floor, table
 from benchmarks.tables.targets import WIDE, met
-
-NOT_YET = "Not measured yet."
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Figure:
 
     name: str
     rows: tuple[str, str, str]
-    shape: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     threads: str = ""
     methods: tuple[str, ...] = ()
@@ -52,19 +52,49 @@ class Figure:
 
 
 TIME = "time_ratio"
+BF16_AUTOCAST, BF16, FP32 = DTYPES.values()
+SHORT = {BF16: "bf16", FP32: "fp32"}
+STEP_IN_BF16 = Figure("step, autocast", ("step", "main", TIME), dtype=BF16_AUTOCAST)
+MEMORY_IN_BF16 = Figure("resident MiB", ("memory", "main", "above_floor_mib"), dtype=BF16_AUTOCAST)
 TRAINING = (
-    Figure("training step", ("step", "main", TIME)),
-    Figure("resident MiB", ("memory", "main", "above_floor_mib")),
-    Figure("live MiB", ("memory", "live", "above_floor_mib")),
-    Figure("layer 4096 x 4096", ("layer", "shapes", TIME), WIDE),
+    (
+        STEP_IN_BF16,
+        Figure("step, bf16 alone", ("step", "main", TIME), dtype=BF16),
+        MEMORY_IN_BF16,
+        Figure("layer 4096 x 4096, bf16", ("layer", "shapes", TIME), WIDE, dtype=BF16),
+    ),
+    (
+        Figure("step, fp32", ("step", "main", TIME)),
+        Figure("resident MiB", ("memory", "main", "above_floor_mib")),
+        Figure("live MiB", ("memory", "live", "above_floor_mib")),
+        Figure("layer 4096 x 4096, fp32", ("layer", "shapes", TIME), WIDE),
+    ),
 )
 DECODING = (
-    Figure("one token, bf16", ("decode", "main", TIME), dtype="bfloat16"),
+    Figure("one token, bf16", ("decode", "main", TIME), dtype=BF16),
     Figure("one token, fp32", ("decode", "main", TIME)),
 )
+KEEPING = tuple(
+    Figure(f"{words}, {name}", ("memory", "alive", metric), {"base": "plain"}, dtype=dtype)
+    for dtype, name in ((BF16_AUTOCAST, "autocast"), (BF16, "bf16"), (FP32, "fp32"))
+    for metric, words in (("above_floor_mib", "kept MiB"), ("needed_mib", "needed"))
+)
 MIXING = {"batch": 1, "heads": 12, "size": 64, "tokens": 512}
+RUNS = {
+    "plain": "a run over 64 chats",
+    "packing": "the same, packed",
+    "padding-free": "the same without padding",
+    "conversations": "the same as 16 conversations of four answers",
+    "answers": "the same with a row for each answer",
+}
 FAST = ("bone", "bat-row", "miss")
 LINES = (
+    *(
+        Figure(f"{how}, {name}, {words}", ("train", part, metric), dtype=dtype, methods=("bone", "lora", "miss"))
+        for dtype, name in ((BF16_AUTOCAST, "bf16"), (FP32, "fp32"))
+        for part, how in RUNS.items()
+        for metric, words in (("steps_ms", "the steps"), ("above_floor_mib", "memory above the loaded model"))
+    ),
     Figure("`import`", ("load", "import", "import_ms"), methods=("import-flashbone", "import-peft")),
     Figure("load an adapter", ("load", "adapter", "load_ms"), methods=("bone", "miss", "lora")),
     Figure("merge a live model, to LoRA's time", ("merge", "live", "merge_ratio"), methods=FAST),
@@ -72,8 +102,13 @@ LINES = (
     Figure("merge files", ("merge", "command", "command_ms"), methods=("merge-command", "copy")),
     *(
         Figure(
-            f"{words}, to the frozen model's time", ("mixed", part, TIME), methods=("bone", "lora"), adapters=(number,)
+            f"{words}, {SHORT[dtype]}, to the frozen model's time",
+            ("mixed", part, TIME),
+            dtype=dtype,
+            methods=("bone", "lora"),
+            adapters=(number,),
         )
+        for dtype in SHORT
         for part, words in (("prefill", "32 rows of 16 tokens"), ("decode", "32 rows of one token"))
         for number in (1, 8)
     ),
@@ -97,25 +132,30 @@ LINES = (
 )
 
 
-def filled(text: str, rows: list[Row]) -> str:
-    """The page with all its generated parts as the rows give them.
+Section = Callable[[list[Row]], str]
+
+
+def filled(text: str, rows: list[Row], sections: dict[str, Section]) -> str:
+    """A page with its generated parts as the rows give them; those that nobody measured stay as they are.
 
     Raises:
         BenchmarkError: a part's markers are missing.
     """
-    for name, section in SECTIONS.items():
+    for name, section in sections.items():
         start, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
         if not pattern.search(text):
             raise BenchmarkError(f"the page has no place for its part {name!r}: it lacks {start} and {end}")
-        content = f"{start}\n\n{section(rows) or NOT_YET}\n\n{end}"
-        text = pattern.sub(lambda _, content=content: content, text)
+        if content := section(rows):
+            whole = f"{start}\n\n{content}\n\n{end}"
+            text = pattern.sub(lambda _, whole=whole: whole, text)
     return text
 
 
 def methods(rows: list[Row]) -> str:
     """What training costs, what a token costs, and the plot."""
-    parts = [_table(TRAINING, rows), _table(DECODING, rows), plots.link("step")(rows)]
+    tables = [_table(figures, rows) for figures in (*TRAINING, DECODING)]
+    parts = [*tables, plots.link("step")(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -146,4 +186,22 @@ def figures(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[list[Row]], str]] = {"methods": methods, "figures": figures, "targets": met}
+def kept(rows: list[Row]) -> str:
+    """What backward keeps beside what it needs."""
+    return _table(KEEPING, rows)
+
+
+def step_in_bf16(rows: list[Row]) -> str:
+    """The training step, its time and memory, with a column for each method."""
+    time, memory = STEP_IN_BF16.found(rows), MEMORY_IN_BF16.found(rows)
+    names = [name for name in IN_README if name in time and name in memory]
+    lines = [
+        ["time", *(f"{time[name].median:.2f}" for name in names)],
+        ["GiB", *(f"{memory[name].median / 1024:.2f}" for name in names)],
+    ]
+    return table(["step in bf16", *(TITLES[name] for name in names)], lines) if names else ""
+
+
+IN_README = ("bone", "bat-row", "bat-col", "miss", "lora", "dora", "oft", "miss-bat")
+SECTIONS: dict[str, Section] = {"methods": methods, "kept": kept, "figures": figures, "targets": met}
+OF_README: dict[str, Section] = {"step": step_in_bf16}

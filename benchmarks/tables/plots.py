@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import DTYPES
 from benchmarks.rows import Row
 from benchmarks.tables.markdown import TITLES, is_current, is_floor
 
@@ -30,11 +31,11 @@ def draw(rows: list[Row], images: Path) -> None:
         _save(lambda figure: _draw_growth(figure, rows), images / "memory.svg", width=10)
 
 
-def _latest(rows: list[Row], benchmark: str, part: str, metric: str) -> list[Row]:
+def _latest(rows: list[Row], benchmark: str, part: str, metric: str, dtype: str = "float32") -> list[Row]:
     found = [
         row
         for row in rows
-        if (row.benchmark, row.part, row.metric, row.dtype) == (benchmark, part, metric, "float32")
+        if (row.benchmark, row.part, row.metric, row.dtype) == (benchmark, part, metric, dtype)
         and (is_current(row) or not is_floor(row))
     ]
     latest = max((row.date for row in found), default="")
@@ -42,10 +43,13 @@ def _latest(rows: list[Row], benchmark: str, part: str, metric: str) -> list[Row
 
 
 def _points(rows: list[Row]) -> dict[str, tuple[float, float]]:
-    """Method -> (ratio of a step's time to the floor, GiB above the floor)."""
-    time = {row.method: row.median for row in _latest(rows, "step", "main", "time_ratio")}
-    memory = {row.method: row.median / 1024 for row in _latest(rows, "memory", "main", "above_floor_mib")}
-    return {method: (time[method], memory[method]) for method in time if method in memory}
+    """Method -> (ratio of a step's time to the floor, GiB above the floor), in bf16 if that was measured."""
+    for dtype in (DTYPES["bf16-autocast"], DTYPES["fp32"]):
+        time = {row.method: row.median for row in _latest(rows, "step", "main", "time_ratio", dtype)}
+        memory = {row.method: row.median / 1024 for row in _latest(rows, "memory", "main", "above_floor_mib", dtype)}
+        if found := {method: (time[method], memory[method]) for method in time if method in memory}:
+            return found
+    return {}
 
 
 def _grown(rows: list[Row], part: str) -> dict[str, list[tuple[int, float]]]:

@@ -15,22 +15,24 @@ from benchmarks.rounds import Plan, Sample, interleave, rows_of
 from benchmarks.rows import Row, paired_ratios, read, save, spread
 from benchmarks.run import check_ops
 from benchmarks.tables import PAGE, write
-from benchmarks.tables.page import filled
+from benchmarks.tables.page import SECTIONS, filled
 from benchmarks.tables.targets import met, outcomes
 from benchmarks.workers import ROOT, Pool, Worker
 
-# memory is first: it forks its workers, which must not have computed yet.
+# memory and train are first: they fork their workers, which must not have computed yet.
 RUNS = {
-    "memory": ["--part", "main", "--methods", "bone,miss,peft-bat"],
-    "layer": [],
-    "step": ["--part", "main"],
+    "memory": ["--part", "main", "--methods", "bone,miss,peft-bat", "--dtype", "bf16-autocast"],
+    "train": ["--part", "answers"],
+    "layer": ["--dtype", "fp32"],
+    "step": ["--part", "main", "--dtype", "bf16-autocast"],
     "decode": [],
     "forward": [],
-    "mixed": ["--methods", "bone,bat-col,orthogonal,lora"],
+    "mixed": ["--methods", "bone,bat-col,orthogonal,lora", "--dtype", "bf16"],
     "load": [],
     "merge": [],
     "wkv": [],
 }
+KEPT = ["memory", "--alive", "--methods", "bone,bat-row", "--dtype", "bf16-autocast"]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def found(pool, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(IMPORTS, "import-peft", "json")
         patch.setitem(IMPORTS, "import-both", "flashbone, json")
-        for name, arguments in RUNS.items():
-            assert main([name, "--quick", "--threads", "1", "--out", str(out), *arguments], pool) == 0
+        for command in [*([name, *arguments] for name, arguments in RUNS.items()), KEPT]:
+            assert main([*command, "--quick", "--threads", "1", "--out", str(out)], pool) == 0
     by_benchmark = defaultdict(list)
     for row in read(out):
         by_benchmark[row.benchmark].append(row)
@@ -110,10 +112,18 @@ def test_growth_of_a_layer_is_measured_in_every_direction(found):
 
 @pytest.mark.slow
 def test_memory_is_above_the_floor_of_the_same_tokens_and_process(found):
-    above = {row.method: row for row in found["memory"] if row.metric == "above_floor_mib"}
+    measured = [row for row in found["memory"] if row.part == "main"]
+    above = {row.method: row for row in measured if row.metric == "above_floor_mib"}
     assert above.keys() == {"frozen", "bone", "miss", "peft-bat"}
     assert all(row.median > 0 for method, row in above.items() if method != "frozen")
     assert all(row.median > 100 for row in found["memory"] if row.metric == "peak_mib")
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_timed_and_its_memory_is_above_that_of_loading_the_model(found):
+    of_bone = {row.metric: row.median for row in found["train"] if row.method == "bone"}
+    assert 0 < of_bone["steps_ms"] < of_bone["whole_ms"]
+    assert 0 < of_bone["above_floor_mib"] < of_bone["peak_mib"]
 
 
 @pytest.mark.slow
@@ -211,11 +221,11 @@ def test_a_quick_run_leaves_the_results_alone(pool, found, tmp_path, monkeypatch
         (["layer", "--rounds", "0"], "got '0', wanted a whole number of at least 1"),
         (["memory", "--part", "shapes"], "invalid choice: 'shapes'"),
         (["decode", "--quick", "--methods", "dora"], "decode: none of the methods asked for is measured here"),
-        (["step"], "run `make .venv/.demo` and `python -m examples.demo.prepare` first"),
+        (["train", "--quick", "--model", "smollm2"], "run `make .venv/.demo` and `python -m examples.demo.prepare`"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.options.SMOLLM2", tmp_path / "not-there")
+    monkeypatch.setattr("benchmarks.commands.train.DEMO", tmp_path / "not-there")
     try:
         code = main(arguments)
     except SystemExit as stopped:
@@ -258,12 +268,13 @@ def test_the_page_shows_what_the_rows_give_and_check_sees_a_difference(found, tm
         save(tmp_path / "results" / f"{name}.jsonl", of_benchmark)
     copy = tmp_path / "page.md"
     copy.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    arguments = {"results": tmp_path / "results", "target": copy, "images": tmp_path / "images"}
+    arguments = {"results": tmp_path / "results", "pages": {copy: SECTIONS}, "images": tmp_path / "images"}
     assert write(check=False, **arguments) == 0
     assert write(check=True, **arguments) == 0
     text = copy.read_text(encoding="utf-8")
     assert "| PEFT 0.18.1 Bone bat |" in text
     assert "- load an adapter: flashbone bone " in text
+    assert "| flashbone bat-row | 1 | 1 |" in text  # kept and needed
     assert "(images/step.svg)" in text
     assert (tmp_path / "images" / "step.svg").stat().st_size > 1000
     copy.write_text(text.replace("| PEFT MiSS |", "| PEFT MISS |"), encoding="utf-8")
@@ -273,7 +284,7 @@ def test_the_page_shows_what_the_rows_give_and_check_sees_a_difference(found, tm
 
 def test_a_page_without_its_markers_is_refused():
     with pytest.raises(BenchmarkError, match=r"no place for its part 'methods'"):
-        filled("nothing", [])
+        filled("nothing", [], SECTIONS)
 
 
 def test_the_committed_page_is_what_the_committed_rows_give():
