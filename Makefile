@@ -5,7 +5,7 @@ include environments.mk
 
 .PHONY: help check docs test test-all test-floors test-newest test-anywhere test-hostile coverage mutants test-peft test-triton test-fla \
 	test-deepspeed test-llamacpp test-engines demo demo-classification demo-orthogonal notebooks compare-classification compare-sft golden \
-	golden-llamacpp benchmarks benchmarks-quick clean
+	golden-llamacpp benchmarks benchmarks-quick gpu-report clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make coverage the lines of src that the tests run; half an hour"
 	@echo "make mutants  lines of shards, variants, ops and files, changed one by one: which does no test notice? hours"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
+	@echo "make gpu-report   all that wants a GPU, in 8 minutes: a folder to send to us"
 	@echo "make benchmarks   measure all methods, hours; make benchmarks-quick tries every benchmark at tiny sizes"
 
 check: .venv/.dev
@@ -165,6 +166,11 @@ benchmarks: .venv/.dev .venv/.demo
 
 benchmarks-quick: .venv/.dev
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name --quick; done
+
+# torch of .venv has no CUDA: GPU_PYTHON is that of an environment whose torch sees the card, with flashbone in it.
+GPU_PYTHON ?= $(BIN)/python
+gpu-report:
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks report --device cuda --out runs/gpu-report
 
 clean:
 	rm -rf .venv .cache dist site

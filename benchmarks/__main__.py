@@ -17,6 +17,14 @@ def main(argv: list[str] | None = None, pool: Pool | None = None) -> int:
             from benchmarks.tables import write
 
             return write(check=parsed.check)
+        if parsed.benchmark == "roofline":
+            from benchmarks.roofline.command import main as predict
+
+            return predict(parsed, pool)
+        if parsed.benchmark == "report":
+            from benchmarks.report import main as report
+
+            return report(parsed)
         from benchmarks.run import run
 
         options = options_of(parsed)

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from benchmarks.cases import DTYPES, MODEL, MODEL_OF_FP32, MODELS
 from benchmarks.methods import METHODS
+from benchmarks.report import add_arguments as add_report_arguments
+from benchmarks.roofline.command import add_arguments as add_roofline_arguments
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,10 @@ def parser() -> argparse.ArgumentParser:
                 choices=MODELS,
                 help=f"shape, with random weights (default: {MODEL}; {MODEL_OF_FP32} in fp32)",
             )
+    roofline = commands.add_parser("roofline", help="what the methods would cost on a GPU: predicted, nothing is run")
+    add_roofline_arguments(roofline)
+    report = commands.add_parser("report", help="all that wants a GPU, in one folder with a page")
+    add_report_arguments(report)
     tables = commands.add_parser("tables", help="rewrite docs/benchmarks.md and its plots from the results")
     tables.add_argument("--check", action="store_true", help="exit with 1 if the page is not what the results give")
     return top

@@ -65,6 +65,26 @@ class Server:
         """Do one repetition; the figures by metric."""
         return {"figures": self.repetitions[label]()}
 
+    def predict(self, case: dict[str, Any], settings: list[dict[str, Any]], threads: int) -> dict[str, Any]:
+        """What a layer would take by this machine's peaks, in milliseconds, with each setting."""
+        from benchmarks.roofline.command import predict_layer
+
+        return {"predicted_ms": predict_layer(Case(**case), [Setting(**setting) for setting in settings], threads)}
+
+    def check(self, part: str, device: str, quick: bool) -> dict[str, Any]:
+        """A part of `benchmarks.report.checks`."""
+        from benchmarks.report import checks
+
+        return checks.run(part, device, quick)
+
+    def environment(self) -> dict[str, Any]:
+        """What `flashbone env` tells, without where Python lies."""
+        from flashbone.cli.env import environment
+
+        found = environment()
+        found["system"]["python"] = platform.python_version()
+        return found
+
     def once(self, case: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
         """Open, prepare and measure in a process of its own, forked from this one, which has only imported so far."""
         if self.subject is not None:
