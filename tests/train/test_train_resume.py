@@ -97,6 +97,10 @@ def test_an_output_with_a_run_is_refused_and_left_as_it_was(llama, questions_fil
     other = recipe_for(llama, questions_file, tmp_path / "a", adapter={"r": 4})
     with pytest.raises(ConfigError, match=r"another recipe: adapter\.r was 8, is 4"):
         train(other, resume=True)
+    for name, value in {"learning_rate": 1e-5, "weight_decay": 0.1, "adam_beta2": 0.9, "optim": "adafactor"}.items():
+        other = recipe_for(llama, questions_file, tmp_path / "a", training={name: value, "max_steps": 12})
+        with pytest.raises(ConfigError, match=rf"another recipe: training\.{name} was \S+, is '?{value}"):
+            train(other, resume=True)  # the checkpoint's optimiser would keep its own value
     assert before == {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
 
 

@@ -26,8 +26,13 @@ log = logging.getLogger(__name__)
 REMEDY = "delete it, or choose another output"
 _FULL, _LITTLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), 2**20  # bytes of a disk that is as good as full
 # What decides the losses: a resumed run must not change it.
-# `training` may change (more steps), with a notice, but for `learning_rates`: a checkpoint's optimiser has its groups.
+# `training` may change (more steps), with a notice, but for what a checkpoint's optimiser brings along: another value
+# would be ignored. `learning_rates` are its groups.
 FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
+OF_THE_OPTIMIZER = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "optim_args", "optim_target_modules"),
+)
 
 
 class RunFolder:
@@ -170,6 +175,10 @@ def _compare(recipe: Recipe, folder: RunFolder) -> Recipe:
     now, before = _plain(recipe), _plain(run)
     pairs = {name: (before[name], now[name]) for name in FIXED}
     pairs["training.learning_rates"] = (_rates(before), _rates(now))
+    if folder.last_checkpoint() is not None:
+        pairs |= {
+            f"training.{name}": (before["training"].get(name), now["training"].get(name)) for name in OF_THE_OPTIMIZER
+        }
     changed = [f"{name}{_change(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]]
     if changed:
         raise ConfigError(
