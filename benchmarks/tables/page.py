@@ -143,12 +143,11 @@ def filled(text: str, rows: list[Row], sections: dict[str, Section]) -> str:
     """
     for name, section in sections.items():
         start, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
-        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
+        pattern = re.compile(rf"({re.escape(start)}\n+).*?(\n+{re.escape(end)})", re.S)
         if not pattern.search(text):
             raise BenchmarkError(f"the page has no place for its part {name!r}: it lacks {start} and {end}")
         if content := section(rows):
-            whole = f"{start}\n\n{content}\n\n{end}"
-            text = pattern.sub(lambda _, whole=whole: whole, text)
+            text = pattern.sub(lambda found, content=content: found[1] + content + found[2], text)
     return text
 
 
