@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE ?= 1
 include environments.mk
 
 .PHONY: help check docs test test-all test-floors test-newest test-anywhere test-hostile coverage mutants test-peft test-triton test-fla \
-	test-deepspeed test-llamacpp test-engines demo demo-classification demo-orthogonal notebooks compare-classification compare-sft golden \
+	test-deepspeed test-llamacpp test-engines demo demo-classification demo-orthogonal notebooks compare-classification compare-topics compare-sft golden \
 	golden-llamacpp benchmarks benchmarks-quick gpu-report clean
 .DEFAULT_GOAL := help
 
@@ -22,7 +22,7 @@ help:
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
 	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp; make test-engines  adapters in vLLM, llama.cpp and mlx-lm"
 	@echo "make notebooks   the three notebooks as scripts; figures in .cache/notebooks"
-	@echo "make compare-classification   methods side by side on the news, 13 minutes; make compare-sft on a chat corpus, an hour"
+	@echo "make compare-classification   methods side by side on the news, 13 minutes; compare-topics on pairs of texts; compare-sft on a chat corpus, an hour"
 	@echo "make coverage the lines of src that the tests run; half an hour"
 	@echo "make mutants  lines of shards, variants, ops and files, changed one by one: which does no test notice? hours"
 	@echo "make golden  rewrite the golden files with peft 0.18.1"
@@ -84,7 +84,7 @@ mutants: .venv/.mutants
 	PYTHONPATH=.venv/mutants OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutate.py files --sample 0 --inside
 
 # Threads that sleep while they wait: beside one busy program on two cores, spinning made a step 1.7 times as long.
-demo demo-classification demo-orthogonal notebooks compare-classification compare-sft: export OMP_WAIT_POLICY = PASSIVE
+demo demo-classification demo-orthogonal notebooks compare-classification compare-topics compare-sft: export OMP_WAIT_POLICY = PASSIVE
 
 demo: .venv/.demo
 	$(BIN)/python -m examples.demo.prepare
@@ -102,6 +102,11 @@ demo-orthogonal: .venv/.demo-classification
 compare-classification: .venv/.demo-classification
 	$(BIN)/python -m examples.classification.prepare
 	$(BIN)/flashbone compare examples/compare/classification.yaml
+
+compare-topics: .venv/.demo .venv/.demo-classification
+	$(BIN)/python -m examples.demo.prepare
+	$(BIN)/python -m examples.classification.prepare
+	$(BIN)/flashbone compare examples/compare/topics.yaml
 
 compare-sft: .venv/.demo
 	$(BIN)/python -m examples.demo.prepare

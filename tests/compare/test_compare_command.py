@@ -26,7 +26,8 @@ def test_a_comparison_prints_its_verdict_and_leaves_its_report(small, tmp_path, 
     assert "Bone" in printed.out
     assert "report.html" in printed.out
     out = tmp_path / "out"
-    names = {"results.jsonl", "report.html", "learning_curves.png", "memory_quality.png", "learning_rates.png"}
+    names = {"results.jsonl", "report.html", "learning_curves.png", "learning_speed.png"}
+    names |= {"memory_quality.png", "learning_rates.png"}
     assert names <= {path.name for path in out.iterdir()}
     assert (out / "recipes" / "bone.yaml").exists()
     page = (out / "report.html").read_text()

@@ -176,7 +176,8 @@ def _curve(rows: list[dict[str, Any]], prefix: str, startup_s: float) -> LossCur
     names = [name for name in ("accuracy", "macro_f1") if points and prefix and prefix + name in points[0]]
     seconds = tuple(round(startup_s + row["train_s"], 3) for row in points)
     steps = tuple(row["step"] for row in points)
-    return LossCurve(steps, seconds, values("loss"), **{name: values(name) for name in names})
+    scores: dict[str, Any] = {name: values(name) for name in names}
+    return LossCurve(steps, seconds, values("loss"), **scores)
 
 
 def _held_out(curve: LossCurve, file: Path) -> LossCurve:

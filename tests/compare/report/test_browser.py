@@ -7,7 +7,7 @@ import pytest
 
 from flashbone.compare.reading import read_results
 from flashbone.compare.report.page import page as page_of
-from flashbone.compare.report.statistics import rank
+from flashbone.compare.report.ranking import rank
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,9 +13,10 @@ import pytest
 from flashbone.compare.reading import read_results
 from flashbone.compare.report import figures, write_report
 from flashbone.compare.report.page import page
-from flashbone.compare.report.statistics import rank
+from flashbone.compare.report.ranking import rank
 from flashbone.errors import FormatError
 
+CHARTS = ("learning_curves", "learning_speed", "memory_quality", "learning_rates")
 EVIL = "</script><script>alert(1)</script>\"'&<b>ü漢\u2028"
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
 SEEN_AS = {
@@ -68,9 +69,9 @@ def test_no_two_of_twenty_one_methods_look_the_same():
 
 
 @pytest.mark.slow
-def test_the_report_is_a_page_and_three_figures(tmp_path):
+def test_the_report_is_a_page_and_four_figures(tmp_path):
     paths = write_report(made.write(tmp_path, made.all_methods()), tmp_path / "new" / "report")
-    names = ["report.html", "learning_curves.png", "memory_quality.png", "learning_rates.png"]
+    names = ["report.html", *(f"{name}.png" for name in CHARTS)]
     assert [path.name for path in paths] == names
     assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(names)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[1:])
@@ -140,4 +141,4 @@ def test_labels_that_matplotlib_reads_as_something_else_are_drawn(tmp_path):
     lines = made.comparison(
         {"a": 0.0, "b": 0.0}, titles={"a": "_$x^", "b": "a very long name of a method indeed, it is"}
     )
-    assert len(write_report(made.write(tmp_path, lines), tmp_path)) == 4
+    assert len(write_report(made.write(tmp_path, lines), tmp_path)) == 1 + len(CHARTS)

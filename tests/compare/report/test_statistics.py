@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flashbone.compare.reading import read_results
-from flashbone.compare.report.statistics import Bootstrap, rank, resampled_seeds, widened, widening
+from flashbone.compare.report.ranking import rank
+from flashbone.compare.report.statistics import Bootstrap, resampled_seeds, widened, widening
 from flashbone.evaluate.intervals import resampled_ratios
 
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ import pytest
 
 from flashbone.compare import report
 from flashbone.compare.reading import read_results
-from flashbone.compare.report import costs, tables
-from flashbone.compare.report.statistics import rank
+from flashbone.compare.report import costs, tables, words
+from flashbone.compare.report.ranking import rank
 
 
 def ranking(tmp_path, lines):
@@ -80,19 +80,13 @@ def test_long_training_curves_are_averaged_in_equal_spans(tmp_path):
     assert curve.step[-1] == 1000
 
 
-def test_seconds_to_a_loss_lie_on_the_line_between_two_evaluations():
-    curve = costs.Band((0, 1, 2), (1.0, 3.0, 5.0), (2.0, 1.0, 0.5), (0,) * 3, (0,) * 3)
-    assert costs.seconds_to(curve, 1.5) == pytest.approx(2.0)
-    assert costs.seconds_to(curve, 2.5) == 1.0
-    assert costs.seconds_to(curve, 0.5) == 5.0
-    assert costs.seconds_to(curve, 0.4) is None
-
-
-def test_the_common_loss_is_one_that_all_tied_methods_reach(tmp_path):
-    rows = {row.method: row for row in rows_of(tmp_path, made.comparison({"a": 0.0, "b": 0.01, "c": -0.5}))}
-    assert rows["a"].cells["seconds"].value is not None
-    assert rows["b"].cells["seconds"].value is not None
-    assert rows["c"].cells["seconds"].text == "not reached"
+def test_the_speed_of_learning_has_its_columns(tmp_path):
+    rows = {row.method: row for row in rows_of(tmp_path, made.comparison({"lora": 0.0, "b": 0.01, "c": -0.5}))}
+    assert [rows[key].cells["steps"].text for key in ("lora", "c")] == ["32 (32 to 32)", "never"]
+    assert rows["lora"].cells["lead"].text == words.NOTHING
+    assert rows["c"].cells["lead"].text.startswith(words.MINUS)
+    assert rows["c"].cells["seconds"].value is None
+    assert rows["b"].cells["leeway"].text.count("+") == 2
 
 
 def test_markdown_has_the_rows_and_escapes_what_would_be_marks(tmp_path):
@@ -113,6 +107,7 @@ def test_the_terminal_shows_tables_and_verdict(tmp_path, capsys, monkeypatch, wi
     report.print_comparison(made.write(tmp_path, lines))
     shown = capsys.readouterr().out
     assert "what the methods reached" in shown
+    assert "how fast they learned" in shown
     assert "what they cost" in shown
     assert "tied for best" in shown
     assert "…" not in shown

@@ -1,4 +1,4 @@
-"""The verdict: two sentences that follow from the figures, whichever method wins, and notes on every problem."""
+"""The verdict: three sentences that follow from the figures, whichever method wins, and notes on every problem."""
 
 import re
 
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from flashbone.compare.reading import read_results
-from flashbone.compare.report.statistics import rank
+from flashbone.compare.report.ranking import rank
 from flashbone.compare.report.verdict import judge
 
 
 def verdict(tmp_path, lines, draws=2000):
     ranking = rank(read_results(made.write(tmp_path, lines)), draws)
     judged = judge(ranking)
-    for sentence in (judged.best, judged.cost):
+    for sentence in filter(None, (judged.best, judged.speed, judged.cost)):
         # One full stop, at the end: those inside of figures have a digit after them.
         assert re.fullmatch(r"[^.]*(\.\d[^.]*)*\.", sentence), sentence
-    assert judged.text == f"{judged.best} {judged.cost}"
+    assert judged.text == " ".join(filter(None, (judged.best, judged.speed, judged.cost)))
     return judged
 
 

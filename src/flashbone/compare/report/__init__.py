@@ -7,7 +7,7 @@ from pathlib import Path
 from flashbone.compare.reading import read_results
 from flashbone.compare.report.figures import charts, draw_png
 from flashbone.compare.report.page import page
-from flashbone.compare.report.statistics import rank
+from flashbone.compare.report.ranking import rank
 from flashbone.compare.report.tables import markdown, results_table, terminal
 from flashbone.compare.report.verdict import judge
 from flashbone.files.outputs import write_text

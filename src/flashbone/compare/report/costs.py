@@ -1,4 +1,4 @@
-"""What methods cost and how they learned: means over the counted runs, mean curves, seconds to a common loss."""
+"""What methods cost and how they learned: means over the counted runs, mean curves, losses by learning rate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from flashbone.compare.report.statistics import Ranking
 from flashbone.compare.results import ComparisonResults, LossCurve, RunRow
 
 
@@ -71,22 +70,3 @@ def sweep(results: ComparisonResults, method: str) -> list[tuple[float, float]]:
     runs = [run for run in results.runs if run.method == method and run.status == "ok" and run.seed == first]
     points = [(run.learning_rate, run.last_held_out) for run in runs]
     return sorted((rate, loss) for rate, loss in points if rate is not None and loss is not None)
-
-
-def common_loss(ranking: Ranking) -> float | None:
-    """The lowest held-out loss that each of the tied methods reaches on its mean curve (with a sole winner: it and the
-    next one), so that the best methods are timed to the same loss; others may not reach it."""
-    group = ranking.tied if len(ranking.tied) > 1 else ranking.ranked[:2]
-    curves = [band(ranking.results.counted(key), "held_out") for key in group]
-    losses = [[loss for loss in curve.mean if loss is not None] for curve in curves if curve]
-    return max((min(finite) for finite in losses if finite), default=None)
-
-
-def seconds_to(curve: Band, loss: float) -> float | None:
-    """Seconds until a mean curve first is at or below a loss, on the straight line between two evaluations."""
-    points = [(s, at) for s, at in zip(curve.seconds, curve.mean, strict=True) if s is not None and at is not None]
-    for number, (second, at) in enumerate(points):
-        if at <= loss:
-            before, above = points[number - 1] if number else (second, at)
-            return second if at == above else before + (second - before) * (above - loss) / (above - at)
-    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,9 @@ from xml.etree import ElementTree
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import Band, Spread, band, spread, sweep
-from flashbone.compare.report.statistics import Estimate, Ranking
+from flashbone.compare.report.ranking import Ranking
+from flashbone.compare.report.speed import NEVER, Until
+from flashbone.compare.report.statistics import Estimate
 from flashbone.compare.results import ComparisonResults
 from flashbone.train import drawing
 
@@ -45,6 +48,7 @@ class Panel:
     y: str
     methods: dict[str, tuple[str, Painter]]
     log_ticks: tuple[float, ...] = ()  # of a logarithmic x axis
+    names: tuple[str, ...] = ()  # of the places on the y axis, from above
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def charts(ranking: Ranking) -> list[Chart]:
     curves = [_curves(ranking.results, name, across) for name in CURVES for across in ACROSS]
     made = (
         Chart("learning_curves", "Learning curves", tuple(curves)),
+        Chart("learning_speed", "Speed of learning", (_speed(ranking),)),
         Chart("memory_quality", "Memory against quality", (_memory(ranking),)),
         Chart("learning_rates", "Learning rates tried", (_rates(ranking.results),)),
     )
@@ -89,6 +94,37 @@ def _paint_curve(curve: Band, across: str, with_band: bool, axes: Axes, look: di
     if with_band:
         axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     axes.plot(x, mean, **(look if len(x) <= 20 else {**look, "marker": ""}))
+
+
+def _speed(ranking: Ranking) -> Panel:
+    """Steps to the reference's loss, the fewest above; right of the last step is never."""
+    measured, results = ranking.speeds, ranking.results
+    if measured is None or len(measured.methods) < 2:
+        return Panel("steps", "method", {})
+    order = sorted(measured.methods, key=lambda key: measured.methods[key].steps.mean)
+    methods: dict[str, tuple[str, Painter]] = {}
+    for place, key in enumerate(order):
+        speed = measured.methods[key]
+        text = f"{results.label(key)}: {words.until(speed.steps)} steps, {words.until(speed.seconds)} s"
+        text += "" if speed.lead is None else f", lead on the way {words.loss_lead(speed.lead)}"
+        methods[key] = text, partial(_paint_speed, place, speed.steps, measured.end)
+    name = results.label(measured.reference)
+    label = f"steps to the held-out loss with which {name} ends ({measured.loss:.4f})"
+    return Panel(label, "method", methods, names=tuple(map(results.label, order)))
+
+
+def _paint_speed(place: int, steps: Until, end: int, axes: Axes, look: dict[str, Any]) -> None:
+    never = 1.06 * end
+    mean, low, high = (
+        never if value == NEVER else steps.mean if value is None else value
+        for value in (steps.mean, steps.low, steps.high)
+    )
+    error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+    look = {**look, "linestyle": "none", "markersize": 6, "fillstyle": "none" if steps.mean == NEVER else "full"}
+    axes.errorbar([mean], [place], xerr=error, elinewidth=1.4, **look)
+    if high == never > mean:  # past all steps
+        axes.plot([never], [place], marker=">", markersize=6, color=look["color"], linewidth=0)
+    axes.set_xlim(0, 1.1 * end)
 
 
 def _memory(ranking: Ranking) -> Panel:
@@ -148,12 +184,21 @@ def _paint(panel: Panel, results: ComparisonResults, axes: Axes) -> None:
     if 0 < len(panel.log_ticks) <= 6:
         axes.set_xticks(panel.log_ticks, [words.rate(rate) for rate in panel.log_ticks])
         axes.set_xticks([], minor=True)
+    if panel.names:
+        axes.set_yticks(range(len(panel.names)), [_plain(name) for name in panel.names])
+        axes.set_ylim(len(panel.names) - 0.5, -0.5)
     for number, method in enumerate(results.methods):
         if method.method in panel.methods:
             before = set(axes.get_children())
             panel.methods[method.method][1](axes, _look(number))
             for artist in set(axes.get_children()) - before:
                 artist.set_gid(f"method-{number}")
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib shows as it is, and that leaves room."""
+    label = label if len(label) <= 28 else f"{label[:27]}…"
+    return label.replace("$", r"\$")  # which would begin mathematics
 
 
 def draw_png(chart: Chart, results: ComparisonResults, folder: Path) -> Path:
@@ -166,12 +211,12 @@ def draw_png(chart: Chart, results: ComparisonResults, folder: Path) -> Path:
         _paint(panel, results, panel_axes)
     handles = []
     for number, method in enumerate(results.methods):
-        if any(method.method in panel.methods for panel in chart.panels):
-            label = results.label(method.method).replace("$", r"\$")  # which would begin mathematics
-            label = label if len(label) <= 28 else f"{label[:27]}…"
+        if any(method.method in panel.methods and not panel.names for panel in chart.panels):
+            label = _plain(results.label(method.method))
             label = f" {label}" if label.startswith("_") else label  # which would hide it
             handles.append(Line2D([], [], label=label, **_look(number)))
-    figure.legend(handles=handles, frameon=False, loc="outside right upper")
+    if handles:
+        figure.legend(handles=handles, frameon=False, loc="outside right upper")
     return drawing.save(figure, folder / f"{chart.name}.png")
 
 
@@ -185,7 +230,9 @@ def svg(panel: Panel, results: ComparisonResults) -> str:
     axes[0, 0].patch.set_visible(False)
     _paint(panel, results, axes[0, 0])
     drawn = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.x + panel.y}):
+    salt: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": panel.x + panel.y}
+    with matplotlib.rc_context(salt), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(drawn.getvalue())
     box = root.attrib["viewBox"]

@@ -10,7 +10,7 @@ from importlib.resources import files
 from string import Template
 
 from flashbone.compare.report import figures, words
-from flashbone.compare.report.statistics import Ranking
+from flashbone.compare.report.ranking import Ranking
 from flashbone.compare.report.tables import ResultsTable, TableCell, TableColumn, TableRow, results_table
 from flashbone.compare.report.verdict import judge
 from flashbone.compare.results import ComparisonResults, HeaderRow, MethodRow
@@ -30,6 +30,7 @@ def page(ranking: Ranking) -> str:
         subtitle=escape(f"{words.count(len(results.methods), 'method')} on {header.model}"),
         best=escape(verdict.best),
         cost=escape(verdict.cost),
+        speed=escape(verdict.speed),
         notes=_list(verdict.notes, "notes"),
         table=_table(table),
         meanings=_facts((column.head, column.meaning) for column in table.columns),

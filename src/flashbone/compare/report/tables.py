@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from flashbone.compare.report import words
-from flashbone.compare.report.costs import band, common_loss, seconds_to, spread
-from flashbone.compare.report.statistics import Ranking
+from flashbone.compare.report.costs import spread
+from flashbone.compare.report.ranking import Ranking
+from flashbone.compare.report.speed import NEVER, Speeds
 from flashbone.compare.results import MethodRow
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class TableColumn:
         key: Its name; in a column of means over the runs, the field of `RunRow`.
         head: Its head, with the unit.
         meaning: What it means, in a sentence.
-        part: Whether it is about "quality" or about "cost".
+        part: Whether it is about "quality", "speed" or "cost".
         write: How a mean over the runs is written; None in columns of something else.
         lowest_is_best: Whether the lowest mean may be bold.
     """
@@ -49,7 +51,7 @@ class TableColumn:
     @property
     def is_text(self) -> bool:
         """Whether it holds text, not numbers."""
-        return self.key in ("method", "size")
+        return self.key in ("method", "size", "leeway")
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ class ResultsTable:
 
 def results_table(ranking: Ranking) -> ResultsTable:
     """Candidates from best to worst, then bounds, unmatched methods and those without a figure."""
-    loss, rows = common_loss(ranking), []
-    columns = _columns(ranking, loss)
+    speed, rows = ranking.speeds, []
+    columns = _columns(ranking, speed)
     best = {column.key: _surely_lowest(ranking, column.key) for column in columns if column.lowest_is_best}
     for method in ranking.results.methods:
         key, group = method.method, _group(ranking, method)
-        cells = {column.key: TableCell() for column in columns} | _cells(ranking, method, loss)
+        cells = {column.key: TableCell() for column in columns} | _cells(ranking, method, speed)
         for column in columns:
             if column.write and (figure := spread(ranking.results, key, column.key)) is not None:
                 cells[column.key] = TableCell(column.write(figure.mean), figure.mean, best.get(column.key) == key)
@@ -88,20 +90,22 @@ def results_table(ranking: Ranking) -> ResultsTable:
     return ResultsTable(columns, tuple(rows))
 
 
-def _columns(ranking: Ranking, loss: float | None) -> tuple[TableColumn, ...]:
+def _columns(ranking: Ranking, speed: Speeds | None) -> tuple[TableColumn, ...]:
     metric, whole, column = words.metric(ranking.results.header), "{:,.0f}".format, TableColumn
     peak_of = next((run.peak_of for run in ranking.results.runs if run.peak_of), "memory")
-    timed = "Training time with start-up until the held-out loss that each of the best methods reaches: the tied ones, "
-    timed += "or the winner and the next."
+    answers = ranking.results.header.metric == "loss" and any(
+        "exact_match" in (r.test or {}) for r in ranking.results.runs
+    )
     above = "Peak while training above what the loaded model takes."
     return (
         column("method", "method", "The method, as in the configuration.", "both"),
         column("test", f"test {metric}", "Mean over the seeds with its 95 % interval.", "quality"),
+        *([column("exact_match", "exact match", "Mean over the seeds.", "quality")] if answers else []),
         column("last_held_out", "held-out loss", "At the end, mean over the seeds.", "quality", "{:.4f}".format, True),
         column("size", "size", "The setting that was chosen to meet the budget of parameters.", "quality"),
         column("parameters", "adapter parameters", "The trainable ones, and how far off the budget.", "quality"),
         column("rate", "learning rate", "The one with the best held-out figure on the first seed.", "quality"),
-        column("seconds", f"s to {'common loss' if loss is None else f'{loss:.4f}'}", timed, "cost"),
+        *_speed_columns(ranking, speed),
         column("step_ms", "step ms", "Median time of a training step.", "cost", words.milliseconds, True),
         column("peak_mib", "peak MiB", f"Highest {peak_of} of a run.", "cost", whole, True),
         column("above_model_mib", "above model MiB", above, "cost", whole, True),
@@ -111,7 +115,22 @@ def _columns(ranking: Ranking, loss: float | None) -> tuple[TableColumn, ...]:
     )
 
 
-def _cells(ranking: Ranking, method: MethodRow, loss: float | None) -> dict[str, TableCell]:
+def _speed_columns(ranking: Ranking, speed: Speeds | None) -> tuple[TableColumn, ...]:
+    if speed is None:
+        return ()
+    name, part, column = ranking.results.label(speed.reference), "speed", TableColumn
+    of = f"the held-out loss with which {name} ends, {speed.loss:.4f}, with the 95 % interval"
+    return (
+        column("steps", f"steps to {name}'s loss", f"Steps to {of}.", part),
+        column("seconds", f"s to {name}'s loss", f"Seconds of training, with start-up, to {of}.", part),
+        column("lead", "lead on the way", f"How far its curve was below {name}'s, as a mean over the run.", part),
+        column(
+            "leeway", "rate / 3, rate x 3", "What they would add to the last held-out loss, on the first seed.", part
+        ),
+    )
+
+
+def _cells(ranking: Ranking, method: MethodRow, speeds: Speeds | None) -> dict[str, TableCell]:
     """The cells that are not a mean over the runs."""
     results, key = ranking.results, method.method
     cells = {"method": TableCell(results.label(key)), "size": TableCell(method.size)}
@@ -126,10 +145,16 @@ def _cells(ranking: Ranking, method: MethodRow, loss: float | None) -> dict[str,
         cells["test"] = TableCell(words.estimate(results.header, estimate), estimate.mean, ranking.winner == key)
     elif results.counted(key):
         cells["test"] = TableCell("not finite")
-    curve = band(results.counted(key), "held_out")
-    if curve and loss is not None:
-        seconds = seconds_to(curve, loss)
-        cells["seconds"] = TableCell("not reached" if seconds is None else f"{seconds:,.1f}", seconds)
+    answered = [value for run in results.counted(key) if (value := (run.test or {}).get("exact_match")) is not None]
+    if answered:
+        cells["exact_match"] = TableCell(f"{100 * fmean(answered):.1f} %", fmean(answered))
+    if speeds is not None and (speed := speeds.methods.get(key)):
+        for name, until in (("steps", speed.steps), ("seconds", speed.seconds)):
+            cells[name] = TableCell(words.until(until), None if until.mean == NEVER else until.mean)
+        if speed.lead is not None:
+            cells["lead"] = TableCell(words.loss_lead(speed.lead), speed.lead.mean)
+        added = (words.NOTHING if value is None else f"{value:+.3f}" for value in (speed.third, speed.triple))
+        cells["leeway"] = TableCell(", ".join(added).replace("-", words.MINUS))
     return cells
 
 
@@ -175,21 +200,24 @@ def _escape(text: str) -> str:
 
 
 def terminal(table: ResultsTable, name: str) -> Iterator[Table]:
-    """Two tables for the terminal, which is narrow: what methods reached, and what they cost."""
+    """Three tables for the terminal, which is narrow: what methods reached, how fast, and at what cost."""
     from rich.box import SIMPLE_HEAD
     from rich.text import Text
 
     from flashbone.errors import visible
     from flashbone.printing import Table
 
-    for part, title in (("quality", "what the methods reached"), ("cost", "what they cost")):
+    titles = {"quality": "what the methods reached", "speed": "how fast they learned", "cost": "what they cost"}
+    for part, title in titles.items():
         shown = Table(title=f"{name}: {title}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         shown.padding = (0, 1, 0, 0)
         columns = [column for column in table.columns if column.part in ("both", part)]
+        if len(columns) == 1:
+            continue
         for column in columns:
             shown.add_column(column.head, justify="left" if column.is_text else "right", overflow="fold")
         for row in table.rows:
-            if part == "cost" and row.group in ("failed", "unfinished"):
+            if part != "quality" and row.group in ("failed", "unfinished"):
                 continue
             cells = [row.cells[column.key] for column in columns]
             texts = [Text(visible(cell.text), style="bold" if cell.best else "") for cell in cells]

@@ -1,4 +1,7 @@
-"""The verdict: the best method on the test set and its cost, in two sentences, and notes. It is blind to names."""
+"""The verdict: the best method on the test set, the speed of learning and the cost, in three sentences, and notes.
+
+It is blind to names.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,30 @@ from dataclasses import dataclass
 
 from flashbone.compare.report import words
 from flashbone.compare.report.costs import spread
-from flashbone.compare.report.statistics import Ranking
+from flashbone.compare.report.ranking import Ranking
+from flashbone.compare.report.speed import NEVER
 from flashbone.compare.results import ComparisonResults
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Two sentences, one about quality and one about cost, and notes."""
+    """Three sentences, about quality, the speed of learning (empty without curves) and cost, and notes."""
 
     best: str
+    speed: str
     cost: str
     notes: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """Both sentences."""
-        return f"{self.best} {self.cost}"
+        """All sentences."""
+        return " ".join(filter(None, (self.best, self.speed, self.cost)))
 
 
 def judge(ranking: Ranking) -> Verdict:
     """The verdict on a comparison, finished or not."""
     best, cost = (_best(ranking), _cost(ranking)) if ranking.ranked else _without_figures(ranking)
-    return Verdict(best, cost, tuple(_notes(ranking)))
+    return Verdict(best, _speed(ranking), cost, tuple(_notes(ranking)))
 
 
 def _without_figures(ranking: Ranking) -> tuple[str, str]:
@@ -95,6 +100,35 @@ def _tie(ranking: Ranking) -> str:
         why = f"since the 95 % interval of {each} includes 0 "
         why += f"({results.label(tied[0])} was better than {results.label(tied[1])} {share})"
     return f"{who} are tied for best on the test set ({words.metric(header)} {listed}), {why}."
+
+
+def _speed(ranking: Ranking) -> str:
+    """Who reached the reference's loss first, and whose curve was surely below or above its own on the way."""
+    results, measured = ranking.results, ranking.speeds
+    if measured is None:
+        return ""
+    others = {key: measured.methods[key] for key in ranking.ranked if key in measured.methods}
+    others.pop(measured.reference, None)
+    leads = {key: speed.lead for key, speed in others.items() if speed.lead is not None}
+    if not leads:
+        return ""
+    name, first = results.label(measured.reference), min(others, key=lambda key: others[key].steps.mean)
+    ends = f"the held-out loss with which {name} ends ({measured.loss:.4f})"
+    if others[first].steps.mean == NEVER:
+        reached = f"No other method reached {ends}"
+    else:
+        after = f"{words.until(others[first].steps)} of {measured.end:,} steps"
+        reached = f"{results.label(first)} was the first at {ends}, after {after}"
+    faster = [key for key, lead in leads.items() if not lead.tied and lead.mean > 0]
+    slower = [key for key, lead in leads.items() if not lead.tied and lead.mean < 0]
+    found = [
+        f"{words.names(results, keys)} learned {word}"
+        for keys, word in ((faster, "faster"), (slower, "slower"))
+        if keys
+    ]
+    left = len(leads) - len(faster) - len(slower)
+    found += [f"{words.count(left, 'method')} tied"] if left else []
+    return f"{reached}; by the area between their curves and {name}'s, {', and '.join(found)}."
 
 
 def _cost(ranking: Ranking) -> str:

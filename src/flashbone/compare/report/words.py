@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from flashbone.compare.report.speed import NEVER, Until
 from flashbone.compare.report.statistics import Difference, Estimate
 from flashbone.compare.results import ComparisonResults, HeaderRow
 
@@ -30,12 +33,34 @@ def estimate(header: HeaderRow, value: Estimate) -> str:
 def lead(header: HeaderRow, value: Difference) -> str:
     """`2.1 points (0.3 to 3.9)`: how much better the first is, with the 95 % interval."""
 
-    def number(end: float) -> str:
-        text = f"{end:.4f}" if header.metric == "loss" else f"{100 * end:.1f}"
-        return text.replace("-", MINUS)
+    if header.metric == "loss":
+        return loss_lead(value)
 
-    unit = "" if header.metric == "loss" else " points"
-    mean = number(value.mean) + unit
+    def number(end: float) -> str:
+        return f"{100 * end:.1f}".replace("-", MINUS)
+
+    return _with_interval(number(value.mean) + " points", value, number)
+
+
+def loss_lead(value: Difference) -> str:
+    """`0.0143 (−0.0384 to 0.0752)`: by how much a loss is lower."""
+
+    def number(end: float) -> str:
+        return f"{end:.4f}".replace("-", MINUS)
+
+    return _with_interval(number(value.mean), value, number)
+
+
+def until(value: Until) -> str:
+    """`31 (24 to never)`: steps or seconds to a loss."""
+
+    def number(end: float) -> str:
+        return "never" if end == NEVER else f"{end:,.0f}"
+
+    return "never" if value.low == value.high == NEVER else _with_interval(number(value.mean), value, number)
+
+
+def _with_interval(mean: str, value: Difference | Until, number: Callable[[float], str]) -> str:
     return mean if value.low is None or value.high is None else f"{mean} ({number(value.low)} to {number(value.high)})"
 
 
