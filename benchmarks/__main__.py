@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None, pool: Pool | None = None) -> int:
         if parsed.benchmark == "report":
             from benchmarks.report import main as report
 
-            return report(parsed)
+            return report(parsed, pool)
         from benchmarks.run import run
 
         options = options_of(parsed)

@@ -153,15 +153,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="tiny sizes, which say nothing but that it runs")
 
 
-def main(given: argparse.Namespace) -> int:
-    """Run all parts; 0 if the report is written, whatever became of them."""
+def main(given: argparse.Namespace, pool: Pool | None = None) -> int:
+    """Run all parts; 0 if the report is written, whatever became of them.
+
+    Raises:
+        BenchmarkError: the device does not exist.
+    """
     from benchmarks.report.page import written
 
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "rows.jsonl").unlink(missing_ok=True)
     parts, start = [], time.monotonic()
-    with Pool(1 if given.quick else 2) as pool, (given.out / "log.txt").open("w", encoding="utf-8") as log:
-        job = Job(pool, given.device, given.quick, given.out)
+    workers = contextlib.nullcontext(pool) if pool else Pool(1 if given.quick else 2)
+    with workers as used, (given.out / "log.txt").open("w", encoding="utf-8") as log:
+        job = Job(used, given.device, given.quick, given.out)
+        job.worker.ask("device", device=given.device)  # fails where there is none
         environment = job.worker.ask("environment")
         for name, run in PARTS.items():
             left = SECONDS - (time.monotonic() - start)

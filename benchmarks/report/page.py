@@ -82,7 +82,7 @@ def _errors(rows: list[Row]) -> str:
     for key, of_layer in largest.items():
         limit = max(row.shape["limit"] for row in of_layer.values())
         cells = [_error(of_layer[kind]) if kind in of_layer else _text("") for kind in kinds]
-        lines.append([*map(_text, key), *cells, _number(f"{limit:.0e}")])
+        lines.append([*map(_text, key), *cells, _number(f"{limit:.1e}")])
     return _table(["", "how", "dtype", *kinds, "limit"], lines) if lines else ""
 
 
@@ -117,9 +117,9 @@ def _figures(title: str, rows: list[Row]) -> str:
         width = max(by_metric[drawn].median / most, 0) * 9 if drawn in by_metric else 0
         bar = ("", f"<span class=bar style='width:{width:.2f}rem'></span>")
         several = f", {adapters} adapters" if adapters > 1 else ""
-        lines.append([_text(TITLES.get(name, name) + several), bar, *cells])
+        lines.append([_text(TITLES.get(name, name) + several), *cells, bar])
     words = [metric.removesuffix("_ms").removesuffix("_mib").replace("_", " ") for metric in metrics]
-    return f"<h3>{html.escape(title)}</h3>" + _table(["method", "", *words], lines)
+    return f"<h3>{html.escape(title)}</h3>" + _table(["method", *words, ""], lines)
 
 
 def _sizes(row: Row) -> list[str]:

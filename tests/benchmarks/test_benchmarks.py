@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 
 import pytest
+import torch
 from benchmarks.__main__ import main
 from benchmarks.cases import FROZEN, Case, Setting
 from benchmarks.commands.load import IMPORTS
@@ -194,6 +195,14 @@ def test_an_error_in_a_worker_reaches_the_parent_in_one_line(pool, found):
     with pytest.raises(BenchmarkError, match=r"^worker current, prepare miss: ValueError: .*in_features \(8\)$"):
         worker.ask("prepare", "miss", setting=vars(Setting("miss", r=1000)))
     assert worker.ask("device", device="cpu")["device"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_report_on_a_device_that_is_not_there_ends_in_one_line(pool, found, tmp_path, capsys):
+    assert main(["report", "--device", "cuda", "--out", str(tmp_path)], pool) == 1
+    assert "CUDA" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_worker_that_dies_is_named_and_nothing_is_left_of_it(monkeypatch):
