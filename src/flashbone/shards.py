@@ -41,8 +41,10 @@ def full_and_tail(
 ) -> tuple[Float[Tensor, "*batch n_full r"], Float[Tensor, "*batch tail"]]:
     """The shards that are whole, and the ragged rest (`size % r` entries, maybe none): two views, nothing is padded."""
     whole = x.shape[-1] // r
+    if not x.shape[-1] % r:  # apart: a decoding step feels slices
+        return x.view(*x.shape[:-1], whole, r), x.narrow(-1, 0, 0)
     width = whole * r
-    return (x if width == x.shape[-1] else x[..., :width]).view(*x.shape[:-1], whole, r), x[..., width:]
+    return x[..., :width].view(*x.shape[:-1], whole, r), x[..., width:]
 
 
 def shard_sum(x: Float[Tensor, "*batch size"], r: int) -> Float[Tensor, "*batch r"]:
@@ -52,11 +54,9 @@ def shard_sum(x: Float[Tensor, "*batch size"], r: int) -> Float[Tensor, "*batch 
     The ragged tail is added to the front of the sum, so that no padded copy of x is made. Autograd keeps nothing of x.
     """
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    if x.shape[-1] % r == 0:  # apart: a decoding step feels slices, pads, and the argument of a dtype
-        whole = x.view(*x.shape[:-1], x.shape[-1] // r, r)
-        return whole.sum(-2) if dtype == x.dtype else whole.sum(-2, dtype=dtype)
     whole, tail = full_and_tail(x, r)
-    return whole.sum(-2, dtype=dtype) + F.pad(tail, (0, r - tail.shape[-1]))
+    total = whole.sum(-2, dtype=dtype)
+    return total + F.pad(tail, (0, r - tail.shape[-1])) if tail.shape[-1] else total
 
 
 def tile(t: Float[Tensor, "*batch k"], size: int) -> Float[Tensor, "*batch size"]:

@@ -38,6 +38,15 @@ def test_a_sum_comes_in_the_dtype_of_its_input_divided_by_what_is_asked_for(dtyp
         assert close(got, shards.shard_sum(x.double(), 4) / divisor, dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_one_row_is_added_in_inference_as_several_are(dtype):
+    y, s, B = (torch.randn(shape).to(dtype) for shape in ((1, 5), (1, 4), (4, 5)))
+    want = y.double() + s.double() @ B.double()
+    with torch.no_grad():
+        assert add_factored(y, s, B, in_place=True) is y
+    assert close(y, want, dtype)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtypes", [(a, b, c) for a in FLOATS[:3] for b in FLOATS[:3] for c in FLOATS[:3]], ids=str)
 def test_factors_are_added_in_the_dtype_of_the_output_whatever_theirs_are(dtypes, in_place):

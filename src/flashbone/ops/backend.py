@@ -10,6 +10,7 @@ from torch import Tensor
 from flashbone.errors import BackendError, ConfigError
 from flashbone.ops.bat_row import shift_input
 from flashbone.ops.bone import bounded_sum
+from flashbone.ops.inputs import flat
 
 
 class Backend(NamedTuple):
@@ -47,4 +48,4 @@ def _triton() -> Backend:
         assert z_sum is not None
         return shifted, z_sum
 
-    return Backend(triton.shard_sum, shift)
+    return Backend(lambda x, r, divisor: triton.shard_sum(flat(x), r, divisor), shift)

@@ -5,12 +5,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashbone import shards
+from flashbone.ops.inputs import flat
 
 
-def bounded_sum(x: Float[Tensor, "*batch in"], r: int, divisor: int = 1) -> Float[Tensor, "*batch r"]:
+def bounded_sum(x: Float[Tensor, "*batch in"], r: int, divisor: int = 1) -> Float[Tensor, "tokens r"]:
     """`S(x) / divisor` in x's dtype; rounded to fp16 only after the division. Autograd keeps nothing of x."""
-    s = shards.shard_sum(x, r)
-    return s if divisor == 1 and s.dtype == x.dtype else (s / divisor).to(x.dtype)
+    n = x.shape[-1] // r
+    if x.shape[-1] % r or x.dtype == torch.float16:
+        return (shards.shard_sum(flat(x), r) / divisor).to(x.dtype)
+    s = x.reshape(-1, n, r).sum(1)  # apart from shard_sum: a decoding step feels each of its lines
+    return s if divisor == 1 else s / divisor
 
 
 def add_factored(
@@ -23,4 +27,9 @@ def add_factored(
     """
     if not s.dtype == B.dtype == y.dtype:
         s, B = s.to(y.dtype), B.to(y.dtype)
-    return y.addmm_(s, B) if in_place else torch.addmm(y, s, B)
+    if not in_place:
+        return torch.addmm(y, s, B)
+    if y.dtype == torch.bfloat16 and len(y) == 1 and not (y.is_cuda or torch.is_grad_enabled()):
+        y[0].addmv_(B.mT, s[0])  # on CPUs without bf16 products a GEMM of one row takes twenty times as long
+        return y
+    return y.addmm_(s, B)

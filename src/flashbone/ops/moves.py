@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from flashbone.ops import backend, transforms
 from flashbone.ops.bat_col import bat_col_linear, bat_col_linear_refetched, shifted_weight
 from flashbone.ops.bone import add_factored
-from flashbone.ops.cache import Kept
+from flashbone.ops.cache import NOTHING, Kept
 from flashbone.ops.inputs import compute_input, flat, overflow_unit, scaled
 from flashbone.ops.rotation import rotate_input, rotation_offset
 from flashbone.ops.tiles import add_tiles
@@ -47,7 +47,7 @@ class Moves:
         self.x = x
         self._flat_x: Tensor | None = None
         self._kept = kept
-        self._backend = backend.get(backend_name)
+        self._backend, self._is_torch = backend.get(backend_name), backend_name == "torch"
         # Of each kind: (identity of the x that it sees, sizes of the block) -> that x and the blocks.
         self._input_shifts: dict[Any, tuple[Tensor, _Terms]] = {}
         self._rotations: dict[Any, tuple[Tensor, _Rotations]] = {}
@@ -55,6 +55,7 @@ class Moves:
         self._tiled_factors: dict[Any, tuple[Tensor, _Terms]] = {}
         self._weight_shifts: dict[int, tuple[Tensor, dict[int, _Terms]]] = {}
         # These want plain operations without side effects; what they compute with is no tensor to be kept.
+        self._has_grad = torch.is_grad_enabled()
         self._transformed = transforms.are_active()
         self._functional = self._transformed or torch.compiler.is_compiling()
         if self._transformed:
@@ -105,15 +106,17 @@ class Moves:
             y, own = self._weight_shifted_call(base_x, base, weight, is_plain_base, refetch)
         else:
             y, own = self._base_call(base_x, base, is_plain_base)
-        shape = (*self.x.shape[:-1], y.shape[-1])
-        if y.ndim != 2:
-            y, own = y.reshape(-1, shape[-1]), False
-        y = self._add_shifts(y, own and not self._functional and not y._is_view())
-        if len(shape) == 2:
-            return y
+        own = own and not self._functional and not (self._has_grad and y._is_view())
+        rows = self._add_shifts(flat(y), own)
+        if self.x.ndim == 2:
+            return rows
+        if own and y.ndim == self.x.ndim:
+            return y  # its rows were overwritten
+        shape = self.x.shape
+        if self._functional or not self._has_grad:
+            return rows.view(*shape[:-1], rows.shape[-1])  # a Size as a single argument would take twice the time
         # Not a view for autograd, as what F.linear returns: whoever overwrites it later pays nothing extra in backward.
-        is_plain_view = self._functional or not torch.is_grad_enabled()
-        return y.view(shape) if is_plain_view else torch.ops.aten._unsafe_view(y, shape)
+        return torch.ops.aten._unsafe_view(rows, [*shape[:-1], rows.shape[-1]])
 
     @property
     def shifts_weight(self) -> bool:
@@ -123,10 +126,12 @@ class Moves:
     def begin(self) -> Tensor | None:
         """Compute what precedes the base call; what the base is to see, (tokens, in), None for the pristine input."""
         # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
-        self._sums = [(*self._sum(x, terms[0][0].shape[0]), terms) for x, terms in self._factors.values()]
+        sums = self._sums = []
+        for (_, r), (x, terms) in self._factors.items():
+            unit = overflow_unit(x, r)
+            sums.append((self._sum(x, r, unit), (terms, unit)))
         self._tiles = self._tiled_sums() if self._tiled_factors else []
-        base_x, z_sums = self._shifted_input() if self._input_shifts else (None, [])
-        self._tiles += z_sums
+        base_x = self._shifted_input() if self._input_shifts else None
         return self._rotated_input(base_x) if self._rotations else base_x
 
     def finish(
@@ -139,18 +144,22 @@ class Moves:
         return self._add_shifts(y, own)
 
     def _add_shifts(self, y: Tensor, own: bool) -> Tensor:
-        if self._sums:
-            groups = [(terms, unit) for _, unit, terms in self._sums]
-            s = self._sums[0][0] if len(groups) == 1 else torch.cat([s for s, _, _ in self._sums], -1)
-            y, own = add_factored(y, s, self._combined("bone", groups, y.dtype), own), not self._functional
+        if sums := self._sums:
+            s = sums[0][0] if len(sums) == 1 else torch.cat([s for s, _ in sums], -1)
+            B = self._combined("bone", [terms for _, terms in sums], y.dtype)
+            y, own = add_factored(y, s, B, own), not self._functional
         for t in self._tiles:
             y, own = add_tiles(y, t, own), not self._functional
         return y
 
-    def _sum(self, x: Tensor, r: int) -> tuple[Tensor, int]:
-        """S(x) (tokens, r), divided by `overflow_unit`, and that."""
-        unit = overflow_unit(x, r)
-        return self._backend.bounded_sum(self._rows(x), r, unit), unit
+    def _sum(self, x: Tensor, r: int, unit: int) -> Tensor:
+        """S(x) / unit, (tokens, r)."""
+        size, kept = x.shape[-1], self._kept
+        if kept is None or kept is NOTHING or size % r or unit > 1 or x.numel() > size or not self._is_torch:
+            return self._backend.bounded_sum(self._rows(x) if self._has_grad else x, r, unit)
+        # Of one token, in decoding: a product with ones takes half the time of a sum.
+        n = size // r
+        return kept.get(("ones", n, x.dtype), lambda: x.new_ones(1, n)).mm(x.reshape(n, r))
 
     def _rows(self, x: Tensor) -> Tensor:
         """x as (tokens, in); the layer's own input is flattened once."""
@@ -163,22 +172,23 @@ class Moves:
     def _tiled_sums(self) -> list[Tensor]:
         tiles = []
         for (_, r, width), (x, terms) in self._tiled_factors.items():
-            s, unit = self._sum(x, r)
-            tiles.append(s @ self._combined(("mini", r, width), [(terms, unit)], s.dtype))
+            unit = overflow_unit(x, r)
+            s = self._sum(x, r, unit)
+            tiles.append(s.mm(self._combined(("mini", r, width), [(terms, unit)], s.dtype)))
         return tiles
 
-    def _shifted_input(self) -> tuple[Tensor | None, list[Tensor]]:
-        """What the base is to see, (tokens, in), None where that is the pristine input; and the sums of z."""
-        base_x, z_sums = None, []
+    def _shifted_input(self) -> Tensor | None:
+        """What the base is to see, (tokens, in), None where that is the pristine input; the sums of z become tiles."""
+        base_x = None
         for (_, r), (seen, terms) in self._input_shifts.items():
             x = compute_input(self._rows(seen))
             if base_x is None and seen is not self.x:
                 base_x = compute_input(self._rows(self.x))
             D = self._combined(("bat-row", r), [(terms, 1)], x.dtype)
-            composite = self._composite if self._backend is backend.BACKENDS["torch"] else self._transformed
+            composite = self._composite if self._is_torch else self._transformed
             base_x, z_sum = self._backend.shift_input(x, D, base_x, composite)
-            z_sums.append(z_sum)
-        return base_x, z_sums
+            self._tiles.append(z_sum)
+        return base_x
 
     def _rotated_input(self, base_x: Tensor | None) -> Tensor | None:
         """As `_shifted_input`, which went before: `base_x` is what it left."""
@@ -204,7 +214,10 @@ class Moves:
     def _base_call(self, base_x: Tensor | None, base: Callable, is_plain: bool) -> tuple[Tensor, bool]:
         """The base's output; and whether it is ours alone, to be overwritten."""
         if is_plain and type(self.x) in (Tensor, torch.nn.Parameter):
-            return base(self._rows(self.x) if base_x is None else base_x), True
+            if base_x is None:  # as rows where autograd would see that a view of the output is overwritten
+                as_it_is = not (self._has_grad or self._functional) and self.x.is_contiguous()
+                base_x = self.x if as_it_is else self._rows(self.x)
+            return base(base_x), True
         # In the dtype of x: some quantised layers know nothing of autocast.
         return base(self.x if base_x is None else base_x.view(self.x.shape).to(self.x.dtype)), False
 
@@ -255,8 +268,11 @@ class Moves:
 
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""
-        is_one_block = len(groups) == len(groups[0][0]) == 1
-        if self._kept is None or (is_one_block and groups[0][0][0][0].dtype == dtype):
+        if len(groups) == len(groups[0][0]) == 1:
+            ((block, scale),), unit = groups[0]
+            if block.dtype == dtype:
+                return scaled(block, scale * unit)
+        if self._kept is None:
             return _combine(groups, dtype)
         settings = tuple((unit, *(scale for _, scale in terms)) for terms, unit in groups)
         return self._kept.get((role, dtype, settings), lambda: _combine(groups, dtype))

@@ -94,27 +94,30 @@ def rotate_input(
 
 
 def _forward(x: Tensor, E: Tensor, base_x: Tensor | None) -> Tensor:
+    if not x.shape[-1] % E.shape[-1]:  # apart: a decoding step feels each of the lines below
+        rows = _rows(x, E)
+        return torch.addmm(rows if base_x is None else _rows(base_x, E), rows, E.mT).view_as(x)
     whole, tail = shards.full_and_tail(x, E.shape[-1])
     base_whole, tail = (whole, tail) if base_x is None else shards.full_and_tail(base_x, E.shape[-1])
-    return _with_tail(torch.addmm(_rows(base_whole), _rows(whole), E.mT), tail, whole.shape)
+    return _with_tail(torch.addmm(_rows(base_whole, E), _rows(whole, E), E.mT), tail, whole.shape)
 
 
 def _backward(grad: Tensor, x: Tensor, E: Tensor, x_is_base: bool, need_x: bool, need_E: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x (with the base's share if it is what the base sees) and E; empty where not needed."""
     (whole, _), (grad_whole, grad_tail) = shards.full_and_tail(x, E.shape[-1]), shards.full_and_tail(grad, E.shape[-1])
-    g = _rows(grad_whole)
+    g = _rows(grad_whole, E)
     grad_x, grad_E = x.new_empty(0), E.new_empty(0)
     if need_x:
         tail = grad_tail if x_is_base else torch.zeros_like(grad_tail)
         grad_x = _with_tail(torch.addmm(g, g, E) if x_is_base else g @ E, tail, whole.shape)
     if need_E:
-        grad_E = g.mT @ _rows(whole)
+        grad_E = g.mT @ _rows(whole, E)
     return grad_x, grad_E
 
 
-def _rows(whole: Tensor) -> Tensor:
-    """(tokens, n, r) as (tokens * n, r): a view where no ragged tail follows."""
-    return whole.reshape(-1, whole.shape[-1])
+def _rows(whole: Tensor, E: Tensor) -> Tensor:
+    """(tokens, n, r) or (tokens, n * r) as (tokens * n, r): a view where no ragged tail follows."""
+    return whole.reshape(-1, E.shape[-1])
 
 
 def _with_tail(rows: Tensor, tail: Tensor, shape: torch.Size) -> Tensor:

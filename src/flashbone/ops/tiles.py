@@ -28,10 +28,11 @@ class _AddTiled_(Function):
 
 
 def _add_tiles_(y: Tensor, t: Tensor) -> Tensor:
-    whole, tail = shards.full_and_tail(y, t.shape[-1])
-    whole.add_(t.unsqueeze(-2))
-    if tail.shape[-1]:
-        tail.add_(t[..., : tail.shape[-1]])
+    k = t.shape[-1]
+    n, tail = y.shape[-1] // k, y.shape[-1] % k
+    if tail:
+        y[..., n * k :].add_(t[..., :tail])
+    (y[..., : n * k] if tail else y).view(y.shape[0], n, k).add_(t.unsqueeze(-2))
     return y
 
 
@@ -40,7 +41,7 @@ def add_tiles(
 ) -> Float[Tensor, "tokens out"]:
     """`y + tile(t)` in y's dtype. `in_place` overwrites y, which nobody else may hold and which must not be a view;
     not under torch.compile, nor in torch.func's transforms."""
-    t = t.to(y.dtype)
+    t = t if t.dtype == y.dtype else t.to(y.dtype)
     if not in_place:
         return shards.add_tiled(y, t)
     return _AddTiled_.apply(y, t) if torch.is_grad_enabled() else _add_tiles_(y, t)

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch.distributed as dist
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from flashbone.errors import ConfigError
-from flashbone.ops.cache import Kept
+from flashbone.ops.cache import NOTHING, Kept
 from flashbone.tuner.layers.mixed_batch import RowNames
 
 P = ParamSpec("P")
@@ -58,14 +59,19 @@ def one_call(gate: Gate) -> Iterator[None]:
             current.rows, current.kept, current.gate = before
 
 
-def kept_by(layer: nn.Module, part: str = "") -> Kept | None:
-    """What a layer, or its part of an adapter, keeps in this call; None outside of calls."""
-    kept = CURRENT.kept
+def kept_by(layer: nn.Module, part: str = "") -> Kept:
+    """What a layer, or its part of an adapter, keeps in this call: nothing outside of calls, or where torch.distributed
+    runs, since FSDP2 would have a weight whole for longer than its unit runs."""
+    all_kept = CURRENT.kept
+    if all_kept is None:
+        return NOTHING
+    kept = all_kept.get((layer, part))
     if kept is None:
-        return None
-    # Weights are kept while one thread alone calls the model: else there would be a copy for each.
-    gate = CURRENT.gate
-    return kept.get((layer, part)) or kept.setdefault((layer, part), Kept(not part and (not gate or gate.has_one_call)))
+        # Weights are kept while one thread alone calls the model: else there would be a copy for each.
+        gate, is_distributed = CURRENT.gate, dist.is_available() and dist.is_initialized()
+        kept = NOTHING if is_distributed else Kept(not part and (not gate or gate.has_one_call))
+        all_kept[layer, part] = kept
+    return kept
 
 
 class Gate:

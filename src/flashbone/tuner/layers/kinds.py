@@ -27,7 +27,7 @@ class BaseKind:
 
     def parameter(self, module: Any) -> Any:
         """The parameter that holds W. Layers with tied weights share it."""
-        return getattr(module, self.parameter_name)
+        return parameter_of(module, self.parameter_name)
 
     def sizes(self, module: Any) -> tuple[int, int]:
         """(out, in) of W."""
@@ -115,6 +115,12 @@ class TransposedKind(BaseKind):
 
 
 LINEAR, TRANSPOSED = BaseKind(), TransposedKind()
+
+
+def parameter_of(module: Any, name: str) -> Any:
+    """The module's attribute, without the chain of Python calls in which torch looks parameters up."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def with_article(class_name: str) -> str:

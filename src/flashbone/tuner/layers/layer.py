@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashbone import variants
@@ -16,7 +15,7 @@ from flashbone.ops.moves import Moves
 from flashbone.ops.rows import Part, run_by_rows
 from flashbone.tuner.layers import calls, offloading
 from flashbone.tuner.layers.calls import CURRENT
-from flashbone.tuner.layers.kinds import BaseKind, is_plain
+from flashbone.tuner.layers.kinds import BaseKind, is_plain, parameter_of
 from flashbone.tuner.layers.merged_base import check_loadable
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
@@ -185,19 +184,27 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         modules: Any = self._modules  # attributes of modules are looked up in a chain of Python calls
-        base_layer, bone_block = modules["base_layer"], modules["bone_block"]
-        active = [name for name in self.active_adapters if name in bone_block]
-        if self._disable_adapters or self.merged_adapters or not active:
+        base_layer, bone_block, active = modules["base_layer"], modules["bone_block"], self._active_adapter
+        names = [name for name in ((active,) if isinstance(active, str) else active) if name in bone_block]
+        if self._disable_adapters or self.merged_adapters or not names:
             return base_layer(x, *args, **kwargs)
-        moves = Moves(x, self._kept(x), self.backend)
-        for name in active:
+        kept, blocks = self._kept(x), [self.block_of(name) for name in names]
+        if kept is not None and any(type(block) is not nn.Parameter for block in blocks):
+            kept = NOTHING  # functional_call's
+        moves = Moves(x, kept, self.backend)
+        for name, block in zip(names, blocks, strict=True):
             adapter_x = self._with_dropout(name, x) if self.training else x
-            self.bone_variant[name].move(moves, adapter_x, self.block_of(name), self.bone_scale[name])
+            self.bone_variant[name].move(moves, adapter_x, block, self.bone_scale[name])
         refetch = moves.shifts_weight and self._is_refetched()
-        plain = is_plain(base_layer) and not (refetch or args or kwargs)
-        call = self.base_kind.product(base_layer) if plain else self.base_kind.caller(base_layer)
-        base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
+        base, plain = self._base_call(base_layer, refetch, args, kwargs)
         return moves.run(base, self._weight_and_bias, plain, refetch)
+
+    def _base_call(self, base_layer: Any, refetch: bool, args: tuple, kwargs: dict) -> tuple[Callable, bool]:
+        """What computes the base's output, and whether it is a plain product (see `Moves.run`)."""
+        if not (refetch or args or kwargs) and is_plain(base_layer):
+            return self.base_kind.product(base_layer), True
+        call = self.base_kind.caller(base_layer)
+        return (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call, False
 
     def _forward_by_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -218,10 +225,8 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
                 moves = Moves(x.narrow(0, start, size), self._kept(x, name), self.backend)
                 self.bone_variant[name].move(moves, moves.x, self.block_of(name), self.bone_scale[name])
                 parts.append(Part(start, size, moves))
-        call = self.base_kind.caller(base_layer)
-        base = (lambda base_x: call(base_x, *args, **kwargs)) if args or kwargs else call
         refetch = self._is_refetched()
-        plain = is_plain(base_layer) and not refetch
+        base, plain = self._base_call(base_layer, refetch, args, kwargs)
         return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
 
     def _with_dropout(self, name: str, x: Tensor) -> Tensor:
@@ -230,17 +235,18 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
 
     def _kept(self, x: Tensor, part: str = "") -> Kept | None:
         """What this layer, or its part of an adapter, keeps in this call; None in training."""
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return None
-        # Under FSDP2 a weight would be whole for longer than its unit runs; a CUDA graph would read what was dropped.
-        if (dist.is_available() and dist.is_initialized()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self.caches:
             return NOTHING
-        return (calls.kept_by(self, part) if self.caches else None) or NOTHING
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # its graph would read what was dropped
+            return NOTHING
+        return calls.kept_by(self, part)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
         if not offloading.is_sharded_or_offloaded(base):
-            return self.base_kind.weight(base), base.bias
+            return self.base_kind.weight(base), parameter_of(base, "bias")
         offloading.prepare_reading(base, self)
         with offloading.whole(base):
             return self.base_kind.weight(base).detach(), base.bias

@@ -34,7 +34,12 @@ def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
 
 def is_sharded_or_offloaded(module: nn.Module) -> bool:
     """Whether a host keeps the module's parameters elsewhere between calls; not during an FSDP2 unit's forward."""
-    return _offload_hook(module) is not None or any(map(is_sharded, _parameters(module).values()))
+    if "_hf_hook" in module.__dict__ and _offload_hook(module) is not None:
+        return True
+    parameters = _parameters(module).values()
+    if not torch.compiler.is_compiling():  # a parameter without attributes is not; asking for one that it lacks is slow
+        parameters = [p for p in parameters if type(p) is not nn.Parameter or p.__dict__]
+    return any(map(is_sharded, parameters))
 
 
 def is_materialized(parameter: Tensor | None) -> bool:
