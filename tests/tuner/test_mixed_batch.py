@@ -71,6 +71,29 @@ def test_gradients_equal_those_of_a_run_for_each_row():
         assert close(a, b)
 
 
+@pytest.mark.parametrize("tokens", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("names", ["012012", "010222", "000000012", "01_2", "219_0"], ids=str)
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_in_the_steps_of_a_call_groups_of_any_sizes_get_their_own_adapter(variant, names, dtype, tokens):
+    names = ["__base__" if name == "_" else name for name in names]
+    layer = layer_of([variant], dtype)
+    for name in "12":
+        layer.update_layer(name, 2, False, variant=variant, mini_r=2)
+    layer.update_layer("0", 2 + len(tokens), False, variant=variant, mini_r=2)  # of the others' size, or of another
+    layer.bone_block.to(torch.float32 if dtype == torch.float16 else dtype)
+    layer.set_scale("1", 0.5)
+    x = torch.randn(len(names), *tokens, IN, dtype=dtype)
+    before = x.clone()
+    with torch.no_grad():
+        want = row_by_row(layer, x, names)
+        with one_call(Gate()):
+            got = [layer(x, adapter_names=names) for _ in range(3)]  # stacked from the second step on
+        alone = layer(x, adapter_names=names)
+    assert same_bits(x, before, Promise.UNTOUCHED)
+    assert all(y.shape == want.shape and close(y, want) for y in (*got, alone))
+
+
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_the_base_runs_once_on_rows_that_need_it(variant):
     layer, seen = layer_of([variant, variant]), []
@@ -138,10 +161,10 @@ def test_inference_solves_each_rotation_once_and_keeps_no_weights():
     x = torch.randn(4, IN, dtype=torch.float64)
     with torch.no_grad(), one_call(Gate()):
         got = layer(x, adapter_names=names)
-        kept = {part: list(kept.values) for (_, part), kept in CURRENT.kept.items()}
+        kept = {part: list(kept.values) for (_, part), kept in CURRENT.kept.items() if part}
         assert {part: len(keys) for part, keys in kept.items()} == {"0": 1, "1": 1, "2": 0}
         layer(x, adapter_names=names)
-        assert {part: list(kept.values) for (_, part), kept in CURRENT.kept.items()} == kept
+        assert {part: list(kept.values) for (_, part), kept in CURRENT.kept.items() if part} == kept
     with torch.no_grad():
         assert close(got, row_by_row(layer, x, names))
 

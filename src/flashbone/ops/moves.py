@@ -123,6 +123,17 @@ class Moves:
         """Whether any adapter shifts the weight."""
         return bool(self._weight_shifts)
 
+    @property
+    def only_term(self) -> tuple[tuple, Any] | None:
+        """The kind and the sizes of its only term, and that in a list; None where it has several, or where the term
+        sees another x, or shifts as `bat-*` do."""
+        kinds = (("bone", self._factors), ("mini", self._tiled_factors), ("orthogonal", self._rotations))
+        groups = [((kind, *key[1:]), *group) for kind, by_key in kinds for key, group in by_key.items()]
+        if len(groups) != 1 or self._input_shifts or self._weight_shifts:
+            return None
+        ((key, x, terms),) = groups
+        return (key, terms) if x is self.x and len(terms) == 1 else None
+
     def begin(self) -> Tensor | None:
         """Compute what precedes the base call; what the base is to see, (tokens, in), None for the pristine input."""
         # Before the base call, so that in backward the base's gradient of x is there first and these are added to it.
@@ -196,10 +207,10 @@ class Moves:
             x = compute_input(self._rows(seen))
             if base_x is None and seen is not self.x:
                 base_x = compute_input(self._rows(self.x))
-            base_x = rotate_input(x, self._offset(terms, x.dtype), base_x, self._composite)
+            base_x = rotate_input(x, self.offset(terms, x.dtype), base_x, self._composite)
         return base_x
 
-    def _offset(self, terms: _Rotations, dtype: torch.dtype) -> Tensor:
+    def offset(self, terms: _Rotations, dtype: torch.dtype) -> Tensor:
         """The sum of the scaled `Q - I` of several adapters, solved for once in inference."""
 
         def build() -> Tensor:

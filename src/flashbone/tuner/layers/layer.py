@@ -224,10 +224,10 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
             if name in self.bone_block:
                 moves = Moves(x.narrow(0, start, size), self._kept(x, name), self.backend)
                 self.bone_variant[name].move(moves, moves.x, self.block_of(name), self.bone_scale[name])
-                parts.append(Part(start, size, moves))
+                parts.append(Part(start, size, moves, name))
         refetch = self._is_refetched()
         base, plain = self._base_call(base_layer, refetch, args, kwargs)
-        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch))
+        return rows.restored(run_by_rows(x, parts, base, self._weight_and_bias, plain, refetch, self._kept(x)))
 
     def _with_dropout(self, name: str, x: Tensor) -> Tensor:
         dropout = self.bone_dropout[name]
