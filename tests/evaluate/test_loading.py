@@ -128,7 +128,7 @@ def test_what_is_no_adapter_or_a_classifiers_is_refused(llama, tmp_path):
     get_peft_model(classifier, BoneConfig(r=8, task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(
         tmp_path / "c"
     )
-    with pytest.raises(ConfigError, match="was trained for the task SEQ_CLS; use --classification"):
+    with pytest.raises(ConfigError, match="was trained for the task SEQ_CLS; use flashbone eval --classification"):
         load_language_model(str(llama), tmp_path / "c", torch.float32, "cpu")
 
 

@@ -177,6 +177,8 @@ def test_a_text_is_learned_beside_what_describes_it_or_where_it_is_named():
         ("kto", {"prompt": "a", "chosen": "b", "rejected": "c"}, "are pairs: set task: dpo or reward"),
         ("dpo", {"prompt": "a", "completion": "b", "label": True}, "are single answers with a label: set task: kto"),
         ("reward", {"messages": TALK, "label": True}, "are single answers with a label: set task: kto"),
+        ("exact_match", {"prompt": "a", "chosen": "b", "rejected": "c"}, "are preferences; a training of task dpo or"),
+        ("classification", {"chosen": "b", "rejected": "c"}, "are preferences; a training of task dpo or reward"),
         ("classification", {"tokens": ["a"], "ner_tags": [0]}, "hold a label for each word"),
         ("classification", {"text": "a", "sentence2": "b", "label": 1}, "the class may depend on 'sentence2'"),
         ("classification", {"text": "a", "labels": [0, 1, 1]}, "([0, 1, 1]): several classes of a text (multi-label)"),

@@ -161,7 +161,7 @@ def _config_for(model: Any, folder: Path, adapter: Path, task_type: str) -> Any:
     config = peft.PeftConfig.from_pretrained(str(folder))
     task = getattr(config.task_type, "value", config.task_type)
     if task is not None and task != task_type:
-        remedy = "use --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
+        remedy = "use flashbone eval --classification" if task == "SEQ_CLS" else f"a {task_type} adapter was wanted"
         raise ConfigError(f"adapter {adapter}: was trained for the task {task}; {remedy}")
     _refuse_random_modules(model, config, adapter)
     if config.peft_type != "BONE":

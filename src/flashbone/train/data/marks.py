@@ -46,6 +46,7 @@ _CHOSEN = (
 # Columns of rows that no format of a task reads, and what to do.
 _PAIRS = "are pairs: set task: dpo or reward; or write each as two rows of prompt, completion and label"
 _MESSAGES = "are one message a row; a row is a conversation, {messages: [{role: ..., content: ...}, ...]}"
+_MEASURED = "are preferences; a training of task dpo or reward measures them, as its held-out rows (data.eval)"
 _SINGLE = "are single answers with a label: set task: kto"
 REFUSED = {
     "sft": {
@@ -59,8 +60,10 @@ REFUSED = {
     "kto": {("chosen", "rejected"): _PAIRS, ("preferred_output", "non_preferred_output"): _PAIRS},
     "dpo": {("completion", "label"): _SINGLE, ("messages", "label"): _SINGLE},
     "reward": {("completion", "label"): _SINGLE, ("messages", "label"): _SINGLE},
+    "exact_match": {("chosen", "rejected"): _MEASURED},
     "classification": {
-        ("tokens",): "hold a label for each word; one of each text was wanted, as in {text: ..., label: ...}"
+        ("chosen", "rejected"): _MEASURED,
+        ("tokens",): "hold a label for each word; one of each text was wanted, as in {text: ..., label: ...}",
     },
 }
 
