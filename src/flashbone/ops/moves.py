@@ -166,7 +166,7 @@ class Moves:
     def _sum(self, x: Tensor, r: int, unit: int) -> Tensor:
         """S(x) / unit, (tokens, r)."""
         size, kept = x.shape[-1], self._kept
-        if kept is None or kept is NOTHING or size % r or unit > 1 or x.numel() > size or not self._is_torch:
+        if kept is None or kept is NOTHING or size % r or unit > 1 or x.numel() != size or not self._is_torch:
             return self._backend.bounded_sum(self._rows(x) if self._has_grad else x, r, unit)
         # Of one token, in decoding: a product with ones takes half the time of a sum.
         n = size // r
