@@ -54,6 +54,15 @@ def test_every_method_learns_the_same_rows_and_tokens_in_the_same_order(whole):
     assert whole[1][0]["fairness"]["problems"] == []
 
 
+def test_losses_of_single_held_out_rows_make_up_the_curve_and_are_kept_where_they_are_used(whole):
+    for run in of(whole[1], "run"):
+        curve = run["held_out"]
+        assert (curve["rows"] is not None) == run["counted"]
+        for loss, rows in zip(curve["loss"], curve["rows"] or (), strict=run["counted"]):
+            assert loss == pytest.approx(sum(rows) / sum(curve["weights"]), rel=1e-4)
+        assert curve["step"] == [0, 2, 4]
+
+
 def test_sizes_of_matched_methods_are_within_three_percent(whole, llama):
     methods = {row["method"]: row for row in of(whole[1], "method")}
     sizes = [row["adapter_parameters"] for row in methods.values() if row["matched"]]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from compared import results
 
+from flashbone.compare.report import comparison_markdown
 from flashbone.errors import ConfigError
 from helpers.encoders import write_encoder
 
@@ -100,6 +101,15 @@ def test_answers_are_compared_by_exact_match(config, rows, tmp_path):
     assert found[1]["status"] == "ok"
     assert found[2]["test"]["exact_match"] == sum(found[2]["test_scores"]) / 6
     assert found[2]["test"]["loss"] > 0
+
+
+def test_exact_match_is_measured_beside_the_loss(config, rows, tmp_path):
+    fields = {"methods": ["bone"], "seeds": [0], "learning_rates": [1e-3]}
+    answered = config(**fields, answers={"max_new_tokens": 4}, output=str(tmp_path / "answered"))
+    beside, alone = results(answered)[2], results(config(**fields))[2]
+    assert beside["test"] == {**alone["test"], "exact_match": 0.0}
+    assert beside["test_scores"] == alone["test_scores"]
+    assert "| 0.0 % |" in comparison_markdown(tmp_path / "answered" / "results.jsonl")
 
 
 def test_texts_without_answers_cannot_be_matched(config, tmp_path):

@@ -15,12 +15,13 @@ from flashbone.errors import ConfigError
 from flashbone.train.adapters import same_compilers
 from helpers.comparison import Promise, close, same_bits
 
-pytestmark = pytest.mark.slow
+# torch says the second once in a process, when SHiRA first makes a sparse tensor
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sparse invariant checks")]
 
 ADAPTERS = [name for name, method in METHODS.items() if not method.is_bound]
 # A size each, which fits inputs of 36 and 60.
 SIZES = {name: {"r": 2} if "r" in METHODS[name].size_fields else {} for name in ADAPTERS}
-SIZES |= {"oft": {"oft_block_size": 6}, "boft": {"boft_block_size": 6}}
+SIZES |= {"oft": {"oft_block_size": 6}, "boft": {"boft_block_size": 6}, "c3a": {"block_size": 6}}
 CASES = {"llama": (llama, "CAUSAL_LM", LINEARS), "bert": (bert, "SEQ_CLS", ["query", "value", "output.dense"])}
 
 

@@ -109,7 +109,7 @@ def _speed(ranking: Ranking) -> Panel:
         text += "" if speed.lead is None else f", lead on the way {words.loss_lead(speed.lead)}"
         methods[key] = text, partial(_paint_speed, place, speed.steps, measured.end)
     name = results.label(measured.reference)
-    label = f"steps to the held-out loss with which {name} ends ({measured.loss:.4f})"
+    label = f"steps to {name}'s last held-out loss ({measured.loss:.4f})"
     return Panel(label, "method", methods, names=tuple(map(results.label, order)))
 
 
