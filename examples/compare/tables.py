@@ -22,6 +22,7 @@ SHOWN = ("method", "test", "size", "rate", "steps", "lead", "step_ms", "above_mo
 TASKS = {"classification": "BBC news", "gsm8k": "GSM8K", "sft": "chats", "topics": "topics of exchanges"}
 VARIANTS = ("bone", "bat-row", "bat-col", "orthogonal", "mini")
 RATES = ("| task | `bone` | / 3, x 3 | LoRA | / 3, x 3 |", "|---|---|---|---|---|")
+BETTER = ("better", "worse")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -56,9 +57,14 @@ def measured(folder: Path) -> dict[str, str]:
     of_test = [(*who, lead) for name, ranking in ranked.items() for who, lead in test_leads(name, ranking, "lora")]
     of_bat = [(*who, lead) for name, ranking in ranked.items() for who, lead in test_leads(name, ranking, "bone")]
     of_speed = [(*who, lead) for name, ranking in ranked.items() for who, lead in speed_leads(name, ranking)]
+    best = [
+        f"{ranking.results.label(ranking.winner)} was best on {TASKS[name]}"
+        for name, ranking in ranked.items()
+        if ranking.winner is not None
+    ]
     return parts | {
-        "quality": f"With tuned learning rates, {summed(of_test, 'LoRA', everywhere, ('better', 'worse'))}",
-        "bat": summed([row for row in of_bat if row[0].startswith("bat")], "`bone`", everywhere, ("better", "worse")),
+        "quality": "; ".join([f"With tuned learning rates, {summed(of_test, 'LoRA', everywhere, BETTER)}", *best]),
+        "bat": summed([row for row in of_bat if row[0].startswith("bat")], "`bone`", everywhere, BETTER),
         "speed": summed(of_speed, "LoRA", everywhere, ("faster", "slower")),
         "steps": "; ".join(steps_to(TASKS[name], ranking) for name, ranking in ranked.items()),
         "leads": "; ".join(f"{TASKS[name]}: {leads_of(ranking, 'lora')}" for name, ranking in ranked.items()),
