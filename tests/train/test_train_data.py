@@ -214,7 +214,7 @@ def test_an_unknown_hub_id_is_refused_in_one_line():
 )
 def test_a_folder_of_rows_that_cannot_be_read_says_why_in_one_line(tmp_path, row, reason):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' + row + "\n")
-    with pytest.raises(ConfigError, match=rf"no dataset of that id could be loaded: .*{reason}") as error:
+    with pytest.raises(ConfigError, match=rf"the folder cannot be read: .*{reason}.*; mend") as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -1,5 +1,6 @@
 """Datasets of the hub and of folders, which the package datasets opens; which files of a folder do not go together."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,14 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
             return rows.to_iterable_dataset() if streaming else rows
         _refuse_mixed_kinds(Path(path))
         return load_dataset(path, subset, split=split, streaming=streaming)  # pyright: ignore[reportReturnType]
+    except ConfigError:
+        raise
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
         cause = error.__cause__ or error  # some only report that there was a cause
         if Path(path).is_dir():
-            reason = _other_columns(Path(path)) or f"{one_line(cause, 200)}; write each column alike in all files"
+            differs = re.search("cast|[Ss]chema", str(cause))
+            remedy = "write each column alike in all files" if differs else "mend or remove the file"
+            reason = _other_columns(Path(path)) or f"{one_line(cause, 200)}; {remedy}"
             raise ConfigError(f"data.path {path} ({split}): the folder cannot be read: {reason}") from None
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ConfigError(

@@ -247,7 +247,7 @@ FORMATS = {
         preferences.asked,
         ("prompt",),
         ("answer", "system", "input"),
-        "answers of its own, by their rewards",
+        "its own answers, by their rewards",
         ("grpo",),
         has_prompt=True,
         turns=("prompt",),
