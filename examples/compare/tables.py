@@ -124,7 +124,7 @@ def summed(rows: list[tuple[str, str, Difference]], other: str, everywhere: str,
         if not lead.tied
     ]
     if not apart:
-        return f"every variant tied with {other} on {everywhere} of our tasks"
+        return f"every variant that ran tied with {other} on {everywhere} of our tasks"
     ties = len(rows) - len(apart)
     return f"{'; '.join(apart)}" + (f"; tied in the other {ties} of {len(rows)} cases" if ties else "")
 
