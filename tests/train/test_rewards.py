@@ -122,6 +122,7 @@ def grpo(llama, prompts, output, **changes):
     return recipe_for(llama, prompts, output, task="grpo", training=training, samples=0, **changes)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_grpo_resumes_to_the_same_figures(llama, prompts, tmp_path, monkeypatch):
     rewards = {"exact_match": True, "regex": "cat|dog", "length": 3}
     weighted = {"training": {"reward_weights": [1, 0.5, 0.1]}, "rewards": rewards}

@@ -19,6 +19,7 @@ pytestmark = [
 DROPOUT = {"r": 8, "dropout": 0.2}  # so that every random number counts
 
 
+@pytest.mark.slow
 def test_answers_before_and_after_are_the_models_and_change_no_loss(llama, questions_file, tmp_path, capsys):
     import torch
 
