@@ -6,6 +6,7 @@ from torch import nn
 
 from flashbone import BoneLinear
 from flashbone.errors import ConfigError, ShapeError
+from flashbone.ops import backend
 from flashbone.tuner.layers import kinds
 from flashbone.tuner.layers.calls import CURRENT, Gate, one_call
 from helpers.blocks import VARIANT_NAMES
@@ -92,6 +93,27 @@ def test_in_the_steps_of_a_call_groups_of_any_sizes_get_their_own_adapter(varian
         alone = layer(x, adapter_names=names)
     assert same_bits(x, before, Promise.UNTOUCHED)
     assert all(y.shape == want.shape and close(y, want) for y in (*got, alone))
+
+
+@pytest.mark.parametrize("variant", ["bone", "mini"])
+def test_the_steps_of_a_call_use_the_backend_that_was_asked_for(variant, monkeypatch):
+    plain, seen = backend.BACKENDS["torch"], []
+
+    def counted(x: torch.Tensor, r: int, divisor: int) -> torch.Tensor:
+        seen.append(len(x))
+        return plain.bounded_sum(x, r, divisor)
+
+    monkeypatch.setitem(backend.BACKENDS, "triton", plain._replace(bounded_sum=counted))
+    layer = layer_of([variant, variant])
+    layer.update_layer("1", 3, False, variant=variant, mini_r=2)
+    layer.bone_block.to(torch.float64)
+    layer.backend = "triton"
+    x, names = torch.randn(3, IN, dtype=torch.float64), ["0", "1", "0"]
+    with torch.no_grad(), one_call(Gate()):
+        for _ in range(3):
+            y = layer(x, adapter_names=names)
+    assert sorted(seen) == [1, 1, 1, 2, 2, 2]  # the rows of each adapter, in each step
+    assert close(y, row_by_row(layer, x, names))
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)

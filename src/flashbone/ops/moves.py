@@ -125,11 +125,11 @@ class Moves:
 
     @property
     def only_term(self) -> tuple[tuple, Any] | None:
-        """The kind and the sizes of its only term, and that in a list; None where it has several, or where the term
-        sees another x, or shifts as `bat-*` do."""
+        """The kind and the sizes of its only term, and that in a list; None where it has several, where the term sees
+        another x or shifts as `bat-*` do, or where another backend was asked for by name."""
         kinds = (("bone", self._factors), ("mini", self._tiled_factors), ("orthogonal", self._rotations))
         groups = [((kind, *key[1:]), *group) for kind, by_key in kinds for key, group in by_key.items()]
-        if len(groups) != 1 or self._input_shifts or self._weight_shifts:
+        if len(groups) != 1 or self._input_shifts or self._weight_shifts or not self._is_torch:
             return None
         ((key, x, terms),) = groups
         return (key, terms) if x is self.x and len(terms) == 1 else None
