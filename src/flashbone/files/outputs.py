@@ -223,14 +223,20 @@ def alone(folder: Path) -> Iterator[None]:
         _remove_empty(folder, keep)
 
 
+def _process_in(lock: Path) -> str:
+    """The number of the process that a lock names; blank if it names none."""
+    try:
+        return lock.read_text()[:20]
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def _take(lock: Any, folder: Path) -> None:
     """Make and lock a folder, and write this process's number into the lock."""
     from filelock import Timeout
 
     file = folder / LOCK
-    number = ""
-    with suppress(OSError, UnicodeDecodeError):
-        number = file.read_text()[:20]  # filelock below 4.0 empties the other run's file; it is written back
+    before = _process_in(file)
     try:
         while not (lock.is_locked and file.exists()):  # a run that failed may remove the folder meanwhile
             lock.release()
@@ -239,8 +245,11 @@ def _take(lock: Any, folder: Path) -> None:
                 lock.acquire(timeout=0)
         file.write_text(str(os.getpid()))
     except Timeout:
-        with suppress(OSError):
-            file.write_text(number or file.read_text())
+        number = _process_in(file)
+        if before and not number:  # filelock below 4.0 empties the file of the run that holds it
+            number = before
+            with suppress(OSError):
+                file.write_text(number)
         process = f" (process {number})" if number else ""  # empty just after the other has taken the lock
         raise ConfigError(
             f"output {folder}: another run is writing to it{process}; wait for it, or choose another output"
