@@ -29,10 +29,8 @@ _FULL, _LITTLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), 2**20  # bytes of a 
 # `training` may change (more steps), with a notice, but for what a checkpoint's optimiser brings along: another value
 # would be ignored. `learning_rates` are its groups.
 FIXED = ("model", "task", "data", "adapter", "init_adapter", "quantization", "rwkv", "seed")
-OF_THE_OPTIMIZER = (
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("optim", "optim_args", "optim_target_modules"),
-)
+OF_THE_OPTIMIZER = ("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay")
+OF_THE_OPTIMIZER += ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 class RunFolder:
@@ -175,7 +173,7 @@ def _compare(recipe: Recipe, folder: RunFolder) -> Recipe:
     now, before = _plain(recipe), _plain(run)
     pairs = {name: (before[name], now[name]) for name in FIXED}
     pairs["training.learning_rates"] = (_rates(before), _rates(now))
-    if folder.last_checkpoint() is not None:
+    if checkpoints(folder.path):
         pairs |= {
             f"training.{name}": (before["training"].get(name), now["training"].get(name)) for name in OF_THE_OPTIMIZER
         }
