@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashbone.errors import ConfigError, ShapeError
 from flashbone.tuner.layers.calls import CURRENT
+from flashbone.tuner.model.watching import ForwardWatch
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
@@ -168,6 +169,24 @@ def test_adapters_come_and_go_while_eight_threads_call(often_switched, tmp_path)
             stop.set()
         assert all(future.result() for future in running)
     assert all(close(got, want[name]) for name, got in outputs_of_each(model, x).items())
+
+
+def test_the_next_call_is_watched_when_the_last_watch_is_gone(monkeypatch):
+    model, x, calls = adapted(), torch.randn(2, SIZE, dtype=torch.float64), []
+    stop = ForwardWatch.stop
+
+    def stop_slowly(self):
+        if not calls:
+            calls.append(threading.Thread(target=lambda: model.train()(x)))
+            calls[0].start()
+            calls[0].join(0.2)
+        stop(self)
+
+    monkeypatch.setattr(ForwardWatch, "stop", stop_slowly)
+    model(x)
+    calls[0].join()
+    layers = [model.base_model.model.first, model.base_model.model.second]
+    assert [name for layer in layers for name in ("forward", "on_read") if name in vars(layer)] == []
 
 
 CHANGES = {

@@ -92,8 +92,13 @@ class Net:
         watch = self._watch
         if watch is None or watch.model is not model or watch.thread != get_ident():
             return
-        self._watch = None
-        watch.stop()
+        with self._turn:  # no other thread begins to watch layers from which this watch is not gone
+            self._watch = None
+            watch.stop()
+            self._learn_from(watch)
+            self._end(model)
+
+    def _learn_from(self, watch: ForwardWatch) -> None:
         if not watch.repaired:
             self._unseen.discard(self._phase)
         self._used[self._phase] = watch.used - watch.repaired
@@ -106,7 +111,6 @@ class Net:
         if idle and self._phase is not None:
             what = "training" if self._phase else "evaluation"
             log.warning("the first %s did not call the adapted layers %s", what, _listed(idle))
-        self._end(model)
 
     def judge(self, model: nn.Module, last: bool = False) -> None:
         """Name the blocks that the first backward, or the first ten, gave nothing; `last`: a backward has ended."""
