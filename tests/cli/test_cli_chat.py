@@ -65,8 +65,11 @@ class Session:
 
     @staticmethod
     def _child(argv: list[str], slow: bool) -> None:
+        import torch
+
         code = 99
         try:
+            torch.set_num_threads(1)  # a fork has no threads of OpenMP, and would wait for them for ever
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate("rww"))
             if slow:

@@ -72,6 +72,7 @@ def test_a_run_names_layers_whose_output_is_detached_and_learns_the_others(
     assert {name.split(".")[-2] for name in blocks} == set(targets)
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_without_those_layers_and_with_a_read_that_no_source_shows(
     llama, questions_file, tmp_path, capsys, monkeypatch
 ):

@@ -54,6 +54,7 @@ def test_each_group_has_its_rate_and_the_schedule_applies_to_all(recipe, caplog)
     assert "0.005 for all others (" in said[0]
 
 
+@pytest.mark.slow
 def test_one_group_at_the_common_rate_trains_to_the_same_losses(recipe):
     training = {"max_steps": 2, "logging_steps": 1, "eval_strategy": "no", "use_cpu": True}
     train(recipe("plain", training=training))

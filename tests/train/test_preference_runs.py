@@ -126,6 +126,7 @@ def test_a_stopped_run_resumes_to_the_same_losses(llama, files, runs, tmp_path, 
     assert metrics_of(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_a_stopped_run_that_went_on_with_an_adapter_keeps_its_reference(llama, files, tmp_path, monkeypatch):
     start = {"adapter": {}, "init_adapter": str(written_adapter(llama, "bone", tmp_path / "start"))}
     train(recipe_of(llama, files, "dpo", tmp_path / "whole", **start))

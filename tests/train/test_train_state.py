@@ -86,6 +86,7 @@ def test_bases_are_told_apart_by_the_content_of_their_files(tmp_path, monkeypatc
     assert _hash(_base_files(recipe)) != before
 
 
+@pytest.mark.slow
 def test_an_adapter_to_go_on_with_may_not_change(llama, questions_file, tmp_path):
     """Also where no checkpoint was written yet."""
     train(recipe_for(llama, questions_file, tmp_path / "first", training={"max_steps": 1}))
