@@ -74,6 +74,7 @@ def logits(model):
         return model.eval()(TOKENS).logits[0]
 
 
+@pytest.mark.slow
 def test_a_learned_state_gives_the_package_our_logits(version, base, tmp_path):
     model = rwkv.from_pth(base)
     before = logits(model)
@@ -94,6 +95,7 @@ def test_a_learned_state_gives_the_package_our_logits(version, base, tmp_path):
     same_bits(logits(rwkv.from_pth(tmp_path / "with-state.pth")), logits(model), Promise.STORED)
 
 
+@pytest.mark.slow
 def test_a_state_is_learned_beside_an_adapter_and_saved_with_it(version, base, tmp_path):
     config = BoneConfig(r=4, target_modules=["att.key", "ffn.value"], parameters_to_save=["time_state"])
     model = get_peft_model(rwkv.from_pth(base), config)

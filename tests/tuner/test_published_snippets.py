@@ -10,9 +10,9 @@ from flashbone.train.monitor import trained_rotations
 TOKENS = torch.randint(1000, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def bert():
+def bert(layers: int = 12):
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig())  # the shape of bert-base-uncased
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers))  # else the shape of bert-base-uncased
 
 
 def gpt2():
@@ -91,7 +91,7 @@ def test_the_advanced_configuration(make, per_layer, bottleneck_size, dropout, e
         use_orthogonal=True,
         orthogonal_eps=eps,
     )
-    base = make()
+    base = bert(4) if make is bert else make()
     layers = base.config.num_hidden_layers
     model = get_peft_model(base, config)
     assert model.get_nb_trainable_parameters()[0] == layers * per_layer * bottleneck_size**2
