@@ -1,5 +1,6 @@
 """Checkpoints prove to be whole; of those that do not, the one before is taken; the best is kept."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flashbone.train.checkpoints import MANIFEST, checkpoints, problem, write_ma
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe
 from flashbone.train.run import train
+from helpers.tiny_llama import questions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by peft
@@ -138,9 +140,13 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before_and_the_losses_are_th
 
 @pytest.mark.slow
 def test_early_stopping_keeps_the_best_step_and_survives_a_kill(llama, questions_file, tmp_path):
-    """The rate is so high that the held-out loss soon rises."""
-    training = {"max_steps": 40, "learning_rate": 0.3, "eval_steps": 2, "lr_scheduler_type": "constant"}
-    changes = {"early_stopping": {"patience": 3}, "training": training, "data": DataRecipe(str(questions_file), eval=8)}
+    """The held-out rows answer the questions otherwise, so that their loss soon rises."""
+    training = {"max_steps": 40, "learning_rate": 0.05, "eval_steps": 2, "lr_scheduler_type": "constant"}
+    rows = questions(8)
+    others = [{**row, "completion": other["completion"]} for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    data = DataRecipe(str(questions_file), eval=str(tmp_path / "others.jsonl"))
+    changes = {"early_stopping": {"patience": 3}, "training": training, "data": data}
     a, b = (recipe_for(llama, questions_file, tmp_path / name, **changes) for name in "ab")
     summary = train(a).summary
     losses = {row["step"]: row["eval_loss"] for row in metrics_of(tmp_path / "a") if "eval_loss" in row and row["step"]}
