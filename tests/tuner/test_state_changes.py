@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flashbone import BoneLinear
+from flashbone.tuner.layers import layer as layers
 from flashbone.tuner.layers.calls import Gate, one_call
 from helpers import reference
 from helpers.blocks import VARIANT_NAMES, random_block
@@ -106,6 +107,44 @@ def test_the_next_call_follows_every_change_of_state(variant, change):
         with torch.inference_mode():
             assert close(other(x), wanted(layer, x))
             assert close(other(x[:1]), wanted(layer, x[:1]))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("variant", ["bone", "mini", "bat-row"])  # the others keep what they build of numbers
+def test_a_plan_ends_with_the_state_that_it_was_made_in(variant, change):
+    layer, x = make(variant), torch.randn(2, IN, dtype=torch.float64)
+    with torch.no_grad(), one_call(Gate()):
+        for make_change in (lambda layer: None, CHANGES[change], lambda layer: None):
+            make_change(layer)
+            assert all(close(layer(x), wanted(layer, x)) for _ in range(4))
+
+
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (1, 1, IN), (5, IN), (2, 3, IN), (0, IN)])
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_later_calls_of_one_adapter_run_its_plan(variant, shape, monkeypatch):
+    layer, x = make(variant), torch.randn(shape, dtype=torch.float64)
+    layer.set_scale("a", -0.5)
+    want = wanted(layer, x)
+    with torch.no_grad(), one_call(Gate()):
+        assert all(close(layer(x), want) for _ in range(2))
+        monkeypatch.setattr(layers, "Moves", None)
+        y = layer(x)
+        assert y.shape == want.shape
+        assert close(y, want)
+        assert close(layer(x.mT.contiguous().mT) if x.ndim > 1 else layer(x), want)
+        for other in (x.float(), x.requires_grad_(), layer.train()):
+            with pytest.raises(TypeError), torch.set_grad_enabled(other is x):
+                layer(x if other is layer else other)
+            x.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("variant", "r"), [("bone", 5), ("mini", 5), ("bat-row", 5), ("orthogonal", 5)])
+def test_a_ragged_shard_is_decided_at_each_call(variant, r):
+    layer: Any = BoneLinear(nn.Linear(IN, OUT).double(), "a", r, False, variant=variant, mini_r=5).eval()
+    layer.bone_block["a"].data = random_block(variant, OUT, IN, r)
+    x = torch.randn(2, IN, dtype=torch.float64)
+    with torch.no_grad(), one_call(Gate()):
+        assert all(close(layer(x), wanted(layer, x)) for _ in range(4))
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)

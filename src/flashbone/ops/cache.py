@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 from torch import Tensor
 
@@ -14,13 +15,15 @@ class Kept:
 
     Attributes:
         keeps_weights: whether tensors as large as a weight are to be kept.
+        plan: what the layer's next calls run, see `tuner.layers.plan`.
     """
 
-    __slots__ = ("_asked", "keeps_weights", "values")
+    __slots__ = ("_asked", "keeps_weights", "plan", "values")
 
     def __init__(self, keeps_weights: bool = True) -> None:
         self.keeps_weights = keeps_weights
         self.values: dict[Hashable, Tensor] = {}
+        self.plan: Any = None
         self._asked: set[Hashable] = set()
 
     def get(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ base's output is nobody else's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch.nn.functional import linear
 
 from flashbone.ops import backend, transforms
 from flashbone.ops.bat_col import bat_col_linear, bat_col_linear_refetched, shifted_weight
-from flashbone.ops.bone import add_factored
+from flashbone.ops.bat_row import shift_input
+from flashbone.ops.bone import add_factored, bounded_sum
 from flashbone.ops.cache import NOTHING, Kept
-from flashbone.ops.inputs import compute_input, flat, overflow_unit, scaled
+from flashbone.ops.inputs import compute_dtype, compute_input, flat, overflow_unit, scaled
 from flashbone.ops.rotation import rotate_input, rotation_offset
 from flashbone.ops.tiles import add_tiles
 
@@ -62,6 +64,7 @@ class Moves:
             self._kept = None
         # Inference needs no operators, whose dispatch costs as much as a small product.
         self._composite = self._transformed or self._kept is not None
+        self._kept_weight: tuple[Tensor, Tensor | None] | None = None  # the shifted one, where that is all
 
     def add_input_shift(self, x: Tensor, D: Tensor, scale: float) -> None:
         """bat-row: shifts the input by z, and the output by the tiled sum of z."""
@@ -133,6 +136,52 @@ class Moves:
             return None
         ((key, x, terms),) = groups
         return (key, terms) if x is self.x and len(terms) == 1 else None
+
+    def planned(self, base: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], int] | None:
+        """After `run` with a plain base, in inference: what does the same to another x (tokens, in) of that dtype, with
+        the blocks as they were combined, cast and solved for; and how many tokens are too many for it.
+
+        None where there are several terms, a cast of x, or a ragged shard, for which each call decides anew.
+        """
+        kinds = self._factors, self._tiled_factors, self._input_shifts, self._rotations, self._weight_shifts
+        groups: list[tuple[Tensor, Any]] = [group for kind in kinds for group in kind.values()]
+        x, kept, size = self.x, self._kept, self.x.shape[-1]
+        if kept is None or kept is NOTHING or len(groups) > 1 or groups[0][0] is not x or not self._is_torch:
+            return None
+        if self._weight_shifts:
+            if self._kept_weight is None:
+                return None
+            W, bias = self._kept_weight
+            return lambda x: linear(x, W, bias), KEPT_BELOW_TOKENS_PER_R * sum(groups[0][1])
+        terms = groups[0][1]
+        r = terms[0][0].shape[-2]
+        if size % r or x.dtype == torch.float16 or compute_dtype(x) != x.dtype:
+            return None
+        return self._as_function(base, terms, r, size // r), sys.maxsize
+
+    def _as_function(self, base: Callable[[Tensor], Tensor], terms: Any, r: int, n: int) -> Callable[[Tensor], Tensor]:
+        dtype, unscaled = self.x.dtype, [(terms, 1)]
+        if self._rotations:
+            E = self.offset(terms, dtype)
+            return lambda x: base(rotate_input(x, E, composite=True))
+        if self._input_shifts:
+            D = self._combined(("bat-row", r), unscaled, dtype)
+
+            def shift(x: Tensor) -> Tensor:
+                base_x, z_sum = shift_input(x, D, composite=True)
+                return add_tiles(base(base_x), z_sum, in_place=True)
+
+            return shift
+        ones = self.x.new_ones(1, n)
+
+        def sums(x: Tensor) -> Tensor:
+            return ones.mm(x.reshape(n, r)) if len(x) == 1 else bounded_sum(x, r)
+
+        if self._factors:
+            B = self._combined("bone", unscaled, dtype)
+            return lambda x: add_factored(base(x), sums(x), B, in_place=True)
+        B = self._combined(("mini", r, terms[0][0].shape[-1]), unscaled, dtype)
+        return lambda x: add_tiles(base(x), sums(x).mm(B), in_place=True)
 
     def begin(self) -> Tensor | None:
         """Compute what precedes the base call; what the base is to see, (tokens, in), None for the pristine input."""
@@ -275,7 +324,9 @@ class Moves:
         ):
             return bat_col_linear(x, W, bias, blocks(), with_base, composite=self._composite)
         W_shifted = self._kept.get(key, lambda: shifted_weight(W, blocks(), with_base).to(x.dtype))
-        return linear(x, W_shifted, None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        self._kept_weight = W_shifted, bias
+        return linear(x, W_shifted, bias)
 
     def _combined(self, role: Hashable, groups: list[tuple[_Terms, int]], dtype: torch.dtype) -> Tensor:
         """Blocks times their scales, summed in each group and times its unit, the groups side by side along axis 0."""

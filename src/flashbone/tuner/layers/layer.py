@@ -19,6 +19,7 @@ from flashbone.tuner.layers.kinds import BaseKind, is_plain, parameter_of
 from flashbone.tuner.layers.merged_base import check_loadable
 from flashbone.tuner.layers.merging import MergeableLayer
 from flashbone.tuner.layers.mixed_batch import RowNames
+from flashbone.tuner.layers.plan import keep_plan
 from flashbone.tuner.layers.quantized import linear_kind
 from flashbone.tuner.layers.read_weights import BaseAttributes, ReadWeight
 from flashbone.variants.merged import Term
@@ -181,6 +182,9 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
         """
         if CURRENT.rows is not None or "adapter_names" in kwargs:
             return self._forward_by_rows(x, *args, **kwargs)
+        kept = self._kept(x)
+        if kept is not None and (plan := kept.plan) is not None and not (args or kwargs) and plan.holds(self, x):
+            return plan(x)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         modules: Any = self._modules  # attributes of modules are looked up in a chain of Python calls
@@ -188,7 +192,7 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
         names = [name for name in ((active,) if isinstance(active, str) else active) if name in bone_block]
         if self._disable_adapters or self.merged_adapters or not names:
             return base_layer(x, *args, **kwargs)
-        kept, blocks = self._kept(x), [self.block_of(name) for name in names]
+        blocks = [self.block_of(name) for name in names]
         if kept is not None and any(type(block) is not nn.Parameter for block in blocks):
             kept = NOTHING  # functional_call's
         moves = Moves(x, kept, self.backend)
@@ -197,7 +201,10 @@ class BoneLinear(BaseAttributes, nn.Module, BoneLayer):
             self.bone_variant[name].move(moves, adapter_x, block, self.bone_scale[name])
         refetch = moves.shifts_weight and self._is_refetched()
         base, plain = self._base_call(base_layer, refetch, args, kwargs)
-        return moves.run(base, self._weight_and_bias, plain, refetch)
+        y = moves.run(base, self._weight_and_bias, plain, refetch)
+        if plain:
+            keep_plan(self, names, moves, base, kept)
+        return y
 
     def _base_call(self, base_layer: Any, refetch: bool, args: tuple, kwargs: dict) -> tuple[Callable, bool]:
         """What computes the base's output, and whether it is a plain product (see `Moves.run`)."""
