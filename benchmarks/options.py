@@ -48,7 +48,9 @@ SPECS = {
     "memory": Spec(
         "peak memory of training steps", ("main", "live", "alive", "tokens", "r", "adapters"), 3, 0, TRAINING
     ),
-    "decode": Spec("one layer, one token", ("main",), 30, dtypes=("bfloat16", "float32"), has_model=False),
+    "decode": Spec(
+        "one layer, one token", ("main", "middle", "small"), 30, dtypes=("bfloat16", "float32"), has_model=False
+    ),
     "forward": Spec("inference of BERT-base with adapted attention outputs", ("main",), 40, has_model=False),
     "mixed": Spec("a batch whose rows belong to 8 adapters", ("prefill", "decode"), 12, dtypes=("bfloat16", "float32")),
     "load": Spec("importing the packages, loading an adapter", ("import", "adapter"), 10, warmup=1),

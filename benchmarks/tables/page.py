@@ -73,6 +73,9 @@ TRAINING = (
 DECODING = (
     Figure("one token, bf16", ("decode", "main", TIME), dtype=BF16),
     Figure("one token, fp32", ("decode", "main", TIME)),
+    Figure("2048 x 2048, bf16", ("decode", "middle", TIME), dtype=BF16),
+    Figure("2048 x 2048, fp32", ("decode", "middle", TIME)),
+    Figure("64 x 64, fp32", ("decode", "small", TIME)),
 )
 KEEPING = tuple(
     Figure(f"{words}, {name}", ("memory", "alive", metric), {"base": "plain"}, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from benchmarks.cases import DTYPES
 from benchmarks.rows import Row, paired_ratios, spread
 from benchmarks.tables.markdown import is_current
 
@@ -21,6 +22,7 @@ class Target:
         against, against_adapters: What it is divided by, round by round.
         shape: Entries of the shape that the rows must have.
         threads: As the rows' device names them.
+        dtype: Of the rows.
         within_spread: Met already if the first quartile is within the limit: for "costs nothing".
     """
 
@@ -33,9 +35,11 @@ class Target:
     against_adapters: int = 1
     shape: dict[str, int] = field(default_factory=dict)
     threads: str = "2 threads"
+    dtype: str = "float32"
     within_spread: bool = False
 
 
+BF16_AUTOCAST, BF16, _ = DTYPES.values()
 STEP = ("step", "targets", "time_ms")
 MEMORY = ("memory", "main", "above_floor_mib")
 LAYER, DECODE = ("layer", "shapes", "time_ms"), ("decode", "main", "time_ms")
@@ -59,6 +63,22 @@ def _decode(method: str, limit: float, within_spread: bool = False) -> Target:
     return Target(claim, limit, DECODE, method, "frozen", against_adapters=0, within_spread=within_spread)
 
 
+def _small(method: str, limit: float) -> Target:
+    claim = f"one call of a 64 x 64 layer in a generation: {method} / MiSS"
+    return Target(claim, limit, ("decode", "small", "time_ms"), method, "miss")
+
+
+def _decode_to(part: str, size: str, against: str, dtype: str) -> Target:
+    claim = f"decoding one token, {size}, {dtype}: bone / {against}"
+    return Target(claim, 0.97, ("decode", part, "time_ms"), "bone", against, dtype=dtype)
+
+
+def _step_in_bf16(dtype: str, method: str, against: str, limit: float) -> Target:
+    claim = f"step, {dtype}: {method} / {against}"
+    adapters = 0 if against == "frozen" else 1
+    return Target(claim, limit, STEP, method, against, against_adapters=adapters, dtype=dtype)
+
+
 def _forward(method: str, limit: float, within_spread: bool = False) -> Target:
     claim = f"forward of BERT-base, 8 x 128 tokens, one thread: {method} / frozen"
     one = {"against_adapters": 0, "threads": "1 thread"}
@@ -80,6 +100,22 @@ def _wkv(version: int, part: str) -> Target:
 
 
 VARIANTS = ("bone", "mini", "bat-row", "bat-col", "orthogonal")
+SMALL = {"bone": 0.65, "mini": 0.8, "bat-col": 0.65, "orthogonal": 0.9, "bat-row": 1.2}
+STEPS_IN_BF16 = {
+    BF16_AUTOCAST: (
+        ("bone", "frozen", 1.10),
+        ("bone", "lora", 0.87),
+        ("bone", "miss", 0.92),
+        ("bat-row", "lora", 1.0),
+        ("bat-col", "miss-bat", 0.88),
+    ),
+    BF16: (
+        ("bone", "lora", 0.72),
+        ("bone", "miss", 0.75),
+        ("bat-row", "lora", 0.85),
+        ("bat-col", "miss-bat", 0.38),
+    ),
+}
 TARGETS = (
     Target("step: bone / MiSS", 0.95, STEP, "bone", "miss"),
     Target("step: bone / LoRA", 0.95, STEP, "bone", "lora"),
@@ -95,6 +131,14 @@ TARGETS = (
     _layer("bat-col", 2.1),
     *(_ten(shape) for shape in SHAPES),
     _decode("bone", 1.02),
+    *(_small(method, limit) for method, limit in SMALL.items()),
+    *(
+        _decode_to(part, size, against, dtype)
+        for part, size in (("main", "4096 x 4096"), ("middle", "2048 x 2048"))
+        for against in ("miss", "lora")
+        for dtype in ("bfloat16", "float32")
+    ),
+    *(_step_in_bf16(dtype, *row) for dtype, rows in STEPS_IN_BF16.items() for row in rows),
     _decode("bone-merged", 1.0, within_spread=True),
     _decode("bone-unloaded", 1.0, within_spread=True),
     _forward("orthogonal", 1.02),
@@ -111,7 +155,7 @@ def ratios(rows: list[Row], target: Target) -> list[float]:
         row
         for row in rows
         if (row.benchmark, row.part, row.metric) == target.rows
-        and (row.dtype, is_current(row)) == ("float32", True)
+        and (row.dtype, is_current(row)) == (target.dtype, True)
         and row.device.endswith(f", {target.threads}")
         and target.shape.items() <= row.shape.items()
     ]

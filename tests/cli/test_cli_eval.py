@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 
 from flashbone import cli
-from helpers.killed import KILLED
+from helpers.killed import run_killed
 from helpers.tiny_llama import questions, write_tiny_llama
 
 ROWS = [
@@ -49,9 +48,7 @@ ASKED = ["eval", "llama", "--exact-match", "q.jsonl", "--max-new-tokens", "60", 
 def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_results(here, capsys):
     assert cli.main([*ASKED, "--output", "whole", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
-    command = [sys.executable, "-c", KILLED, *ASKED, "--output", "killed"]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_killed([*ASKED, "--output", "killed"], here / "killed.txt")
     assert (here / "killed" / "answers.jsonl").read_bytes().count(b"\n") == 5
     assert not (here / "killed" / "results.json").exists()
     assert cli.main([*ASKED, "--output", "killed", "--json"]) == 0

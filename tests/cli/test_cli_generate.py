@@ -1,15 +1,12 @@
 """`flashbone generate` as a user runs it: rows on stdout or in a file, killed and gone on with."""
 
 import json
-import signal
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 
 from flashbone import cli
-from helpers.killed import KILLED
+from helpers.killed import run_killed
 from helpers.stand_ins import write_adapter_of
 from helpers.tiny_llama import questions, write_tiny_llama
 
@@ -53,9 +50,7 @@ def test_a_killed_run_goes_on_where_it_was_to_the_same_rows(here, sampling):
     name = f"{len(sampling)}"
     asked = [*ASKED, *sampling]
     assert cli.main([*asked, "--output", f"whole{name}.jsonl"]) == 0
-    command = [sys.executable, "-c", KILLED, *asked, "--output", f"killed{name}.jsonl"]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_killed([*asked, "--output", f"killed{name}.jsonl"], here / f"killed{name}.txt")
     assert not (here / f"killed{name}.jsonl").exists()
     assert (here / f"killed{name}.jsonl.run" / "answers.jsonl").read_bytes().count(b"\n") == 5
     with mock.patch("flashbone.generation.run.log.info") as said:

@@ -1,16 +1,27 @@
-"""A command that is killed once it has written its fifth answer."""
+"""Commands that write one answer for each row, killed after the fifth."""
 
-# Killed by itself, so that it is in the middle of a batch whatever the machine does.
-KILLED = """
-import os, signal, sys
-from flashbone.cli import main
+import os
+import signal
+from pathlib import Path
+
+from flashbone import cli
 from flashbone.evaluate.answer_file import Appender
-add, added = Appender.add, []
-def add_and_die(self, answered):
-    add(self, answered)
-    added.append(answered)
-    if len(added) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-Appender.add = add_and_die
-sys.exit(main(sys.argv[1:]))
-"""
+from helpers.forks import run_in_fork
+
+
+def run_killed(argv: list[str], said: Path) -> None:
+    """Run a command of flashbone until it has written five answers; what it prints goes into the file `said`."""
+
+    def run() -> None:
+        add, added = Appender.add, []
+
+        def add_and_die(self, answered):
+            add(self, answered)
+            added.append(answered)
+            if len(added) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Appender.add = add_and_die
+        cli.main(argv)
+
+    assert run_in_fork(run, said) == -signal.SIGKILL, said.read_text()

@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from flashbone import cli
 from flashbone.train import fitting
 from flashbone.train.folder import RunFolder
 from flashbone.train.recipe import DataRecipe, Recipe
 from flashbone.train.run import train
+from helpers.forks import run_in_fork
 
 TIMINGS = ("train_s",)
 
@@ -60,33 +59,22 @@ def stop_at(step: int, recipe: Recipe, monkeypatch) -> None:
 
 
 def kill_at_step_seven(recipe: Recipe, folder: Path) -> None:
-    """`flashbone train` of the recipe in a process that is gone at its seventh step: a fork, which has imported all."""
-    config, said = config_file(recipe, folder / "killed.yaml"), folder / "killed.txt"
-    if (child := os.fork()) == 0:
-        try:
-            _die_at_step_seven(config, said)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 9, said.read_text()
+    """`flashbone train` of the recipe in a process that is gone at its seventh step."""
+    said = folder / "killed.txt"
+
+    def run() -> None:
+        step_end = fitting.Recorder.on_step_end
+
+        def dies(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                os._exit(9)
+            step_end(self, args, state, control, **kwargs)
+
+        fitting.Recorder.on_step_end = dies
+        cli.main(["train", str(config_file(recipe, folder / "killed.yaml"))])
+
+    assert run_in_fork(run, said) == 9, said.read_text()
     assert RunFolder(recipe.output).last_checkpoint().name == "checkpoint-6"
-
-
-def _die_at_step_seven(config: Path, said: Path) -> None:
-    for number in (1, 2):
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-    torch.set_num_threads(1)  # a fork has no threads of OpenMP, and would wait for them for ever
-    step_end = fitting.Recorder.on_step_end
-
-    def dies(self, args, state, control, **kwargs):
-        if state.global_step == 7:
-            os._exit(9)
-        step_end(self, args, state, control, **kwargs)
-
-    fitting.Recorder.on_step_end = dies
-    cli.main(["train", str(config)])
-    sys.stdout.flush()
 
 
 def flip(file: Path) -> None:

@@ -58,6 +58,7 @@ def work(plain: dict[str, Any], folder: Path, threads: int | None) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()  # what was imported is no garbage; a trainer would look through it several times, 0.3 s each
     if threads:
         torch.set_num_threads(threads)
     if multiprocessing.get_start_method() == "forkserver":  # the data loader's workers end with their parent then
