@@ -16,6 +16,7 @@ from torch import Tensor
 from flashbone.ops import transforms
 from flashbone.ops.cache import NOTHING, Kept
 from flashbone.ops.moves import Moves
+from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.kinds import is_plain
 
 
@@ -63,6 +64,8 @@ def keep_plan(layer: Any, names: list[str], moves: Moves, base: Callable[[Tensor
     """After a call of a layer with these adapters and a plain base: keep its plan, where a second call shows that more
     are to come."""
     if kept is None or kept is NOTHING or len(names) > 1 or not kept.is_worth_keeping("plan"):
+        return
+    if not offloading.is_materialized(layer.bone_block[names[0]]):
         return
     if (planned := moves.planned(base)) is not None:
         kept.plan = Plan(layer, names[0], moves, *planned)
