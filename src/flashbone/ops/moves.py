@@ -146,7 +146,9 @@ class Moves:
         kinds = self._factors, self._tiled_factors, self._input_shifts, self._rotations, self._weight_shifts
         groups: list[tuple[Tensor, Any]] = [group for kind in kinds for group in kind.values()]
         x, kept, size = self.x, self._kept, self.x.shape[-1]
-        if kept is None or kept is NOTHING or len(groups) > 1 or groups[0][0] is not x or not self._is_torch:
+        if kept is None or kept is NOTHING or not self._is_torch or type(x) is not Tensor:
+            return None
+        if len(groups) > 1 or groups[0][0] is not x:
             return None
         if self._weight_shifts:
             if self._kept_weight is None:
