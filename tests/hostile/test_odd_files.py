@@ -51,6 +51,24 @@ def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
         list(rows.read_rows(tmp_path / "rows.csv"))
 
 
+def test_very_many_names_are_read_once(tmp_path):
+    """Each in the time of a second: to count each name among all of them would take hours."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "rows.csv").write_text(",".join(map(str, range(200_000))) + "\n")
+    with pytest.raises(FormatError, match=r"rows.csv: the names of the columns take more than 1 MiB; is it CSV\?"):
+        list(rows.read_rows(tmp_path / "rows.csv"))
+    names = [*map(str, range(100_000)), "7"]
+    (tmp_path / "rows.jsonl").write_text("{" + ", ".join(f'"{name}": 1' for name in names) + "}\n")
+    (row,) = rows.read_rows(tmp_path / "rows.jsonl")
+    assert "has the key '7' twice" in str(row)
+    names = [*map(str, range(20_000)), "7"]
+    pq.write_table(pa.table([pa.array([1])] * len(names), names=names), tmp_path / "rows.parquet")
+    with pytest.raises(FormatError, match=r"rows.parquet: several columns have the name '7'; rename them"):
+        list(rows.read_rows(tmp_path / "rows.parquet"))
+
+
 def test_a_damaged_page_of_parquet_is_named(tmp_path):
     import pandas as pd
 

@@ -18,6 +18,7 @@ _HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # of characters; two make one
 _BLANKS = re.compile(r"[ \t\n\r]*")
 SEPARATORS = (",", ";", "\t", "|")
 LONGEST = 64 << 20  # characters of a line of rows, and of a cell of CSV
+LONGEST_NAMES = 1 << 20  # characters of a line with the names of columns
 
 
 def lines_of(file: TextIO, path: Path) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(names).items() if times > 1)
         raise FormatError(f"has the key {twice!r} twice")
     return content
 
@@ -179,8 +180,11 @@ def csv_columns(path: Path) -> tuple[list[str], str]:
     column and another makes several.
 
     Raises:
-        FormatError: two columns have one name, or the first line is no CSV.
+        FormatError: two columns have one name, or the first line is no CSV or too long.
     """
+    with path.open(encoding=encoding_of(path), newline="") as lines:
+        if len(next((line for line in lines_of(lines, path) if line.strip()), "")) > LONGEST_NAMES:
+            raise FormatError(f"{path}: the names of the columns take more than {LONGEST_NAMES >> 20} MiB; is it CSV?")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     headers = {}
     for separator in (usual, *SEPARATORS):
