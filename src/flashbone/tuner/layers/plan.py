@@ -2,7 +2,7 @@
 
 In generation a layer is called for every token, and decides the same each time. A plan is what it decided, as one
 function of x. It lives among what the call of the model keeps, and so ends with that call; until then it holds as long
-as the layer's state is the one that it was made in. `Plan.holds` lists that state, and nothing else does.
+as the layer's state is the one that it was made in. `CallPlan.holds` lists that state, and nothing else does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flashbone.tuner.layers import offloading
 from flashbone.tuner.layers.kinds import is_plain
 
 
-class Plan:
+class CallPlan:
     """A function of x (tokens, in), and the state of a layer with one adapter in which it is the layer's call."""
 
     def __init__(self, layer: Any, name: str, moves: Moves, run: Callable[[Tensor], Tensor], too_many: int) -> None:
@@ -68,4 +68,4 @@ def keep_plan(layer: Any, names: list[str], moves: Moves, base: Callable[[Tensor
     if not offloading.is_materialized(layer.bone_block[names[0]]):
         return
     if (planned := moves.planned(base)) is not None:
-        kept.plan = Plan(layer, names[0], moves, *planned)
+        kept.plan = CallPlan(layer, names[0], moves, *planned)
