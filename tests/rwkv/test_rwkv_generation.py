@@ -7,6 +7,17 @@ import torch
 from rwkv_cases import LIMIT, differs_by
 
 from flashbone.errors import ConfigError
+from flashbone.generation.speaker import CACHE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_state_is_taken_by_both_names_that_transformers_gives_it(one, name):
+    _, model, tokens, _ = one
+    prefix = model(tokens[:, :40], use_cache=True).past_key_values
+    got = model(tokens[:, 40:], **{name: prefix}).logits
+    assert differs_by(got[0], model(tokens).logits[0, 40:]) < LIMIT
+    assert prefix.tokens_seen == tokens.shape[1]
 
 
 @torch.no_grad()
@@ -54,7 +65,7 @@ def test_generation_goes_on_from_a_given_state(one):
     prefix = model(tokens[:, :12], use_cache=True).past_key_values
 
     def from_prefix(given, mask=None):
-        return model.generate(given, attention_mask=mask, past_key_values=copy.deepcopy(prefix), **options)[:, -5:]
+        return model.generate(given, attention_mask=mask, **{CACHE: copy.deepcopy(prefix)}, **options)[:, -5:]
 
     assert from_prefix(tokens[:, :20]).tolist() == want[:, -5:].tolist()
     assert from_prefix(tokens[:, 12:20], torch.ones(1, 20)).tolist() == want[:, -5:].tolist()

@@ -4,12 +4,13 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from flashbone.errors import ConfigError
 from flashbone.evaluate.bases import base_of, is_adapter
@@ -20,6 +21,8 @@ from flashbone.train.recipe import Quantization
 from flashbone.train.templates import give_template
 from flashbone.train.tokenizers import stop_tokens
 
+# `generate`'s name for its cache: transformers 5.24 renamed it, and warns about the older one.
+CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 BASE = "__base__"  # PEFT's name for no adapter
 RESERVED = ("off", "base")  # what commands call no adapter
 BLANK_LINE = "\n\n"  # ends a round in the format of RWKV's models
@@ -185,14 +188,14 @@ class Speaker:
             output = self.model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=past,
                 streamer=writing,
                 return_dict_in_generate=True,
                 eos_token_id=self.stops or None,
                 pad_token_id=pad if pad is not None else (self.stops or [0])[0],
+                **{CACHE: past},
                 **decoding.arguments(),
             )
-        return output.past_key_values
+        return getattr(output, CACHE)
 
     def text(self, ids: list[int]) -> str:
         """The text of an answer."""

@@ -71,7 +71,7 @@ class RwkvConfig(PreTrainedConfig):
         ConfigError: sizes or a backend that cannot be.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     title: ClassVar[str]  # of the version
     mark: ClassVar[str]  # a tensor of the first block that no other version has
     when_made: ClassVar[list[Callable[[], None]]] = []  # called for each configuration

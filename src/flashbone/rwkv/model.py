@@ -132,6 +132,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
+        cache: RwkvState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Predict the next tokens.
@@ -147,6 +148,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: False gives a tuple.
             logits_to_keep: How many of the last columns, or which, get logits; 0 is all.
             position_ids: Ignored, but for packed sequences.
+            cache: `past_key_values`, as transformers 5.24 and newer call it.
 
         Raises:
             ConfigError: several sequences are packed into one row, through which the state would run; or
@@ -154,7 +156,8 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             ShapeError: the mask or the state is of another batch.
         """
         refuse_packing(position_ids, attention_mask, kwargs)
-        out = self.backbone(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
+        state = past_key_values if cache is None else cache
+        out = self.backbone(input_ids, attention_mask, state, inputs_embeds, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
         logits = self.head(out.last_hidden_state[:, kept])

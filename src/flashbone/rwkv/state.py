@@ -46,6 +46,7 @@ class RwkvState:
     # What transformers asks of caches.
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # so that `generate` leaves out the tokens that the state has seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that went in so far."""
