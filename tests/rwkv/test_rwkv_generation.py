@@ -18,6 +18,17 @@ def test_a_state_is_taken_by_both_names_that_transformers_gives_it(one, name):
     got = model(tokens[:, 40:], **{name: prefix}).logits
     assert differs_by(got[0], model(tokens).logits[0, 40:]) < LIMIT
     assert prefix.tokens_seen == tokens.shape[1]
+    prefix = model(tokens[:, :40], use_cache=True).past_key_values
+    headless = model.base_model(tokens[:, 40:], **{name: prefix}).last_hidden_state
+    assert differs_by(model.head(headless)[0], got[0]) < LIMIT
+
+
+def test_a_state_given_by_both_names_is_refused(one):
+    _, model, tokens, _ = one
+    prefix = model(tokens[:, :40], use_cache=True).past_key_values
+    with pytest.raises(ConfigError, match="two names of one state; give it by one of them"):
+        model(tokens[:, 40:], past_key_values=prefix, cache=prefix)
+    assert prefix.tokens_seen == 40
 
 
 @torch.no_grad()

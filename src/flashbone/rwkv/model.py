@@ -152,12 +152,13 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: several sequences are packed into one row, through which the state would run; or
-                `past_key_values` is the cache of other models.
+                `past_key_values` is the cache of other models; or it is given by both names.
             ShapeError: the mask or the state is of another batch.
         """
         refuse_packing(position_ids, attention_mask, kwargs)
-        state = past_key_values if cache is None else cache
-        out = self.backbone(input_ids, attention_mask, state, inputs_embeds, use_cache, output_hidden_states)
+        out = self.backbone(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, cache=cache
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
         logits = self.head(out.last_hidden_state[:, kept])
@@ -178,15 +179,18 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         position_ids: Tensor | None = None,
+        cache: RwkvState | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """What the head sees, (batch, tokens, hidden): the model without its head, whose arguments are `forward`'s."""
         refuse_packing(position_ids, attention_mask, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give either input_ids or inputs_embeds")
+        if past_key_values is not None and cache is not None:
+            raise ConfigError("past_key_values and cache are two names of one state; give it by one of them")
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         padding = padding_of(attention_mask, *x.shape[:2])
-        state = past_key_values
+        state = past_key_values if cache is None else cache
         layers = given_layers(state, x) or self._empty_state(x)
         streams: list[Tensor] | None = [] if output_hidden_states else None
         if self.training and self.chunk_ctx and x.shape[1] > self.chunk_ctx and streams is None:
