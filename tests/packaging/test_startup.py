@@ -1,4 +1,4 @@
-"""How fast the library and its command start: docs/design.md promises 50 ms for the import, and help at once."""
+"""How fast the library and its command start."""
 
 import sys
 
