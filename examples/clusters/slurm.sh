@@ -12,7 +12,8 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER=${HOSTS%%$'\n'*}  # `| head -n 1` may stop scontrol by SIGPIPE, and so the script
 export MASTER PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 # Each task asks Slurm for its own rank, so the words are expanded there.
