@@ -1,5 +1,6 @@
 """Several data sets in one run: their weights, held-out rows, formats, and what is refused."""
 
+import gc
 import json
 from collections import Counter
 
@@ -173,6 +174,8 @@ def test_a_run_on_two_sources_resumes_to_the_same_losses_and_counts_each(llama, 
     assert read_record(Summary, tmp_path / "whole" / "summary.json", "").sources[1].rows == 13
 
 
+# datasets before 5.2 leaves the files of such a folder to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
@@ -184,7 +187,7 @@ def test_a_run_on_two_sources_resumes_to_the_same_losses_and_counts_each(llama, 
             {"a.csv": "text,label\nx,y", "b.csv": "text,label,id\nx,y,1"},
             "a.csv has the columns text, label; b.csv has the columns text, label, id; name the files in",
         ),
-        ({"a.csv": "text,label\nx,1", "b.csv": "text,label\nx,y"}, "label: int64 .*; write each column alike in all"),
+        ({"a.csv": "text,label\nx,1", "b.csv": "text,label\nx,y"}, "int64.*; write each column alike in all"),
     ],
 )
 def test_files_of_a_folder_that_do_not_go_together_are_named_in_one_line(tmp_path, files, problem):
@@ -194,3 +197,5 @@ def test_files_of_a_folder_that_do_not_go_together_are_named_in_one_line(tmp_pat
     with pytest.raises(ConfigError, match=rf"rows \(train\): the folder cannot be read: .*{problem}") as error:
         load_data(recipe_for("m", tmp_path / "rows", tmp_path / "out"))
     assert "\n" not in str(error.value)
+    del error
+    gc.collect()

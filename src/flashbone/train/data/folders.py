@@ -38,7 +38,7 @@ def open_dataset(path: str, subset: str | None, split: str, streaming: bool = Fa
     except (OSError, ValueError, DatasetsError, RecursionError) as error:
         cause = error.__cause__ or error  # some only report that there was a cause
         if Path(path).is_dir():
-            differs = re.search("cast|[Ss]chema", str(cause))
+            differs = re.search("cast|[Ss]chema|as a scalar of type", str(cause))
             remedy = "write each column alike in all files" if differs else "mend or remove the file"
             reason = _other_columns(Path(path)) or f"{one_line(cause, 200)}; {remedy}"
             raise ConfigError(f"data.path {path} ({split}): the folder cannot be read: {reason}") from None
