@@ -20,6 +20,7 @@ from flashbone.errors import ConfigError, FlashboneError
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import fill_blocks
+from helpers.transformers_peft import needs_transformers_own_adapters
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -71,6 +72,7 @@ def train(models, output, steps: int = 2) -> set[str]:
     return {name for name, parameter in named.items() if not torch.equal(parameter, before[name])}
 
 
+@needs_transformers_own_adapters
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_a_unet_and_a_text_encoder_are_trained_together_saved_and_loaded(variant, tmp_path):
     model, encoder = unet(), text_encoder()

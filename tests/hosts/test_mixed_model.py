@@ -15,6 +15,7 @@ from flashbone.errors import ConfigError
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.mlp import MLP
+from helpers.transformers_peft import needs_transformers_own_adapters
 
 SIZES = (13, 9, 6)
 ROWS = torch.randn(4, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -96,6 +97,7 @@ def test_lora_first_adds_up_or_is_refused(variant):
     assert close(both - plain, (one - plain) + (other - plain))
 
 
+@needs_transformers_own_adapters
 def test_bone_and_lora_are_trained_and_saved_side_by_side_on_a_transformers_model(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.add_adapter(BoneConfig(r=8, variant="bat-row", target_modules=["q_proj", "up_proj"]), "bone")

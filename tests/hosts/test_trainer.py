@@ -9,6 +9,7 @@ from helpers.adapter_folders import tiny_llama
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import close
 from helpers.processes import run_apart
+from helpers.transformers_peft import needs_transformers_own_adapters
 
 # transformers 5.23 about what peft 0.21 and its own Trainer call
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -130,6 +131,7 @@ def test_an_interrupted_trainer_resumes_to_the_losses_of_one_never_stopped(varia
     assert run("parts", resume=True) == whole
 
 
+@needs_transformers_own_adapters
 def test_the_trainer_takes_adapters_that_the_model_got_by_add_adapter(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.add_adapter(config("bat-row"))
@@ -142,6 +144,7 @@ def test_the_trainer_takes_adapters_that_the_model_got_by_add_adapter(llama, tmp
     assert close(again(TOKENS).logits, model.eval()(TOKENS).logits)  # loaded blocks lie in memory as in the file
 
 
+@needs_transformers_own_adapters
 @pytest.mark.parametrize("method", [config("bone"), LoraConfig(target_modules=TARGETS)], ids=["bone", "lora"])
 def test_the_trainer_resumes_no_method_that_came_by_add_adapter(method, llama, tmp_path):
     for resume in (False, True):

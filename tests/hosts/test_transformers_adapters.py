@@ -24,6 +24,7 @@ from flashbone.tuner.layers.layer import BoneLayer
 from helpers.blocks import VARIANT_NAMES
 from helpers.comparison import Promise, close, same_bits
 from helpers.encoders import write_encoder
+from helpers.transformers_peft import needs_transformers_own_adapters
 
 TASKS = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -34,7 +35,10 @@ TOKENS = torch.arange(9)[None]
 LAYERS = {f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "o_proj")}
 
 # peft about a second adapter on a model; it is what these tests do
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+pytestmark = [
+    needs_transformers_own_adapters,
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+]
 
 
 def config(variant: str = "bone", **fields) -> BoneConfig:

@@ -27,6 +27,7 @@ from flashbone.rwkv import from_pth
 from flashbone.tuner.model.saved_parameters import SavedParameter, find
 from helpers.comparison import Promise, close, same_bits
 from helpers.rwkv import write_rwkv
+from helpers.transformers_peft import needs_transformers_own_adapters
 
 
 @pytest.fixture(scope="module", params=[6, 7], ids=lambda v: f"v{v}")
@@ -241,6 +242,7 @@ def test_other_models_are_told_of_modules_to_save():
         get_peft_model(model, config("1.weight", target_modules=["0"]))
 
 
+@needs_transformers_own_adapters
 @pytest.mark.filterwarnings("ignore:Could not find a config file in .*pth:UserWarning")  # peft looks for one
 def test_transformers_own_methods_do_the_same(file, names, tmp_path):
     model = from_pth(file)
