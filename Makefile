@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE ?= 1
 include environments.mk
 
 .PHONY: help check docs test test-all test-floors test-newest test-anywhere test-hostile coverage mutants test-peft test-triton test-fla \
-	test-deepspeed test-llamacpp test-engines demo demo-classification demo-orthogonal notebooks compare-classification compare-topics compare-sft golden \
+	test-deepspeed test-ray test-llamacpp test-engines demo demo-classification demo-orthogonal notebooks compare-classification compare-topics compare-sft golden \
 	golden-llamacpp benchmarks benchmarks-quick gpu-report clean
 .DEFAULT_GOAL := help
 
@@ -20,6 +20,7 @@ help:
 	@echo "make test-triton the Triton kernels, interpreted on the CPU and compiled for GPUs"
 	@echo "make test-fla    flash-linear-attention's RWKV-7 and RWKV-6, interpreted on the CPU"
 	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3, in two CPU processes"
+	@echo "make test-ray    runs of a comparison as tasks of Ray"
 	@echo "make test-llamacpp  LoRAs in GGUF, run by llama.cpp; make test-engines  adapters in vLLM, llama.cpp and mlx-lm"
 	@echo "make notebooks   the three notebooks as scripts; figures in .cache/notebooks"
 	@echo "make compare-classification   methods side by side on the news, 13 minutes; compare-topics on pairs of texts; compare-sft on a chat corpus, an hour"
@@ -142,6 +143,9 @@ test-fla: .venv/.fla
 test-deepspeed: .venv/.deepspeed
 	PYTHONPATH=.venv/deepspeed TORCH_EXTENSIONS_DIR="$(CURDIR)/.cache/torch_extensions" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/distributed/test_distributed.py -k zero
+
+test-ray: .venv/.ray
+	PYTHONPATH=.venv/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compare/test_compare_runs.py -k goes_on
 
 test-llamacpp: .venv/.llamacpp
 	$(BIN)/python -m examples.demo.prepare

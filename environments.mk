@@ -94,6 +94,9 @@ BESIDE = rm -rf .venv/$(1) && $(PIP) --no-deps --target .venv/$(1) $(2) && touch
 .venv/.deepspeed: .venv/.dev
 	DS_BUILD_OPS=0 $(call BESIDE,deepspeed,--no-build-isolation deepspeed hjson msgpack py-cpuinfo ninja)
 
+.venv/.ray: .venv/.dev
+	$(call BESIDE,ray,ray msgpack jsonschema jsonschema-specifications referencing rpds-py attrs protobuf)
+
 # llama.cpp is compiled, in some minutes; its converters come with its sources, and need no compiling. -DGGML_NATIVE=OFF: one
 # machine may run what another one compiled.
 LLAMA_CPP := .venv/llama.cpp

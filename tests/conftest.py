@@ -21,10 +21,10 @@ import flashbone  # noqa: F401  (so that `from peft import BoneConfig` works in 
 
 STARTED = pytest.StashKey[tuple[float, float]]()
 ENVIRONMENT = pytest.StashKey[dict[str, str]]()
-# What pytest, a fixture of the whole session, the command, Inductor and lm-evaluation-harness set for good.
+# What pytest, a fixture of the whole session, the command, Inductor, lm-evaluation-harness and DeepSpeed set for good.
 SETTLED = {"PYTEST_CURRENT_TEST", "HF_DATASETS_CACHE", "HF_HUB_DISABLE_TELEMETRY", "TORCHINDUCTOR_CACHE_DIR"}
 SETTLED |= {"_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
-SETTLED |= {"HF_XET_HIGH_PERFORMANCE"}
+SETTLED |= {"HF_XET_HIGH_PERFORMANCE", "PYTORCH_NVML_BASED_CUDA_CHECK"}
 HEAVY = ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "datasets", "diffusers", "torch._dynamo", "sympy")
 
 

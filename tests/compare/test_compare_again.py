@@ -140,6 +140,13 @@ def test_what_would_fail_in_every_run_is_told_before_the_first(config, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_ray_is_asked_for_before_anything_is_written(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="jobs: ray needs the package ray: pip install ray"):
+        results(config(jobs="ray"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_questions_without_room_for_an_answer_are_told_before_training(config, rows, tmp_path):
     data = {"path": str(rows / "train.jsonl"), "eval": 16, "test": str(rows / "test.jsonl")}
     fields = {"methods": ["bone"], "seeds": [0], "learning_rates": [1e-3], "metric": "exact_match", "data": data}

@@ -32,7 +32,7 @@ CONFIG.yaml:
   training: {max_steps: 200}     # any field of SFTConfig or TrainingArguments, the same for all methods
   metric: auto                   # loss (sft), accuracy (classification), or exact_match (as of GSM8K)
   answers: {max_new_tokens: 256, batch_size: 16}   # with exact_match
-  jobs: 1                        # runs at once, each on a GPU of its own, or with its share of the threads
+  jobs: 1                        # runs at once, each on a GPU of its own, or with its share of the threads; or ray
   output: runs/compare           # results.jsonl, report.html, *.png, recipes/*.yaml, runs/*/
 
 Every field can be given on the command line too: --seeds '[0]' --methods '[bone, lora]' --output runs/second

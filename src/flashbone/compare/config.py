@@ -80,7 +80,8 @@ class ComparisonConfig:
     rwkv: dict[str, Any] = field(default_factory=dict)  # as in `flashbone train`
     metric: Metric = "auto"  # of the test: accuracy (classification) or loss (sft) by default
     answers: dict[str, Any] = field(default_factory=dict)  # of language models, for exact_match: fields below
-    jobs: int = 1  # runs at the same time, each on a GPU of its own, or with a share of the threads
+    # runs at the same time, each on a GPU of its own, or with a share of the threads; ray: as tasks of a Ray cluster
+    jobs: int | Literal["ray"] = 1
 
     @property
     def test_metric(self) -> Literal["loss", "accuracy", "exact_match"]:
@@ -188,8 +189,8 @@ def check(comparison: ComparisonConfig) -> None:
         raise ConfigError("data.eval: learning rates are chosen by held-out rows; give a share, a number or a file")
     if not comparison.seeds or len(set(comparison.seeds)) != len(comparison.seeds):
         raise ConfigError(f"seeds: got {comparison.seeds}, wanted one or more different numbers")
-    if comparison.jobs < 1:
-        raise ConfigError(f"jobs: got {comparison.jobs}, wanted at least 1")
+    if comparison.jobs != "ray" and comparison.jobs < 1:
+        raise ConfigError(f"jobs: got {comparison.jobs}, wanted at least 1, or ray")
     if not 0 < comparison.tolerance < 1:
         raise ConfigError(f"tolerance: got {comparison.tolerance}, wanted a share such as 0.03")
     if (comparison.test_metric == "accuracy") != (comparison.task == "classification"):

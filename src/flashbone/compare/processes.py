@@ -47,7 +47,7 @@ def run_all(specs: Sequence[RunSpec], folders: Path, at_once: int) -> Iterator[E
         folders: Where each has a folder of its name.
         at_once: On GPUs each has one for itself as long as there are enough; on CPUs they share the threads.
     """
-    on_gpu = bool(specs) and _uses_gpu(specs[0])
+    on_gpu = bool(specs) and uses_gpu(specs[0])
     context, slots = _context(on_gpu), _slots(at_once, on_gpu)
     waiting, running = list(specs), {}
     try:
@@ -71,7 +71,7 @@ def rehearsal(spec: RunSpec) -> str:
     """What is wrong with the arguments and the data of a run, in one line; empty if nothing is."""
     from flashbone.compare.worker import rehearse
 
-    context = _context(_uses_gpu(spec))
+    context = _context(uses_gpu(spec))
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=rehearse, args=(dataclasses.asdict(spec), send))
     with _without_main():
@@ -85,7 +85,8 @@ def rehearsal(spec: RunSpec) -> str:
         process.join()
 
 
-def _uses_gpu(spec: RunSpec) -> bool:
+def uses_gpu(spec: RunSpec) -> bool:
+    """Whether a run trains on a GPU."""
     return device_of(spec.recipe["training"]) == "cuda"
 
 

@@ -81,7 +81,7 @@ class HeaderRow:
     steps: int | None = None
     epochs: float | None = None
     hardware: str | None = None
-    jobs: int | None = None
+    jobs: int | Literal["ray"] | None = None
     commit: str | None = None
     date: str | None = None
     command: str | None = None

@@ -16,6 +16,7 @@ from flashbone.compare.config import ComparisonConfig, check, listed_methods
 from flashbone.compare.methods import METHODS
 from flashbone.compare.processes import Ended, rehearsal, run_all
 from flashbone.compare.progress import MethodProgress
+from flashbone.compare.ray_tasks import check_ray, run_tasks
 from flashbone.compare.reading import read_run
 from flashbone.compare.results import FairnessRow, HeaderRow, RunRow, write_results
 from flashbone.compare.runs import RunSpec, forget_contents, run_spec
@@ -45,6 +46,8 @@ def compare(comparison: ComparisonConfig, origin: Origin, retry_failed: bool = F
         FlashboneError: the configuration is invalid, or the model cannot be read.
     """
     check(comparison)
+    if comparison.jobs == "ray":
+        check_ray()
     experiment = Experiment(comparison, origin)
     experiment.rehearse()
     with alone(experiment.folder):
@@ -106,7 +109,9 @@ class Experiment:
         if len(missing) < len(wanted):
             log.info("%d of %d runs have results already", len(wanted) - len(missing), len(wanted))
         began = time.perf_counter()
-        for number, ended in enumerate(run_all(missing, self.runs, self.comparison.jobs), 1):
+        jobs = self.comparison.jobs
+        all_ended = run_tasks(missing, self.runs) if jobs == "ray" else run_all(missing, self.runs, jobs)
+        for number, ended in enumerate(all_ended, 1):
             outcome = self._take_up(ended)
             left = (time.perf_counter() - began) / number * (len(missing) - number)
             log.info("%d/%d %s, about %.0f s left", number, len(missing), outcome, left)

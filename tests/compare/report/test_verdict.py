@@ -116,6 +116,13 @@ def test_a_method_that_failed_with_one_seed_is_not_noted_as_diverged(tmp_path):
     assert verdict(tmp_path, lines).notes == ("a failed: seed 2: no.",)
 
 
+def test_seconds_of_tasks_on_a_cluster_are_noted(tmp_path):
+    (note,) = [
+        note for note in verdict(tmp_path, made.comparison({"a": 0.0, "b": 0.0}, jobs="ray")).notes if "Ray" in note
+    ]
+    assert note == "Runs were tasks of a Ray cluster: compare their seconds only if its machines are alike."
+
+
 def test_problems_are_noted(tmp_path):
     lines = made.comparison({"a": 0.0, "b": 0.0}, seeds=(0,), jobs=2)
     lines[0]["fairness"]["problems"] = ["b saw other rows than a"]

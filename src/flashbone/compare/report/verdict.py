@@ -190,7 +190,9 @@ def _notes(ranking: Ranking) -> list[str]:
     notes += [f"Fairness: {_sentence(problem)}" for problem in header.fairness.problems]
     notes += _notes_on_seeds(ranking)
     notes += _notes_on_methods(ranking)
-    if (header.jobs or 1) > 1:
+    if header.jobs == "ray":
+        notes.append("Runs were tasks of a Ray cluster: compare their seconds only if its machines are alike.")
+    elif (header.jobs or 1) > 1:
         notes.append(f"{header.jobs} runs ran at the same time, so steps took longer than they would alone.")
     return notes
 
