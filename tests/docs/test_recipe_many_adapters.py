@@ -85,7 +85,7 @@ def test_the_figures_are_those_of_the_benchmarks(monkeypatch):
         order = ("bone", "mini", "bat-row", "orthogonal", "bat-col")
         cells = [ratios[f"mixed batch, 32 rows of {tokens}: {name}, 8 adapters / one"] for name in order]
         assert f"| {label} | {' | '.join(cells)} |" in page
-    assert "Parameters 38.0 MiB" in " ".join(benchmarks.split())
+    assert "parameters 38.0 MiB" in " ".join(benchmarks.split())
     for method, ms in (("flashbone bone", 244), ("PEFT LoRA", 548)):
         assert f"{method} {ms} ms " in benchmarks
         assert f"{ms} ms" in page
