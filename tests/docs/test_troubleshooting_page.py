@@ -26,7 +26,7 @@ HOSTS = {
     ],
 }
 # Not written anywhere as a text: made by Python, by torch's C++, or of packages that are not here.
-ELSEWHERE = {"Python", "torch", "vLLM", "PEFT 0.18"}
+ELSEWHERE = {"Python", "torch", "vLLM", "PEFT 0.18", "transformers 4"}
 MADE_BY_PYTHON = {"KeyError: 'BONE'"}
 
 
