@@ -145,7 +145,7 @@ test-deepspeed: .venv/.deepspeed
 		$(BIN)/python -m pytest tests/distributed/test_distributed.py -k zero
 
 test-ray: .venv/.ray
-	PYTHONPATH=.venv/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compare/test_compare_runs.py -k goes_on
+	PYTHONPATH=.venv/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compare/test_compare_runs.py -k "goes_on or ray"
 
 test-llamacpp: .venv/.llamacpp
 	$(BIN)/python -m examples.demo.prepare

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,18 @@ from flashbone.compare.commands import Origin
 from flashbone.compare.config import load_comparison
 from flashbone.compare.run import compare
 compare(load_comparison(sys.argv[1], sys.argv[2:]), Origin(sys.argv[1], tuple(sys.argv[2:])))
+"""
+
+# A run as another version of flashbone would describe it.
+MISFIT = """
+import dataclasses, pathlib
+from flashbone.compare.ray_tasks import run_tasks
+from flashbone.errors import ConfigError
+run = dataclasses.make_dataclass("Run", ["recipe", "newer"])({"training": {"use_cpu": True}}, 1)
+try:
+    list(run_tasks([run], pathlib.Path("runs")))
+except ConfigError as error:
+    print(error)
 """
 
 
@@ -178,6 +191,15 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_numbers(whole, tmp_pat
     again = lines(out / "results.jsonl")
     assert {path: path.read_bytes() for path in done} == done
     assert of(again, "run") == [run for run in of(whole[1], "run") if run["method"] in ("bone", "lora")]
+
+
+def test_a_task_that_ray_cannot_start_is_told_in_one_line():
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed here; `make test-ray` brings it")
+    done = subprocess.run([sys.executable, "-c", MISFIT], capture_output=True, text=True, check=True)
+    assert re.fullmatch(
+        r"jobs: ray: .*unexpected keyword argument 'newer'; every machine needs .* folder .*\n", done.stdout
+    )
 
 
 def unfinished(out: Path) -> list[Path]:

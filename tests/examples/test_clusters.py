@@ -20,7 +20,8 @@ RECIPE = "examples/train_sft.yaml"
 TASK = {"name", "resources", "num_nodes", "workdir", "envs", "file_mounts", "setup", "run"}
 
 STUBS = {
-    "scontrol": '[ "$*" = "show hostnames first,second" ] && printf "first\\nsecond\\n"',
+    # More than a pipe holds: a reader that takes the first line and leaves would end it by SIGPIPE.
+    "scontrol": '[ "$*" = "show hostnames first,second" ] && printf "first\\nsecond\\n%0200000d\\n" 0',
     # A task a node, each with its number.
     "srun": 'while [[ $1 == --* ]]; do shift; done\nfor node in 0 1; do SLURM_NODEID=$node "$@"; done',
     "accelerate": 'printf "%s\\n" "$@" "END" >> "$STARTED"',

@@ -11,7 +11,7 @@ import torch
 
 from flashbone.compare import processes
 from flashbone.compare.runs import RunSpec
-from flashbone.errors import ConfigError
+from flashbone.errors import ConfigError, one_line
 
 
 def check_ray() -> None:
@@ -29,6 +29,9 @@ def run_tasks(specs: Sequence[RunSpec], folders: Path) -> Iterator[processes.End
     Args:
         specs: The runs, which begin in their order.
         folders: Where each has a folder of its name.
+
+    Raises:
+        ConfigError: a machine of the cluster has another flashbone or none, or not this folder.
     """
     if not specs:
         return
@@ -45,11 +48,16 @@ def run_tasks(specs: Sequence[RunSpec], folders: Path) -> Iterator[processes.End
             spec = running.pop(done)
             try:
                 yield dataclasses.replace(ray.get(done), spec=spec)
+            except ray.exceptions.RayTaskError as error:  # what a run itself fails by is its result
+                raise ConfigError(
+                    f"jobs: ray: a task could not start its run: {one_line(error.cause, 200)}; "
+                    f"every machine needs this flashbone and the folder {here}"
+                ) from None
             except ray.exceptions.RayError:  # its machine or its worker is gone
                 yield processes.Ended(spec, 0.0, None)
     finally:
-        for task in running:
-            ray.cancel(task, force=True)
+        for waiting in running:
+            ray.cancel(waiting, force=True)
         ray.shutdown()
 
 

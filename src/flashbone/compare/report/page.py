@@ -152,7 +152,7 @@ def _measured(header: HeaderRow) -> str:
         "training": ", ".join(filter(None, (steps, epochs))),
         "seeds": ", ".join(map(str, header.seeds)),
         "hardware": ": ".join(filter(None, (header.device, header.hardware))),
-        "runs at once": header.jobs,
+        "runs at once": "tasks of a Ray cluster" if header.jobs == "ray" else header.jobs,
         "versions": ", ".join(f"{name} {version}" for name, version in header.versions.items()),
         "commit": header.commit,
         "date": header.date,
